@@ -1,0 +1,23 @@
+"""atcache: run the teacher once, keep its attention, train students from the cache.
+
+`import atcache` is cheap: torch, timm and zarr are imported by the modules that need them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from atcache.cache import Cache
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "open"]
+
+
+def open(path: str | Path) -> Cache:
+    """The cache at `path`, opened for reading: metadata only, whatever its size. See `atcache.cache.Cache`."""
+    from atcache.cache import Cache
+
+    return Cache(path)

@@ -1,0 +1,1 @@
+"""Codecs: factors to integers of fixed shape and back."""

@@ -1,0 +1,1 @@
+"""Fitted data that ships with the package."""

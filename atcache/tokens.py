@@ -1,0 +1,49 @@
+"""Token layout: which rows and columns of a map are prefix tokens and which are patches. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from atcache.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLayout:
+    """The order of a ViT's tokens: prefix tokens (CLS, registers) first, then the patches row by row."""
+
+    num_prefix_tokens: int
+    """How many tokens come before the first patch; 0 for models that pool their patches."""
+    grid_height: int
+    """Patch rows."""
+    grid_width: int
+    """Patches in a row."""
+
+    def __post_init__(self) -> None:
+        if self.num_prefix_tokens < 0 or self.grid_height < 1 or self.grid_width < 1:
+            raise ConfigError(
+                f"token layout of {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
+                f"{self.grid_width}: expected at least 0 prefix tokens and a grid of at least 1 x 1."
+            )
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in the grid.
+
+        >>> TokenLayout(num_prefix_tokens=1, grid_height=14, grid_width=14).num_patches
+        196
+        """
+        return self.grid_height * self.grid_width
+
+    @property
+    def num_tokens(self) -> int:
+        """Prefix tokens and patches together: the side of a map."""
+        return self.num_prefix_tokens + self.num_patches
+
+    def to_json(self) -> dict[str, int]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, int]) -> TokenLayout:
+        """The layout `to_json` came from."""
+        return cls(**fields)

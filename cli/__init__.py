@@ -1,0 +1,1 @@
+"""The `atcache` command: one file a sub-command."""

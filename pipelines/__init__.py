@@ -1,0 +1,1 @@
+"""Pipelines: a config, a pure plan, idempotent tasks, a run."""
