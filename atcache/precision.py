@@ -1,0 +1,49 @@
+"""Which float type a model runs in: bfloat16 where the device is fast at it, float32 elsewhere."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from atcache.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
+
+
+def resolve_precision(name: str, device: str | torch.device) -> torch.dtype:
+    """The type matrix products run in on `device`: torch.bfloat16 or torch.float32.
+
+    "auto" takes bfloat16 only where the device has instructions for it. A processor without them emulates each product
+    and is hundreds of times slower than in float32; one with AMX or AVX512-BF16 is several times faster.
+
+    Raises:
+        ConfigError: `name` is none of "auto", "fp32", "bf16".
+    """
+    if name == "fp32":
+        return torch.float32
+    if name == "bf16":
+        return torch.bfloat16
+    if name != "auto":
+        raise ConfigError(f"precision {name!r}: expected one of {', '.join(PRECISIONS)}.")
+    return torch.bfloat16 if _is_fast_at_bf16(torch.device(device)) else torch.float32
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """A context in which matrix products run in `dtype` on `device`; nothing changes for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+def _is_fast_at_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        # Without `including_emulation=False` GPUs before Ampere answer yes and are slower than in float32.
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # torch's checks of the processor are private and differ between versions; one that is missing means no.
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
