@@ -1,0 +1,65 @@
+"""`exact`: the factors themselves, as the bits of float16 or float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.codecs.base import Codec, Coder, State
+from atcache.errors import CodecError
+
+_INTEGER_OF = {"float16": torch.int16, "float32": torch.int32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExactCodec(Codec):
+    """Factors rounded to a float type and stored bit for bit. The reference every other codec is compared with."""
+
+    name: ClassVar[str] = "exact"
+    dtype: Literal["float16", "float32"] = "float16"
+    """float16 is what mixed-precision teachers compute in; float32 is for proofs and for factors beyond 65504."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _INTEGER_OF:
+            raise CodecError(f"codec exact: dtype={self.dtype!r}, expected one of {', '.join(_INTEGER_OF)}.")
+
+    def coder(
+        self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
+    ) -> ExactCoder:
+        """See `Codec.coder`."""
+        del state
+        return ExactCoder(self, geometry, bias_LHQK, device)
+
+
+class ExactCoder(Coder):
+    """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim."""
+
+    def __init__(self, codec: ExactCodec, geometry: FactorGeometry, bias_LHQK: Tensor | None, device: str) -> None:
+        super().__init__(geometry, bias_LHQK, device)
+        self._float_dtype: torch.dtype = getattr(torch, codec.dtype)
+        self.codes_dtype = _INTEGER_OF[codec.dtype]
+        self.num_components = self._num_head_vectors * geometry.head_dim
+
+    def encode(self, layers: Sequence[LayerFactors]) -> Tensor:
+        """See `Coder.encode`."""
+        codes = []
+        for block, layer in zip(self.geometry.layers, layers, strict=True):
+            vectors_BTND = self._join_BTND(layer).to(self._float_dtype)
+            if not bool(torch.isfinite(vectors_BTND).all()):
+                largest = max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max()))
+                raise CodecError(
+                    f"layer {block}: a factor of size {largest:.4g} does not fit in {self._float_dtype}. "
+                    "Build with --codec exact:dtype=float32 or --codec int8."
+                )
+            codes.append(vectors_BTND.flatten(2).view(self.codes_dtype))
+        return torch.stack(codes, dim=1)
+
+    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
+        """See `Coder.decode`."""
+        floats_BTC = codes_BTC.contiguous().view(self._float_dtype).float()
+        return self._split(position, floats_BTC.unflatten(2, (-1, self.geometry.head_dim)))

@@ -1,0 +1,183 @@
+"""Every codec keeps the contract; each says how exact it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.codecs import codec_from_json, parse_codec
+from atcache.codecs.fidelity import row_kl
+from atcache.errors import CodecError
+from atcache.tokens import TokenLayout
+
+CODEC_NAMES = ["exact", "exact:dtype=float32", "int8"]
+# Mean row KL a codec may lose on standard normal factors of head dim 64, in nats.
+KL_BOUND = {"exact": 1e-6, "exact:dtype=float32": 1e-12, "int8": 1e-3}
+
+
+def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1, layers=(0, 2)):
+    return FactorGeometry(
+        layers=layers,
+        heads=tuple(range(num_heads)),
+        num_model_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        tokens=TokenLayout(num_prefix_tokens=prefix, grid_height=grid[0], grid_width=grid[1]),
+        scale=head_dim**-0.5,
+    )
+
+
+def make_factors(geometry, batch=2, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = geometry.tokens.num_tokens
+
+    def draw(heads):
+        return torch.randn(batch, heads, tokens, geometry.head_dim, generator=generator) * size
+
+    return [
+        LayerFactors(q_BHTD=draw(len(geometry.heads)), k_BHTD=draw(geometry.num_kv_heads), scale=geometry.scale)
+        for _ in geometry.layers
+    ]
+
+
+def make_coder(name, geometry, layers, **kwargs):
+    codec = parse_codec(name)
+    return codec.coder(geometry, codec.fit(geometry, [layers]), **kwargs)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+class TestContract:
+    def test_json_round_trip_is_the_same_codec(self, name):
+        codec = parse_codec(name)
+        assert codec_from_json(codec.to_json()) == codec
+
+    def test_codes_have_the_stated_shape_and_type(self, name):
+        geometry = make_geometry()
+        layers = make_factors(geometry)
+        coder = make_coder(name, geometry, layers)
+        codes_BLTC = coder.encode(layers)
+        assert codes_BLTC.dtype == coder.codes_dtype
+        assert codes_BLTC.shape == (2, 2, geometry.tokens.num_tokens, coder.num_components)
+
+    def test_decoded_maps_are_within_the_stated_divergence(self, name):
+        geometry = make_geometry(head_dim=64, grid=(6, 6))
+        layers = make_factors(geometry)
+        coder = make_coder(name, geometry, layers)
+        codes_BLTC = coder.encode(layers)
+        for position, layer in enumerate(layers):
+            decoded = coder.decode(position, codes_BLTC[:, position])
+            assert 0 <= float(row_kl(layer, decoded).mean()) + 1e-9 <= KL_BOUND[name] + 1e-9
+
+    def test_encoding_is_deterministic_and_independent_of_the_batch(self, name):
+        geometry = make_geometry()
+        layers = make_factors(geometry, batch=4)
+        coder = make_coder(name, geometry, layers)
+        whole = coder.encode(layers)
+        one = coder.encode([LayerFactors(q_BHTD=f.q_BHTD[2:3], k_BHTD=f.k_BHTD[2:3], scale=f.scale) for f in layers])
+        assert torch.equal(whole, coder.encode(layers))
+        assert torch.equal(whole[2:3], one)
+
+    def test_grouped_query_keys_stay_grouped(self, name):
+        geometry = make_geometry(num_heads=4, num_kv_heads=2)
+        layers = make_factors(geometry)
+        coder = make_coder(name, geometry, layers)
+        decoded = coder.decode(1, coder.encode(layers)[:, 1])
+        assert decoded.k_BHTD.shape[1] == 2
+        assert torch.allclose(decoded.maps(), layers[1].maps(), atol=0.02)
+
+    def test_bias_is_handed_out_with_the_factors(self, name):
+        geometry = make_geometry()
+        layers = make_factors(geometry)
+        bias_LHQK = torch.randn(2, 3, 7, 7)
+        coder = make_coder(name, geometry, layers, bias_LHQK=bias_LHQK)
+        decoded = coder.decode(1, coder.encode(layers)[:, 1])
+        expected = torch.softmax(layers[1].q_BHTD @ layers[1].k_BHTD.mT * geometry.scale + bias_LHQK[1], dim=-1)
+        assert torch.allclose(decoded.maps(), expected, atol=0.02)
+
+    def test_empty_batch_gives_no_codes(self, name):
+        geometry = make_geometry()
+        layers = make_factors(geometry, batch=0)
+        coder = make_coder(name, geometry, make_factors(geometry))
+        assert coder.encode(layers).shape == (0, 2, 7, coder.num_components)
+
+    @settings(max_examples=30, deadline=None)
+    @given(exponent=st.integers(-30, 15), dead_head=st.booleans(), huge_token=st.booleans())
+    def test_extreme_factors_come_back_within_a_hundredth_of_their_vector(self, name, exponent, dead_head, huge_token):
+        geometry = make_geometry()
+        layers = make_factors(geometry, size=2.0**exponent / 4)
+        for layer in layers:
+            if dead_head:
+                layer.k_BHTD[:, 1] = 0
+            if huge_token:
+                layer.q_BHTD[:, :, 0] *= 4
+        coder = make_coder(name, geometry, layers)
+        codes_BLTC = coder.encode(layers)
+        for position, layer in enumerate(layers):
+            decoded = coder.decode(position, codes_BLTC[:, position])
+            for name_BHTD in ("q_BHTD", "k_BHTD"):
+                given_BHTD = getattr(layer, name_BHTD)
+                error_BHT = (getattr(decoded, name_BHTD) - given_BHTD).abs().amax(-1)
+                # 4e-6 is where float16 has no finer step left.
+                assert bool((error_BHT <= given_BHTD.abs().amax(-1) * 0.01 + 4e-6).all())
+
+
+def test_exact_float32_gives_back_every_bit():
+    geometry = make_geometry()
+    layers = make_factors(geometry)
+    coder = make_coder("exact:dtype=float32", geometry, layers)
+    decoded = coder.decode(0, coder.encode(layers)[:, 0])
+    assert torch.equal(decoded.q_BHTD, layers[0].q_BHTD)
+    assert torch.equal(decoded.k_BHTD, layers[0].k_BHTD)
+
+
+def test_exact_refuses_what_float16_cannot_hold_and_says_what_can():
+    geometry = make_geometry()
+    layers = make_factors(geometry, size=1e6)
+    with pytest.raises(CodecError, match=r"layer 0: a factor of size .* does not fit in torch.float16.*dtype=float32"):
+        make_coder("exact", geometry, layers).encode(layers)
+
+
+def test_int8_refuses_infinity_by_layer():
+    geometry = make_geometry()
+    layers = make_factors(geometry)
+    layers[1].k_BHTD[0, 0, 0, 0] = math.inf
+    with pytest.raises(CodecError, match="layer 2: a factor of size inf"):
+        make_coder("int8", geometry, layers).encode(layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zip", "codec 'zip' is unknown.*exact, int8"),
+        ("exact:dtype=float8", "dtype='float8', expected one of float16, float32"),
+        ("int8:bits=3", "codec 'int8' cannot take"),
+        ("exact:float32", "'float32' is no field=value"),
+    ],
+)
+def test_a_codec_that_cannot_be_made_says_why(text, message):
+    with pytest.raises(CodecError, match=message):
+        parse_codec(text)
+
+
+def test_row_kl_equals_the_plain_sum():
+    geometry = make_geometry(layers=(0,))
+    (teacher,) = make_factors(geometry, seed=1)
+    (other,) = make_factors(geometry, seed=2)
+    attn, decoded = teacher.maps().double(), other.maps().double()
+    expected = (attn * (attn.log() - decoded.log())).sum(-1)
+    assert torch.allclose(row_kl(teacher, other).double(), expected, atol=1e-5)
+    assert row_kl(teacher, teacher).abs().max() < 1e-6
+
+
+def test_masked_keys_add_nothing_to_the_divergence():
+    geometry = make_geometry(layers=(0,))
+    (free,) = make_factors(geometry)
+    mask = torch.zeros(1, 1, 7, 7)
+    mask[..., -1] = -math.inf
+    masked = LayerFactors(q_BHTD=free.q_BHTD, k_BHTD=free.k_BHTD, scale=free.scale, bias=mask)
+    assert torch.isfinite(row_kl(masked, masked)).all()
