@@ -1,0 +1,41 @@
+# From a fresh clone: `make demo` shows the effect, `make test` proves the code. Both need Python >= 3.11, make, and the network
+# once, for `pip install`. Options for what is run go through ARGS: make demo ARGS="--seeds 3", make test ARGS="-k codec".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check clean
+
+help:
+	@echo "make setup | demo | test | lint | types | check (lint, types and test) | clean"
+
+setup: $(INSTALLED)
+
+# Repeated only when what is to be installed has changed: the install is editable, so edits are seen at once.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "atcache needs Python 3.11 or newer, and '$(PYTHON)' is not: name another one with 'make PYTHON=python3.12 ...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/atcache demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build dist atcache.egg-info .pytest_cache .ruff_cache .hypothesis
