@@ -1,0 +1,242 @@
+"""Where images come from: WebDataset tars, indexed once from their headers, then read in place by `pread`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from atcache.errors import BadImageError, SourceError
+from atcache.images import IMAGE_EXTENSIONS, decode_image
+from atcache.tar_samples import LABEL_EXTENSIONS, Problem, index_tar
+from atcache.tars import expand_tars
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "LABEL_EXTENSIONS",
+    "Problem",
+    "SampleIndex",
+    "Source",
+    "decode_image",
+    "expand_tars",
+    "index_source",
+    "relocate",
+]
+
+_MAX_OPEN_TARS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class SampleIndex:
+    """Where every sample lies: one row a sample, in tar order."""
+
+    tars: tuple[Path, ...]
+    """The tars, each with a basename of its own."""
+    tar_nbytes: tuple[int, ...]
+    """Their sizes when they were indexed."""
+    keys_S: np.ndarray[Any, Any]
+    """WebDataset's `__key__` as UTF-8 bytes, dtype S<n>."""
+    tar_S: np.ndarray[Any, Any]
+    """Position in `tars`, int32."""
+    offset_S: np.ndarray[Any, Any]
+    """Where the image's bytes begin in the tar, int64."""
+    nbytes_S: np.ndarray[Any, Any]
+    """Size of the image's bytes, int64; 0 where there is no whole image."""
+    label_S: np.ndarray[Any, Any]
+    """Class, int64; -1 where there is none."""
+    problem_S: np.ndarray[Any, Any]
+    """A `Problem`, uint8."""
+
+    @property
+    def num_samples(self) -> int:
+        """Rows, with and without problems."""
+        return len(self.keys_S)
+
+    @property
+    def num_classes(self) -> int:
+        """The highest label plus one; 0 without labels."""
+        return int(self.label_S.max(initial=-1)) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over the tars' names and sizes and all rows; the folders do not count."""
+        names = [path.name for path in self.tars]
+        digest = hashlib.sha256(json.dumps([names, list(self.tar_nbytes)]).encode())
+        for column, dtype in (
+            (self.keys_S, self.keys_S.dtype),
+            (self.tar_S, np.dtype("<i4")),
+            (self.offset_S, np.dtype("<i8")),
+            (self.nbytes_S, np.dtype("<i8")),
+            (self.label_S, np.dtype("<i8")),
+            (self.problem_S, np.dtype("u1")),
+        ):
+            digest.update(f"{dtype.str} {len(column)}\n".encode())
+            digest.update(np.ascontiguousarray(column, dtype=dtype).tobytes())
+        return digest.hexdigest()
+
+    def sample_key(self, sample: int) -> str:
+        """The sample's name wherever its tars lie: "TAR_BASENAME/KEY"."""
+        return f"{self.tars[int(self.tar_S[sample])].name}/{self.keys_S[sample].decode()}"
+
+
+def index_source(
+    data: str | Path | Sequence[str | Path],
+    *,
+    labels: Literal["required", "optional"] = "required",
+    on_bad: Literal["raise", "skip"] = "raise",
+) -> SampleIndex:
+    """The index of all samples of the tars `data` names, from one pass over their headers.
+
+    Keys follow WebDataset: a member's name is cut at the first dot of its basename, and consecutive members with the
+    same key are one sample. Only the bodies of labels are read.
+
+    Args:
+        data: see `expand_tars`.
+        labels: "optional" takes a sample without label as it is, with label -1.
+        on_bad: "skip" keeps a bad sample's row and records its `Problem` instead of raising. A truncated tar's last
+            sample is recorded as TRUNCATED even where its image is whole, so that the loss is seen.
+
+    Raises:
+        SourceError: naming tar and key, for the first bad sample; in both modes for a tar with no sample at all, or
+            with keys that are not UTF-8 or longer than 512 bytes.
+    """
+    tars = expand_tars(data)
+    parts = [index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise") for path in tars]
+    counts = [len(part.keys) for part in parts]
+
+    def column(values: Iterable[list[Any]], dtype: str) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.array(rows, dtype=dtype) for rows in values])
+
+    return SampleIndex(
+        tars=tars,
+        tar_nbytes=tuple(part.tar_nbytes for part in parts),
+        keys_S=column((part.keys for part in parts), "S"),
+        tar_S=np.repeat(np.arange(len(tars), dtype=np.int32), counts),
+        offset_S=column((part.offsets for part in parts), "int64"),
+        nbytes_S=column((part.nbytes for part in parts), "int64"),
+        label_S=column((part.labels for part in parts), "int64"),
+        problem_S=column((part.problems for part in parts), "uint8"),
+    )
+
+
+def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> SampleIndex:
+    """The same index for tars that were moved: `data` must hold each tar by name and size; others are ignored.
+
+    Raises:
+        SourceError: naming the tars that are missing or of another size.
+    """
+    found = {path.name: path for path in expand_tars(data)}
+    wrong: list[str] = []
+    for path, nbytes in zip(index.tars, index.tar_nbytes, strict=True):
+        if path.name not in found:
+            wrong.append(f"{path.name} is missing")
+        elif (now_nbytes := found[path.name].stat().st_size) != nbytes:
+            wrong.append(f"{path.name} has {now_nbytes} bytes instead of {nbytes}")
+    if wrong:
+        more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise SourceError(
+            f"{data} does not hold the tars that were indexed: {', '.join(wrong[:10])}{more}. Point to the same tars."
+        )
+    return replace(index, tars=tuple(found[path.name] for path in index.tars))
+
+
+class _OpenTar:
+    """A file descriptor that is closed with its last user, so that a tar may leave the LRU while a thread reads it."""
+
+    def __init__(self, path: Path, expected_nbytes: int) -> None:
+        self.fd = -1
+        try:
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise SourceError(f"{path} cannot be opened: {error.strerror}. Were the tars moved?") from error
+        nbytes = os.fstat(self.fd).st_size
+        if nbytes != expected_nbytes:
+            raise SourceError(
+                f"{path} has changed: {nbytes} bytes, {expected_nbytes} when it was indexed. Restore it or index again."
+            )
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Source:
+    """Reads the samples of an index, in any order, one `pread` each.
+
+    Threads may share one; pickling or forking gives the copy descriptors of its own. At most 64 tars are open at once.
+    """
+
+    def __init__(self, index: SampleIndex) -> None:
+        self.index = index
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _OpenTar] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.index = state["index"]
+        self._reset()
+
+    def where(self, sample: int) -> str:
+        """The sample's tar and key, for messages."""
+        tar = self.index.tars[int(self.index.tar_S[sample])]
+        return f"{tar}: key {self.index.keys_S[sample].decode(errors='replace')!r}"
+
+    def read_bytes(self, sample: int) -> bytes:
+        """The image's bytes as they lie in the tar.
+
+        Raises:
+            BadImageError: the sample has no whole image.
+            SourceError: the tar is gone or has another size than when it was indexed.
+        """
+        index = self.index
+        tar, offset, nbytes = int(index.tar_S[sample]), int(index.offset_S[sample]), int(index.nbytes_S[sample])
+        if nbytes <= 0:
+            problem = Problem(int(index.problem_S[sample])).name
+            raise BadImageError(f"{self.where(sample)} has no image to read ({problem}).")
+        if offset < 0 or offset + nbytes > index.tar_nbytes[tar]:
+            raise SourceError(f"{self.where(sample)}: the index points outside the tar. Index again.")
+        data = os.pread(self._tar(tar).fd, nbytes, offset)
+        if len(data) != nbytes:
+            raise SourceError(
+                f"{self.where(sample)}: {len(data)} of {nbytes} bytes could be read. Has the tar changed?"
+            )
+        return data
+
+    def read_image(self, sample: int) -> Image:
+        """The image, decoded to RGB; see `decode_image`.
+
+        Raises:
+            BadImageError: naming tar and key, if it cannot be decoded.
+        """
+        return decode_image(self.read_bytes(sample), where=self.where(sample))
+
+    def _tar(self, tar: int) -> _OpenTar:
+        if self._pid != os.getpid():
+            self._reset()
+        with self._lock:
+            opened = self._open.get(tar)
+            if opened is None:
+                opened = _OpenTar(self.index.tars[tar], self.index.tar_nbytes[tar])
+                self._open[tar] = opened
+                if len(self._open) > _MAX_OPEN_TARS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(tar)
+        return opened

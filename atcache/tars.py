@@ -1,0 +1,101 @@
+"""Which tars a `--data` option names: brace patterns, folders and lists, with one clear sentence for what cannot be."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from atcache.errors import SourceError
+from atcache.images import IMAGE_EXTENSIONS
+
+_MAX_TARS = 1_000_000
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
+
+
+def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """The tars that `data` names, all existing files with basenames of their own.
+
+    Args:
+        data: a brace pattern (`train-{000000..001281}.tar`) or shell pattern (`train-*.tar`), one tar, a folder of tars
+            (taken in the order of their names), or a list of any of these. `~` is the home folder.
+
+    Raises:
+        SourceError: nothing matches, a tar is missing, is no plain tar, or shares its basename with another.
+    """
+    specs = [data] if isinstance(data, (str, Path)) else list(data)
+    tars = tuple(path for spec in specs for path in _expand(str(spec)))
+    if not tars:
+        raise SourceError("no tars were given. Name at least one WebDataset tar, or a folder of tars.")
+    seen: dict[str, Path] = {}
+    for path in tars:
+        if path.name in seen:
+            raise SourceError(
+                f"two tars are called {path.name} ({seen[path.name]} and {path}), but samples are known by their tar's "
+                "name and key. Rename one."
+            )
+        seen[path.name] = path
+    return tars
+
+
+def _expand(spec: str) -> list[Path]:
+    if spec.startswith("pipe:") or "://" in spec:
+        raise SourceError(f"{spec!r} is a URL or a command; samples are read in place. Download the tars first.")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _tars_in(path)
+    if path.exists():
+        paths = [path]
+    elif glob.has_magic(spec):
+        paths = [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207 - Path.glob takes no absolute pattern
+    else:
+        paths = _expand_braces(str(path))
+    missing = [path for path in paths if not path.is_file()]
+    if len(missing) == len(paths):
+        raise SourceError(f"{spec!r} matches no file. Check the folder ({path.parent}) and the pattern.")
+    if missing:
+        raise SourceError(
+            f"{len(missing)} of the {len(paths)} tars of {spec!r} are missing, the first is {missing[0]}. Copy them "
+            "or narrow the pattern."
+        )
+    for path in paths:
+        _check_suffix(path)
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[Path]:
+    from braceexpand import braceexpand
+
+    try:
+        paths = [Path(name) for name in islice(braceexpand(pattern), _MAX_TARS + 1)]
+    except ValueError:  # its UnbalancedBracesError
+        raise SourceError(f"{pattern!r} has unbalanced braces; expected like train-{{000000..001281}}.tar.") from None
+    if len(paths) > _MAX_TARS:
+        raise SourceError(f"{pattern!r} stands for more than {_MAX_TARS} tars. Check its numbers.")
+    return paths
+
+
+def _check_suffix(path: Path) -> None:
+    if path.name.lower().endswith(_COMPRESSED):
+        raise SourceError(f"{path} is compressed. Decompress it first: samples are read in place.")
+    if path.suffix.lower() in IMAGE_EXTENSIONS:
+        raise SourceError(f"{path} is an image. Run `atcache pack` on a folder with one folder a class to make tars.")
+    if path.suffix.lower() != ".tar":
+        raise SourceError(f"{path} is no .tar file. Name WebDataset tars, or a folder of tars.")
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    entries = sorted(folder.iterdir())
+    tars = [path for path in entries if path.suffix.lower() == ".tar" and path.is_file()]
+    if tars:
+        return tars
+    for path in entries:
+        if path.name.lower().endswith(_COMPRESSED):
+            _check_suffix(path)
+    if any(path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS for path in entries):
+        raise SourceError(
+            f"{folder} holds no tars; it looks like an image folder. Run `atcache pack --data {folder} --out TARS` and "
+            "give the folder it makes."
+        )
+    raise SourceError(f"{folder} holds no tars. Name WebDataset tars, or a folder of tars.")
