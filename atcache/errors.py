@@ -1,7 +1,7 @@
 """The errors atcache raises for its users' mistakes and for damaged data.
 
-Each is also the built-in a caller would expect, so `except ValueError` keeps working. The message is for a person: what,
-which value, what was expected, what to do. Anything else that escapes is a bug of ours and keeps its traceback.
+Each is also the built-in a caller would expect, so `except ValueError` keeps working. The message is for a person:
+what, which value, what was expected, what to do. Anything else that escapes is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _SCALE_NBYTES = 2  # a float16, stored as two int8 codes behind the vectors' cod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Codec(Codec):
-    """Each q and k vector divided by its own absolute maximum: no calibration, nothing clipped, about 3x smaller maps."""
+    """Each q and k vector divided by its own absolute maximum: no calibration, nothing clipped."""
 
     name: ClassVar[str] = "int8"
 
@@ -52,8 +52,8 @@ class Int8Coder(Coder):
         scale_BTN = (vectors_BTND.abs().amax(dim=-1) / _LARGEST_CODE).half()
         if not bool(torch.isfinite(scale_BTN).all()):
             raise CodecError(
-                f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is over {_LARGEST_CODE * 65504}, "
-                "the largest that codec int8 holds, or is not a number. Check the teacher's weights and precision."
+                f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is no number or over "
+                f"{_LARGEST_CODE * 65504}, the largest that codec int8 holds. Check the teacher's weights and precision."
             )
         # Dividing by the rounded scale, the one decoding multiplies by. Where float16 rounds a scale to 0 (every
         # value under 4e-6) the codes are 0; where it rounds a tiny scale down, the clamp keeps codes in range.

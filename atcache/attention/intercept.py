@@ -1,0 +1,132 @@
+"""Routing a model's attention calls through a handler, block by block.
+
+`torch.overrides.TorchFunctionMode` sees every call of `scaled_dot_product_attention`, whichever timm class makes it,
+after q/k norm and rotary embedding; hooks on the blocks tell which block is running. So one mechanism serves every ViT
+that is built on that call, and the model itself is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_SDPA = F.scaled_dot_product_attention
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class AttentionCall:
+    """One call of scaled_dot_product_attention, seen from outside."""
+
+    block: int
+    """Index of the block that made it."""
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    """Additive float or boolean (True keeps), as the block passed it."""
+    dropout_p: float
+    is_causal: bool
+    scale: float
+    """Multiplies query key^T; the default of the call filled in."""
+    enable_gqa: bool
+
+    def run(self) -> Tensor:
+        """What the call would have returned."""
+        return _SDPA(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=self.attn_mask,
+            dropout_p=self.dropout_p,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
+    def bias(self) -> Tensor | None:
+        """The mask as an additive float bias that broadcasts to (batch, head, query, key); None for none."""
+        if self.is_causal:
+            keep = torch.ones(
+                self.query.shape[-2], self.key.shape[-2], dtype=torch.bool, device=self.query.device
+            ).tril()
+        elif self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
+            keep = self.attn_mask
+        else:
+            mask = self.attn_mask
+            return None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        bias = torch.zeros_like(keep, dtype=self.query.dtype).masked_fill_(~keep, float("-inf"))
+        return bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+
+
+class AttentionIntercept(TorchFunctionMode):
+    """While active, each block's attention call is answered by `handler`; calls outside the blocks pass through.
+
+    A context manager for one thread; hooks are removed on leaving, whatever happened.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, handler: Callable[[AttentionCall], Tensor]) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self._handler = handler
+        self._running: int | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> AttentionIntercept:
+        for index, block in enumerate(self._blocks):
+            self._hooks.append(block.register_forward_pre_hook(self._make_enter(index)))
+            self._hooks.append(block.register_forward_hook(self._leave))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:  # noqa: ANN401 - the base class's signature
+        super().__exit__(*exc_info)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._running = None
+
+    def _make_enter(self, index: int) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self._running = index
+
+        return enter
+
+    def _leave(self, *_: object) -> None:
+        self._running = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - torch's own signature
+        """See `TorchFunctionMode`."""
+        del types
+        kwargs = kwargs or {}
+        if func is not _SDPA or self._running is None:
+            return func(*args, **kwargs)
+        return self._handler(_attention_call(self._running, args, kwargs))
+
+
+def _attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
+    given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    scale = given.get("scale")
+    return AttentionCall(
+        block=block,
+        query=given["query"],
+        key=given["key"],
+        value=given["value"],
+        attn_mask=given.get("attn_mask"),
+        dropout_p=given.get("dropout_p", 0.0),
+        is_causal=given.get("is_causal", False),
+        scale=given["query"].shape[-1] ** -0.5 if scale is None else scale,
+        enable_gqa=given.get("enable_gqa", False),
+    )

@@ -1,0 +1,88 @@
+"""Attention with given factors, and its pieces for backward passes. No token x token matrix outlives a slice.
+
+Work goes slice by slice: some samples at a time, and when one sample's map is too large some of its query rows. A
+slice's matrices stay under `SLICE_NBYTES`, so memory grows with the number of tokens, not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atcache.attention.factors import LayerFactors
+
+SLICE_NBYTES = 64 * 2**20
+"""Bytes that one float32 (batch, head, query, key) matrix of a slice may take."""
+
+
+def copy_attention(teacher: LayerFactors, value_BHTD: Tensor) -> Tensor:
+    """softmax(scale * q k^T + bias) v with the teacher's q and k: gradients reach `value_BHTD` only.
+
+    The stock call's backward would compute the gradients of q and k too, although nobody wants them. This one keeps q
+    and k, forms the map of one slice again and returns dV = A^T dO.
+
+    Args:
+        teacher: one layer's factors; moved to the dtype of `value_BHTD`.
+        value_BHTD: the student's values, shape (batch, head, token, any head dim).
+
+    Returns:
+        Shape and dtype of `value_BHTD`.
+    """
+    bias = None if teacher.bias is None else teacher.bias.to(value_BHTD.dtype)
+    q_BHTD, k_BHTD = teacher.q_BHTD.to(value_BHTD.dtype), teacher.repeated_k_BHTD().to(value_BHTD.dtype)
+    return _CopyAttention.apply(q_BHTD, k_BHTD, value_BHTD, bias, teacher.scale)  # pyright: ignore[reportReturnType]
+
+
+class _CopyAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's own signature
+        q_BHTD: Tensor,
+        k_BHTD: Tensor,
+        value_BHTD: Tensor,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q_BHTD, k_BHTD, bias)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, value_BHTD, attn_mask=bias, scale=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, None, None]:  # noqa: ANN401
+        q_BHTD, k_BHTD, bias = ctx.saved_tensors
+        (upstream_BHTD,) = upstream
+        grad_BHTD = torch.zeros_like(upstream_BHTD, memory_format=torch.contiguous_format)
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            for samples, queries in slices(q_BHTD):
+                logits = logits_slice(q_BHTD, k_BHTD, bias, ctx.scale, samples, queries)
+                attn_BHQK = torch.softmax(logits, dim=-1).to(upstream_BHTD.dtype)
+                grad_BHTD[samples] += attn_BHQK.mT @ upstream_BHTD[samples, :, queries]
+        return None, None, grad_BHTD, None, None
+
+
+def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The (samples, queries) slices whose float32 maps each fit in SLICE_NBYTES, covering all rows once."""
+    num_samples, num_heads, num_tokens, _ = q_BHTD.shape
+    row_nbytes = 4 * num_heads * num_tokens
+    num_rows = max(1, SLICE_NBYTES // row_nbytes)
+    samples_each, queries_each = max(1, num_rows // num_tokens), min(num_rows, num_tokens)
+    for first_sample in range(0, num_samples, samples_each):
+        for first_query in range(0, num_tokens, queries_each):
+            yield slice(first_sample, first_sample + samples_each), slice(first_query, first_query + queries_each)
+
+
+def logits_slice(
+    q_BHTD: Tensor, k_BHTD: Tensor, bias: Tensor | None, scale: float, samples: slice, queries: slice
+) -> Tensor:
+    """scale * q k^T + bias of one slice, in float32 or wider: a fresh tensor, free to be overwritten."""
+    logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
+    logits_BHQK = logits_BHQK.to(torch.promote_types(torch.float32, logits_BHQK.dtype)).mul_(scale)
+    if bias is not None:
+        logits_BHQK += bias[
+            samples if bias.shape[0] > 1 else slice(None), :, queries if bias.shape[2] > 1 else slice(None)
+        ]
+    return logits_BHQK

@@ -1,0 +1,138 @@
+"""Copy and distillation against the plain formulas, in float64, with every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from atcache.attention import kernels
+from atcache.attention.factors import LayerFactors
+from atcache.attention.kernels import copy_attention
+from atcache.attention.losses import attention_distillation_loss
+from atcache.errors import AttentionShapeError
+
+
+def make_factors(seed, batch=3, heads=2, tokens=7, head_dim=4, kv_heads=None, bias_batch=None, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    return LayerFactors(
+        q_BHTD=draw(batch, heads, tokens, head_dim),
+        k_BHTD=draw(batch, kv_heads or heads, tokens, head_dim),
+        scale=0.3,
+        bias=None if bias_batch is None else draw(bias_batch, heads, tokens, tokens),
+    )
+
+
+def plain_maps(factors):
+    logits = factors.scale * factors.q_BHTD @ factors.repeated_k_BHTD().mT
+    return torch.softmax(logits if factors.bias is None else logits + factors.bias, dim=-1)
+
+
+def plain_loss(teacher, student):
+    return -(plain_maps(teacher).detach() * plain_maps(student).log()).sum(-1).mean()
+
+
+def gradients(loss, tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+# 1 byte cuts to one row a slice; 2000 to a sample or so; the default holds everything.
+@pytest.fixture(params=[1, 2000, kernels.SLICE_NBYTES])
+def slice_nbytes(request, monkeypatch):
+    monkeypatch.setattr(kernels, "SLICE_NBYTES", request.param)
+
+
+@pytest.mark.usefixtures("slice_nbytes")
+@pytest.mark.parametrize("bias_batch", [None, 1, 3])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_copy_equals_the_plain_formula_and_only_v_has_a_gradient(bias_batch, kv_heads):
+    teacher = make_factors(0, bias_batch=bias_batch, kv_heads=kv_heads)
+    value = torch.randn(3, 2, 7, 5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 2, 7, 5, dtype=torch.float64)
+    out = copy_attention(teacher, value)
+    expected = plain_maps(teacher).detach() @ value
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
+    out.backward(upstream)
+    grad = value.grad.clone()
+    value.grad = None
+    expected.backward(upstream)
+    torch.testing.assert_close(grad, value.grad, rtol=0, atol=1e-14)
+    assert teacher.q_BHTD.grad is None
+    assert teacher.k_BHTD.grad is None
+
+
+@pytest.mark.usefixtures("slice_nbytes")
+@pytest.mark.parametrize("student_bias", [None, 1, 3])
+@pytest.mark.parametrize("teacher_bias", [None, 1])
+def test_distillation_equals_the_plain_formula_in_loss_and_gradients(student_bias, teacher_bias):
+    teacher = make_factors(0, bias_batch=teacher_bias)
+    student = make_factors(1, head_dim=6, bias_batch=student_bias)
+    wanted = [t for t in (student.q_BHTD, student.k_BHTD, student.bias) if t is not None]
+    loss, plain = attention_distillation_loss(teacher, student), plain_loss(teacher, student)
+    torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
+    for got, expected in zip(gradients(3 * loss, wanted), gradients(3 * plain, wanted), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+
+
+def test_distillation_gradients_pass_gradcheck_with_grouped_keys():
+    teacher = make_factors(0)
+    student = make_factors(1, kv_heads=1)
+    assert torch.autograd.gradcheck(
+        lambda q, k: attention_distillation_loss(teacher, LayerFactors(q_BHTD=q, k_BHTD=k, scale=0.7)),
+        (student.q_BHTD, student.k_BHTD),
+    )
+
+
+def test_distilling_a_student_equal_to_its_teacher_gives_the_entropy_and_no_gradient():
+    teacher = make_factors(0)
+    attn = plain_maps(teacher)
+    loss = attention_distillation_loss(teacher, teacher)
+    torch.testing.assert_close(loss, -(attn * attn.log()).sum(-1).mean())
+    for grad in gradients(loss, [teacher.q_BHTD, teacher.k_BHTD]):
+        assert float(grad.abs().max()) < 1e-16
+
+
+def test_keys_masked_on_both_sides_leave_loss_and_gradients_finite():
+    mask = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
+    mask[..., -1] = -torch.inf
+    teacher, free = make_factors(0), make_factors(1)
+    teacher = LayerFactors(q_BHTD=teacher.q_BHTD, k_BHTD=teacher.k_BHTD, scale=0.3, bias=mask)
+    student = LayerFactors(q_BHTD=free.q_BHTD, k_BHTD=free.k_BHTD, scale=0.3, bias=mask)
+    loss = attention_distillation_loss(teacher, student)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(grad).all() for grad in gradients(loss, [student.q_BHTD, student.k_BHTD]))
+
+
+def test_students_of_other_token_counts_are_refused():
+    with pytest.raises(AttentionShapeError, match=r"\(3, 2, 7\).*\(3, 2, 5\).*teacher's heads and tokens"):
+        attention_distillation_loss(make_factors(0), make_factors(1, tokens=5))
+
+
+class LargestTensor(TorchFunctionMode):
+    """The most elements any tensor had that a torch function returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_token_by_token_size_is_ever_made(monkeypatch):
+    batch, heads, tokens = 2, 2, 300
+    monkeypatch.setattr(kernels, "SLICE_NBYTES", 4 * heads * tokens * 16)  # 16 rows a slice
+    teacher = make_factors(0, batch, heads, tokens, dtype=torch.float32)
+    student = make_factors(1, batch, heads, tokens, dtype=torch.float32)
+    with LargestTensor() as largest:
+        attention_distillation_loss(teacher, student).backward()
+        copy_attention(teacher, student.q_BHTD).sum().backward()
+    assert 0 < largest.num_elements <= max(heads * tokens * 16, batch * heads * tokens * 4)
