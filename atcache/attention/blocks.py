@@ -1,0 +1,118 @@
+"""A ViT's blocks and tokens, and the reasons why some attention is no token x token softmax of q and k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from atcache.errors import UnsupportedAttentionError
+from atcache.tokens import TokenLayout
+
+_WINDOWED = "attention is windowed: there is a map a window, not one over all tokens"
+_POOLED = "queries or keys are pooled, so the map is not square"
+_CHANNELS = "the map is channel x channel, not token x token"
+_CLASS_ONLY = "only the class token has a query, so the map is one row"
+_TWO_SOFTMAXES = "its map is the difference of two softmaxes"
+_MIXED = "heads are mixed after the softmax, so no head's map is a softmax of its own q and k"
+_NO_SOFTMAX = "attention is not a softmax of q k^T"
+
+# Names of timm 1.0 classes; "module.Class" where the bare name means something else in another module. Classes not
+# listed are judged by what they do when the model runs.
+_REASONS = {
+    "WindowAttention": _WINDOWED,
+    "WindowMultiHeadAttention": _WINDOWED,
+    "WindowAttentionGlobal": _WINDOWED,
+    "MaskUnitAttention": "tokens are grouped in mask units (windows) and queries are pooled",
+    "LocallyGroupedAttn": _WINDOWED,
+    "GlobalSubSampleAttn": _POOLED,
+    "MultiScaleAttention": _POOLED,
+    "MultiScaleAttentionPoolFirst": _POOLED,
+    "pvt_v2.Attention": _POOLED,
+    "XCA": _CHANNELS,
+    "CrossCovarianceAttn": _CHANNELS,
+    "ChannelAttention": _CHANNELS,
+    "ChannelAttentionV2": _CHANNELS,
+    "ClassAttn": _CLASS_ONLY,
+    "CrossAttention": _CLASS_ONLY,
+    "ClassAttention": _CLASS_ONLY,
+    "DiffAttention": _TWO_SOFTMAXES,
+    "DiffParallelScalingBlock": _TWO_SOFTMAXES,
+    "TalkingHeadAttn": _MIXED,
+    "efficientformer_v2.Attention2d": _MIXED,
+    "GPSA": "its map mixes two softmaxes, one of content and one of position",
+    "OutlookAttention": _NO_SOFTMAX,
+    "LinearAttention": _NO_SOFTMAX,
+    "LinearSelfAttention": _NO_SOFTMAX,
+    "FactorAttnConvRelPosEnc": _NO_SOFTMAX,
+}
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's transformer blocks in the order they run; layer i of a cache is block i.
+
+    Raises:
+        UnsupportedAttentionError: the model has no `.blocks`, or attention in them is known not to be one softmax of
+            q k^T over all tokens. The message names model, attention class and reason.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
+        for module in model.modules():
+            if (reason := _known_reason(module)) is not None:
+                raise unsupported(model, module, reason)
+        raise unsupported(
+            model, _attention_in(model), "the model has no list of equal blocks (`.blocks`), as plain ViTs have"
+        )
+    for block in blocks:
+        for module in block.modules():
+            if (reason := _known_reason(module)) is not None:
+                raise unsupported(model, module, reason)
+    return nn.ModuleList(blocks)
+
+
+def token_layout(model: nn.Module) -> TokenLayout:
+    """The order of the model's tokens at the image size it was made for.
+
+    Raises:
+        UnsupportedAttentionError: the model has no patch grid of a fixed size.
+    """
+    grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None:
+        find_blocks(model)  # names a better reason where there is one
+        raise unsupported(model, _attention_in(model), "the model has no patch grid (`.patch_embed.grid_size`)")
+    grid_height, grid_width = grid
+    return TokenLayout(
+        num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
+        grid_height=int(grid_height),
+        grid_width=int(grid_width),
+    )
+
+
+def model_label(model: nn.Module) -> str:
+    """What to call the model in a message: its timm name, or its class."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+    return str(name or type(model).__name__)
+
+
+def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
+    """The refusal of `model` whose attention class is that of `attention` (or of the block it is in)."""
+    found = _attention_in(attention)
+    return UnsupportedAttentionError(
+        f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}. "
+        "Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
+    )
+
+
+def _known_reason(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    qualified = f"{type(module).__module__.rpartition('.')[2]}.{name}"
+    return _REASONS.get(qualified, _REASONS.get(name))
+
+
+def _attention_in(module: nn.Module) -> nn.Module:
+    """The first module whose class calls itself attention, or `module` where none does."""
+    for child in module.modules():
+        if any(word in type(child).__name__ for word in ("Attention", "Attn")):
+            return child
+    return module
