@@ -1,13 +1,14 @@
 """Seeing a model's factors: q and k as they arrive at `scaled_dot_product_attention`, for any plain timm ViT.
 
-Interception happens at the call, so that q/k norms, rotary embeddings and biases of every family are already in, and the
-model keeps its fused attention: no map is ever formed.
+Interception happens at the call: q/k norms, rotary embeddings and biases of every family are already in, and the model
+keeps its fused attention, so no map is ever formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -82,11 +83,8 @@ class FactorCapture:
     def _run(self, images: Tensor, recorder: _Recorder) -> list[LayerFactors]:
         # Some timm models have no forward_features; the exception stops them before their head all the same.
         forward: Callable[[Tensor], Any] = getattr(self.model, "forward_features", self.model)
-        with torch.no_grad(), recorder.attached(), recorder:
-            try:
-                forward(images)
-            except _LastLayerSeen:
-                pass
+        with torch.no_grad(), recorder.attached(), recorder, suppress(_LastLayerSeen):
+            forward(images)
         factors = recorder.factors_of_wanted_layers()
         if self._geometry is None:
             self._geometry = self._geometry_of(factors, recorder)
@@ -234,10 +232,10 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Any,
-        types: Any,
+        func: Callable[..., Any],
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,  # noqa: ANN401
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         arguments = dict(kwargs or {})
         if func is not functional.scaled_dot_product_attention or self._running is None:
@@ -377,8 +375,8 @@ def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, va
     error = float((output.float() - expected).norm() / expected.norm().clamp_min(1e-12))
     if not error < tolerance:
         raise UnsupportedAttentionError(
-            f"{model_label(model)}: in layer {layer} softmax(scale q k^T + bias) v differs from the model's own attention "
-            f"by {error:.1%}, expected less than {tolerance:.1%}."
+            f"{model_label(model)}: in layer {layer} softmax(scale q k^T + bias) v differs from the model's own "
+            f"attention by {error:.1%}, expected less than {tolerance:.1%}."
         )
 
 
@@ -410,6 +408,6 @@ def _checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int
     outside = [index for index in chosen if not 0 <= index < limit]
     if outside:
         raise ConfigError(f"{what} {outside[0]} does not exist: the model has {limit}, numbered 0 to {limit - 1}.")
-    if not chosen or any(a >= b for a, b in zip(chosen, chosen[1:], strict=False)):
+    if not chosen or any(a >= b for a, b in pairwise(chosen)):
         raise ConfigError(f"{what}s {chosen}: expected at least one, ascending, without repeats.")
     return chosen

@@ -1,0 +1,207 @@
+"""Weight files: read without running what is in them, fitted into a timm model, and named by their sha256."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from atcache.attention.blocks import model_label
+from atcache.errors import TeacherError
+
+WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
+"""Keys a checkpoint may hold its weights under, most wanted first: averaged weights before the last ones."""
+PREFIXES = ("_orig_mod.", "module.", "backbone.", "encoder.")
+"""What wrappers and training code put before a parameter's name."""
+AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
+"""Parameters that run after the last block. No map depends on them, so a file may lack them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What became of a file's weights."""
+
+    num_loaded: int
+    """Tensors of the model that came from the file."""
+    fresh: tuple[str, ...]
+    """Parameters after the blocks that the file lacks; they keep their initial values."""
+    dropped: tuple[str, ...]
+    """First parts of the names of the file's tensors that the model has no place for, such as "decoder_blocks"."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file by parameter name, on the CPU; wrappers and prefixes taken off.
+
+    Torch files are read with `weights_only=True`, so nothing in them can run. Of several sets of weights in one file,
+    the first of `WRAPPERS` is taken.
+
+    Raises:
+        TeacherError: the file is missing, of another format, or holds pickled objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TeacherError(f"weights {path}: no such file.")
+    with path.open("rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"
+    checkpoint: Any = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    weights = _tensors(_unwrapped(checkpoint))
+    if not weights:
+        raise TeacherError(f"weights {path}: no tensors found, neither at the top nor under {', '.join(WRAPPERS)}.")
+    for prefix in PREFIXES:
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        others = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+        weights = {**others, **stripped}
+    return weights
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: bool = True) -> LoadReport:
+    """Put `weights` into `model`, in place, through timm's own conversion for its family, and say what was left over.
+
+    Position and patch embeddings of another size are interpolated by timm. All that the maps depend on must be there.
+
+    Args:
+        model: a timm model.
+        weights: as from `read_weights`; not changed.
+        keep_head: False leaves the model's classifier as it is. One of another shape is never taken.
+
+    Raises:
+        TeacherError: something before or in the blocks is missing or has another shape; the message names it. The
+            model is unchanged then.
+    """
+    weights, decoder = _without_decoder(weights)
+    fitted = _converted(model, weights)
+    wanted = model.state_dict()
+    for name in list(fitted):
+        is_head = name.startswith(("head.", "head_dist."))
+        if is_head and (not keep_head or name not in wanted or fitted[name].shape != wanted[name].shape):
+            del fitted[name]
+    missing = [name for name in wanted if name not in fitted and not name.startswith(AFTER_BLOCKS)]
+    if missing:
+        raise TeacherError(
+            f"{model_label(model)}: {len(missing)} of {len(wanted)} tensors are missing in the weights, the first "
+            f"{_first(missing)}. The weights are of another model, or under names this model does not know."
+        )
+    known = {name: tensor for name, tensor in fitted.items() if name in wanted}
+    misfits = [name for name, tensor in known.items() if tensor.shape != wanted[name].shape]
+    if misfits:
+        name = misfits[0]
+        raise TeacherError(
+            f"{model_label(model)}: {len(misfits)} tensors have another shape in the weights, the first {name}: "
+            f"{tuple(known[name].shape)}, expected {tuple(wanted[name].shape)}. Choose the model these weights are of."
+        )
+    model.load_state_dict(known, strict=False)
+    dropped = [name for name in (*decoder, *fitted) if name not in wanted]
+    return LoadReport(
+        num_loaded=len(known),
+        fresh=tuple(name for name in wanted if name not in known),
+        dropped=tuple(sorted({name.partition(".")[0] for name in dropped})),
+    )
+
+
+def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
+    """The sha256 over the model's state dict: names in sorted order, types, shapes and bytes; 64 hex digits.
+
+    The same weights give the same digits whatever file they came in and whatever device they are on.
+
+    Args:
+        model: any module.
+        without: prefixes of names to leave out, such as `AFTER_BLOCKS`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # numpy knows no bfloat16; bytes are bytes. A scalar has no last axis to view as bytes.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Fetch it again.") from error
+
+
+def _read_torch(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    try:
+        # Training scripts keep their argparse.Namespace beside the weights; setting its attributes runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        detail = str(error)
+        if "Unsupported" in detail or "GLOBAL" in detail:
+            raise TeacherError(
+                f"weights {path}: the file holds pickled Python objects beside tensors, which could run code when "
+                "read; it was not read. Where you trust it, save its state dict alone (as safetensors, or with "
+                "torch.save(model.state_dict(), ...))."
+            ) from error
+        raise TeacherError(f"weights {path}: neither a safetensors nor a torch file.") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise TeacherError(f"weights {path}: neither a safetensors nor a torch file, or damaged.") from error
+
+
+def _unwrapped(checkpoint: object) -> dict[str, Any]:
+    if not isinstance(checkpoint, dict):
+        return {}
+    entries = cast("dict[str, Any]", checkpoint)
+    for wrapper in WRAPPERS:
+        if isinstance(entries.get(wrapper), dict) and (inner := _unwrapped(entries[wrapper])):
+            return inner
+    return entries
+
+
+def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+
+
+def _without_decoder(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights without those of MAE's decoder, and the names of these."""
+    decoder = [name for name in weights if name.startswith("decoder")]
+    if decoder and "mask_token" in weights:
+        # timm takes a file with a mask token for DINOv2's; this one is the decoder's.
+        decoder.append("mask_token")
+    return {name: tensor for name, tensor in weights.items() if name not in decoder}, decoder
+
+
+def _converted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the model's own names, resized to it."""
+    convert = _timm_filter(model)
+    if convert is None:
+        return weights
+    options: dict[str, Any] = {}
+    if "adapt_layer_scale" in inspect.signature(convert).parameters:
+        options["adapt_layer_scale"] = True
+    try:
+        return dict(convert(weights, model, **options))
+    except Exception as error:  # timm's conversions fail in their own ways on files they were not written for
+        raise TeacherError(
+            f"{model_label(model)}: timm cannot convert these weights ({type(error).__name__}: {error}). "
+            "Choose the model these weights are of."
+        ) from error
+
+
+def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions are untyped
+    from timm.models import is_model, model_entrypoint
+
+    name = model_label(model)
+    module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
+    return getattr(sys.modules[module], "checkpoint_filter_fn", None)
+
+
+def _first(names: Iterable[str], limit: int = 3) -> str:
+    return ", ".join(list(names)[:limit])
