@@ -1,0 +1,109 @@
+"""Files that are whole or absent, also after a power cut: temp file, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from atcache.errors import DiskFullError
+
+_PARTIAL_NAME = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.partial")
+
+
+def partial_path(path: Path) -> Path:
+    """A fresh temp name beside `path`, which `sweep_partials` knows as ours."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
+def sweep_partials(path: Path | str) -> int:
+    """Remove what killed writers of this cache left behind; returns how many. No other writer may be at work.
+
+    These are temp files inside of the cache, and beside it the temp folders of caches that were never created.
+    """
+    path = Path(path)
+    num_removed = 0
+    for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if _PARTIAL_NAME.fullmatch(sibling.name) and sibling.is_dir() and not sibling.is_symlink():
+            shutil.rmtree(sibling)
+            num_removed += 1
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if _PARTIAL_NAME.fullmatch(name):
+                (Path(folder) / name).unlink(missing_ok=True)
+                num_removed += 1
+    return num_removed
+
+
+@contextmanager
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a `DiskFullError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            f"{path} cannot be written: {os.strerror(error.errno)}. What was stored before is valid; make room and "
+            "run the same `atcache build` command again to continue."
+        ) from error
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents so that they survive a power cut. Other processes may do the same."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_path(path.parent)
+
+
+def fsync_tree(path: Path) -> None:
+    """`fsync_path` for a folder and everything below it."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write or replace a whole file, durably: afterwards it is there, or after an error what was there before."""
+    partial = partial_path(path)
+    with disk_errors_explained(path):
+        try:
+            with partial.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            fsync_path(path.parent)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                partial.unlink()
+            raise
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """JSON as every file of a cache has it: sorted keys, so that equal content means equal bytes.
+
+    Raises:
+        ValueError: a float is not finite, which JSON cannot say.
+    """
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,339 @@
+"""The shape of a cache: which arrays it has, how they are cut into shards and chunks, which task writes what. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from atcache.errors import ConfigError
+
+FORMAT = 1
+"""The format number this version writes and reads; `docs/format.md` says what it means."""
+
+CODES_DTYPES = ("int8", "uint8", "int16", "int32")
+"""Integers every Zarr v3 library reads."""
+
+BLOSC = "blosc-zstd-bitshuffle"
+ZSTD = "zstd"
+COMPRESSORS = (BLOSC, ZSTD)
+
+# Limits that no real cache comes near. They keep a damaged or hostile layout from asking for absurd memory.
+MAX_CHUNK_NBYTES = 2**30
+MAX_CHUNKS_PER_SHARD = 2**24
+MAX_NUM_TASKS = 10**7
+MAX_NUM_SAMPLES = 2**31 - 1
+MAX_NUM_VIEWS = 10_000
+
+
+class Status(IntEnum):
+    """What became of one sample of one view (`views/status`). Numbers from 2 are those of `atcache.source.Problem`."""
+
+    PENDING = 0
+    STORED = 1
+    NO_IMAGE = 2
+    NO_LABEL = 3
+    DUPLICATE_KEY = 4
+    TRUNCATED = 5
+    UNDECODABLE = 6
+
+
+def describe_status(status: int) -> str:
+    """A status as words, for messages.
+
+    >>> describe_status(6)
+    'undecodable'
+    """
+    known = {int(member): member.name.lower().replace("_", " ") for member in Status}
+    return known.get(status, f"status {status}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Task:
+    """The work that writes one shard of every array: one view of the samples [start, stop)."""
+
+    view: int
+    block: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """The name of the task's commit record.
+
+        >>> Task(view=0, block=3, start=300, stop=400).name
+        'v0000-b000003'
+        """
+        return f"v{self.view:04d}-b{self.block:06d}"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the block; fewer in the last one of a view."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArraySpec:
+    """One array that tasks write: its first axes are (view, sample), one shard is one task."""
+
+    name: str
+    """Path in the cache, such as "attention/codes"."""
+    dtype: str
+    shape: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    dimension_names: tuple[str, ...]
+    compressor: str
+    """One of `COMPRESSORS`."""
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one decompressed chunk, always: chunks that stick out of the array are padded."""
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def chunks_per_shard(self) -> tuple[int, ...]:
+        """Chunks along each axis of a shard."""
+        return tuple(shard // chunk for shard, chunk in zip(self.shard_shape, self.chunk_shape, strict=True))
+
+    @property
+    def num_chunks_per_shard(self) -> int:
+        """Entries in a shard's index."""
+        return math.prod(self.chunks_per_shard)
+
+    @property
+    def num_chunks_per_sample(self) -> int:
+        """Consecutive index entries of one sample; 0 when one chunk holds all samples of the shard."""
+        return self.num_chunks_per_shard // self.shard_shape[1] if self.chunk_shape[1] == 1 else 0
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes at the end of a shard: offset and length (uint64) of every chunk, and the index's crc32c."""
+        return 16 * self.num_chunks_per_shard + 4
+
+    @property
+    def max_encoded_nbytes(self) -> int:
+        """More than any encoded chunk can have: zstd and blosc add less than this to incompressible data."""
+        return self.chunk_nbytes + self.chunk_nbytes // 64 + 1024
+
+    def shard_file(self, task: Task) -> str:
+        """Path of a task's shard inside the cache.
+
+        >>> layout.codes.shard_file(Task(0, 3, 300, 400))  # doctest: +SKIP
+        'attention/codes/c/0/3/0/0/0'
+        """
+        return "/".join([self.name, "c", str(task.view), str(task.block), *["0"] * (len(self.shape) - 2)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreLayout:
+    """The numbers every array of a cache follows from. Stored in the cache's attributes."""
+
+    num_views: int
+    num_samples: int
+    num_layers: int
+    """Layers stored, not layers of the teacher."""
+    num_tokens: int
+    num_components: int
+    """Codes of one token in one layer."""
+    codes_dtype: str
+    """One of `CODES_DTYPES`."""
+    samples_per_shard: int
+    """Samples in a task, and so in a shard; see `plan_samples_per_shard`."""
+    layers_per_chunk: int
+    """Divides `num_layers`; see `plan_layers_per_chunk`."""
+    parameter_names: tuple[str, ...]
+    """What the components of `views/parameters` mean."""
+    pixels: tuple[int, int] | None = None
+    """(height, width) of the stored images; None when views are replayed from the tars."""
+    compressor: str = BLOSC
+    """How codes are compressed, one of `COMPRESSORS`. Which is smaller depends on the codec: measure."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_views": MAX_NUM_VIEWS,
+            "num_samples": MAX_NUM_SAMPLES,
+            "num_layers": 4096,
+            "num_tokens": 2**20,
+            "num_components": 2**24,
+            "samples_per_shard": MAX_CHUNKS_PER_SHARD,
+            "layers_per_chunk": 4096,
+        }
+        for name, limit in limits.items():
+            _check_count(name, getattr(self, name), limit)
+        for side in self.pixels or ():
+            _check_count("pixels", side, 2**16)
+        if self.num_layers % self.layers_per_chunk:
+            raise ConfigError(
+                f"layers_per_chunk={self.layers_per_chunk} does not divide num_layers={self.num_layers}; "
+                "choose a divisor, as plan_layers_per_chunk does."
+            )
+        if self.codes_dtype not in CODES_DTYPES:
+            raise ConfigError(f"codes_dtype={self.codes_dtype!r}: expected one of {', '.join(CODES_DTYPES)}.")
+        if self.compressor not in COMPRESSORS:
+            raise ConfigError(f"compressor={self.compressor!r}: expected one of {', '.join(COMPRESSORS)}.")
+        if not self.parameter_names or len(set(self.parameter_names)) != len(self.parameter_names):
+            raise ConfigError(f"parameter_names={self.parameter_names}: expected one or more different names.")
+        if self.num_views * self.num_blocks > MAX_NUM_TASKS:
+            raise ConfigError(
+                f"{self.num_views} views of {self.num_samples} samples in shards of {self.samples_per_shard} are "
+                f"{self.num_views * self.num_blocks} tasks, over {MAX_NUM_TASKS}. Raise samples_per_shard."
+            )
+        for spec in self.arrays():
+            if spec.chunk_nbytes > MAX_CHUNK_NBYTES or spec.num_chunks_per_shard > MAX_CHUNKS_PER_SHARD:
+                raise ConfigError(
+                    f"{spec.name} would have chunks of {spec.chunk_nbytes} bytes, {spec.num_chunks_per_shard} in a "
+                    f"shard; the limits are {MAX_CHUNK_NBYTES} and {MAX_CHUNKS_PER_SHARD}. Lower samples_per_shard "
+                    "or layers_per_chunk."
+                )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of samples, and so tasks, in a view."""
+        return -(-self.num_samples // self.samples_per_shard)
+
+    @property
+    def code_nbytes_per_view(self) -> int:
+        """Bytes of one sample's codes before compression."""
+        return self.num_layers * self.num_tokens * self.num_components * np.dtype(self.codes_dtype).itemsize
+
+    def tasks(self) -> list[Task]:
+        """All tasks, views first, blocks of samples in order within."""
+        return [self.task(view, block) for view in range(self.num_views) for block in range(self.num_blocks)]
+
+    def task(self, view: int, block: int) -> Task:
+        """One task by its place."""
+        start = block * self.samples_per_shard
+        return Task(view, block, start, min(start + self.samples_per_shard, self.num_samples))
+
+    def task_of(self, view: int, sample: int) -> Task:
+        """The task that writes a sample of a view."""
+        return self.task(view, sample // self.samples_per_shard)
+
+    @property
+    def codes(self) -> ArraySpec:
+        """`attention/codes`: a chunk is a few layers of one sample."""
+        tail = (self.num_tokens, self.num_components)
+        return ArraySpec(
+            name="attention/codes",
+            dtype=self.codes_dtype,
+            shape=(self.num_views, self.num_samples, self.num_layers, *tail),
+            shard_shape=(1, self.samples_per_shard, self.num_layers, *tail),
+            chunk_shape=(1, 1, self.layers_per_chunk, *tail),
+            dimension_names=("view", "sample", "layer", "token", "component"),
+            compressor=self.compressor,
+        )
+
+    @property
+    def rgb(self) -> ArraySpec | None:
+        """`pixels/rgb`: a chunk is one image; None when pixels are not stored."""
+        if self.pixels is None:
+            return None
+        return ArraySpec(
+            name="pixels/rgb",
+            dtype="uint8",
+            shape=(self.num_views, self.num_samples, *self.pixels, 3),
+            shard_shape=(1, self.samples_per_shard, *self.pixels, 3),
+            chunk_shape=(1, 1, *self.pixels, 3),
+            dimension_names=("view", "sample", "height", "width", "channel"),
+            compressor=ZSTD,
+        )
+
+    @property
+    def parameters(self) -> ArraySpec:
+        """`views/parameters`: what was drawn for each view."""
+        return self._views_array("parameters", "float32", len(self.parameter_names))
+
+    @property
+    def pixel_hash(self) -> ArraySpec:
+        """`views/pixel_hash`: hash of each augmented image; 0 where there is none."""
+        return self._views_array("pixel_hash", "uint64")
+
+    @property
+    def status(self) -> ArraySpec:
+        """`views/status`: a `Status` for each sample of each view."""
+        return self._views_array("status", "uint8")
+
+    def _views_array(self, name: str, dtype: str, num_parameters: int | None = None) -> ArraySpec:
+        tail = () if num_parameters is None else (num_parameters,)
+        return ArraySpec(
+            name=f"views/{name}",
+            dtype=dtype,
+            shape=(self.num_views, self.num_samples, *tail),
+            shard_shape=(1, self.samples_per_shard, *tail),
+            chunk_shape=(1, self.samples_per_shard, *tail),
+            dimension_names=("view", "sample", "parameter")[: 2 + len(tail)],
+            compressor=ZSTD,
+        )
+
+    def arrays(self) -> list[ArraySpec]:
+        """The arrays tasks write, in the order their shards are put in place: status last, so that it vouches."""
+        pixels = [] if self.rgb is None else [self.rgb]
+        return [self.codes, *pixels, self.parameters, self.pixel_hash, self.status]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> StoreLayout:
+        """The layout `to_json` came from.
+
+        Raises:
+            ConfigError: a field is missing, unknown or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ConfigError(f"layout has the fields {sorted(values)}; expected {sorted(names)}.")
+        parameter_names, pixels = values["parameter_names"], values["pixels"]
+        if not isinstance(parameter_names, list | tuple) or not all(isinstance(name, str) for name in parameter_names):
+            raise ConfigError(f"parameter_names={parameter_names!r}: expected a list of names.")
+        if pixels is not None and not (isinstance(pixels, list | tuple) and len(pixels) == 2):
+            raise ConfigError(f"pixels={pixels!r}: expected null or [height, width].")
+        return cls(
+            **{
+                **values,
+                "parameter_names": tuple(parameter_names),
+                "pixels": None if pixels is None else tuple(pixels),
+            }
+        )
+
+
+def _check_count(name: str, value: object, limit: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+        raise ConfigError(f"{name}={value!r}: expected an integer from 1 to {limit}.")
+
+
+def plan_samples_per_shard(
+    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = 8192
+) -> int:
+    """Samples a task takes, so that its shard has about `target_nbytes`.
+
+    Args:
+        nbytes_per_view: bytes one sample of one view takes on disk, or before compression: the caller's choice.
+        num_samples: samples in the source; a shard is never larger.
+        target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
+        max_samples: bounds the index of a shard, and the work lost, where views are tiny.
+
+    >>> plan_samples_per_shard(1_500_000, 1_281_167)
+    178
+    """
+    return max(1, min(target_nbytes // max(1, nbytes_per_view), num_samples, max_samples))
+
+
+def plan_layers_per_chunk(layer_nbytes: int, num_layers: int, target_nbytes: int = 32 * 2**10) -> int:
+    """Layers in a chunk: the largest divisor of `num_layers` whose chunk stays within `target_nbytes`, or 1.
+
+    A chunk is what a reader decompresses at least, so one layer of a large model; small ones share a chunk, because
+    compressors do badly on a few hundred bytes.
+
+    >>> plan_layers_per_chunk(4096, 12)
+    6
+    """
+    fitting = [count for count in range(1, num_layers + 1) if num_layers % count == 0]
+    return max([count for count in fitting if count * layer_nbytes <= target_nbytes], default=1)

@@ -1,0 +1,221 @@
+"""The arrays written once, when a cache is created: the sample table, the codec's state, the teacher's bias.
+
+They are written with zarr-python and read without it: reading stays free of its event loop (which forked data loaders
+do not like), and each chunk's size is checked before it is decompressed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atcache.errors import ConfigError, CorruptCacheError
+from atcache.store.chunks import ZSTD_LEVEL, DamagedChunkError, decompress_into
+from atcache.store.durable import encode_json
+from atcache.store.layout import MAX_CHUNK_NBYTES, ZSTD
+
+if TYPE_CHECKING:
+    from atcache.source import SampleIndex
+
+ROWS_PER_CHUNK = 65_536
+MAX_KEY_NBYTES = 4096
+MAX_ARRAY_NBYTES = 2**34
+
+SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
+"""Columns of the sample table beside `key`."""
+
+_STATE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ArrayInfo:
+    """What of an array's zarr.json its reader needs."""
+
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def write_group(folder: Path, attributes: Mapping[str, Any] | None = None) -> None:
+    """Make a Zarr group of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
+    (folder / "zarr.json").write_bytes(encode_json(group))
+
+
+def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tuple[str, ...] | None) -> None:
+    """Write a small array: chunks of whole rows under [bytes, zstd, crc32c]."""
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+    row_nbytes = math.prod(values.shape[1:]) * values.itemsize
+    num_rows = max(1, min(ROWS_PER_CHUNK, 2**26 // max(1, row_nbytes), *values.shape[:1]))
+    array = zarr.create_array(
+        store=str(root),
+        name=name,
+        shape=values.shape,
+        dtype=values.dtype.name,
+        chunks=(num_rows, *values.shape[1:]) if values.ndim else (),
+        serializer=BytesCodec(endian="little"),
+        filters=None,
+        compressors=[ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
+        fill_value=0,
+        dimension_names=dimension_names,
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+
+
+def read_array(root: Path, name: str) -> np.ndarray:
+    """An array `write_array` wrote, whole.
+
+    Raises:
+        CorruptCacheError: a file is missing or damaged, or is no such array.
+    """
+    folder = root / name
+    info = _read_info(folder)
+    values = np.empty(info.shape, info.dtype)
+    grid = [-(-side // step) for side, step in zip(info.shape, info.chunk_shape, strict=True)]
+    for place in np.ndindex(*grid):
+        file = folder.joinpath("c", *[str(number) for number in place])
+        chunk = np.empty(info.chunk_shape, info.dtype)
+        try:
+            decompress_into(file.read_bytes(), ZSTD, chunk.reshape(-1).view(np.uint8))
+        except (DamagedChunkError, OSError) as error:
+            raise CorruptCacheError(
+                f"{file} is damaged: {error}. It was written when the cache was created; restore it from a copy, or "
+                "build the cache anew."
+            ) from error
+        starts = [number * step for number, step in zip(place, info.chunk_shape, strict=True)]
+        target = tuple(
+            slice(start, min(start + step, side))
+            for start, step, side in zip(starts, info.chunk_shape, info.shape, strict=True)
+        )
+        values[target] = chunk[tuple(slice(0, span.stop - span.start) for span in target)]
+    return values
+
+
+def _read_info(folder: Path) -> _ArrayInfo:
+    file = folder / "zarr.json"
+    try:
+        metadata = json.loads(file.read_bytes())
+        info = _ArrayInfo(
+            shape=tuple(int(side) for side in metadata["shape"]),
+            chunk_shape=tuple(int(side) for side in metadata["chunk_grid"]["configuration"]["chunk_shape"]),
+            dtype=np.dtype(str(metadata["data_type"])),
+        )
+        codecs = [codec["name"] for codec in metadata["codecs"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{file} does not describe an array ({type(error).__name__}: {error}).") from error
+    # Sizes are small before they are multiplied: Python integers do not overflow, but memory does.
+    is_sane = (
+        len(info.shape) == len(info.chunk_shape)
+        and all(side >= 0 for side in info.shape)
+        and all(side >= 1 for side in info.chunk_shape)
+        and math.prod(info.chunk_shape) * info.dtype.itemsize <= MAX_CHUNK_NBYTES
+        and math.prod(info.shape) * info.dtype.itemsize <= MAX_ARRAY_NBYTES
+        and info.dtype.kind in "iuf"
+    )
+    if not is_sane or codecs != ["bytes", "zstd", "crc32c"]:
+        raise CorruptCacheError(
+            f"{file} describes an array of shape {info.shape} in chunks of {info.chunk_shape}, type {info.dtype}, "
+            f"codecs {codecs}; expected a small array under bytes, zstd, crc32c."
+        )
+    return info
+
+
+def write_samples(root: Path, index: SampleIndex) -> None:
+    """Write the sample table: one row a sample, tar names in the group's attributes."""
+    names = [tar.name for tar in index.tars]
+    problem = find_bad_tar_name(names)
+    if problem is not None:
+        raise ConfigError(f"tar name {problem!r} cannot be stored; expected plain, different file names.")
+    key_nbytes = index.keys_S.dtype.itemsize
+    if key_nbytes > MAX_KEY_NBYTES:
+        raise ConfigError(f"a sample key has {key_nbytes} bytes, the limit is {MAX_KEY_NBYTES}. Use shorter keys.")
+    attributes = {
+        "tars": names,
+        "tar_nbytes": [int(nbytes) for nbytes in index.tar_nbytes],
+        "folders": [str(tar.parent.absolute()) for tar in index.tars],
+        "fingerprint": index.fingerprint,
+    }
+    write_group(root / "samples", attributes)
+    keys_SN = np.ascontiguousarray(index.keys_S).view(np.uint8).reshape(len(index.keys_S), key_nbytes)
+    write_array(root, "samples/key", keys_SN, ("sample", "key_byte"))
+    for name, dtype in SAMPLE_DTYPES.items():
+        column_S = np.asarray(getattr(index, f"{name}_S")).astype(dtype, casting="safe", copy=False)
+        write_array(root, f"samples/{name}", column_S, ("sample",))
+
+
+def read_samples(root: Path, num_samples: int) -> SampleIndex:
+    """The sample table; tars are where they were at build time, `atcache.source.relocate` finds them elsewhere."""
+    from atcache.source import SampleIndex
+
+    file = root / "samples" / "zarr.json"
+    try:
+        attributes = json.loads(file.read_bytes())["attributes"]
+        names, folders = [[str(text) for text in attributes[name]] for name in ("tars", "folders")]
+        tar_nbytes = tuple(int(nbytes) for nbytes in attributes["tar_nbytes"])
+        tars = tuple(Path(folder) / name for folder, name in zip(folders, names, strict=True))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{file} does not list the tars ({type(error).__name__}: {error}).") from error
+    problem = find_bad_tar_name(names)
+    if problem is not None or len(tar_nbytes) != len(names):
+        raise CorruptCacheError(f"{file} lists the tar {problem!r}; expected plain, different file names with sizes.")
+    keys_SN = read_array(root, "samples/key")
+    columns = {name: read_array(root, f"samples/{name}") for name in SAMPLE_DTYPES}
+    for name, column_S in columns.items():
+        if column_S.shape != (num_samples,) or column_S.dtype != SAMPLE_DTYPES[name]:
+            raise CorruptCacheError(f"{root}/samples/{name} has shape {column_S.shape}, expected ({num_samples},).")
+    if keys_SN.ndim != 2 or keys_SN.dtype != np.uint8 or len(keys_SN) != num_samples or keys_SN.shape[1] < 1:
+        raise CorruptCacheError(f"{root}/samples/key has shape {keys_SN.shape}, expected ({num_samples}, key bytes).")
+    tar_S = columns["tar"]
+    if num_samples and (tar_S.min() < 0 or tar_S.max() >= len(tars)):
+        raise CorruptCacheError(f"{root}/samples/tar names tar {tar_S.max()}, the cache lists {len(tars)}.")
+    return SampleIndex(
+        tars=tars,
+        tar_nbytes=tar_nbytes,
+        keys_S=keys_SN.view(f"S{keys_SN.shape[1]}").reshape(num_samples),
+        **{f"{name}_S": column for name, column in columns.items()},
+    )
+
+
+def find_bad_tar_name(names: list[str]) -> str | None:
+    """The first name that is no plain file name (it could lead out of the tars' folder) or appears twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name in {"", ".", "..", *seen} or any(letter in name for letter in "/\\\0"):
+            return name
+        seen.add(name)
+    return None
+
+
+def write_state(root: Path, state: Mapping[str, np.ndarray], bias_LHQK: np.ndarray | None) -> None:
+    """Write a codec's fitted state, float32, and the teacher's bias if it has one."""
+    write_group(root / "attention" / "state")
+    for name, values in state.items():
+        if not _STATE_NAME.fullmatch(name):
+            raise ConfigError(f"codec state {name!r} cannot be stored; expected a name of letters, digits and _.")
+        write_array(root, f"attention/state/{name}", _as_float32(name, values), None)
+    if bias_LHQK is not None:
+        write_array(root, "attention/bias", _as_float32("bias", bias_LHQK), ("layer", "head", "query", "key"))
+
+
+def _as_float32(name: str, values: np.ndarray) -> np.ndarray:
+    if values.dtype != np.float32:
+        raise ConfigError(f"codec state {name!r} is {values.dtype}; a cache holds float32.")
+    return values
+
+
+def read_state(root: Path) -> dict[str, np.ndarray]:
+    """A codec's fitted state by name."""
+    folder = root / "attention" / "state"
+    names = sorted(entry.parent.name for entry in folder.glob("*/zarr.json"))
+    return {name: read_array(root, f"attention/state/{name}") for name in names}

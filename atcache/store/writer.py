@@ -1,0 +1,369 @@
+"""Writes a cache: creates it whole, writes one task's shards at a time, finishes it.
+
+What is on the disk is valid at every moment: after a kill or a power cut at any point a cache holds all tasks whose
+commit records it has, and nothing else is trusted. Equal input gives equal bytes, however often the build was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import google_crc32c
+import numpy as np
+
+from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
+from atcache.store.chunks import BLOSC_LEVEL, EMPTY, ZSTD_LEVEL, ChunkEncoder, encode_index
+from atcache.store.durable import (
+    disk_errors_explained,
+    encode_json,
+    fsync_path,
+    fsync_tree,
+    make_folder,
+    partial_path,
+    write_file,
+)
+from atcache.store.layout import BLOSC, FORMAT, ArraySpec, Status, StoreLayout, Task
+from atcache.store.manifest import (
+    COMMITS,
+    Commit,
+    FileRecord,
+    check_commit,
+    commit_path,
+    read_commits,
+    summarise_quality,
+    write_commit,
+)
+from atcache.store.metadata import ATTRIBUTES, collect_metadata, load_root, split_root
+from atcache.store.tables import write_group, write_samples, write_state
+
+if TYPE_CHECKING:
+    from atcache.source import SampleIndex
+
+_RESERVED_ATTRIBUTES = ("format", "layout", "complete")
+
+
+def create_cache(
+    path: Path | str,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    index: SampleIndex,
+    state: Mapping[str, np.ndarray],
+    bias_LHQK: np.ndarray | None = None,
+) -> None:
+    """Create an empty cache: all metadata, the sample table and the codec's state, but no task yet.
+
+    Built in a temp folder beside and renamed, so that `path` is a whole cache or does not exist.
+
+    Args:
+        path: the folder to create.
+        layout: the cache's arrays.
+        attributes: what `attributes["atcache"]` is to say beside format, layout and completeness; JSON values.
+        index: the samples, `layout.num_samples` of them.
+        state: the codec's arrays, float32.
+        bias_LHQK: the teacher's bias for the stored layers and heads, float32, if it has one.
+
+    Raises:
+        CacheMismatchError: `path` exists.
+        DiskFullError: no space is left.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CacheMismatchError(f"{path} exists already; give another path, or delete it to build anew.")
+    if len(index.keys_S) != layout.num_samples:
+        raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
+    reserved = sorted(set(attributes) & set(_RESERVED_ATTRIBUTES))
+    if reserved:
+        raise ConfigError(f"attributes {', '.join(reserved)} are written by the store; give others.")
+    make_folder(path.absolute().parent)
+    temp = partial_path(path)
+    with disk_errors_explained(path):
+        try:
+            ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
+            write_group(temp, {ATTRIBUTES: ours})
+            for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
+                write_group(temp / group)
+            for spec in layout.arrays():
+                _create_sharded_array(temp, spec)
+            write_samples(temp, index)
+            write_state(temp, state, bias_LHQK)
+            fsync_tree(temp)
+            temp.rename(path)
+            fsync_path(path.absolute().parent)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+
+
+def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
+    import zarr
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+
+    typesize = np.dtype(spec.dtype).itemsize
+    compressor = (
+        # "bitshuffle" as a string: zarr 3.3 deprecates the enum that 3.1 annotates.
+        BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle="bitshuffle", typesize=typesize, blocksize=0)  # pyright: ignore[reportArgumentType]
+        if spec.compressor == BLOSC
+        else ZstdCodec(level=ZSTD_LEVEL, checksum=False)
+    )
+    zarr.create_array(
+        store=str(root),
+        name=spec.name,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=spec.chunk_shape,
+        shards=spec.shard_shape,
+        serializer=BytesCodec(endian="little"),
+        filters=None,
+        compressors=[compressor, Crc32cCodec()],
+        fill_value=0,
+        dimension_names=spec.dimension_names,
+    )
+
+
+def encode_view(layout: StoreLayout, codes_LTC: np.ndarray) -> list[bytes]:
+    """The chunks of one view, in order. Safe to call from many threads: compression lets go of the interpreter's lock.
+
+    Args:
+        layout: the cache's layout.
+        codes_LTC: shape (layer, token, component), the layout's codes dtype.
+    """
+    encoder = ChunkEncoder(layout.codes)
+    step = layout.layers_per_chunk
+    if codes_LTC.shape[0] != layout.num_layers:
+        raise ValueError(f"codes have {codes_LTC.shape[0]} layers, the layout {layout.num_layers}.")
+    return [encoder.encode(codes_LTC[start : start + step]) for start in range(0, layout.num_layers, step)]
+
+
+def encode_pixels(layout: StoreLayout, pixels_HWC: np.ndarray) -> bytes:
+    """The chunk of one stored image, uint8 (height, width, 3). Safe to call from many threads."""
+    if layout.rgb is None:
+        raise ValueError("this layout stores no pixels.")
+    return ChunkEncoder(layout.rgb).encode(pixels_HWC)
+
+
+class _ShardFile:
+    """One shard being written to its temp file: chunks as they come, the index at the end."""
+
+    def __init__(self, path: Path, spec: ArraySpec) -> None:
+        self.path = path
+        self._partial = partial_path(path)
+        self._index_N2 = np.full((spec.num_chunks_per_shard, 2), EMPTY, dtype="<u8")
+        self._nbytes = 0
+        self._crc32c = 0
+        make_folder(path.parent)
+        self._file = self._partial.open("xb", buffering=2**20)
+
+    def append(self, number: int, chunk: bytes) -> None:
+        """Write the chunk that has this place in the index."""
+        self._index_N2[number] = self._nbytes, len(chunk)
+        self._write(chunk)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._crc32c = int(google_crc32c.extend(self._crc32c, data))
+        self._nbytes += len(data)
+
+    def seal(self) -> FileRecord:
+        """Write the index and wait until all is on the disk."""
+        self._write(encode_index(self._index_N2))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(nbytes=self._nbytes, crc32c=self._crc32c)
+
+    def place(self) -> None:
+        """Give the sealed shard its name."""
+        self._partial.replace(self.path)
+        fsync_path(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the temp file, if it is still there."""
+        # Closing writes what is buffered, which fails again on a full disk.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(FileNotFoundError):
+            self._partial.unlink()
+
+
+class TaskWriter:
+    """Writes the shards of one task, then its commit record.
+
+    Samples are added in order, each once; memory holds the index and the small views arrays, not the codes. Until
+    `commit` the cache is unchanged; leaving the `with` block without it removes the temp files. One thread at a time.
+    """
+
+    def __init__(self, path: Path | str, layout: StoreLayout, task: Task) -> None:
+        self.task = task
+        self._root = Path(path)
+        self._layout = layout
+        self._next_sample = task.start
+        self._num_stored = 0
+        self._encoders = {spec.name: ChunkEncoder(spec) for spec in layout.arrays()}
+        num_rows = layout.samples_per_shard
+        self._parameters_SP = np.zeros((num_rows, len(layout.parameter_names)), np.float32)
+        self._pixel_hash_S = np.zeros(num_rows, np.uint64)
+        self._status_S = np.zeros(num_rows, np.uint8)
+        self._shards: dict[str, _ShardFile] = {}
+        with disk_errors_explained(self._root):
+            try:
+                for spec in layout.arrays():
+                    self._shards[spec.name] = _ShardFile(self._root / spec.shard_file(task), spec)
+            except BaseException:
+                self.abort()
+                raise
+
+    def add(
+        self,
+        sample: int,
+        *,
+        status: int,
+        parameters_P: np.ndarray | None = None,
+        pixel_hash: int = 0,
+        chunks: Sequence[bytes] | None = None,
+        pixels_chunk: bytes | None = None,
+    ) -> None:
+        """Write the next sample of the task.
+
+        Args:
+            sample: its index in the source; must be the one after the last added.
+            status: a `Status`; not PENDING.
+            parameters_P: the view's drawn parameters, float32; None for all 0, when the sample could not be read.
+            pixel_hash: hash of the augmented image; 0 when there is none.
+            chunks: from `encode_view`; exactly when `status` is STORED.
+            pixels_chunk: from `encode_pixels`; exactly when `status` is STORED and the layout stores pixels.
+        """
+        layout, row = self._layout, sample - self.task.start
+        is_stored = status == Status.STORED
+        if sample != self._next_sample or sample >= self.task.stop:
+            raise ValueError(f"sample {sample} added to task {self.task.name}, expected {self._next_sample}.")
+        if status == Status.PENDING:
+            raise ValueError(f"sample {sample} has status PENDING; expected what became of it.")
+        num_chunks = layout.codes.num_chunks_per_sample
+        if (chunks is not None) != is_stored or (chunks is not None and len(chunks) != num_chunks):
+            given = "none" if chunks is None else len(chunks)
+            raise ValueError(f"sample {sample} of status {int(status)} comes with {given} chunks of {num_chunks}.")
+        if (pixels_chunk is not None) != (is_stored and layout.pixels is not None):
+            raise ValueError(
+                f"sample {sample} of status {int(status)}: pixels are given or missing against the layout."
+            )
+        if parameters_P is not None:
+            self._parameters_SP[row] = parameters_P
+        self._pixel_hash_S[row] = pixel_hash
+        self._status_S[row] = status
+        with disk_errors_explained(self._shards["attention/codes"].path):
+            for position, chunk in enumerate(chunks or ()):
+                self._shards["attention/codes"].append(row * num_chunks + position, chunk)
+            if pixels_chunk is not None:
+                self._shards["pixels/rgb"].append(row, pixels_chunk)
+        self._num_stored += is_stored
+        self._next_sample += 1
+
+    def commit(self, quality: Mapping[str, Any] | None = None) -> Commit:
+        """Put the shards in place, durably, and record the task as finished.
+
+        Args:
+            quality: finite numbers measured on the task, by name.
+
+        Returns:
+            The commit as recorded.
+        """
+        if self._next_sample != self.task.stop:
+            raise ValueError(f"task {self.task.name} ends at sample {self.task.stop}, added up to {self._next_sample}.")
+        values: dict[str, np.ndarray] = {
+            "views/parameters": self._parameters_SP,
+            "views/pixel_hash": self._pixel_hash_S,
+            "views/status": self._status_S,
+        }
+        with disk_errors_explained(self._root):
+            try:
+                for name, array in values.items():
+                    self._shards[name].append(0, self._encoders[name].encode(array))
+                records = {name: shard.seal() for name, shard in self._shards.items()}
+                self._forget_old_commit()
+                for shard in self._shards.values():
+                    shard.place()
+                commit = Commit(
+                    task=self.task,
+                    files={
+                        shard.path.relative_to(self._root).as_posix(): records[name]
+                        for name, shard in self._shards.items()
+                    },
+                    num_stored=self._num_stored,
+                    num_bad=self.task.num_samples - self._num_stored,
+                    quality=dict(quality or {}),
+                )
+                write_commit(self._root, commit)
+            finally:
+                self.abort()
+        return commit
+
+    def _forget_old_commit(self) -> None:
+        # A task written again may differ in bytes (another device): its old record must not vouch for new shards.
+        old = commit_path(self._root, self.task)
+        if old.exists():
+            old.unlink()
+            fsync_path(old.parent)
+
+    def abort(self) -> None:
+        """Remove the temp files; after `commit` there are none, and this does nothing."""
+        for shard in self._shards.values():
+            shard.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+def finish_cache(path: Path | str) -> dict[str, Any]:
+    """Declare a cache complete: its totals, and consolidated metadata, so that it opens with one read.
+
+    Repeating it changes nothing.
+
+    Returns:
+        The record in `attributes["atcache"]["complete"]`.
+
+    Raises:
+        CacheMissError: tasks are missing.
+        CorruptCacheError: a committed shard has another size or index than committed.
+    """
+    path = Path(path)
+    root = load_root(path)
+    ours, layout = split_root(path, root)
+    commits = read_commits(path)
+    names = [task.name for task in layout.tasks()]
+    missing = [name for name in names if name not in commits]
+    if missing:
+        raise CacheMissError(
+            f"{path} lacks {len(missing)} of {len(names)} tasks, the first is {missing[0]}. Run the same "
+            "`atcache build` command again to continue."
+        )
+    for name in names:
+        problems = check_commit(path, commits[name], layout)
+        if problems:
+            raise CorruptCacheError(
+                f"{problems[0]} Delete {commit_path(path, commits[name].task)} and run the same `atcache build` "
+                "command again: only this task is redone."
+            )
+    complete = {
+        "num_tasks": len(names),
+        "num_stored": sum(commits[name].num_stored for name in names),
+        "num_bad": sum(commits[name].num_bad for name in names),
+        "nbytes": sum(commits[name].nbytes for name in names),
+        "quality": summarise_quality(commits[name] for name in names),
+    }
+    root["attributes"] = {**root["attributes"], ATTRIBUTES: {**ours, "complete": complete}}
+    # What zarr.consolidate_metadata writes, which warns that the key is not yet in the specification.
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": collect_metadata(path)}
+    write_file(path / "zarr.json", encode_json(root))
+    return complete
