@@ -1,0 +1,106 @@
+"""RandAugment as timm's `rand-m9-mstd0.5-inc1`, split in two: drawing an operation's argument, and applying it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from atcache.errors import CorruptCacheError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OPERATIONS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+"""timm's `_RAND_INCREASING_TRANSFORMS`. A stored operation is a position here, so the order belongs to the format."""
+
+RESAMPLE = "bicubic"
+"""Interpolation of rotations, shears and translations."""
+FILL = (124, 116, 104)
+"""What they pull in from outside: ImageNet's mean colour."""
+
+MAGNITUDE_MEAN, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
+
+# The largest argument of the signed operations, reached at magnitude 10.
+_SIGNED = {"Rotate": 30.0, "ShearX": 0.3, "ShearY": 0.3, "TranslateXRel": 0.45, "TranslateYRel": 0.45}
+_WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")
+_WHOLE_LIMITS = {"PosterizeIncreasing": (1, 4), "SolarizeIncreasing": (0, 256), "SolarizeAdd": (0, 110)}
+
+
+def level_argument(name: str, magnitude: float, sign: int) -> float:
+    """The argument of an operation at a magnitude from 0 to 10, as timm's `LEVEL_TO_ARG` but with an explicit sign.
+
+    Operations without argument get 0; only those with a direction look at the sign, -1 or 1. One difference: at
+    magnitude 10 timm posterizes to 0 bits, a black image, which newer Pillow refuses; here 1 bit is left.
+    """
+    level = magnitude / MAGNITUDE_MAX
+    if name in _WITHOUT_ARGUMENT:
+        return 0.0
+    if name in _SIGNED:
+        return sign * level * _SIGNED[name]
+    if name == "PosterizeIncreasing":
+        return max(1, 4 - int(level * 4))
+    if name == "SolarizeIncreasing":
+        return 256 - int(level * 256)
+    if name == "SolarizeAdd":
+        return int(level * 110)
+    return max(0.1, 1.0 + sign * level * 0.9)
+
+
+def check_operation(position: int, argument: float) -> None:
+    """Refuse what `level_argument` never gives: a cache may come from anybody.
+
+    Raises:
+        CorruptCacheError: no such operation, or its argument is out of range.
+    """
+    if not -1 <= position < len(OPERATIONS):
+        raise CorruptCacheError(f"operation {position} in a stored view, expected -1 (none) to {len(OPERATIONS) - 1}.")
+    if position < 0:
+        return
+    name = OPERATIONS[position]
+    if name in _WITHOUT_ARGUMENT:
+        low, high = 0.0, 0.0
+    elif name in _SIGNED:
+        low, high = -_SIGNED[name], _SIGNED[name]
+    elif name in _WHOLE_LIMITS:
+        low, high = _WHOLE_LIMITS[name]
+    else:
+        low, high = 0.1, 1.9
+    # Some slack: float32 rounds 0.3 and 1.9 up. A NaN is never within.
+    if not low - 1e-5 <= argument <= high + 1e-5 or (name in _WHOLE_LIMITS and argument != int(argument)):
+        raise CorruptCacheError(f"{name} with argument {argument} in a stored view, expected {low} to {high}.")
+
+
+def apply_operation(image: Image, position: int, argument: float) -> Image:
+    """`image` after the operation at `position` of `OPERATIONS`, by timm's own function."""
+    from PIL.Image import Resampling
+
+    name = OPERATIONS[position]
+    arguments: tuple[float, ...] = (argument,)
+    if name in _WITHOUT_ARGUMENT:
+        arguments = ()
+    elif name in _WHOLE_LIMITS:
+        arguments = (int(argument),)
+    return _timm_operations()[name](image, *arguments, resample=Resampling[RESAMPLE.upper()], fillcolor=FILL)
+
+
+@cache
+def _timm_operations() -> dict[str, Any]:
+    from timm.data import auto_augment
+
+    return dict[str, Any](auto_augment.NAME_TO_OP)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
