@@ -73,11 +73,15 @@ def _of_class(modules: list[nn.Module], *parts_of_name: str) -> bool:
 
 
 def _attentions(blocks: list[nn.Module]) -> list[nn.Module]:
-    return [block.attn for block in blocks if isinstance(getattr(block, "attn", None), nn.Module)]
+    return _parts(blocks, "attn")
 
 
 def _mlps(blocks: list[nn.Module]) -> list[nn.Module]:
-    return [block.mlp for block in blocks if isinstance(getattr(block, "mlp", None), nn.Module)]
+    return _parts(blocks, "mlp")
+
+
+def _parts(blocks: list[nn.Module], name: str) -> list[nn.Module]:
+    return [part for block in blocks if isinstance(part := getattr(block, name, None), nn.Module)]
 
 
 _CHECKS: dict[str, _Check] = {

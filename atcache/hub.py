@@ -25,7 +25,7 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
     Raises:
         TeacherError: there are none, the hub cannot be reached, or it refuses (some weights need an account).
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     repository = config.get("hf_hub_id")
@@ -37,13 +37,13 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
         f"Fetch {filename} of https://huggingface.co/{repository} where there is a connection, and give it with "
         f"--weights FILE."
     )
-    cached = try_to_load_from_cache(repository, filename)
+    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
     if isinstance(cached, str):
         return Path(cached), source
     if not _is_reachable(repository, filename):
         raise TeacherError(f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}")
     try:
-        return Path(hf_hub_download(repository, filename)), source
+        return Path(huggingface_hub.hf_hub_download(repository, filename)), source
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise TeacherError(f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}") from error
     except HfHubHTTPError as error:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,8 @@ class InputConfig:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> InputConfig:
         """The config `to_json` came from."""
-        return cls(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+        changed: dict[str, Any] = {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
+        return cls(**{**fields, **changed})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -198,9 +199,9 @@ def input_config(model: nn.Module) -> InputConfig:
     Raises:
         TeacherError: the recorded normalisation is not of three colours.
     """
-    from timm.data import resolve_model_data_config
+    from timm.data import config as timm_data
 
-    config: dict[str, Any] = resolve_model_data_config(model)
+    config = cast("dict[str, Any]", timm_data.resolve_model_data_config(model))
     size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
     height, width = (size, size) if isinstance(size, int) else size
     mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
@@ -308,14 +309,14 @@ def _pretrained_config(timm_name: str) -> dict[str, Any]:
     from timm.models import get_pretrained_cfg, list_pretrained
 
     try:
-        config = get_pretrained_cfg(timm_name)
+        config: Any = get_pretrained_cfg(timm_name)
     except RuntimeError as error:
         architecture = timm_name.partition(".")[0]
         tags = [name for name in list_pretrained(f"{architecture}.*")]
         raise TeacherError(
             f"model {timm_name!r}: timm has no weights of this tag. Known: {', '.join(tags) or 'none'}."
         ) from error
-    return {} if config is None else config.to_dict()
+    return dict(config.to_dict()) if config is not None else {}
 
 
 def _close_models(name: str) -> str:

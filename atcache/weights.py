@@ -129,10 +129,10 @@ def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import torch as safetensors_torch
 
     try:
-        return load_file(path)
+        return safetensors_torch.load_file(path)
     except SafetensorError as error:
         raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Fetch it again.") from error
 

@@ -90,9 +90,8 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
 def model_label(model: nn.Module) -> str:
     """What to call the model in a message: its timm name, or its class."""
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
-    return str(name or type(model).__name__)
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
 
 
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:

@@ -6,7 +6,8 @@ keeps its fused attention, so no map is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -78,9 +79,10 @@ class FactorCapture:
         Raises:
             UnsupportedAttentionError: a wanted block does not attend once, with one softmax, over all tokens.
         """
-        return self._run(images, _Recorder(self, stop_at_call=self._geometry is not None, on_call=None))
+        return self.run(images, _Recorder(self, stop_at_call=self._geometry is not None, on_call=None))
 
-    def _run(self, images: Tensor, recorder: _Recorder) -> list[LayerFactors]:
+    def run(self, images: Tensor, recorder: _Recorder) -> list[LayerFactors]:
+        """One forward under a recorder of this object's; `__call__` is what callers want."""
         # Some timm models have no forward_features; the exception stops them before their head all the same.
         forward: Callable[[Tensor], Any] = getattr(self.model, "forward_features", self.model)
         with torch.no_grad(), recorder.attached(), recorder, suppress(_LastLayerSeen):
@@ -130,7 +132,7 @@ def check_capture(
         UnsupportedAttentionError: one of these does not hold; the message says which, and of which layer.
     """
     capture = FactorCapture(model, layers, heads)
-    factors = capture._run(images, _Recorder(capture, stop_at_call=False, on_call=_check_against_model))
+    factors = capture.run(images, _Recorder(capture, stop_at_call=False, on_call=_check_against_model))
     # Any other image will do; a mirrored negative keeps the range of pixel values.
     other_factors = capture(-images.flip(-1))
     for layer, one, other in zip(capture.layers, factors, other_factors, strict=True):
@@ -196,7 +198,7 @@ class _Recorder(TorchFunctionMode):
         self._running: tuple[int, int] | None = None
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Generator[None]:
         """While open, hooks on the blocks tell which one is running; they are removed whatever happens."""
         handles: list[Any] = []
         try:
@@ -372,7 +374,8 @@ def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, va
     groups = attn_BHQK.shape[1] // value.shape[1]
     expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
     tolerance = 1e-3 if output.dtype == torch.float32 else 3e-2
-    error = float((output.float() - expected).norm() / expected.norm().clamp_min(1e-12))
+    squared_error, squared_norm = (output.float() - expected).square().sum(), expected.square().sum()
+    error = math.sqrt(float(squared_error) / max(1e-24, float(squared_norm)))
     if not error < tolerance:
         raise UnsupportedAttentionError(
             f"{model_label(model)}: in layer {layer} softmax(scale q k^T + bias) v differs from the model's own "
