@@ -1,0 +1,112 @@
+"""Defaults for the commands' options, kept in a TOML file: a table a command, a key a long option.
+
+    [build]
+    teacher = "mae-vit-l"
+    views = 2
+
+The command line wins over the file. Relative paths mean the working folder, as they do on the command line.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from atcache.errors import ConfigError
+
+DEFAULT_FILE = "atcache.toml"
+
+
+def read_defaults(
+    path: Path, command_name: str, command: click.Command, *, all_commands: tuple[str, ...]
+) -> dict[str, Any]:
+    """The file's values for one command, by parameter name, as click's `default_map` wants them.
+
+    Only this command's table is checked key by key (the others' options are not known without importing them); the
+    tables' names are all checked.
+
+    Raises:
+        ConfigError: the file is no TOML, or names a table, an option or a value that does not exist. Names the file,
+            the key and what was expected.
+    """
+    tables = _read_toml(path)
+    for name, table in tables.items():
+        if name not in all_commands:
+            raise ConfigError(f"{path}: '{name}' is no command of atcache; {_nearest(name, all_commands)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: '{name}' must be a table of options, written [{name}].")
+    options = _file_options(command)
+    defaults: dict[str, Any] = {}
+    for key, value in cast(dict[str, Any], tables.get(command_name, {})).items():
+        where = f"{path}: [{command_name}] {key}"
+        option = options.get(key.replace("_", "-"))
+        if option is None:
+            raise ConfigError(f"{where} is no option of 'atcache {command_name}'; {_nearest(key, options)}")
+        if option.name in defaults:
+            raise ConfigError(f"{where} is given twice, once spelled with '-' and once with '_'.")
+        defaults[option.name] = _checked(value, option, command, where)
+    return defaults
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _file_options(command: click.Command) -> dict[str, click.Option]:
+    """The command's options that a file may set, by long name without the dashes."""
+    return {
+        spelling.removeprefix("--").replace("_", "-"): parameter
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and parameter.expose_value
+        for spelling in parameter.opts
+        if spelling.startswith("--")
+    }
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    valid = sorted(valid)
+    close = get_close_matches(name.replace("_", "-"), valid, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(valid)}."
+
+
+def _checked(value: object, option: click.Option, command: click.Command, where: str) -> object:
+    """`value`, if the option takes it; else an error that says what it takes."""
+    wanted, accepted = _toml_type(option)
+    values = value if option.multiple or option.nargs != 1 else [value]
+    if not isinstance(values, list):
+        raise ConfigError(f"{where} = {value!r}, but --{_long(option)} takes a list, each of it {wanted}.")
+    for single in cast(list[object], values):
+        # To Python, True is also the number 1.
+        if not isinstance(single, accepted) or (isinstance(single, bool) and accepted is not bool):
+            raise ConfigError(f"{where} = {single!r}, but --{_long(option)} takes {wanted}.")
+        if not isinstance(option.type, (click.Path, click.File)):  # whether a path exists is asked only when it is used
+            try:
+                option.type.convert(single, option, click.Context(command))
+            except click.BadParameter as error:
+                raise ConfigError(f"{where} = {single!r} cannot be used: {error.message.rstrip('.')}.") from error
+    return value
+
+
+def _toml_type(option: click.Option) -> tuple[str, type | tuple[type, ...]]:
+    """What TOML must hold for the option, in words and as Python types. Types of our own read text, like a shell's."""
+    if isinstance(option.type, click.types.BoolParamType):
+        return "true or false", bool
+    if isinstance(option.type, click.types.IntParamType):
+        return "a whole number", int
+    if isinstance(option.type, click.types.FloatParamType):
+        return "a number", (int, float)
+    return "text in quotes", str
+
+
+def _long(option: click.Option) -> str:
+    return next(spelling.removeprefix("--") for spelling in option.opts if spelling.startswith("--"))

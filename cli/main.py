@@ -1,0 +1,162 @@
+"""The `atcache` command: finds the sub-command that was asked for and imports only that one.
+
+Also the one place where errors become messages: a mistake of the user's is one sentence and exit code 1, an
+interruption says that nothing is lost, and a bug of ours keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import select
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from atcache import __version__
+from atcache.errors import AtcacheError
+
+from .defaults import DEFAULT_FILE, read_defaults
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LazyCommand:
+    """Where a sub-command is and what the list of commands says of it, known without importing it."""
+
+    module: str
+    """Full name of the module."""
+    attribute: str
+    """Name of the click command in it."""
+    summary: str
+    """The first line of its help."""
+
+    def load(self) -> click.Command:
+        """The command itself; imports its module and whatever that needs."""
+        return getattr(importlib.import_module(self.module), self.attribute)
+
+
+def _command(name: str, summary: str, *, attribute: str | None = None) -> LazyCommand:
+    attribute = attribute or name
+    return LazyCommand(module=f"atcache.cli.{attribute}", attribute=attribute, summary=summary)
+
+
+# `atcache --help` prints these lines as they stand; a test holds each to the first line of its command's docstring.
+COMMANDS: dict[str, LazyCommand] = {
+    "build": _command("build", "Run the teacher once over a dataset and keep its attention in a cache."),
+    "train": _command("train", "Train a student from a cache, or from scratch."),
+    "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
+    "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
+    "pack": _command("pack", "Pack folders of images into WebDataset tars."),
+    "info": _command("info", "Say what a cache holds, and what is missing."),
+    "demo": _command("demo", "Show attention transfer end to end on a small dataset, without a download."),
+}
+
+
+class Stopped(click.ClickException):
+    """The user interrupted a command."""
+
+    exit_code = 130
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(self.format_message(), file=file, err=file is None)
+
+
+class LazyGroup(click.Group):
+    """A group whose sub-commands are imported when they are run, with defaults from a TOML file."""
+
+    def __init__(self, *, lazy_commands: Mapping[str, LazyCommand], **settings: Any) -> None:  # noqa: ANN401 (click's own)
+        super().__init__(**settings)
+        self.lazy_commands = lazy_commands
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.lazy_commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = self.lazy_commands.get(cmd_name)
+        return found and found.load()
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.summary) for name, command in self.lazy_commands.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.lazy_commands and not args[0].startswith("-"):
+            nearest = get_close_matches(args[0], self.lazy_commands, n=1)
+            hint = f"Did you mean {nearest[0]}?" if nearest else f"There are {', '.join(self.lazy_commands)}."
+            ctx.fail(f"No such command '{args[0]}'. {hint}")
+        name, command, rest = super().resolve_command(ctx, args)
+        # A broken file must not stand between a user and the help.
+        if name is not None and command is not None and not {"-h", "--help"}.intersection(rest):
+            ctx.default_map = {name: self._defaults(ctx, name, command)}
+        return name, command, rest
+
+    def _defaults(self, ctx: click.Context, name: str, command: click.Command) -> dict[str, Any]:
+        config: Path | None = ctx.params.get("config")
+        if config is None and not Path(DEFAULT_FILE).exists():
+            return {}
+        return read_defaults(config or Path(DEFAULT_FILE), name, command, all_commands=tuple(self.lazy_commands))
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except AtcacheError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt as error:
+            raise Stopped("Stopped. What was stored stays; type the same command again to continue.") from error
+        except BrokenPipeError as error:
+            # click ends quietly on these, which is right when the reader of our output has gone (`| head`). A worker's
+            # broken pipe is a failure, and must be seen.
+            if not _stdout_reader_has_gone():
+                raise RuntimeError("a pipe to another process broke") from error
+            raise
+        return result
+
+
+def _stdout_reader_has_gone() -> bool:
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+    except OSError:  # stdout is no file
+        return False
+    return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+@click.command(cls=LazyGroup, lazy_commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="atcache")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"TOML file with defaults for any option of any command.  [default: {DEFAULT_FILE}, if there is one]",
+)
+def cli(config: Path | None) -> None:
+    """Run the teacher once, keep its attention, train students from it.
+
+    Results are printed as JSON lines on stdout, progress on stderr. Any option's default can be kept in atcache.toml,
+    in a table named like the command.
+
+    Example:
+
+    \b
+        atcache demo
+        atcache build --help
+    """
+    del config  # read by LazyGroup, once it is known for which command
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("atcache").setLevel(logging.INFO)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli(prog_name="atcache")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Options that several commands share, so that one word means one thing in all of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+data = click.option(
+    "--data",
+    required=True,
+    metavar="TARS",
+    help="The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar.",
+)
+
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where the models run: auto (a GPU if there is one), cpu, cuda or cuda:N.",
+)
+
+seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """Print one result, as one line of JSON on stdout."""
+    click.echo(json.dumps(record))

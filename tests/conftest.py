@@ -1,0 +1,42 @@
+"""What several test files share: a small real dataset, the name of a small real model, and calm threads."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch or matplotlib is imported by any test. Tiny models are slower with many threads, and there is no screen.
+os.environ["OMP_NUM_THREADS"] = str(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+os.environ["MPLBACKEND"] = "Agg"
+
+NUM_TARS = 3
+SAMPLES_PER_TAR = 16
+
+
+@pytest.fixture(scope="session")
+def digits_tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three tars of 16 handwritten digits each: 8 x 8 RGB PNGs with labels, keys "digit-00000" to "digit-00047"."""
+    import webdataset
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    folder = tmp_path_factory.mktemp("digits")
+    paths = [folder / f"digits-{tar:04d}.tar" for tar in range(NUM_TARS)]
+    for tar, path in enumerate(paths):
+        with path.open("wb") as file, webdataset.TarWriter(file) as writer:
+            for sample in range(tar * SAMPLES_PER_TAR, (tar + 1) * SAMPLES_PER_TAR):
+                png = io.BytesIO()
+                Image.fromarray((digits.images[sample] * 15).astype("uint8")).convert("RGB").save(png, format="PNG")
+                label = int(digits.target[sample])
+                writer.write({"__key__": f"digit-{sample:05d}", "png": png.getvalue(), "cls": str(label).encode()})
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> str:
+    """A two-block ViT for the 8 x 8 digits: 16 patches, 2 heads, no weights to download."""
+    return "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=32,depth=2,num_heads=2,num_classes=10"
