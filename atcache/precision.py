@@ -47,3 +47,21 @@ def _is_fast_at_bf16(device: torch.device) -> bool:
     # torch's checks of the processor are private and differ between versions; one that is missing means no.
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device `name` stands for; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N.") from error
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ConfigError(f"device {name!r}: torch sees {num_gpus} GPUs here. Use --device cpu, or check the driver.")
+    return device

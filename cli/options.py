@@ -21,6 +21,14 @@ device = click.option(
     help="Where the models run: auto (a GPU if there is one), cpu, cuda or cuda:N.",
 )
 
+precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What matrix products are computed in; auto takes bf16 where the device is fast at it.",
+)
+
 seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
 
 

@@ -94,6 +94,16 @@ class LayerFactors:
             logits_BHQK = logits_BHQK + self.bias.float()
         return torch.softmax(logits_BHQK, dim=-1)
 
+    def select(self, samples: slice) -> LayerFactors:
+        """The factors of some samples of the batch; views, not copies."""
+        bias = self.bias
+        return LayerFactors(
+            q_BHTD=self.q_BHTD[samples],
+            k_BHTD=self.k_BHTD[samples],
+            scale=self.scale,
+            bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
+        )
+
     def to(self, *args: Any, **kwargs: Any) -> LayerFactors:  # noqa: ANN401 - torch's own signature
         """The same factors after `Tensor.to(...)` on each tensor."""
         return LayerFactors(

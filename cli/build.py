@@ -1,0 +1,88 @@
+"""`atcache build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options
+
+
+@click.command()
+@click.option("--teacher", required=True, help="An alias such as mae-vit-l, or a timm name with arguments.")
+@options.data
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The cache; an unfinished one is continued."
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="The teacher's weights; without it, timm's.")
+@click.option(
+    "--policy",
+    type=click.Choice(["eval", "crop-flip", "randaug"]),
+    default="crop-flip",
+    show_default=True,
+    help="How views are drawn; eval is for validation caches.",
+)
+@click.option("--views", default=1, show_default=True, help="Views of each sample.")
+@options.seed
+@click.option("--codec", default="int8", show_default=True, help="exact, exact:dtype=float32 or int8.")
+@click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
+@click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["replay", "store"]),
+    default="replay",
+    show_default=True,
+    help="store keeps the augmented images in the cache too.",
+)
+@click.option(
+    "--on-bad-image",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="skip records a bad sample in the cache and goes on.",
+)
+@click.option("--batch-size", default=32, show_default=True, help="Views a forward of the teacher.")
+@click.option("--workers", type=int, help="Processes that decode images; without it, one less than processors.")
+@click.option("--samples-per-shard", type=int, help="Samples a task; without it, shards of about 256 MiB.")
+@click.option("--calibration-samples", default=64, show_default=True, help="Samples the codec is fitted on.")
+@options.device
+@options.precision
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
+def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of BuildConfig
+    """Run the teacher once over a dataset and keep its attention in a cache.
+
+    Typing the same command again continues a build that was stopped.
+
+    Example:
+
+    \b
+        atcache build --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out in1k.zarr
+    """
+    from ..pipelines.build import BuildConfig
+    from ..pipelines.build import build as run_build
+    from ..pipelines.build_plan import BuildPlan
+
+    def print_plan(plan: BuildPlan) -> None:
+        ratio = plan.map_nbytes_per_view / plan.nbytes_per_view
+        click.echo(
+            f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
+            f"{plan.num_tokens} tokens\n"
+            f"{plan.nbytes_per_view} bytes a view ({ratio:.1f}x smaller than float16 maps), "
+            f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"
+            f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps\n"
+            f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
+            f"{plan.num_tasks - plan.num_done_tasks} of {plan.num_tasks} tasks to do",
+            err=True,
+        )
+
+    summary = run_build(BuildConfig(**config), on_plan=print_plan)
+    if summary.complete is not None:
+        click.echo(
+            f"{summary.out} is complete: {summary.complete['num_stored']} views stored, "
+            f"{summary.complete['num_bad']} bad, {summary.complete['nbytes'] / 2**20:.1f} MiB; "
+            f"{summary.num_built_views} views in {summary.seconds:.1f} s now",
+            err=True,
+        )
+    options.print_json(summary.to_json())

@@ -1,0 +1,235 @@
+"""Build: run the teacher once over a dataset and keep its attention.
+
+index -> calibrate -> plan -> create the cache -> run the tasks -> declare it complete. Typing the same command again
+continues where an earlier run stopped; typing another one for the same cache is refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from atcache.attention.capture import parse_indices
+from atcache.attention.factors import FactorGeometry
+from atcache.codecs import Codec, Coder, parse_codec
+from atcache.errors import ConfigError, DiskFullError
+from atcache.precision import resolve_device, resolve_precision
+from atcache.rendering import STORED, render_view
+from atcache.source import SampleIndex, Source, index_source
+from atcache.store.durable import sweep_partials
+from atcache.store.reader import CacheReader
+from atcache.store.writer import create_cache, finish_cache
+from atcache.teachers import Teacher, load_teacher
+from atcache.views import PARAMETER_NAMES, ViewPolicy
+
+from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
+from .build_tasks import TaskRunner
+from .calibrate import Calibration, TeacherRun, calibrate
+
+_SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """What `atcache build` was asked for."""
+
+    teacher: str
+    """An alias such as "mae-vit-l", or a timm name with arguments."""
+    data: str
+    """The images: see `atcache.source.expand_tars`."""
+    out: Path
+    """The cache, a folder; an unfinished one is continued."""
+    weights: Path | None = None
+    """The teacher's weights; None takes timm's."""
+    policy: Literal["eval", "crop-flip", "randaug"] = "crop-flip"
+    """How views are drawn. `eval` is for validation caches."""
+    views: int = 1
+    """Views of each sample."""
+    seed: int = 0
+    """Seed of the views."""
+    codec: str = "int8"
+    """How factors become integers."""
+    layers: str | None = None
+    """Block indices, such as "0-17"; None for all."""
+    heads: str | None = None
+    """Head indices, such as "0,3"; None for all."""
+    pixels: Literal["replay", "store"] = "replay"
+    """`store` keeps the augmented images too: exact on any machine, and no JPEG decoding in training."""
+    on_bad_image: Literal["raise", "skip"] = "raise"
+    """`skip` records a bad sample in the cache and goes on."""
+    batch_size: int = 32
+    """Views a forward."""
+    workers: int | None = None
+    """Processes that decode and augment; None takes one less than there are processors. 0 works in this one."""
+    samples_per_shard: int | None = None
+    """Samples a task; None makes shards of about 256 MiB."""
+    calibration_samples: int = 64
+    """Samples the codec is fitted and measured on, spread over the dataset."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto, fp32 or bf16: what the teacher computes in."""
+    dry_run: bool = False
+    """Plan and stop before anything is written."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch_size", "calibration_samples", "samples_per_shard"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1.")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"workers={self.workers}: expected 0 or more.")
+        if self.policy == "eval" and self.views > 1:
+            raise ConfigError(f"views={self.views}: policy eval is the same every time; use --policy crop-flip.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildSummary:
+    """What a build did."""
+
+    out: str
+    plan: BuildPlan | None
+    """None when the cache was complete already."""
+    complete: dict[str, Any] | None
+    """The totals of the finished cache; None after a dry run."""
+    num_built_views: int
+    """Views this run stored."""
+    seconds: float
+    """From the first look at the data to the end."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: None) -> BuildSummary:
+    """Build a cache, or continue one.
+
+    Args:
+        config: what to build.
+        on_plan: told the plan before anything is written.
+
+    Returns:
+        What was planned and done. After a dry run nothing has been written.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit; whatever was committed stays.
+    """
+    start_s = time.monotonic()
+    device = resolve_device(config.device)
+    index = index_source(config.data, on_bad=config.on_bad_image)
+    run = TeacherRun(
+        teacher=load_teacher(config.teacher, weights=config.weights, device=device),
+        device=device,
+        dtype=resolve_precision(config.precision, device),
+    )
+    policy, codec = _view_policy(config, run.teacher), parse_codec(config.codec)
+    identity = identify(
+        run,
+        index,
+        policy,
+        num_views=config.views,
+        pixels=config.pixels,
+        layers=config.layers,
+        heads=config.heads,
+        codec=codec,
+    )
+    existing = CacheReader(config.out) if config.out.exists() else None
+    if existing is not None:
+        check_same_cache(existing, identity, config.samples_per_shard)
+        if existing.is_complete:
+            complete = existing.attributes["complete"]
+            seconds = time.monotonic() - start_s
+            return BuildSummary(out=str(config.out), plan=None, complete=complete, num_built_views=0, seconds=seconds)
+    calibration = _calibrate(config, run, index, policy, codec, resuming=existing is not None)
+    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
+    new_layout, view_nbytes = plan_layout(
+        calibration, index.num_samples, config.views, pixel_shape, config.samples_per_shard
+    )
+    layout = new_layout if existing is None else existing.layout
+    done = committed_tasks(config.out, layout) if existing is not None else set[str]()
+    plan = plan_build(config.out, calibration, layout, view_nbytes, num_done_tasks=len(done))
+    on_plan(plan)
+    if config.dry_run:
+        seconds = time.monotonic() - start_s
+        return BuildSummary(out=str(config.out), plan=plan, complete=None, num_built_views=0, seconds=seconds)
+    if plan.remaining_nbytes > plan.free_nbytes:
+        raise DiskFullError(
+            f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
+            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some, or choose a smaller --codec or fewer --layers."
+        )
+    if existing is None:
+        state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
+        bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
+        create_cache(config.out, layout, describe_cache(identity, run, calibration), index, state, bias_LHQK)
+    sweep_partials(config.out)
+    runner = TaskRunner(
+        out=config.out,
+        layout=layout,
+        source=Source(index),
+        policy=policy,
+        run=run,
+        coder=_stored_coder(config.out, codec, calibration.geometry, device),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        skip_bad=config.on_bad_image == "skip",
+    )
+    num_built = runner.run_tasks([task for task in layout.tasks() if task.name not in done])
+    return BuildSummary(
+        out=str(config.out),
+        plan=plan,
+        complete=finish_cache(config.out),
+        num_built_views=num_built,
+        seconds=time.monotonic() - start_s,
+    )
+
+
+def _view_policy(config: BuildConfig, teacher: Teacher) -> ViewPolicy:
+    return ViewPolicy(
+        name=config.policy,
+        seed=config.seed,
+        image_height=teacher.input.height,
+        image_width=teacher.input.width,
+        interpolation=teacher.input.interpolation,
+        crop_pct=teacher.input.crop_pct,
+    )
+
+
+def _calibrate(
+    config: BuildConfig, run: TeacherRun, index: SampleIndex, policy: ViewPolicy, codec: Codec, *, resuming: bool
+) -> Calibration:
+    """Calibrate on views of good samples spread evenly over the dataset."""
+    layers = None if config.layers is None else parse_indices(config.layers, run.teacher.depth, what="layer")
+    num_heads = getattr(run.teacher.model, "num_heads", 2**16)
+    heads = None if config.heads is None else parse_indices(config.heads, num_heads, what="head")
+    good = np.flatnonzero(index.problem_S == 0)
+    num_wanted = _SAMPLES_TO_CONTINUE if resuming else config.calibration_samples
+    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_wanted)).astype(int))]
+    source = Source(index)
+    skip_bad = config.on_bad_image == "skip"
+    views = [render_view(source, policy, int(sample), 0, PARAMETER_NAMES, skip_bad=skip_bad) for sample in chosen]
+    pixels = [view.pixels_HWC for view in views if view.status == STORED]
+    if not pixels:
+        raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")
+    return calibrate(
+        run,
+        codec,
+        torch.from_numpy(np.stack(pixels)),
+        layers=layers,
+        heads=heads,
+        batch_size=config.batch_size,
+    )
+
+
+def _stored_coder(out: Path, codec: Codec, geometry: FactorGeometry, device: torch.device) -> Coder:
+    """The coder with the state the cache holds, so that a continued build codes as the first one did."""
+    reader = CacheReader(out)
+    state = {name: torch.from_numpy(values) for name, values in reader.state.items()}
+    bias_LHQK = None if reader.bias_LHQK is None else torch.from_numpy(reader.bias_LHQK)
+    return codec.coder(geometry, state, bias_LHQK=bias_LHQK, device=str(device))

@@ -1,0 +1,231 @@
+"""The long run of a build: tasks through overlapping stages.
+
+render views (worker processes) -> teacher forward and encoding (device) -> compression (threads) -> shard writing (one
+thread) -> commit. Queues between the stages are short, so memory is a few batches whatever the dataset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from atcache.attention.capture import FactorCapture
+from atcache.codecs import Coder
+from atcache.rendering import STORED, render_view
+from atcache.source import Source
+from atcache.store.layout import StoreLayout, Task
+from atcache.store.writer import TaskWriter, encode_pixels, encode_view
+from atcache.views import PARAMETER_NAMES, ViewPolicy
+
+from .calibrate import TeacherRun, mean_row_kl
+from .progress import Progress
+
+_BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
+
+
+class RenderedBatch(NamedTuple):
+    """Consecutive samples of one task, rendered."""
+
+    task: Task
+    start: int
+    status_B: np.ndarray
+    parameters_BP: np.ndarray
+    pixel_hashes: list[int]
+    pixels_BHWC: Tensor
+
+
+class _RenderedBatches(Dataset[RenderedBatch]):
+    """Batch number -> rendered views. Batches never cross tasks, so a continued build forms the same ones."""
+
+    def __init__(
+        self, source: Source, policy: ViewPolicy, tasks: Iterable[Task], batch_size: int, *, skip_bad: bool
+    ) -> None:
+        self._source, self._policy, self._skip_bad = source, policy, skip_bad
+        self._batches = [
+            (task, start, min(start + batch_size, task.stop))
+            for task in tasks
+            for start in range(task.start, task.stop, batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> RenderedBatch:
+        task, start, stop = self._batches[number]
+        views = [
+            render_view(self._source, self._policy, sample, task.view, PARAMETER_NAMES, skip_bad=self._skip_bad)
+            for sample in range(start, stop)
+        ]
+        return RenderedBatch(
+            task=task,
+            start=start,
+            status_B=np.array([view.status for view in views], np.uint8),
+            parameters_BP=np.stack([view.parameters_P for view in views]),
+            pixel_hashes=[view.pixel_hash for view in views],
+            pixels_BHWC=torch.from_numpy(np.stack([view.pixels_HWC for view in views])),
+        )
+
+
+class _Chunks(NamedTuple):
+    """One stored view, compressed or being compressed."""
+
+    codes: Future[list[bytes]]
+    pixels: Future[bytes] | None
+
+
+class _Written(NamedTuple):
+    num_views: int
+    num_stored: int
+
+
+class _ShardWriter:
+    """Writes batches into their tasks' shards, in order; for one thread."""
+
+    def __init__(self, out: Path, layout: StoreLayout) -> None:
+        self._out, self._layout = out, layout
+        self._writer: TaskWriter | None = None
+        self._quality: dict[str, float] = {}
+        self.nbytes = 0
+        """Bytes of the tasks committed so far."""
+
+    def write(self, batch: RenderedBatch, chunks: list[_Chunks], row_kl_nats: float | None) -> _Written:
+        """Add a batch; open its task's shards before the first one, commit after the last one."""
+        if self._writer is None:
+            self._writer = TaskWriter(self._out, self._layout, batch.task)
+            self._quality = {}
+        if row_kl_nats is not None:
+            self._quality["row_kl_nats"] = row_kl_nats
+        remaining = iter(chunks)
+        for row, status in enumerate(batch.status_B.tolist()):
+            chunk = next(remaining) if status == STORED else None
+            self._writer.add(
+                batch.start + row,
+                status=status,
+                parameters_P=batch.parameters_BP[row],
+                pixel_hash=batch.pixel_hashes[row],
+                chunks=None if chunk is None else chunk.codes.result(),
+                pixels_chunk=None if chunk is None or chunk.pixels is None else chunk.pixels.result(),
+            )
+        if batch.start + len(batch.status_B) == batch.task.stop:
+            self.nbytes += self._writer.commit(self._quality).nbytes
+            self._writer = None
+        return _Written(len(batch.status_B), len(chunks))
+
+    def abort(self) -> None:
+        """Remove the temp files of a task that was not committed."""
+        if self._writer is not None:
+            self._writer.abort()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TaskRunner:
+    """All that running tasks needs."""
+
+    out: Path
+    layout: StoreLayout
+    source: Source
+    policy: ViewPolicy
+    run: TeacherRun
+    coder: Coder
+    batch_size: int
+    workers: int | None
+    skip_bad: bool
+
+    def run_tasks(self, tasks: list[Task]) -> int:
+        """Write the shards of `tasks` and commit each as it is finished.
+
+        Returns:
+            How many views were stored.
+
+        Raises:
+            BadImageError: an image cannot be read, and bad ones are not to be skipped.
+            DiskFullError: no space is left; tasks committed before stay.
+        """
+        if not tasks:
+            return 0
+        geometry = self.coder.geometry
+        capture = FactorCapture(self.run.teacher.model, geometry.layers, geometry.heads)
+        all_views = self.layout.num_views * self.layout.num_samples
+        done_views = all_views - sum(task.num_samples for task in tasks)
+        waiting: deque[Future[_Written]] = deque()
+        shards = _ShardWriter(self.out, self.layout)
+        num_stored = 0
+        with (
+            Progress("build", total=all_views, unit="views", done=done_views) as progress,
+            ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compress") as compressors,
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer,
+        ):
+
+            def finish_oldest() -> int:
+                written = waiting.popleft().result()
+                megabytes = shards.nbytes / 1e6
+                progress.advance(written.num_views, f"{megabytes:.4g} MB")
+                return written.num_stored
+
+            try:
+                for batch in self._batches(tasks):
+                    quality, chunks = self._encode(capture, batch, compressors)
+                    waiting.append(writer.submit(shards.write, batch, chunks, quality))
+                    if len(waiting) > _BATCHES_IN_FLIGHT:
+                        num_stored += finish_oldest()
+                while waiting:
+                    num_stored += finish_oldest()
+            except BaseException:
+                compressors.shutdown(wait=False, cancel_futures=True)
+                writer.shutdown(wait=True, cancel_futures=True)
+                raise
+            finally:
+                shards.abort()
+        return num_stored
+
+    def _batches(self, tasks: list[Task]) -> DataLoader[RenderedBatch]:
+        dataset = _RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
+        workers = max(0, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=min(workers, len(dataset)),
+            collate_fn=_as_it_is,
+            prefetch_factor=2 if workers else None,
+        )
+
+    def _encode(
+        self, capture: FactorCapture, batch: RenderedBatch, compressors: ThreadPoolExecutor
+    ) -> tuple[float | None, list[_Chunks]]:
+        """Run the teacher on a batch; its codes are being compressed when this returns.
+
+        Returns:
+            The row KL of one view where the batch opens its task, and the chunks of each stored view in order.
+        """
+        stored = np.flatnonzero(batch.status_B == STORED)
+        if not len(stored):
+            return None, []
+        pixels_BHWC = batch.pixels_BHWC if len(stored) == len(batch.status_B) else batch.pixels_BHWC[stored]
+        layers = self.run.factors(capture, pixels_BHWC)
+        codes_BLTC = self.coder.encode(layers).cpu().numpy()
+        row_kl_nats = None
+        if batch.start == batch.task.start:
+            row_kl_nats = mean_row_kl(self.coder, [layer.select(slice(0, 1)) for layer in layers])
+        return row_kl_nats, [
+            _Chunks(
+                compressors.submit(encode_view, self.layout, codes_LTC),
+                None
+                if self.layout.pixels is None
+                else compressors.submit(encode_pixels, self.layout, pixels_HWC.numpy()),
+            )
+            for codes_LTC, pixels_HWC in zip(codes_BLTC, pixels_BHWC, strict=True)
+        ]
+
+
+def _as_it_is(batch: RenderedBatch) -> RenderedBatch:
+    return batch
