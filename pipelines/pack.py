@@ -1,0 +1,275 @@
+"""Pack: an image folder with one folder a class becomes WebDataset tars, the image bytes unchanged."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.images import IMAGE_EXTENSIONS
+
+from .progress import Progress
+
+CLASSES_FILE = "classes.txt"
+# Keys are kept short enough for the plain tar header, which every reader knows.
+_MAX_KEY_NBYTES = 90
+# A member's header and padding, a label's the same: what a sample costs beyond its image, at most.
+_SAMPLE_OVERHEAD_NBYTES = 2048
+_TAR_OVERHEAD_NBYTES = 20480
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """What `atcache pack` was asked for."""
+
+    data: Path
+    """The image folder; each of its folders is a class, numbered in the order of their names."""
+    out: Path
+    """The folder for the tars; made if it is missing."""
+    name: str | None = None
+    """What the tars are called (NAME-000000.tar); None takes the name of `data`. Samples are known by it later, so give
+    training and validation tars different ones."""
+    samples_per_tar: int = 1000
+    """Samples in each tar but the last: about 100 MB of ImageNet, what the ImageNet tars in use have."""
+    shuffle_seed: int | None = 0
+    """Samples are shuffled by it, as tars sorted by class make poor batches; None keeps the order of the names."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_tar < 1:
+            raise ConfigError(f"samples_per_tar {self.samples_per_tar}: expected at least 1.")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.tar_name):
+            raise ConfigError(f"the tars cannot be called {self.tar_name!r}; give a name of letters, digits, - and _.")
+
+    @property
+    def tar_name(self) -> str:
+        """`name`, or the folder's own."""
+        return self.data.expanduser().resolve().name if self.name is None else self.name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSample:
+    """One image on its way into a tar."""
+
+    path: Path
+    key: str
+    extension: str
+    """As in the file's name, lower-cased, without the dot."""
+    label: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackPlan:
+    """What will be written."""
+
+    classes: tuple[str, ...]
+    """Folder names; the position is the label. Empty folders count, so that numbers agree with other programs."""
+    tars: tuple[tuple[PackedSample, ...], ...]
+    ignored: dict[str, int]
+    """How many files are left out, by reason."""
+
+    @property
+    def num_samples(self) -> int:
+        """Images in all tars."""
+        return sum(map(len, self.tars))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tars, at most."""
+        image_nbytes = sum(sample.nbytes for tar in self.tars for sample in tar)
+        return image_nbytes + self.num_samples * _SAMPLE_OVERHEAD_NBYTES + len(self.tars) * _TAR_OVERHEAD_NBYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackSummary:
+    """What was written."""
+
+    tars: tuple[str, ...]
+    num_samples: int
+    num_classes: int
+    nbytes: int
+    ignored: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def plan_pack(config: PackConfig) -> PackPlan:
+    """Which image goes into which tar, under which key: a pure function of the folder's names and the config.
+
+    Hidden files, files that are no images, empty files, files outside the class folders and links that lead out of
+    `data` are left out and counted; linked folders are not entered.
+
+    Raises:
+        SourceError: there is no folder, no class folder or no image.
+    """
+    root = config.data.expanduser().resolve()
+    if not root.is_dir():
+        raise SourceError(f"{config.data} is no folder. Give an image folder with one folder a class.")
+    ignored: Counter[str] = Counter()
+    classes: list[str] = []
+    for entry in sorted(root.iterdir()):
+        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+            classes.append(entry.name)
+        else:
+            ignored["linked or hidden folders" if entry.is_dir() else "files outside the class folders"] += 1
+    if not classes:
+        raise SourceError(f"{root} holds no folders. Expected one folder a class: {root}/CLASS/IMAGE.jpg.")
+    samples: list[PackedSample] = []
+    keys: set[str] = set()
+    for label, name in enumerate(classes):
+        for path in _images(root, name, ignored):
+            relative = path.relative_to(root)
+            samples.append(
+                PackedSample(
+                    path=path,
+                    key=_unique_key(relative, keys),
+                    extension=path.suffix[1:].lower(),
+                    label=label,
+                    nbytes=path.stat().st_size,
+                )
+            )
+    if not samples:
+        raise SourceError(
+            f"the class folders of {root} hold no images ({', '.join(IMAGE_EXTENSIONS)}); left out: "
+            f"{', '.join(f'{count} {reason}' for reason, count in sorted(ignored.items())) or 'nothing'}."
+        )
+    if config.shuffle_seed is not None:
+        samples.sort(key=lambda sample: hashlib.blake2b(f"{config.shuffle_seed}/{sample.key}".encode()).digest())
+    step = config.samples_per_tar
+    tars = tuple(tuple(samples[start : start + step]) for start in range(0, len(samples), step))
+    return PackPlan(classes=tuple(classes), tars=tars, ignored=dict(ignored))
+
+
+def _images(root: Path, class_name: str, ignored: Counter[str]) -> list[Path]:
+    """The images under a class folder, sorted; what is left out is counted."""
+    images: list[Path] = []
+    for folder, folders, files in os.walk(root / class_name):
+        linked = [name for name in folders if name.startswith(".") or (Path(folder) / name).is_symlink()]
+        ignored["linked or hidden folders"] += len(linked)
+        folders[:] = [name for name in folders if name not in linked]
+        for name in files:
+            path = Path(folder) / name
+            if name.startswith("."):
+                ignored["hidden files"] += 1
+            elif path.suffix.lower() not in IMAGE_EXTENSIONS:
+                ignored["files that are no images"] += 1
+            elif path.is_symlink() and not path.resolve().is_relative_to(root):
+                ignored["links that lead out of the folder"] += 1
+            elif not path.is_file():
+                ignored["broken links and special files"] += 1
+            elif path.stat().st_size == 0:
+                ignored["empty files"] += 1
+            else:
+                images.append(path)
+    for reason in [reason for reason, count in ignored.items() if not count]:
+        del ignored[reason]
+    return sorted(images)
+
+
+def _unique_key(relative: Path, keys: set[str]) -> str:
+    """A key that carries the class folder and that every WebDataset reader takes: no dots, unique, not too long."""
+    parts = [re.sub(r"[^\w-]", "_", part) for part in relative.with_suffix("").parts]
+    key = "/".join(parts)
+    if len(key.encode()) > _MAX_KEY_NBYTES:
+        name_hash = hashlib.blake2b(os.fsencode(relative), digest_size=12).hexdigest()
+        key = f"{parts[0].encode()[:40].decode(errors='ignore')}/{name_hash}"
+    unique, number = key, 1
+    while unique in keys:
+        number += 1
+        unique = f"{key}-{number}"
+    keys.add(unique)
+    return unique
+
+
+def pack(config: PackConfig) -> PackSummary:
+    """Write the tars and `classes.txt` into `config.out`; equal folders and configs give equal bytes.
+
+    The tars get their names only when all are written, so a pack that failed leaves none.
+
+    Raises:
+        SourceError: there is nothing to pack, an image cannot be read, or tars of that name exist.
+        DiskFullError: the tars do not fit.
+    """
+    plan = plan_pack(config)
+    names = tuple(f"{config.tar_name}-{position:06d}.tar" for position in range(len(plan.tars)))
+    out = config.out.expanduser()
+    _check_out(out, config.tar_name, plan)
+    partial = Path(tempfile.mkdtemp(prefix=f".{config.tar_name}.partial-", dir=out))
+    try:
+        with Progress("pack", total=plan.num_samples, unit="images") as progress:
+            for name, samples in zip(names, plan.tars, strict=True):
+                _write_tar(partial / name, samples)
+                progress.advance(len(samples))
+        (partial / CLASSES_FILE).write_text(_classes_text(plan), encoding="utf-8")
+        nbytes = sum((partial / name).stat().st_size for name in names)
+        for name in (*names, CLASSES_FILE):
+            (partial / name).replace(out / name)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept.") from error
+        raise
+    finally:
+        shutil.rmtree(partial)
+    return PackSummary(
+        tars=tuple(str(out / name) for name in names),
+        num_samples=plan.num_samples,
+        num_classes=len(plan.classes),
+        nbytes=nbytes,
+        ignored=plan.ignored,
+    )
+
+
+def _classes_text(plan: PackPlan) -> str:
+    return "".join(f"{name}\n" for name in plan.classes)
+
+
+def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
+    """Refuse before anything is written."""
+    if out.exists() and not out.is_dir():
+        raise SourceError(f"{out} is a file, expected a folder for the tars. Give another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    existing = sorted(out.glob(f"{tar_name}-*.tar"))
+    if existing:
+        raise SourceError(
+            f"{out} already holds {len(existing)} tars called {tar_name}-*.tar, such as {existing[0].name}. Remove "
+            "them, or give another --out or --name."
+        )
+    classes_path = out / CLASSES_FILE
+    if classes_path.exists() and classes_path.read_text(encoding="utf-8") != _classes_text(plan):
+        raise SourceError(
+            f"{classes_path} names other classes than this folder has, so labels would not agree. Give another --out."
+        )
+    free_nbytes = shutil.disk_usage(out).free
+    if plan.nbytes > free_nbytes:
+        raise DiskFullError(f"{out} has {free_nbytes} bytes free, the tars need {plan.nbytes}. Free some space.")
+
+
+def _write_tar(path: Path, samples: tuple[PackedSample, ...]) -> None:
+    """One tar, on disk when this returns."""
+    from webdataset.writer import TarWriter
+
+    with path.open("wb") as file:
+        # A fixed time and owner: equal images give equal bytes.
+        with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as writer:
+            for sample in samples:
+                label = str(sample.label).encode()
+                writer.write({"__key__": sample.key, sample.extension: _read(sample), "cls": label})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(sample: PackedSample) -> bytes:
+    try:
+        return sample.path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{sample.path} cannot be read: {error.strerror}. Nothing was kept.") from error
