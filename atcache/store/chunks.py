@@ -7,10 +7,12 @@ Compression goes through numcodecs directly because zarr-python adds about half 
 from __future__ import annotations
 
 import struct
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc, zstd
+from numcodecs import blosc as _blosc  # pyright: ignore
+from numcodecs import zstd as _zstd  # pyright: ignore
 
 from atcache.store.layout import BLOSC, ArraySpec
 
@@ -21,6 +23,10 @@ ZSTD_LEVEL = 1
 
 EMPTY = np.uint64(2**64 - 1)
 """Offset and length of a chunk that is not there."""
+
+# Compiled modules, without types.
+blosc = cast("Any", _blosc)
+zstd = cast("Any", _zstd)
 
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 _BLOSC_MEMCPYED = 0x02
@@ -41,14 +47,19 @@ def crc32c(data: bytes) -> bytes:
     return struct.pack("<I", google_crc32c.value(data))
 
 
+def extend_crc32c(checksum: int, data: bytes) -> int:
+    """The checksum, as a number, of what had `checksum` followed by `data`; start with 0."""
+    extended: int = google_crc32c.extend(checksum, data)
+    return extended
+
+
 def compress(array: np.ndarray, compressor: str) -> bytes:
     """A chunk's bytes as stored: the C-order little-endian elements, compressed, with their crc32c appended."""
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     if compressor == BLOSC:
-        packed = blosc.compress(array, b"zstd", BLOSC_LEVEL, blosc.BITSHUFFLE, 0)
+        packed = bytes(blosc.compress(array, b"zstd", BLOSC_LEVEL, blosc.BITSHUFFLE, 0))
     else:
-        packed = zstd.compress(array, ZSTD_LEVEL)
-    packed = bytes(packed)
+        packed = bytes(zstd.compress(array, ZSTD_LEVEL))
     return packed + crc32c(packed)
 
 

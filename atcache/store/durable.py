@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def sweep_partials(path: Path | str) -> int:
 
 
 @contextmanager
-def disk_errors_explained(path: Path) -> Iterator[None]:
+def disk_errors_explained(path: Path) -> Generator[None]:
     """Turn "no space left" and "quota exceeded" into a `DiskFullError` that names the path."""
     try:
         yield

@@ -165,8 +165,11 @@ class StoreLayout:
         }
         for name, limit in limits.items():
             _check_count(name, getattr(self, name), limit)
-        for side in self.pixels or ():
-            _check_count("pixels", side, 2**16)
+        if self.pixels is not None:
+            if len(self.pixels) != 2:
+                raise ConfigError(f"pixels={self.pixels!r}: expected (height, width).")
+            for side in self.pixels:
+                _check_count("pixels", side, 2**16)
         if self.num_layers % self.layers_per_chunk:
             raise ConfigError(
                 f"layers_per_chunk={self.layers_per_chunk} does not divide num_layers={self.num_layers}; "
@@ -278,7 +281,8 @@ class StoreLayout:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        pixels = None if self.pixels is None else list(self.pixels)
+        return {**values, "parameter_names": list(self.parameter_names), "pixels": pixels}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StoreLayout:
@@ -290,18 +294,17 @@ class StoreLayout:
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ConfigError(f"layout has the fields {sorted(values)}; expected {sorted(names)}.")
-        parameter_names, pixels = values["parameter_names"], values["pixels"]
-        if not isinstance(parameter_names, list | tuple) or not all(isinstance(name, str) for name in parameter_names):
-            raise ConfigError(f"parameter_names={parameter_names!r}: expected a list of names.")
-        if pixels is not None and not (isinstance(pixels, list | tuple) and len(pixels) == 2):
-            raise ConfigError(f"pixels={pixels!r}: expected null or [height, width].")
-        return cls(
-            **{
-                **values,
-                "parameter_names": tuple(parameter_names),
-                "pixels": None if pixels is None else tuple(pixels),
-            }
-        )
+        parsed: dict[str, Any] = dict(values)
+        parsed["parameter_names"] = _as_tuple("parameter_names", values["parameter_names"], str)
+        parsed["pixels"] = None if values["pixels"] is None else _as_tuple("pixels", values["pixels"], int)
+        return cls(**parsed)
+
+
+def _as_tuple(name: str, values: Any, kind: type) -> Any:  # noqa: ANN401 - JSON
+    items: list[Any] = [*values] if isinstance(values, list | tuple) else [None]  # pyright: ignore[reportUnknownVariableType]
+    if not all(isinstance(item, kind) for item in items):
+        raise ConfigError(f"{name}={values!r}: expected a list of {kind.__name__}.")
+    return tuple(items)
 
 
 def _check_count(name: str, value: object, limit: int) -> None:

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
-
 from atcache.errors import CorruptCacheError
-from atcache.store.chunks import DamagedChunkError, decode_index
+from atcache.store.chunks import DamagedChunkError, decode_index, extend_crc32c
 from atcache.store.durable import encode_json, write_file
 from atcache.store.layout import ArraySpec, StoreLayout, Task
 
@@ -159,7 +157,7 @@ def _file_crc32c(file: Path) -> int:
     checksum = 0
     with file.open("rb") as stream:
         while block := stream.read(2**22):
-            checksum = google_crc32c.extend(checksum, block)
+            checksum = extend_crc32c(checksum, block)
     return checksum
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
 from atcache.store.layout import FORMAT, StoreLayout
@@ -29,22 +29,23 @@ def load_root(path: Path) -> dict[str, Any]:
     """The cache's own zarr.json as it is; see `read_root` for the errors."""
     file = path / "zarr.json"
     try:
-        root: object = json.loads(file.read_bytes())
+        root: Any = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissError(f"{path} is no cache: {file} does not exist. Make one with `atcache build`.") from error
     except (OSError, ValueError) as error:
         raise CorruptCacheError(f"{file} cannot be read ({error}). Restore it from a copy.") from error
     if not isinstance(root, dict):
         raise CorruptCacheError(f"{file} is no Zarr group. Restore it from a copy.")
-    return root
+    return cast("dict[str, Any]", root)
 
 
 def split_root(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, Any], StoreLayout]:
     """What `read_root` returns, from what `load_root` returned."""
-    attributes = root.get("attributes")
-    ours = attributes.get(ATTRIBUTES) if isinstance(attributes, dict) else None
+    attributes: Any = root.get("attributes")
+    ours: Any = cast("dict[str, Any]", attributes).get(ATTRIBUTES) if isinstance(attributes, dict) else None
     if not isinstance(ours, dict):
         raise CorruptCacheError(f'{path} is no atcache cache: its attributes have no "{ATTRIBUTES}" object.')
+    ours = cast("dict[str, Any]", ours)
     if ours.get("format") != FORMAT:
         raise CacheMismatchError(
             f"{path} has format {ours.get('format')!r}, this version of atcache reads format {FORMAT}; use the version "

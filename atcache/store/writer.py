@@ -7,19 +7,16 @@ interrupted.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import google_crc32c
 import numpy as np
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
-from atcache.store.chunks import BLOSC_LEVEL, EMPTY, ZSTD_LEVEL, ChunkEncoder, encode_index
+from atcache.store.chunks import BLOSC_LEVEL, ZSTD_LEVEL, ChunkEncoder
 from atcache.store.durable import (
     disk_errors_explained,
     encode_json,
@@ -33,7 +30,6 @@ from atcache.store.layout import BLOSC, FORMAT, ArraySpec, Status, StoreLayout, 
 from atcache.store.manifest import (
     COMMITS,
     Commit,
-    FileRecord,
     check_commit,
     commit_path,
     read_commits,
@@ -41,6 +37,7 @@ from atcache.store.manifest import (
     write_commit,
 )
 from atcache.store.metadata import ATTRIBUTES, collect_metadata, load_root, split_root
+from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
 if TYPE_CHECKING:
@@ -148,50 +145,6 @@ def encode_pixels(layout: StoreLayout, pixels_HWC: np.ndarray) -> bytes:
     return ChunkEncoder(layout.rgb).encode(pixels_HWC)
 
 
-class _ShardFile:
-    """One shard being written to its temp file: chunks as they come, the index at the end."""
-
-    def __init__(self, path: Path, spec: ArraySpec) -> None:
-        self.path = path
-        self._partial = partial_path(path)
-        self._index_N2 = np.full((spec.num_chunks_per_shard, 2), EMPTY, dtype="<u8")
-        self._nbytes = 0
-        self._crc32c = 0
-        make_folder(path.parent)
-        self._file = self._partial.open("xb", buffering=2**20)
-
-    def append(self, number: int, chunk: bytes) -> None:
-        """Write the chunk that has this place in the index."""
-        self._index_N2[number] = self._nbytes, len(chunk)
-        self._write(chunk)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._crc32c = int(google_crc32c.extend(self._crc32c, data))
-        self._nbytes += len(data)
-
-    def seal(self) -> FileRecord:
-        """Write the index and wait until all is on the disk."""
-        self._write(encode_index(self._index_N2))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileRecord(nbytes=self._nbytes, crc32c=self._crc32c)
-
-    def place(self) -> None:
-        """Give the sealed shard its name."""
-        self._partial.replace(self.path)
-        fsync_path(self.path.parent)
-
-    def discard(self) -> None:
-        """Remove the temp file, if it is still there."""
-        # Closing writes what is buffered, which fails again on a full disk.
-        with suppress(OSError):
-            self._file.close()
-        with suppress(FileNotFoundError):
-            self._partial.unlink()
-
-
 class TaskWriter:
     """Writes the shards of one task, then its commit record.
 
@@ -210,11 +163,11 @@ class TaskWriter:
         self._parameters_SP = np.zeros((num_rows, len(layout.parameter_names)), np.float32)
         self._pixel_hash_S = np.zeros(num_rows, np.uint64)
         self._status_S = np.zeros(num_rows, np.uint8)
-        self._shards: dict[str, _ShardFile] = {}
+        self._shards: dict[str, ShardFile] = {}
         with disk_errors_explained(self._root):
             try:
                 for spec in layout.arrays():
-                    self._shards[spec.name] = _ShardFile(self._root / spec.shard_file(task), spec)
+                    self._shards[spec.name] = ShardFile(self._root / spec.shard_file(task), spec)
             except BaseException:
                 self.abort()
                 raise

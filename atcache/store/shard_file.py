@@ -1,0 +1,58 @@
+"""One shard on its way to the disk: chunks streamed to a temp file, the index last, then a rename."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from atcache.store.chunks import EMPTY, encode_index, extend_crc32c
+from atcache.store.durable import fsync_path, make_folder, partial_path
+from atcache.store.layout import ArraySpec
+from atcache.store.manifest import FileRecord
+
+
+class ShardFile:
+    """One shard being written to its temp file: chunks as they come, the index at the end."""
+
+    def __init__(self, path: Path, spec: ArraySpec) -> None:
+        self.path = path
+        self._partial = partial_path(path)
+        self._index_N2 = np.full((spec.num_chunks_per_shard, 2), EMPTY, dtype="<u8")
+        self._nbytes = 0
+        self._crc32c = 0
+        make_folder(path.parent)
+        self._file = self._partial.open("xb", buffering=2**20)
+
+    def append(self, number: int, chunk: bytes) -> None:
+        """Write the chunk that has this place in the index."""
+        self._index_N2[number] = self._nbytes, len(chunk)
+        self._write(chunk)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._crc32c = extend_crc32c(self._crc32c, data)
+        self._nbytes += len(data)
+
+    def seal(self) -> FileRecord:
+        """Write the index and wait until all is on the disk."""
+        self._write(encode_index(self._index_N2))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(nbytes=self._nbytes, crc32c=self._crc32c)
+
+    def place(self) -> None:
+        """Give the sealed shard its name."""
+        self._partial.replace(self.path)
+        fsync_path(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the temp file, if it is still there."""
+        # Closing writes what is buffered, which fails again on a full disk.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(FileNotFoundError):
+            self._partial.unlink()
