@@ -27,6 +27,7 @@ EMPTY = np.uint64(2**64 - 1)
 # Compiled modules, without types.
 blosc = cast("Any", _blosc)
 zstd = cast("Any", _zstd)
+_google_crc32c = cast("Any", google_crc32c)
 
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 _BLOSC_MEMCPYED = 0x02
@@ -44,13 +45,12 @@ def use_single_threaded_blosc() -> None:
 
 def crc32c(data: bytes) -> bytes:
     """The checksum as Zarr's crc32c codec appends it: 4 bytes, little-endian."""
-    return struct.pack("<I", google_crc32c.value(data))
+    return struct.pack("<I", _google_crc32c.value(data))
 
 
 def extend_crc32c(checksum: int, data: bytes) -> int:
     """The checksum, as a number, of what had `checksum` followed by `data`; start with 0."""
-    extended: int = google_crc32c.extend(checksum, data)
-    return extended
+    return int(_google_crc32c.extend(checksum, data))
 
 
 def compress(array: np.ndarray, compressor: str) -> bytes:

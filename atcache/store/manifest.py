@@ -47,6 +47,11 @@ class Commit:
         """Bytes of the task's shards together."""
         return sum(record.nbytes for record in self.files.values())
 
+    @property
+    def codes_nbytes(self) -> int:
+        """Bytes of the shard of codes."""
+        return sum(record.nbytes for name, record in self.files.items() if name.startswith("attention/codes/"))
+
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         task = self.task

@@ -96,8 +96,10 @@ class CacheReader:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the build finished, as the metadata says."""
-        return self.attributes.get("complete") is not None
+        """Whether the build finished, and no commit record was deleted since to have its task redone."""
+        layout = self.layout
+        num_tasks = layout.num_views * layout.num_blocks
+        return self.attributes.get("complete") is not None and len(list_commits(self.path)) == num_tasks
 
     def missing_tasks(self) -> list[Task]:
         """Tasks without commit record, from one folder listing."""

@@ -313,6 +313,7 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
         "num_stored": sum(commits[name].num_stored for name in names),
         "num_bad": sum(commits[name].num_bad for name in names),
         "nbytes": sum(commits[name].nbytes for name in names),
+        "codes_nbytes": sum(commits[name].codes_nbytes for name in names),
         "quality": summarise_quality(commits[name] for name in names),
     }
     root["attributes"] = {**root["attributes"], ATTRIBUTES: {**ours, "complete": complete}}

@@ -1,0 +1,360 @@
+"""Cache: what `atcache.open` returns. Lazy dask arrays of maps and factors, single views, and a description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import numpy as np
+
+from atcache.errors import CacheMissError, CorruptCacheError
+from atcache.lazy_layers import Kind, LazyLayer, as_dask
+from atcache.store.layout import Status, describe_status
+from atcache.store.manifest import read_commits, summarise_quality
+from atcache.store.reader import CacheReader
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
+
+    from atcache.attention.factors import FactorGeometry, LayerFactors
+    from atcache.codecs import Codec, Coder
+    from atcache.source import Source
+    from atcache.views import ViewPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class View:
+    """One view of one sample, decoded."""
+
+    sample: int
+    """Row of the sample table."""
+    sample_key: str
+    """Tar name and WebDataset key."""
+    view: int
+    label: int
+    """-1 for none."""
+    status: int
+    """A `Status`; always STORED here."""
+    image: np.ndarray
+    """The pixels teacher and student see, uint8 (height, width, 3)."""
+    maps_LHQK: np.ndarray
+    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1."""
+
+
+class Factors(NamedTuple):
+    """q and k of one layer, lazy: maps are softmax(scale * q k^T + bias)."""
+
+    q_VSHTD: da.Array
+    k_VSHTD: da.Array
+    scale: float
+    bias_HQK: np.ndarray | None
+
+
+@final
+class Cache:
+    """A cache, open for reading. Opening reads one small file; everything else is read when asked for.
+
+    Layers and heads are the teacher's own indices. A cache that is still being built can be read; what is missing is
+    NaN in arrays and a `CacheMissError` in single views. Threads may share one; pickled copies open their own files.
+    """
+
+    def __init__(self, path: Path | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
+        """Open a cache.
+
+        Args:
+            path: its folder.
+            data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+        """
+        self.reader = CacheReader(path)
+        self._data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self._data)
+
+    def __repr__(self) -> str:
+        layout = self.reader.layout
+        return (
+            f"<Cache {self.path}: {layout.num_samples} samples, {layout.num_views} views, {layout.num_layers} layers>"
+        )
+
+    @property
+    def path(self) -> Path:
+        """The cache's folder."""
+        return self.reader.path
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the cache says of itself; `docs/format.md` lists it."""
+        return self.reader.attributes
+
+    @cached_property
+    def geometry(self) -> FactorGeometry:
+        """Layers, heads and shapes of the factors."""
+        from atcache.attention.factors import FactorGeometry
+
+        return self._parse("geometry", FactorGeometry.from_json)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """How factors became integers."""
+        from atcache.codecs import codec_from_json
+
+        return self._parse("codec", codec_from_json)
+
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """The codec's fitted arrays, float32."""
+        return self.reader.state
+
+    @cached_property
+    def coder(self) -> Coder:
+        """The codec bound to this cache's geometry, state and bias, on the CPU."""
+        import torch
+
+        bias_LHQK = self.reader.bias_LHQK
+        return self.codec.coder(
+            self.geometry,
+            {name: torch.from_numpy(values) for name, values in self.state.items()},
+            bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
+        )
+
+    @cached_property
+    def policy(self) -> ViewPolicy:
+        """How the views were drawn."""
+        from atcache.views import ViewPolicy
+
+        def parse(views: dict[str, Any]) -> ViewPolicy:
+            return ViewPolicy.from_json(views["policy"])
+
+        return self._parse("views", parse)
+
+    @cached_property
+    def source(self) -> Source:
+        """The tars, for replaying images."""
+        from atcache.source import Source, relocate
+
+        index = self.reader.samples
+        return Source(index if self._data is None else relocate(index, self._data))
+
+    @cached_property
+    def samples(self) -> xr.Dataset:
+        """One row a sample: sample_key, label, tar (a number into attribute `tars`), and the status of each view."""
+        import xarray as xr
+
+        index = self.reader.samples
+        columns = {
+            "sample_key": ("sample", self._sample_keys()),
+            "label": ("sample", index.label_S),
+            "tar": ("sample", index.tar_S),
+            "status": (("view", "sample"), self.reader.status_VS),
+        }
+        meanings = {int(status): describe_status(status) for status in Status}
+        return xr.Dataset(columns, attrs={"tars": [str(tar) for tar in index.tars], "status": str(meanings)})
+
+    def factors(self, layer: int, view: int | None = None) -> Factors:
+        """q and k of one layer as the codec gives them back, lazy.
+
+        A codec may keep fewer components than the teacher has, in another basis: only q k^T is the teacher's.
+
+        Args:
+            layer: block index of the teacher.
+            view: one view only; the view axis stays, with length 1. None for all.
+        """
+        position = self._layer_position(layer)
+        views = tuple(range(self.reader.layout.num_views)) if view is None else (self._check_view(view),)
+        example = self._example(position)
+        bias_HQK = None if example.bias is None else example.bias[0].numpy()
+
+        def lazy(kind: Kind, num_heads: int) -> da.Array:
+            tail = tuple(example.q_BHTD.shape[2:])
+            return as_dask(self._lazy_layer(kind, position, tuple(range(num_heads)), tail, views))
+
+        q_VSHTD, k_VSHTD = lazy("q", example.q_BHTD.shape[1]), lazy("k", example.k_BHTD.shape[1])
+        return Factors(q_VSHTD, k_VSHTD, example.scale, bias_HQK)
+
+    def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
+        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
+
+        A chunk is a shard or an even part of one, at most about 64 MiB; slicing reads only the samples asked for.
+
+        Args:
+            layer: block index of the teacher.
+            heads: head indices of the teacher, in the order wanted; None for all that are stored.
+        """
+        position, num_tokens = self._layer_position(layer), self.reader.layout.num_tokens
+        views = tuple(range(self.reader.layout.num_views))
+        chosen = self._head_positions(heads)
+        return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
+
+    def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
+        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label."""
+        import xarray as xr
+
+        coordinates = {
+            "head": list(self.geometry.heads if heads is None else heads),
+            "sample_key": ("sample", self._sample_keys()),
+            "label": ("sample", self.reader.labels_S),
+        }
+        axes = ("view", "sample", "head", "query", "key")
+        name = f"attention_layer_{layer}"
+        return xr.DataArray(self.maps(layer, heads), coords=coordinates, dims=axes, name=name)
+
+    def view(self, sample: int | str, view: int = 0) -> View:
+        """One view of one sample: image, and maps of all stored layers.
+
+        Args:
+            sample: its row, or its sample_key.
+            view: which of its views.
+
+        Raises:
+            CacheMissError: unknown or not stored; the message says why.
+            CacheMismatchError: the image replayed from the tars is not the one the teacher saw.
+            SourceError: the tars are not where they were; open the cache with `data=`.
+        """
+        import torch
+
+        row = self.find_sample(sample) if isinstance(sample, str) else sample
+        reader = self.reader
+        codes_LTC = torch.from_numpy(reader.read_codes(view, row))
+        with torch.inference_mode():
+            layers = [
+                self.coder.decode(position, codes_LTC[position : position + 1]).maps()[0]
+                for position in range(len(codes_LTC))
+            ]
+        return View(
+            sample=row,
+            sample_key=reader.samples.sample_key(row),
+            view=view,
+            label=int(reader.labels_S[row]),
+            status=reader.status(view, row),
+            image=self.image(row, view),
+            maps_LHQK=torch.stack(layers).numpy(),
+        )
+
+    def image(self, sample: int, view: int = 0) -> np.ndarray:
+        """The pixels of one view of one sample, uint8 (height, width, 3): stored, or replayed and proved."""
+        reader = self.reader
+        if reader.layout.pixels is not None:
+            return reader.read_pixels(view, sample)
+        from atcache.rendering import replay_view
+
+        versions = self.attributes.get("created_by", {}).get("views", {})
+        parameters_P = reader.parameters(view, sample)
+        return replay_view(self.source, self.policy, sample, parameters_P, reader.pixel_hash(view, sample), versions)
+
+    def find_sample(self, sample_key: str) -> int:
+        """The row of a sample_key, "TAR_NAME/KEY".
+
+        Raises:
+            CacheMissError: no sample has it.
+        """
+        index = self.reader.samples
+        tar_name, _, key = sample_key.partition("/")
+        tar = next((number for number, tar in enumerate(index.tars) if tar.name == tar_name), -1)
+        rows = np.flatnonzero((index.tar_S == tar) & (index.keys_S == key.encode()))
+        if not len(rows):
+            raise CacheMissError(
+                f"no sample has the key {sample_key!r} in {self.path}; the first is {index.sample_key(0)!r}."
+            )
+        # A duplicate key keeps its row, marked as a problem: the good one is meant.
+        return int(min(rows, key=lambda row: (int(index.problem_S[row]) != 0, int(row))))
+
+    def describe(self) -> dict[str, Any]:
+        """What `atcache info` shows, as a JSON object: contents, sizes, and what is missing.
+
+        Bytes are those of the shards; a view's are split into codes and the rest (pixels, parameters, hash, status).
+        """
+        reader, layout = self.reader, self.reader.layout
+        totals = self._totals()
+        num_stored = max(1, totals["num_stored"])
+        map_nbytes = self.geometry.num_map_nbytes
+        code_nbytes = totals["codes_nbytes"] / num_stored
+        return {
+            "path": str(self.path),
+            "format": self.attributes["format"],
+            "teacher": self.attributes.get("teacher"),
+            "source": self.attributes.get("source"),
+            "views": self.attributes.get("views"),
+            "codec": self.attributes.get("codec"),
+            "created_by": self.attributes.get("created_by"),
+            "layers": list(self.geometry.layers),
+            "heads": list(self.geometry.heads),
+            "num_tokens": layout.num_tokens,
+            "num_samples": layout.num_samples,
+            "num_views": layout.num_views,
+            "num_tasks": layout.num_views * layout.num_blocks,
+            **totals,
+            "codes_nbytes_per_view": round(code_nbytes),
+            "nbytes_per_view": round(totals["nbytes"] / num_stored),
+            "map_nbytes_per_view": map_nbytes,
+            "times_smaller_than_float16_maps": round(map_nbytes / code_nbytes, 2) if code_nbytes else None,
+            "is_complete": reader.is_complete,
+        }
+
+    def _totals(self) -> dict[str, Any]:
+        """Sums over the committed tasks: from the record of a complete cache, or counted."""
+        names = ("num_stored", "num_bad", "nbytes", "codes_nbytes")
+        if self.reader.is_complete:
+            complete = self.attributes["complete"]
+            sums = {name: complete[name] for name in names}
+            return {**sums, "num_tasks_done": complete["num_tasks"], "quality": complete["quality"]}
+        commits = list(read_commits(self.path).values())
+        sums = {name: sum(getattr(commit, name) for commit in commits) for name in names}
+        return {**sums, "num_tasks_done": len(commits), "quality": summarise_quality(commits)}
+
+    def _parse(self, name: str, parse: Any) -> Any:  # noqa: ANN401 - one of several from_json
+        if name not in self.attributes:
+            raise CorruptCacheError(f'{self.path}/zarr.json says nothing of "{name}". Was it written by atcache?')
+        try:
+            return parse(self.attributes[name])
+        except (KeyError, TypeError) as error:
+            raise CorruptCacheError(f'{self.path}/zarr.json: "{name}" cannot be used ({error}).') from error
+
+    def _layer_position(self, layer: int) -> int:
+        if layer not in self.geometry.layers:
+            stored = ", ".join(map(str, self.geometry.layers))
+            raise CacheMissError(f"layer {layer} of the teacher is not stored in {self.path}; stored are {stored}.")
+        return self.geometry.layers.index(layer)
+
+    def _head_positions(self, heads: Sequence[int] | None) -> tuple[int, ...]:
+        stored = self.geometry.heads
+        missing = [head for head in heads or () if head not in stored]
+        if missing:
+            raise CacheMissError(
+                f"head {missing[0]} of the teacher is not stored in {self.path}; stored are "
+                f"{', '.join(map(str, stored))}."
+            )
+        return tuple(range(len(stored)) if heads is None else (stored.index(head) for head in heads))
+
+    def _check_view(self, view: int) -> int:
+        if not 0 <= view < self.reader.layout.num_views:
+            raise CacheMissError(f"view {view} is not in {self.path}: it has {self.reader.layout.num_views} views.")
+        return view
+
+    def _lazy_layer(
+        self, kind: Kind, position: int, heads: tuple[int, ...], tail: tuple[int, ...], views: tuple[int, ...]
+    ) -> LazyLayer:
+        shape = (len(views), self.reader.layout.num_samples, len(heads), *tail)
+        return LazyLayer(cache=self, position=position, kind=kind, heads=heads, shape=shape, views=views)
+
+    def _example(self, position: int) -> LayerFactors:
+        """What decoding codes of zeros gives: the shapes and the scale of this layer's factors."""
+        import torch
+
+        layout = self.reader.layout
+        zeros = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
+        return self.coder.decode(position, torch.from_numpy(zeros))
+
+    def _sample_keys(self) -> np.ndarray:
+        """All sample_keys as numpy text."""
+        index = self.reader.samples
+        tar_names = np.array([tar.name + "/" for tar in index.tars])
+        return np.char.add(tar_names[index.tar_S], np.char.decode(index.keys_S, "utf-8"))
+
+
+def _reopen(path: Path, data: str | Path | Sequence[str | Path] | None) -> Cache:
+    return Cache(path, data=data)

@@ -1,0 +1,82 @@
+"""Reductions over maps: what a head attends to, in a few numbers.
+
+The same code takes numpy and dask arrays (lazily); leading axes are free, the last two are (query, key). Values of
+views that are not stored, NaN, stay NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from atcache.errors import AttentionShapeError
+from atcache.tokens import TokenLayout
+
+
+def attention_entropy(attn_QK: Any, *, base: float = 2.0) -> Any:  # noqa: ANN401 - numpy or dask array
+    """Shannon entropy of each query's attention over keys.
+
+    Args:
+        attn_QK: probabilities, shape (..., query, key), float. Rows along key sum to 1; they are not renormalised here.
+        base: 2 gives bits, e gives nats.
+
+    Returns:
+        Entropy, shape (..., query), in [0, log_base(num_keys)].
+
+    >>> attention_entropy(np.full((1, 1, 4), 0.25))
+    array([[2.]])
+    """
+    # At probability 0 this is 0 * log(tiny): 0, as the limit is.
+    logarithm = np.log2(np.maximum(attn_QK, np.finfo(attn_QK.dtype).tiny))
+    return -(attn_QK * logarithm).sum(axis=-1) / math.log2(base)
+
+
+def prefix_mass(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - numpy or dask array
+    """How much of each query's attention goes to prefix tokens (CLS, registers).
+
+    Args:
+        attn_QK: probabilities, shape (..., query, key), over `tokens`.
+        tokens: which keys are prefix tokens.
+
+    Returns:
+        Mass, shape (..., query), in [0, 1]; 0 without prefix tokens.
+    """
+    _check_tokens(attn_QK, tokens)
+    return attn_QK[..., : tokens.num_prefix_tokens].sum(axis=-1)
+
+
+def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - numpy or dask array
+    """Distance in the image that patches attend over, weighted by attention and averaged over query patches.
+
+    Dosovitskiy et al. 2021 (arXiv 2010.11929), appendix D.7, in patches instead of pixels. Prefix tokens have no
+    place in the image: as queries they are left out, and attention to them is taken away before a row is normalised.
+
+    Args:
+        attn_QK: probabilities, shape (..., query, key), over `tokens`.
+        tokens: prefix count and patch grid.
+
+    Returns:
+        Mean distance between patch centres, shape (...), in [0, diagonal of the grid]. Multiply by the patch size for
+        pixels. A patch that attends to prefix tokens only counts as 0.
+    """
+    _check_tokens(attn_QK, tokens)
+    patches_QK = attn_QK[..., tokens.num_prefix_tokens :, tokens.num_prefix_tokens :]
+    distance_QK = patch_distances(tokens).astype(attn_QK.dtype)
+    mass_Q = np.maximum(patches_QK.sum(axis=-1), np.finfo(attn_QK.dtype).tiny)
+    return ((patches_QK * distance_QK).sum(axis=-1) / mass_Q).mean(axis=-1)
+
+
+def patch_distances(tokens: TokenLayout) -> np.ndarray:
+    """Euclidean distance between the centres of each two patches, float64 (patch, patch), in patches."""
+    rows_P, columns_P = np.divmod(np.arange(tokens.num_patches), tokens.grid_width)
+    return np.hypot(rows_P[:, None] - rows_P, columns_P[:, None] - columns_P)
+
+
+def _check_tokens(attn_QK: Any, tokens: TokenLayout) -> None:  # noqa: ANN401 - numpy or dask array
+    if attn_QK.ndim < 2 or attn_QK.shape[-2:] != (tokens.num_tokens, tokens.num_tokens):
+        raise AttentionShapeError(
+            f"maps of shape {tuple(attn_QK.shape)}: expected (..., {tokens.num_tokens}, {tokens.num_tokens}) for "
+            f"{tokens.num_prefix_tokens} prefix tokens and {tokens.grid_height} x {tokens.grid_width} patches."
+        )
