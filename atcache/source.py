@@ -213,7 +213,8 @@ class Source:
             raise BadImageError(f"{self.where(sample)} has no image to read ({problem}).")
         if offset < 0 or offset + nbytes > index.tar_nbytes[tar]:
             raise SourceError(f"{self.where(sample)}: the index points outside the tar. Index again.")
-        data = os.pread(self._tar(tar).fd, nbytes, offset)
+        opened = self._tar(tar)  # held until the read is done: another thread may push it out of the LRU
+        data = os.pread(opened.fd, nbytes, offset)
         if len(data) != nbytes:
             raise SourceError(
                 f"{self.where(sample)}: {len(data)} of {nbytes} bytes could be read. Has the tar changed?"

@@ -102,12 +102,12 @@ def read_members(path: Path) -> Iterator[TarMember]:
 
 
 def _check_header(path: Path, header: bytes, offset: int) -> None:
+    if offset == 0 and header.startswith(_COMPRESSED_MAGIC):
+        raise DamagedTarError(f"{path} is compressed. Decompress it first: samples are read in place.")
     if len(header) < _BLOCK_NBYTES:
         raise DamagedTarError(
             f"{path}: truncated: the tar stops at byte {offset + len(header)} without its end block. Copy it again."
         )
-    if offset == 0 and header.startswith(_COMPRESSED_MAGIC):
-        raise DamagedTarError(f"{path} is compressed. Decompress it first: samples are read in place.")
     unsigned = sum(header) - sum(header[148:156]) + 256
     try:
         expected = _octal(header[148:156])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import math
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +13,7 @@ from atcache.errors import SourceError
 from atcache.images import IMAGE_EXTENSIONS
 
 _MAX_TARS = 1_000_000
+_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 
 
@@ -67,12 +70,16 @@ def _expand(spec: str) -> list[Path]:
 def _expand_braces(pattern: str) -> list[Path]:
     from braceexpand import braceexpand
 
+    # Counted before it is expanded: braceexpand makes whole ranges at once.
+    num_tars = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
+    if num_tars > _MAX_TARS:
+        raise SourceError(f"{pattern!r} stands for {num_tars} tars, expected at most {_MAX_TARS}. Check its numbers.")
     try:
         paths = [Path(name) for name in islice(braceexpand(pattern), _MAX_TARS + 1)]
     except ValueError:  # its UnbalancedBracesError
         raise SourceError(f"{pattern!r} has unbalanced braces; expected like train-{{000000..001281}}.tar.") from None
     if len(paths) > _MAX_TARS:
-        raise SourceError(f"{pattern!r} stands for more than {_MAX_TARS} tars. Check its numbers.")
+        raise SourceError(f"{pattern!r} stands for over {_MAX_TARS} tars. Check its numbers.")
     return paths
 
 

@@ -203,14 +203,14 @@ def pack(config: PackConfig) -> PackSummary:
     plan = plan_pack(config)
     names = tuple(f"{config.tar_name}-{position:06d}.tar" for position in range(len(plan.tars)))
     out = config.out.expanduser()
-    _check_out(out, config.tar_name, plan)
+    _check_out(out, config.data.expanduser().resolve(), config.tar_name, plan)
     partial = Path(tempfile.mkdtemp(prefix=f".{config.tar_name}.partial-", dir=out))
     try:
         with Progress("pack", total=plan.num_samples, unit="images") as progress:
             for name, samples in zip(names, plan.tars, strict=True):
                 _write_tar(partial / name, samples)
                 progress.advance(len(samples))
-        (partial / CLASSES_FILE).write_text(_classes_text(plan), encoding="utf-8")
+        (partial / CLASSES_FILE).write_bytes(_classes_text(plan))
         nbytes = sum((partial / name).stat().st_size for name in names)
         for name in (*names, CLASSES_FILE):
             (partial / name).replace(out / name)
@@ -229,14 +229,16 @@ def pack(config: PackConfig) -> PackSummary:
     )
 
 
-def _classes_text(plan: PackPlan) -> str:
-    return "".join(f"{name}\n" for name in plan.classes)
+def _classes_text(plan: PackPlan) -> bytes:
+    return b"".join(os.fsencode(name) + b"\n" for name in plan.classes)
 
 
-def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
+def _check_out(out: Path, root: Path, tar_name: str, plan: PackPlan) -> None:
     """Refuse before anything is written."""
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file, expected a folder for the tars. Give another --out.")
+    if out.resolve().is_relative_to(root):
+        raise SourceError(f"{out} lies inside the image folder, where it would become a class. Give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     existing = sorted(out.glob(f"{tar_name}-*.tar"))
     if existing:
@@ -245,7 +247,7 @@ def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
             "them, or give another --out or --name."
         )
     classes_path = out / CLASSES_FILE
-    if classes_path.exists() and classes_path.read_text(encoding="utf-8") != _classes_text(plan):
+    if classes_path.exists() and classes_path.read_bytes() != _classes_text(plan):
         raise SourceError(
             f"{classes_path} names other classes than this folder has, so labels would not agree. Give another --out."
         )
