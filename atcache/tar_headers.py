@@ -1,7 +1,7 @@
 """The regular files of a tar, from its headers alone: names, offsets and sizes, nothing extracted, nothing followed.
 
-Why not `tarfile`: it takes 36 us a member (92 s for ImageNet's 2.6 million, 7 us here), silently stops at a damaged or
-missing header, and reads extension headers of any size. Tests compare the two on every format `tarfile` writes.
+Why not `tarfile`: it takes 27 us a member, 9 us here (ImageNet has 2.6 million), silently stops at a damaged or missing
+header, and reads extension headers of any size. Tests compare the two on every format `tarfile` writes.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def pack(config: PackConfig) -> PackSummary:
         for name in (*names, CLASSES_FILE):
             (partial / name).replace(out / name)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskFullError(f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept.") from error
         raise
     finally:

@@ -1,0 +1,204 @@
+"""Packing: image bytes unchanged, keys every reader takes, equal bytes for equal input, nothing overwritten."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from atcache.cli.pack import pack as pack_command
+from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.pipelines import pack as pipeline
+from atcache.pipelines.pack import PackConfig, pack, plan_pack
+from atcache.source import Source, index_source
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three classes, one of them empty, five images each in the others, and things that are no images."""
+    root = tmp_path / "train"
+    for number, name in enumerate(("ant", "bee.hive", "cat")):
+        (root / name).mkdir(parents=True)
+        for image in range(5 if name != "ant" else 0):
+            path = root / name / f"picture.{image}.{'JPEG' if image % 2 else 'png'}"
+            pixels = np.random.default_rng(10 * number + image).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    (root / "cat" / "notes.txt").write_text("x")
+    (root / "cat" / ".hidden.png").write_bytes(b"x")
+    (root / "cat" / "empty.png").write_bytes(b"")
+    (root / "README.md").write_text("x")
+    return root
+
+
+def test_packed_samples_are_the_files_with_their_classes(folder, tmp_path):
+    summary = pack(PackConfig(data=folder, out=tmp_path / "out", samples_per_tar=4))
+    assert [Path(path).name for path in summary.tars] == [f"train-{number:06d}.tar" for number in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "classes.txt",
+        *(f"train-{number:06d}.tar" for number in range(3)),
+    ]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "ant\nbee.hive\ncat\n"
+    assert (summary.num_samples, summary.num_classes) == (10, 3)
+    assert summary.nbytes == sum(Path(path).stat().st_size for path in summary.tars)
+    assert summary.ignored == {
+        "empty files": 1,
+        "files outside the class folders": 1,
+        "files that are no images": 1,
+        "hidden files": 1,
+    }
+    index = index_source(tmp_path / "out")
+    source = Source(index)
+    found = {
+        (index.keys_S[row].decode(), int(index.label_S[row])): source.read_bytes(row)
+        for row in range(index.num_samples)
+    }
+    expected = {}
+    for label, name in ((1, "bee.hive"), (2, "cat")):
+        for path in folder.glob(f"{name}/picture.*"):
+            number = path.name.split(".")[1]
+            expected[f"{name.replace('.', '_')}/picture_{number}", label] = path.read_bytes()
+    assert found == expected
+
+
+def test_members_keep_their_extension_and_carry_no_time_or_owner(folder, tmp_path):
+    summary = pack(PackConfig(data=folder, out=tmp_path / "out"))
+    with tarfile.open(summary.tars[0]) as tar:
+        members = tar.getmembers()
+    assert {member.name.split(".", 1)[1] for member in members} == {"cls", "jpeg", "png"}
+    assert {(member.mtime, member.uid, member.gid, member.uname, member.gname) for member in members} == {
+        (0, 0, 0, "", "")
+    }
+
+
+def test_equal_folders_give_equal_bytes_and_seeds_give_orders(folder, tmp_path):
+    def packed(name, **fields):
+        summary = pack(PackConfig(data=folder, out=tmp_path / name, samples_per_tar=6, **fields))
+        return [Path(path).read_bytes() for path in summary.tars]
+
+    first = packed("a")
+    for path in folder.rglob("*.png"):
+        path.touch()
+    assert packed("b") == first
+    assert packed("c", shuffle_seed=1) != first
+    in_order = index_source(str(tmp_path / "d" / "*.tar")) if packed("d", shuffle_seed=None) else None
+    assert in_order is not None
+    assert in_order.keys_S.tolist() == sorted(in_order.keys_S.tolist())
+    assert in_order.label_S.tolist() == [1] * 5 + [2] * 5
+
+
+def test_keys_stay_unique_without_dots_and_short(tmp_path):
+    folder = tmp_path / "in" / ("c" * 150)
+    folder.mkdir(parents=True)
+    short = tmp_path / "in" / "s"
+    short.mkdir()
+    for name in ("a.b.png", "a_b.png", "a b.png", "a_b-2.png", "ä.png"):
+        (short / name).write_bytes(b"x")
+    for name in ("x" * 200 + ".png", "x" * 200 + "y.png"):
+        (folder / name).write_bytes(b"x")
+    plan = plan_pack(PackConfig(data=tmp_path / "in", out=tmp_path / "out", name="t"))
+    keys = [sample.key for tar in plan.tars for sample in tar]
+    assert len(set(keys)) == 7
+    assert not any("." in key or " " in key for key in keys)
+    assert max(len(key.encode()) for key in keys) <= 90
+    assert {"s/a_b", "s/a_b-2", "s/ä"} <= set(keys)
+    pack(PackConfig(data=tmp_path / "in", out=tmp_path / "out", name="t"))
+    assert index_source(tmp_path / "out").num_samples == 7
+
+
+def test_links_out_of_the_folder_are_not_followed(folder, tmp_path):
+    outside = tmp_path / "secret"
+    outside.mkdir()
+    (outside / "x.png").write_bytes(b"secret")
+    (folder / "cat" / "leak.png").symlink_to(outside / "x.png")
+    (folder / "cat" / "broken.png").symlink_to(folder / "nowhere.png")
+    (folder / "cat" / "more").symlink_to(outside)
+    (folder / "dog").symlink_to(outside)
+    (folder / "cat" / "again.png").symlink_to(next((folder / "cat").glob("picture.0.*")))
+    plan = plan_pack(PackConfig(data=folder, out=tmp_path / "out"))
+    assert plan.classes == ("ant", "bee.hive", "cat")
+    assert plan.num_samples == 11
+    assert plan.ignored["links that lead out of the folder"] == 1
+    assert plan.ignored["broken links and special files"] == 1
+    assert plan.ignored["linked or hidden folders"] == 2
+
+
+def test_nothing_is_overwritten(folder, tmp_path):
+    out = tmp_path / "out"
+    pack(PackConfig(data=folder, out=out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(SourceError, match=r"already holds 1 tars called train-\*\.tar, such as train-000000\.tar"):
+        pack(PackConfig(data=folder, out=out))
+    pack(PackConfig(data=folder, out=out, name="val"))
+    (folder / "dog").mkdir()
+    with pytest.raises(SourceError, match=r"classes\.txt names other classes"):
+        pack(PackConfig(data=folder, out=out, name="test"))
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_a_disk_that_fills_up_leaves_no_tars(folder, tmp_path):
+    # A limit on the size of files stands in for a full disk: writing fails in the same place.
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from atcache.errors import DiskFullError
+        from atcache.pipelines.pack import PackConfig, pack
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        try:
+            pack(PackConfig(data=Path(sys.argv[1]), out=Path(sys.argv[2])))
+        except DiskFullError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"no space left in .*out for \d+ bytes\. Nothing was kept", done.stdout)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_packed_is_said(folder, tmp_path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "x.png").write_bytes(b"x")
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "texts" / "a" / "x.txt").write_bytes(b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    for data, out, message in (
+        ("nowhere", "out", "nowhere is no folder"),
+        ("flat", "out", "holds no folders. Expected one folder a class"),
+        ("texts", "out", r"hold no images \(\.jpg.*left out: 1 files that are no images"),
+        ("train", "file", "is a file, expected a folder"),
+        ("train", "train/tars", "lies inside the image folder"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            pack(PackConfig(data=tmp_path / data, out=tmp_path / out))
+    with pytest.raises(ConfigError, match=r"cannot be called 'a/b'"):
+        PackConfig(data=folder, out=tmp_path, name="a/b")
+    with pytest.raises(ConfigError, match="samples_per_tar 0"):
+        PackConfig(data=folder, out=tmp_path, samples_per_tar=0)
+
+
+def test_a_pack_that_cannot_fit_is_refused_first(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    with (tmp_path / "in" / "a" / "x.png").open("wb") as file:
+        file.truncate(1 << 42)  # sparse: takes no space
+    with pytest.raises(DiskFullError, match=r"bytes free, the tars need 43980"):
+        pack(PackConfig(data=tmp_path / "in", out=tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_command_prints_one_json_line(folder, tmp_path):
+    arguments = ["--data", str(folder), "--out", str(tmp_path / "out"), "--samples-per-tar", "5", "--name", "x"]
+    result = CliRunner().invoke(pack_command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary["num_samples"] == 10
+    assert [Path(path).name for path in summary["tars"]] == ["x-000000.tar", "x-000001.tar"]
+    assert isinstance(pack_command, click.Command)
+    assert pipeline.CLASSES_FILE == "classes.txt"
