@@ -290,14 +290,16 @@ def _parse_arguments(model: str, text: str) -> dict[str, Any]:
         assert isinstance(call, ast.Call)
         if call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("each needs a name")
+        if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
+            raise ValueError("one is given twice")
         arguments: dict[str, Any] = {
             str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
             for k in call.keywords
         }
     except (SyntaxError, ValueError, AssertionError) as error:
         raise TeacherError(
-            f"model {model}: cannot read its arguments {text!r}. Write name=value, separated by commas, such as "
-            "img_size=224,patch_size=16."
+            f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by commas, such "
+            "as img_size=224,patch_size=16."
         ) from error
     refused = [name for name in arguments if name in _REFUSED_ARGUMENTS]
     if refused:

@@ -144,7 +144,7 @@ def _read_torch(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         detail = str(error)
-        if "Unsupported" in detail or "GLOBAL" in detail:
+        if "GLOBAL" in detail:
             raise TeacherError(
                 f"weights {path}: the file holds pickled Python objects beside tensors, which could run code when "
                 "read; it was not read. Where you trust it, save its state dict alone (as safetensors, or with "
