@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -68,8 +68,12 @@ class CacheReader:
     a task is seen once its shards are in place, except that `status_VS` and `samples` keep what they first read.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
         """Open a cache. Reads one small file, whatever the cache's size.
+
+        Args:
+            path: its folder.
+            max_open_shards: file descriptors and indexes kept; lower it where many processes share a limit.
 
         Raises:
             CacheMissError: there is none at `path`.
@@ -78,6 +82,7 @@ class CacheReader:
         """
         use_single_threaded_blosc()
         self.path = Path(path)
+        self.max_open_shards = max_open_shards
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
         self.attributes, self.layout = read_root(self.path)
@@ -91,8 +96,8 @@ class CacheReader:
         self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._view_blocks: OrderedDict[str, np.ndarray] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[CacheReader], tuple[Path]]:
-        return CacheReader, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(CacheReader, max_open_shards=self.max_open_shards), (self.path,)
 
     @property
     def is_complete(self) -> bool:
@@ -239,7 +244,7 @@ class CacheReader:
             self._raise_damaged(spec, task, error)
         with self._lock:
             self._shards[name] = shard
-            if len(self._shards) > MAX_OPEN_SHARDS:
+            if len(self._shards) > self.max_open_shards:
                 self._shards.popitem(last=False)
         return shard
 
