@@ -236,7 +236,9 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
         weights, licence = DEMO_WEIGHTS, "apache-2.0"
     elif weights is not None and "." not in model_name.timm_name:
         licence = None  # timm's licence is of the weights a tag names, not of this file
-    model = _create(model_name, {})
+    # Its initial weights are replaced: a caller's student must not change because a teacher was made before it.
+    with torch.random.fork_rng(devices=[]):
+        model = _create(model_name, {})
     blocks = find_blocks(model)
     tokens = token_layout(model)
     if weights is not None:
@@ -298,8 +300,8 @@ def _parse_arguments(model: str, text: str) -> dict[str, Any]:
         }
     except (SyntaxError, ValueError, AssertionError) as error:
         raise TeacherError(
-            f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by commas, such "
-            "as img_size=224,patch_size=16."
+            f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by "
+            "commas, such as img_size=224,patch_size=16."
         ) from error
     refused = [name for name in arguments if name in _REFUSED_ARGUMENTS]
     if refused:

@@ -117,8 +117,13 @@ def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
         model: any module.
         without: prefixes of names to leave out, such as `AFTER_BLOCKS`.
     """
+    return tensors_sha256(model.state_dict(), without=without)
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], *, without: tuple[str, ...] = ()) -> str:
+    """What `weights_sha256` gives for a model with these tensors as its state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         if name.startswith(without):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

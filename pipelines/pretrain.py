@@ -20,9 +20,10 @@ from atcache.mae import MaskedAutoencoder
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
-from atcache.teachers import InputConfig, create_student, input_config, parse_model_name, weights_sha256
+from atcache.teachers import InputConfig, create_student, input_config, parse_model_name
 from atcache.view_stream import ViewBatches, mixed_seed, stream_batches
 from atcache.views import PolicyName, ViewPolicy
+from atcache.weights import read_weights, tensors_sha256
 
 from .progress import Progress
 
@@ -333,10 +334,13 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _summary(config: PretrainConfig) -> PretrainSummary:
     rows = _read_metrics(config.out / METRICS_FILE)
-    encoder = create_student(parse_model_name(config.model), 0, weights=config.out / WEIGHTS_FILE)
+    if not rows:
+        raise ConfigError(
+            f"{config.out / METRICS_FILE} is missing or empty beside finished weights. Give another folder."
+        )
     return PretrainSummary(
         weights=config.out / WEIGHTS_FILE,
-        weights_sha256=weights_sha256(encoder),
+        weights_sha256=tensors_sha256(read_weights(config.out / WEIGHTS_FILE)),
         model=str(parse_model_name(config.model)),
         steps=config.steps,
         first_loss=rows[0]["loss"],

@@ -131,6 +131,14 @@ def test_a_teacher_is_ready_to_run_and_described(tiny_file):
     assert (teacher.input.height, teacher.input.width) == (32, 32)
 
 
+def test_loading_a_teacher_draws_nothing_from_the_callers_generator(tiny_file):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_teacher(TINY, weights=tiny_file)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_weights_given_for_a_tag_keep_its_licence(tiny_file):
     teacher = load_teacher(TINY.replace("224:", "224.augreg_in21k:"), weights=tiny_file)
     assert teacher.licence == "apache-2.0"

@@ -1,0 +1,55 @@
+"""Choosing layers and heads by index. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from atcache.errors import ConfigError
+
+
+def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]:
+    """Indices from text such as "0-5,11", ascending and without repeats; "all" is every index below `limit`.
+
+    Args:
+        text: indices and inclusive ranges, separated by commas.
+        limit: how many there are; every index is below it.
+        what: what is counted, for messages.
+
+    Raises:
+        ConfigError: the text cannot be read, or an index does not exist.
+
+    >>> parse_indices("0-2,5", 6)
+    (0, 1, 2, 5)
+    """
+    if text.strip() == "all":
+        return tuple(range(limit))
+    indices: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            start = int(first)
+            stop = int(last) if dash else start
+        except ValueError:
+            raise ConfigError(
+                f"{what}s {text!r}: {part.strip()!r} is no index. Write indices and ranges, such as 0-5,11, or all."
+            ) from None
+        if stop < start:
+            raise ConfigError(f"{what}s {text!r}: the range {part.strip()} runs backwards.")
+        indices.update(range(start, stop + 1))
+    return checked_indices(sorted(indices), limit, what)
+
+
+def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int, ...]:
+    """The indices as a tuple, once they are known to be ascending, without repeats and below `limit`.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    chosen = tuple(indices)
+    outside = [index for index in chosen if not 0 <= index < limit]
+    if outside:
+        raise ConfigError(f"{what} {outside[0]} does not exist: the model has {limit}, numbered 0 to {limit - 1}.")
+    if not chosen or any(a >= b for a, b in pairwise(chosen)):
+        raise ConfigError(f"{what}s {chosen}: expected at least one, ascending, without repeats.")
+    return chosen

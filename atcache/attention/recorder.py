@@ -1,0 +1,226 @@
+"""One forward of a model under observation: which block runs, and with what q and k it attends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from atcache.attention.blocks import model_label, unsupported
+from atcache.attention.factors import LayerFactors
+from atcache.attention.indices import checked_indices
+from atcache.errors import UnsupportedAttentionError
+from atcache.tokens import TokenLayout
+
+
+class LastLayerSeen(Exception):
+    """Ends a forward that has nothing more to show; `FactorCapture` catches it."""
+
+
+OnCall = Callable[[nn.Module, int, LayerFactors, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CaptureRequest:
+    """What is wanted of which model."""
+
+    model: nn.Module
+    """The whole model."""
+    blocks: nn.ModuleList
+    """Its blocks, as `find_blocks` gives them."""
+    layers: tuple[int, ...]
+    """Blocks whose factors are wanted, ascending."""
+    heads: tuple[int, ...] | None
+    """Heads that are wanted, ascending; None for all."""
+    tokens: TokenLayout
+    """The tokens every block must have."""
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps the factors of each wanted block during one forward of its model."""
+
+    def __init__(self, request: CaptureRequest, *, stop_at_call: bool, on_call: OnCall | None) -> None:
+        """Record what `request` asks for.
+
+        Args:
+            request: the model, and what of it is wanted.
+            stop_at_call: False lets the last block finish, so that a second attention call in it is seen.
+            on_call: called with model, layer, all heads' factors, v and the attention's output.
+        """
+        super().__init__()
+        self.request = request
+        self.stop_at_call = stop_at_call
+        self.on_call = on_call
+        self.factors: dict[int, LayerFactors] = {}
+        self.num_model_heads = 0
+        self._running: tuple[int, int] | None = None
+
+    @contextmanager
+    def attached(self) -> Generator[None]:
+        """While open, hooks on the blocks tell which one is running; they are removed whatever happens."""
+        handles: list[Any] = []
+        try:
+            for layer, block in enumerate(self.request.blocks):
+                handles.append(block.register_forward_pre_hook(self._entering(layer)))
+                handles.append(block.register_forward_hook(self._leaving(layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def enter(_block: nn.Module, args: tuple[Any, ...]) -> None:
+            if layer in self.factors:
+                raise self._refusal(layer, f"block {layer} runs twice in one forward")
+            self._running = (layer, args[0].shape[1])
+
+        return enter
+
+    def _leaving(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def leave(_block: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
+            self._running = None
+            if layer in self.request.layers and layer not in self.factors:
+                raise self._refusal(
+                    layer,
+                    f"block {layer} never calls scaled_dot_product_attention. Where it has an attribute `fused_attn`, "
+                    "set that to True",
+                )
+            if layer == self.request.layers[-1]:
+                raise LastLayerSeen
+
+        return leave
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - torch's own signature
+        arguments = dict(kwargs or {})
+        if func is not functional.scaled_dot_product_attention or self._running is None:
+            return func(*args, **arguments)
+        layer, num_tokens = self._running
+        if layer not in self.request.layers:
+            return func(*args, **arguments)
+        call = _AttentionCall.of(args, arguments)
+        if layer in self.factors:
+            raise self._refusal(layer, f"block {layer} attends more than once")
+        self._check_call(layer, num_tokens, call)
+        self.num_model_heads = call.query.shape[1]
+        self.factors[layer] = _factors_of(call, self.request.heads)
+        if self.stop_at_call and layer == self.request.layers[-1]:
+            raise LastLayerSeen
+        output = func(*args, **arguments)
+        if self.on_call is not None:
+            whole = self.factors[layer] if self.request.heads is None else _factors_of(call, None)
+            self.on_call(self.request.model, layer, whole, call.value, output)
+        return output
+
+    def _check_call(self, layer: int, num_tokens: int, call: _AttentionCall) -> None:
+        query, key = call.query, call.key
+        if query.ndim != 4 or key.ndim != 4:
+            raise self._refusal(layer, f"q of block {layer} has {query.ndim} axes, so attention is windowed or grouped")
+        if query.shape[2] != key.shape[2]:
+            raise self._refusal(layer, f"the map of block {layer} is {query.shape[2]} x {key.shape[2]}, not square")
+        if query.shape[2] != num_tokens:
+            raise self._refusal(
+                layer, f"block {layer} has {num_tokens} tokens but a map of {query.shape[2]} x {key.shape[2]}"
+            )
+        if call.dropout_p > 0:
+            raise UnsupportedAttentionError(
+                f"{model_label(self.request.model)}: block {layer} drops attention at random (dropout_p="
+                f"{call.dropout_p:g}), so its maps are not softmax(q k^T). Call model.eval() first."
+            )
+        if num_tokens != self.request.tokens.num_tokens:
+            tokens = self.request.tokens
+            raise UnsupportedAttentionError(
+                f"{model_label(self.request.model)}: block {layer} has {num_tokens} tokens, expected "
+                f"{tokens.num_prefix_tokens} prefix tokens + {tokens.grid_height} x {tokens.grid_width} patches. Give "
+                "images of the size the model was made for, and no patch dropout."
+            )
+        limit = query.shape[1]
+        if self.request.heads is not None:
+            checked_indices(self.request.heads, limit, "head")
+
+    def _refusal(self, layer: int, reason: str) -> UnsupportedAttentionError:
+        return unsupported(self.request.model, self.request.blocks[layer], reason)
+
+    def factors_of_wanted_layers(self) -> list[LayerFactors]:
+        """The factors in the order of the layers.
+
+        Raises:
+            UnsupportedAttentionError: a wanted block did not run, or blocks ran in another order.
+        """
+        if tuple(self.factors) != self.request.layers:
+            raise UnsupportedAttentionError(
+                f"{model_label(self.request.model)}: its forward ran the blocks {tuple(self.factors)}, expected "
+                f"{self.request.layers} in this order."
+            )
+        return list(self.factors.values())
+
+
+class _AttentionCall(NamedTuple):
+    """The arguments of `scaled_dot_product_attention`, under its own names and defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _AttentionCall:
+        # In the function's own signature everything after is_causal is keyword-only.
+        return cls(*args, **kwargs)
+
+
+def _factors_of(call: _AttentionCall, heads: tuple[int, ...] | None) -> LayerFactors:
+    query, key = call.query.detach(), call.key.detach()
+    if query.dtype != call.value.dtype:
+        # Only autocast allows this: a q/k norm leaves float32, and the call itself casts to the type v has.
+        query, key = query.to(call.value.dtype), key.to(call.value.dtype)
+    bias = _additive_bias(call)
+    if heads is not None:
+        groups = query.shape[1] // key.shape[1]
+        index = torch.tensor(heads, device=query.device)
+        whole_groups = len(heads) == query.shape[1]
+        query = query.index_select(1, index)
+        key = key if whole_groups else key.index_select(1, index // groups)
+        if bias is not None and bias.shape[1] > 1:
+            bias = bias.index_select(1, index)
+    return LayerFactors(
+        q_BHTD=_owning(query),
+        k_BHTD=_owning(key),
+        scale=query.shape[-1] ** -0.5 if call.scale is None else float(call.scale),
+        bias=bias,
+    )
+
+
+def _owning(tensor: Tensor) -> Tensor:
+    """The tensor in storage of its own size: q and k are mostly views that would keep v alive."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _additive_bias(call: _AttentionCall) -> Tensor | None:
+    num_tokens = call.query.shape[2]
+    mask = call.attn_mask
+    if call.is_causal:
+        mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=call.query.device).tril()
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+    mask = mask.detach()
+    return mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)).expand(-1, -1, num_tokens, num_tokens)
