@@ -63,6 +63,11 @@ class FactorCapture:
         self._geometry: FactorGeometry | None = None
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose factors a call returns, in this order."""
+        return self.request.layers
+
+    @property
     def geometry(self) -> FactorGeometry:
         """The shapes all captured factors share; known after the first call.
 
@@ -137,7 +142,7 @@ def check_capture(
     factors = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
     # Any other image will do; a mirrored negative keeps the range of pixel values.
     other_factors = capture(-images.flip(-1))
-    for layer, one, other in zip(capture.request.layers, factors, other_factors, strict=True):
+    for layer, one, other in zip(capture.layers, factors, other_factors, strict=True):
         _check_finite(model, layer, one)
         for bias in (one.bias, other.bias):
             if not _same_bias(one.bias, bias):
