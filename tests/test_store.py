@@ -606,6 +606,20 @@ def test_a_lost_shard_is_damage_not_a_miss(cache, shard):
     ]
 
 
+def test_a_shard_swapped_for_another_of_equal_size_is_noticed_by_a_deep_check(tmp_path):
+    """Each is valid in itself: only the committed checksum of the whole file can tell."""
+    layout = replace(LAYOUT, num_views=1, num_samples=8, pixels=None)
+    cache = build(tmp_path / "cache.zarr", layout)
+    one, other = (cache / layout.pixel_hash.shard_file(task) for task in layout.tasks())
+    assert one.stat().st_size == other.stat().st_size
+    one.write_bytes(other.read_bytes())
+    commit = read_commits(cache)["v0000-b000000"]
+    assert check_commit(cache, commit, layout) == []
+    assert check_commit(cache, commit, layout, deep=True) == [
+        f"{one} is damaged: its checksum is not the committed one."
+    ]
+
+
 def test_every_bit_of_a_shard_counts(tmp_path):
     """Exhaustive on one small shard of codes."""
     layout = replace(LAYOUT, num_views=1, num_samples=2, samples_per_shard=2, num_components=3, pixels=None)
@@ -645,7 +659,7 @@ def test_a_damaged_commit_record_names_its_file(cache):
 def test_a_commit_record_cannot_point_out_of_the_cache(cache):
     file = commit_path(cache, LAYOUT.tasks()[0])
     whole = json.loads(file.read_bytes())
-    whole["files"] = {"../../etc/passwd": {"nbytes": 1, "crc32c": 1}}
+    whole["files"] = {"../../etc/passwd": {"nbytes": 1, "crc32": 1}}
     file.write_text(json.dumps(whole))
     problems = check_commit(cache, read_commits(cache)["v0000-b000000"], LAYOUT)
     assert len(problems) == 1

@@ -48,11 +48,6 @@ def crc32c(data: bytes) -> bytes:
     return struct.pack("<I", _google_crc32c.value(data))
 
 
-def extend_crc32c(checksum: int, data: bytes) -> int:
-    """The checksum, as a number, of what had `checksum` followed by `data`; start with 0."""
-    return int(_google_crc32c.extend(checksum, data))
-
-
 def compress(array: np.ndarray, compressor: str) -> bytes:
     """A chunk's bytes as stored: the C-order little-endian elements, compressed, with their crc32c appended."""
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

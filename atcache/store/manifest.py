@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atcache.errors import CorruptCacheError
-from atcache.store.chunks import DamagedChunkError, decode_index, extend_crc32c
+from atcache.store.chunks import DamagedChunkError, decode_index
 from atcache.store.durable import encode_json, write_file
 from atcache.store.layout import ArraySpec, StoreLayout, Task
 
@@ -24,8 +25,9 @@ class FileRecord:
     """What one shard file must be."""
 
     nbytes: int
-    crc32c: int
-    """Of the whole file."""
+    crc32: int
+    """zlib's, of the whole file. Not crc32c: what ends in its own crc32c has a constant one, so that a shard's crc32c
+    would depend on the lengths of its parts alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class Commit:
         task = self.task
         return {
             "task": {"view": task.view, "block": task.block, "start": task.start, "stop": task.stop},
-            "files": {name: {"nbytes": record.nbytes, "crc32c": record.crc32c} for name, record in self.files.items()},
+            "files": {name: {"nbytes": record.nbytes, "crc32": record.crc32} for name, record in self.files.items()},
             "num_stored": self.num_stored,
             "num_bad": self.num_bad,
             "quality": self.quality,
@@ -67,7 +69,7 @@ class Commit:
     def from_json(cls, values: Mapping[str, Any]) -> Commit:
         """The commit `to_json` came from; KeyError, TypeError or ValueError when it is none."""
         files = {
-            str(name): FileRecord(nbytes=int(record["nbytes"]), crc32c=int(record["crc32c"]))
+            str(name): FileRecord(nbytes=int(record["nbytes"]), crc32=int(record["crc32"]))
             for name, record in dict(values["files"]).items()
         }
         return cls(
@@ -127,7 +129,7 @@ def read_commits(path: Path | str) -> dict[str, Commit]:
 def check_commit(path: Path | str, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
     """What is wrong with a committed task, one sentence each; empty when it can be trusted.
 
-    Looks at the size and the index of every shard; with `deep` also at every byte (the whole file's crc32c).
+    Looks at the size and the index of every shard; with `deep` also at every byte (the whole file's checksum).
     """
     task = commit.task
     if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
@@ -149,7 +151,7 @@ def _check_shard(file: Path, spec: ArraySpec, record: FileRecord, *, deep: bool)
         with file.open("rb") as shard:
             shard.seek(max(0, nbytes - spec.index_nbytes))
             decode_index(shard.read(), spec, nbytes)
-            if deep and _file_crc32c(file) != record.crc32c:
+            if deep and _file_crc32(file) != record.crc32:
                 return f"{file} is damaged: its checksum is not the committed one."
     except DamagedChunkError as error:
         return f"{file} is damaged: {error}."
@@ -158,11 +160,11 @@ def _check_shard(file: Path, spec: ArraySpec, record: FileRecord, *, deep: bool)
     return None
 
 
-def _file_crc32c(file: Path) -> int:
+def _file_crc32(file: Path) -> int:
     checksum = 0
     with file.open("rb") as stream:
         while block := stream.read(2**22):
-            checksum = extend_crc32c(checksum, block)
+            checksum = zlib.crc32(block, checksum)
     return checksum
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from atcache.store.chunks import EMPTY, encode_index, extend_crc32c
+from atcache.store.chunks import EMPTY, encode_index
 from atcache.store.durable import fsync_path, make_folder, partial_path
 from atcache.store.layout import ArraySpec
 from atcache.store.manifest import FileRecord
@@ -22,7 +23,7 @@ class ShardFile:
         self._partial = partial_path(path)
         self._index_N2 = np.full((spec.num_chunks_per_shard, 2), EMPTY, dtype="<u8")
         self._nbytes = 0
-        self._crc32c = 0
+        self._crc32 = 0
         make_folder(path.parent)
         self._file = self._partial.open("xb", buffering=2**20)
 
@@ -33,7 +34,7 @@ class ShardFile:
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._crc32c = extend_crc32c(self._crc32c, data)
+        self._crc32 = zlib.crc32(data, self._crc32)
         self._nbytes += len(data)
 
     def seal(self) -> FileRecord:
@@ -42,7 +43,7 @@ class ShardFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return FileRecord(nbytes=self._nbytes, crc32c=self._crc32c)
+        return FileRecord(nbytes=self._nbytes, crc32=self._crc32)
 
     def place(self) -> None:
         """Give the sealed shard its name."""
