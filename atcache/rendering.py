@@ -51,11 +51,11 @@ def render_view(
         return Rendered(problem, np.zeros(len(parameter_names), np.float32), 0, nothing)
     try:
         image = source.read_image(sample)
+        parameters_P = draw_view(policy, source.index.sample_key(sample), view, image.height, image.width)
     except BadImageError:
         if not skip_bad:
             raise
         return Rendered(int(Problem.UNDECODABLE), np.zeros(len(parameter_names), np.float32), 0, nothing)
-    parameters_P = draw_view(policy, source.index.sample_key(sample), view, image.height, image.width)
     pixels_HWC = apply_view(image, parameters_P, policy)
     return Rendered(STORED, parameters_P, pixel_hash(pixels_HWC), pixels_HWC)
 

@@ -56,6 +56,11 @@ class Progress:
         elif time.monotonic() - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 
+    @property
+    def done(self) -> int:
+        """Units done so far."""
+        return self._done
+
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
         if self._rich is not None:

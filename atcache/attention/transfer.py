@@ -30,15 +30,17 @@ class TeacherFactors(Protocol):
 class CachedFactors:
     """Factors decoded from codes, each layer when it is asked for, so that one layer's floats live at a time."""
 
-    def __init__(self, coder: Coder, codes_BLTC: Tensor) -> None:
+    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_position: int = 0) -> None:
+        """Take the codes of a batch; their first layer is the one at `first_position` of the coder's geometry."""
         self._coder = coder
         self._codes_BLTC = codes_BLTC
+        self._first_position = first_position
         self._position_of = {block: position for position, block in enumerate(coder.geometry.layers)}
 
     def layer(self, block: int) -> LayerFactors:
         """See `TeacherFactors.layer`."""
         position = self._position_of[block]
-        return self._coder.decode(position, self._codes_BLTC[:, position])
+        return self._coder.decode(position, self._codes_BLTC[:, position - self._first_position])
 
 
 class LiveFactors:

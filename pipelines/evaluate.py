@@ -1,0 +1,96 @@
+"""Evaluate: accuracy and loss of one finished run, or of several together."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atcache.errors import ConfigError
+from atcache.precision import resolve_device, resolve_precision
+
+from .runs import load_run
+from .validation import Score, open_validation, score_ensemble
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What to measure."""
+
+    runs: tuple[Path, ...]
+    """Folders of finished runs; several are an ensemble."""
+    cache: Path | None = None
+    """A validation cache; copying students take their maps from it."""
+    data: str | None = None
+    """Validation images, or where the cache's tars now are."""
+    live_teacher: bool = False
+    """Run the teacher for copying students instead of reading its maps; needs the cache's or the run's teacher."""
+    weights: Path | None = None
+    """The live teacher's weights; None takes timm's."""
+    batch_size: int = 256
+    """Samples a forward; does not change the result."""
+    workers: int = 0
+    """Processes that read ahead."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto, fp32 or bf16."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("no run to evaluate: name the folder of a finished `atcache train`.")
+        if self.cache is None and self.data is None:
+            raise ConfigError("nothing to evaluate on: give --cache or --data.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateSummary:
+    """What came out."""
+
+    runs: tuple[str, ...]
+    modes: tuple[str, ...]
+    score: Score
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def evaluate(config: EvaluateConfig) -> EvaluateSummary:
+    """Score a finished run, or several as an ensemble.
+
+    Raises:
+        AtcacheError: a run is not finished, or the data do not fit it.
+    """
+    start_s = time.monotonic()
+    device = resolve_device(config.device)
+    loaded = [load_run(folder, device) for folder in config.runs]
+    copied = [record for _, record in loaded if record.mode == "copy"]
+    teacher = copied[0].teacher if copied else None
+    if config.live_teacher and teacher is None:
+        raise ConfigError("--live-teacher: none of these runs copies attention, so no teacher is needed. Leave it out.")
+    if len({record.teacher.weights_sha256 for record in copied if record.teacher is not None}) > 1:
+        raise ConfigError("the copying runs of an ensemble have different teachers; evaluate them one by one.")
+    live_teacher = teacher.start(config.weights, device) if teacher is not None and config.live_teacher else None
+    data = open_validation(
+        cache=config.cache,
+        data=config.data,
+        student=loaded[0][0],
+        layers=sorted({layer for record in copied for layer in record.layers}),
+        teacher=teacher,
+        live_teacher=live_teacher,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=device,
+    )
+    score = score_ensemble(
+        [student for student, _ in loaded], data, device, resolve_precision(config.precision, device)
+    )
+    return EvaluateSummary(
+        runs=tuple(map(str, config.runs)),
+        modes=tuple(record.mode for _, record in loaded),
+        score=score,
+        seconds=time.monotonic() - start_s,
+    )

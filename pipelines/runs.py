@@ -1,0 +1,107 @@
+"""A run's folder: which student it holds, so that it can be made again, and its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atcache.errors import ConfigError
+from atcache.store.durable import disk_errors_explained, fsync_path, partial_path
+from atcache.teachers import parse_model_name
+
+from .students import Mode, Student, make_student
+from .teacher_record import TeacherRecord
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What is needed to make a run's student again."""
+
+    mode: Mode
+    student: str
+    """Its timm name with arguments."""
+    num_classes: int
+    layers: tuple[int, ...]
+    """Blocks whose attention is transferred; empty for scratch and finetune."""
+    teacher: TeacherRecord | None
+    """Who its attention comes from; None for scratch and finetune."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return {
+            "mode": self.mode,
+            "student": self.student,
+            "num_classes": self.num_classes,
+            "layers": list(self.layers),
+            "teacher": None if self.teacher is None else self.teacher.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RunRecord:
+        """The record `to_json` came from."""
+        teacher = fields["teacher"]
+        return cls(
+            **{
+                **fields,
+                "layers": tuple(fields["layers"]),
+                "teacher": None if teacher is None else TeacherRecord.from_json(teacher),
+            }
+        )
+
+
+def save_weights(folder: Path, student: Student) -> None:
+    """Write the timm model's weights; those of a distilled student load into any timm model of its name."""
+    from safetensors.torch import save_file
+
+    path = folder / WEIGHTS_FILE
+    temp = partial_path(path)
+    with disk_errors_explained(path):
+        try:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
+            save_file(tensors, temp)
+            fsync_path(temp)
+            temp.replace(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
+    """The student of a finished run, in eval mode, and what it is.
+
+    Raises:
+        ConfigError: there is no finished run in the folder.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} is no run: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out {folder}`."
+        ) from error
+    if not (folder / WEIGHTS_FILE).exists():
+        raise ConfigError(
+            f"{folder} is not finished: {WEIGHTS_FILE} is missing. Run its `atcache train` command again."
+        )
+    student = make_student(
+        record.mode,
+        parse_model_name(record.student),
+        record.num_classes,
+        geometry=None if record.teacher is None else record.teacher.geometry,
+        layers=record.layers,
+    )
+    try:
+        student.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{folder / WEIGHTS_FILE} does not hold this run's weights: {error}.") from error
+    student.module.to(device).eval()
+    return student, record

@@ -1,0 +1,171 @@
+"""Students of the four modes behind one interface, and what they are given with each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atcache.attention.capture import FactorCapture, find_blocks
+from atcache.attention.factors import FactorGeometry
+from atcache.attention.transfer import (
+    CachedFactors,
+    CopyStudent,
+    DistilledStudent,
+    LiveFactors,
+    TeacherFactors,
+    check_student,
+)
+from atcache.codecs import Coder, codec_from_json
+from atcache.errors import ConfigError
+from atcache.loader import Batch
+from atcache.store.reader import CacheReader
+from atcache.teachers import InputConfig, ModelName, create_student, input_config
+from atcache.views import ViewPolicy
+
+from .calibrate import TeacherRun
+
+Mode = Literal["copy", "distill", "scratch", "finetune"]
+MODES: tuple[Mode, ...] = ("copy", "distill", "scratch", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Student:
+    """A model being trained or evaluated, whatever its mode."""
+
+    mode: Mode
+    module: nn.Module
+    """What is trained and saved: the timm model itself, or the wrapper that gives it attention."""
+    model: nn.Module
+    """The timm model inside, whose parameters are optimised."""
+    input: InputConfig
+    """The pixels' normalisation."""
+
+    def train_step(
+        self, images: Tensor, label_B: Tensor, teacher: TeacherFactors | None, label_smoothing: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """The label loss, and the attention loss of a distilled student (None for the others), in nats."""
+        attention_loss = None
+        if self.mode == "distill":
+            logits, attention_loss = self.module(images, teacher)
+        else:
+            logits = self.predict(images, teacher)
+        return F.cross_entropy(logits.float(), label_B, label_smoothing=label_smoothing), attention_loss
+
+    def predict(self, images: Tensor, teacher: TeacherFactors | None) -> Tensor:
+        """Class logits. Only copying students need the teacher to predict."""
+        return self.module(images, teacher) if self.mode == "copy" else self.model(images)
+
+    def averaged(self, module: nn.Module) -> Student:
+        """The same student with another module of its kind: a moving average of it."""
+        model = module if self.module is self.model else module.get_submodule("model")
+        return Student(mode=self.mode, module=module, model=model, input=self.input)
+
+
+def make_student(
+    mode: Mode,
+    name: ModelName,
+    num_classes: int,
+    *,
+    geometry: FactorGeometry | None,
+    layers: Sequence[int],
+    drop_path: float = 0.0,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Student:
+    """A student with fresh weights (from torch's global generator), or the given ones.
+
+    Args:
+        mode: what it does with the teacher's attention.
+        name: its timm architecture.
+        num_classes: outputs of its head.
+        geometry: the teacher's; needed for copy and distill.
+        layers: blocks whose attention is transferred.
+        drop_path: stochastic depth.
+        weights: a state dict to begin with, for fine-tuning; the head stays fresh.
+
+    Raises:
+        TeacherError: the teacher's factors do not fit the student.
+    """
+    model = create_student(name, num_classes, weights=weights, drop_path=drop_path)
+    config = input_config(model)
+    if mode in ("scratch", "finetune"):
+        return Student(mode=mode, module=model, model=model, input=config)
+    if geometry is None:
+        raise ConfigError(f"mode {mode} needs the teacher's attention: give --cache.")
+    capture = FactorCapture(model.eval())
+    capture(torch.zeros(1, 3, config.height, config.width))
+    check_student(geometry, capture.geometry, layers, student_name=str(name))
+    wrapper = CopyStudent if mode == "copy" else DistilledStudent
+    return Student(mode=mode, module=wrapper(model, find_blocks(model), geometry, layers), model=model, input=config)
+
+
+def check_views_fit(student: Student, reader: CacheReader) -> None:
+    """Refuse a cache whose views are not of the student's size.
+
+    Raises:
+        ConfigError: naming both sizes.
+    """
+    policy = ViewPolicy.from_json(reader.attributes["views"]["policy"])
+    if (policy.image_height, policy.image_width) != (student.input.height, student.input.width):
+        raise ConfigError(
+            f"the views of {reader.path} are {policy.image_height} x {policy.image_width} pixels, the student takes "
+            f"{student.input.height} x {student.input.width}. Give --student with img_size={policy.image_height}."
+        )
+
+
+def parse_layers(text: str | None, geometry: FactorGeometry) -> tuple[int, ...]:
+    """The blocks to transfer: those of `text`, or all the cache holds.
+
+    Raises:
+        ConfigError: the cache does not hold one of them.
+    """
+    from atcache.attention.capture import parse_indices
+
+    if text is None:
+        return geometry.layers
+    layers = parse_indices(text, max(geometry.layers) + 1, what="layer")
+    if missing := sorted(set(layers) - set(geometry.layers)):
+        raise ConfigError(
+            f"layer {missing[0]} is not in the cache, which holds layers {', '.join(map(str, geometry.layers))}."
+        )
+    return layers
+
+
+class CacheTeacher:
+    """Gives each batch its teacher's factors, decoded from the batch's codes."""
+
+    def __init__(self, reader: CacheReader, layers: Sequence[int], device: torch.device) -> None:
+        self.geometry = FactorGeometry.from_json(reader.attributes["geometry"])
+        positions = [self.geometry.layers.index(layer) for layer in layers]
+        # One range of layers is one read; layers between the wanted ones come along.
+        self.positions = slice(min(positions), max(positions) + 1)
+        self._device = device
+        self._coder: Coder = codec_from_json(reader.attributes["codec"]).coder(
+            self.geometry,
+            {name: torch.from_numpy(values) for name, values in reader.state.items()},
+            bias_LHQK=None if reader.bias_LHQK is None else torch.from_numpy(reader.bias_LHQK),
+            device=str(device),
+        )
+
+    def factors(self, batch: Batch) -> TeacherFactors:
+        """The factors of a batch that came with codes."""
+        assert batch.codes_BLTC is not None, "batches for a cache's teacher are read with codes"
+        codes_BLTC = batch.codes_BLTC.to(self._device, non_blocking=True)
+        return CachedFactors(self._coder, codes_BLTC, self.positions.start)
+
+
+class LiveTeacher:
+    """Gives each batch its teacher's factors by running the teacher: what a cache replaces, kept for comparison."""
+
+    def __init__(self, run: TeacherRun, geometry: FactorGeometry) -> None:
+        self._run = run
+        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads)
+
+    def factors(self, batch: Batch) -> TeacherFactors:
+        """The factors of a batch's pixels."""
+        layers = self._run.factors(self._capture, batch.pixels_BHWC)
+        return LiveFactors(dict(zip(self._capture.layers, layers, strict=True)))

@@ -1,0 +1,213 @@
+"""Validation: views with labels, and the score of students on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.loader import Batch, CachedViews, FreshViews, Views, validation_batches
+from atcache.precision import autocast
+from atcache.rendering import STORED, normalise_images
+from atcache.source import Source, index_source, relocate
+from atcache.store.reader import CacheReader
+from atcache.teachers import InputConfig
+from atcache.views import ViewPolicy
+
+from .students import CacheTeacher, LiveTeacher, Student, check_views_fit
+from .teacher_record import TeacherRecord
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How well predictions fit labels."""
+
+    top1: float
+    """Share of samples whose label is the first prediction, in percent."""
+    top5: float
+    """Share of samples whose label is among the first five, in percent; equal to 100 with five classes or fewer."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ValidationSet:
+    """Views and labels to score students on, and the teacher for those that need one."""
+
+    views: Views
+    label_S: np.ndarray
+    """Class of every row of the source."""
+    sample_S: np.ndarray
+    """Rows that can be used."""
+    teacher: CacheTeacher | LiveTeacher | None
+    batch_size: int
+    workers: int
+
+    def batches(self) -> Iterator[Batch]:
+        """All usable samples once."""
+        return validation_batches(
+            self.views, self.label_S, self.sample_S, batch_size=self.batch_size, workers=self.workers
+        )
+
+
+def open_cache_views(
+    reader: CacheReader, data: str | None, *, with_codes: bool, positions: slice = slice(None), keep_nbytes: int = 0
+) -> tuple[CachedViews, np.ndarray]:
+    """The views of a complete cache, and the rows that have a label and are stored in every view.
+
+    Args:
+        reader: the cache.
+        data: where its tars are now; None for where they were.
+        with_codes: whether codes are wanted.
+        positions: which stored layers.
+        keep_nbytes: see `CachedViews`.
+
+    Raises:
+        CacheMismatchError: the cache is not complete.
+        SourceError: the tars are not there, or no sample can be used.
+    """
+    if not reader.is_complete:
+        raise CacheMismatchError(
+            f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(reader.layout.tasks())} tasks are "
+            "missing. Run its `atcache build` command again."
+        )
+    source = None
+    if reader.layout.pixels is None:
+        source = Source(reader.samples if data is None else relocate(reader.samples, data))
+    views = CachedViews(reader, source, with_codes=with_codes, positions=positions, keep_nbytes=keep_nbytes)
+    usable_S = np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
+    if not len(usable_S):
+        raise SourceError(f"{reader.path} has no sample with a label and an image.")
+    return views, usable_S
+
+
+def open_images(data: str, config: InputConfig, policy: str, seed: int) -> tuple[FreshViews, np.ndarray]:
+    """Views drawn from tars without a cache, and the labels of all their samples.
+
+    Raises:
+        SourceError: the tars cannot be used.
+        ConfigError: the policy is unknown.
+    """
+    index = index_source(data)
+    view_policy = ViewPolicy(
+        name=policy,  # pyright: ignore[reportArgumentType] - checked by ViewPolicy
+        seed=seed,
+        image_height=config.height,
+        image_width=config.width,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+    )
+    return FreshViews(Source(index), view_policy), index.label_S
+
+
+def open_validation(
+    *,
+    cache: Path | None,
+    data: str | None,
+    student: Student,
+    layers: Sequence[int],
+    teacher: TeacherRecord | None,
+    live_teacher: LiveTeacher | None,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> ValidationSet:
+    """Views to score students on.
+
+    Args:
+        cache: a validation cache; None draws `eval` views from `data`.
+        data: the images, or where the cache's tars now are.
+        student: whose input the views must fit.
+        layers: blocks whose attention copying students are given; empty when none of them copies.
+        teacher: who copying students learnt from; None when none of them copies.
+        live_teacher: that teacher, running; instead of the cache's maps.
+        batch_size: samples a batch.
+        workers: processes that read ahead.
+        device: where students run.
+
+    Raises:
+        ConfigError: copying students have nothing to take maps from.
+        CacheMismatchError: the cache is of another teacher.
+    """
+    copies = teacher is not None
+    if cache is None:
+        if copies and live_teacher is None:
+            raise ConfigError(
+                "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
+            )
+        assert data is not None, "checked by the callers' configs"
+        views, label_S = open_images(data, student.input, policy="eval", seed=0)
+        usable_S = np.flatnonzero(label_S >= 0)
+        given: CacheTeacher | LiveTeacher | None = live_teacher
+    else:
+        reader = CacheReader(cache)
+        if teacher is not None and (theirs := TeacherRecord.of_cache(reader)).weights_sha256 != teacher.weights_sha256:
+            raise CacheMismatchError(
+                f"{cache} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
+                f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
+            )
+        given = live_teacher
+        positions = slice(None)
+        if copies and live_teacher is None:
+            given = CacheTeacher(reader, layers, device)
+            positions = given.positions
+        views, usable_S = open_cache_views(
+            reader, data, with_codes=isinstance(given, CacheTeacher), positions=positions
+        )
+        check_views_fit(student, reader)
+        label_S = reader.labels_S
+    return ValidationSet(
+        views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
+    )
+
+
+def score_student(student: Student, data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
+    """The score of one student; its module is left in eval mode."""
+    return score_ensemble([student], data, device, dtype)
+
+
+def score_ensemble(students: Sequence[Student], data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
+    """The score of the mean of the students' probabilities (Li et al. 2024, section 5)."""
+    top1 = top5 = loss = num_samples = 0.0
+    for student in students:
+        student.module.eval()
+    for batch in data.batches():
+        label_B = batch.label_B.to(device)
+        probability_BC = _mean_probabilities(students, batch, data.teacher, device, dtype)
+        ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
+        top1 += float(ranked_BC[:, 0].sum())
+        top5 += float(ranked_BC.any(1).sum())
+        # The smallest normal number stands in for a probability that underflowed to 0.
+        of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
+        loss -= float(of_label_B.log().sum())
+        num_samples += len(label_B)
+    return Score(
+        top1=100 * top1 / num_samples,
+        top5=100 * top5 / num_samples,
+        loss=loss / num_samples,
+        num_samples=int(num_samples),
+    )
+
+
+@torch.no_grad()
+def _mean_probabilities(
+    students: Sequence[Student],
+    batch: Batch,
+    teacher: CacheTeacher | LiveTeacher | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    probabilities: list[Tensor] = []
+    for student in students:
+        images = normalise_images(batch.pixels_BHWC, student.input.mean, student.input.std, device)
+        given = teacher.factors(batch) if teacher is not None and student.mode == "copy" else None
+        with autocast(device, dtype):
+            logits = student.predict(images, given)
+        probabilities.append(logits.double().softmax(dim=1))
+    return torch.stack(probabilities).mean(dim=0)
