@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dask
 import dask.array as da
@@ -370,3 +372,16 @@ def test_of_duplicate_keys_the_good_sample_is_meant(tmp_path, digits_tars):
 def test_codec_int8_is_close(digits_tars, tmp_path, expected_LVSHQK):
     maps = atcache.open(build(tmp_path / "int8.zarr", digits_tars, codec="int8")).maps(4).compute()
     assert np.nanmax(np.abs(maps - expected_LVSHQK[1])) < 0.05
+
+
+@pytest.mark.parametrize("codec", ["exact", "exact:dtype=float32", "int8"])
+def test_the_documented_reader_gives_the_same_maps_without_atcache(digits_tars, tmp_path, codec):
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "atcache import" not in code
+    names: dict[str, Any] = {}
+    exec(code, names)
+    path = build(tmp_path / "cache.zarr", digits_tars, codec=codec, num_tasks=1)
+    ours = atcache.open(path).view(2).maps_LHQK
+    for position in range(3):
+        assert np.allclose(names["read_maps"](path, 0, 2, position), ours[position], atol=1e-6)
