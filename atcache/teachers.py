@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 DEMO_MODEL = (
-    "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool='avg',"
-    "num_classes=0,mean=(0.5,0.5,0.5),std=(0.5,0.5,0.5),interpolation='bicubic',crop_pct=1.0"
+    "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg,"
+    "num_classes=0,mean=(0.5,0.5,0.5),std=(0.5,0.5,0.5),interpolation=bicubic,crop_pct=1.0"
 )
 """The teacher that ships with the package, for 8 x 8 images of digits."""
 DEMO_WEIGHTS = Path(__file__).parent / "data" / "demo-mae.safetensors"
@@ -113,7 +113,7 @@ class ModelName:
         return self.timm_name.partition(".")[0]
 
     def __str__(self) -> str:
-        arguments = ",".join(f"{name}={value!r}".replace(" ", "") for name, value in self.arguments.items())
+        arguments = ",".join(f"{name}={_argument_text(value)}" for name, value in self.arguments.items())
         return f"{self.timm_name}:{arguments}" if arguments else self.timm_name
 
 
@@ -232,7 +232,7 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
     """
     model_name = parse_model_name(name)
     licence: str | None = _pretrained_config(model_name.timm_name).get("license")
-    if weights is None and name.strip().partition(":")[0] == "demo-mae":
+    if weights is None and model_name == parse_model_name("demo-mae"):
         weights, licence = DEMO_WEIGHTS, "apache-2.0"
     elif weights is not None and "." not in model_name.timm_name:
         licence = None  # timm's licence is of the weights a tag names, not of this file
@@ -284,6 +284,13 @@ def create_student(
         tensors = weights if isinstance(weights, Mapping) else read_weights(weights)
         load_weights(model, tensors, keep_head=False)
     return model
+
+
+def _argument_text(value: object) -> str:
+    """An argument as a person would type it: words without quotes, which shells eat, and no spaces."""
+    if isinstance(value, str) and value.isidentifier() and value not in ("True", "False", "None"):
+        return value
+    return repr(value).replace(" ", "")
 
 
 def _parse_arguments(model: str, text: str) -> dict[str, Any]:

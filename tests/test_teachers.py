@@ -66,7 +66,7 @@ def test_licences_are_those_of_the_weights():
 
 
 def test_model_names_survive_being_written_and_read():
-    for text in ("mae-vit-l", "demo-mae", f"{TINY},global_pool='avg',mean=(0.5,0.25,0.5),class_token=False"):
+    for text in ("mae-vit-l", "demo-mae", f"{TINY},global_pool=avg,mean=(0.5,0.25,0.5),class_token=False"):
         name = parse_model_name(text)
         assert parse_model_name(str(name)) == name
 

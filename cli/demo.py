@@ -1,0 +1,61 @@
+"""`atcache demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..pipelines.demo import DemoSummary
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("atcache-demo"),
+    show_default=True,
+    help="Folder for tars, caches, runs, a picture of maps and the commands.",
+)
+@click.option("--seeds", default=1, show_default=True, help="Students of each mode.")
+@click.option("--pretrain", is_flag=True, help="Make the teacher afresh instead of taking the shipped one.")
+@click.option("--codec", default="int8", show_default=True, help="How the teacher's factors are stored.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
+def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
+    """Show attention transfer end to end on a small dataset, without a download.
+
+    Example:
+
+    \b
+        atcache demo --seeds 3 --json demo.json
+    """
+    from ..pipelines.demo import DemoConfig
+    from ..pipelines.demo import demo as run_demo
+
+    summary = run_demo(DemoConfig(**config), say=lambda command: click.echo(f"$ {command}", err=True))
+    if json_file is not None:
+        json_file.write_text(json.dumps(summary.to_json(), indent=2) + "\n")
+    _print_table(summary)
+
+
+def _print_table(summary: DemoSummary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="100 labels, 8 x 8 digits, ViT of 4 layers; validation on 500 others")
+    for column in ("student", "top-1 %", "gap closed", "seconds to train"):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    for mode, result in summary.modes.items():
+        closed = "" if result.gap_closed is None else f"{result.gap_closed:.0%}"
+        name = "distill + finetune, averaged" if mode == "ensemble" else mode
+        table.add_row(name, f"{result.top1:.1f}", closed, f"{result.seconds:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"cache: {summary.cache_nbytes_per_view:.0f} bytes a view (float16 maps: {summary.map_nbytes_per_view}), "
+        f"{summary.num_views} views; {summary.seconds:.0f} s in all"
+    )
+    console.print(f"left in {summary.out}: digits/ teacher/ train.zarr val.zarr runs/ maps.png commands.sh demo.json")
