@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from atcache.attention.capture import FactorCapture
 from atcache.codecs import Coder
@@ -26,6 +26,7 @@ from atcache.source import Source
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.writer import TaskWriter, encode_pixels, encode_view
 from atcache.views import PARAMETER_NAMES, ViewPolicy
+from atcache.worker_batches import read_ahead
 
 from .calibrate import TeacherRun, mean_row_kl
 from .progress import Progress
@@ -188,16 +189,10 @@ class TaskRunner:
                 shards.abort()
         return num_stored
 
-    def _batches(self, tasks: list[Task]) -> DataLoader[RenderedBatch]:
-        dataset = _RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
+    def _batches(self, tasks: list[Task]) -> Iterator[RenderedBatch]:
+        batches = _RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
         workers = max(0, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=min(workers, len(dataset)),
-            collate_fn=_as_it_is,
-            prefetch_factor=2 if workers else None,
-        )
+        return read_ahead(batches, range(len(batches)), workers=workers)
 
     def _encode(
         self, capture: FactorCapture, batch: RenderedBatch, compressors: ThreadPoolExecutor
@@ -225,7 +220,3 @@ class TaskRunner:
             )
             for codes_LTC, pixels_HWC in zip(codes_BLTC, pixels_BHWC, strict=True)
         ]
-
-
-def _as_it_is(batch: RenderedBatch) -> RenderedBatch:
-    return batch

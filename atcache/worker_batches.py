@@ -1,0 +1,60 @@
+"""Batches made ahead by worker processes. Errors arrive as they were raised, not as a text of two tracebacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
+
+from torch.utils.data import DataLoader, Dataset
+
+from atcache.errors import AtcacheError
+
+Batch = TypeVar("Batch")
+
+
+class _ErrorsAsValues(Dataset[Batch | AtcacheError]):
+    """Returns an `AtcacheError` where the dataset raises one.
+
+    torch raises a worker's error again with the worker's whole traceback as its message, which no user should read.
+    """
+
+    def __init__(self, batches: Dataset[Batch]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> Batch | AtcacheError:
+        try:
+            return self._batches[number]
+        except AtcacheError as error:
+            return error
+
+
+def read_ahead(
+    batches: Dataset[Batch], numbers: Sequence[int], *, workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The batches of these numbers, in order.
+
+    Args:
+        batches: number -> batch; forked or pickled to the workers.
+        numbers: which, in the order wanted.
+        workers: processes that read ahead, two batches each; 0 makes each batch here when it is asked for.
+        pin_memory: put the batches where a GPU fetches them from without waiting.
+
+    Raises:
+        AtcacheError: what making a batch raised, in its turn.
+    """
+    loader = DataLoader(
+        _ErrorsAsValues(batches),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=min(workers, len(numbers)),
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, AtcacheError):
+            raise batch
+        yield cast("Batch", batch)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
