@@ -140,7 +140,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         heads=config.heads,
         codec=codec,
     )
-    existing = CacheReader(config.out) if config.out.exists() else None
+    existing = _open_existing(config.out)
     if existing is not None:
         check_same_cache(existing, identity, config.samples_per_shard)
         if existing.is_complete:
@@ -188,6 +188,15 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         num_built_views=num_built,
         seconds=time.monotonic() - start_s,
     )
+
+
+def _open_existing(out: Path) -> CacheReader | None:
+    """The cache that is to be continued, or None where there is none yet."""
+    if not out.exists():
+        return None
+    if not (out / "zarr.json").exists():
+        raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
+    return CacheReader(out)
 
 
 def _view_policy(config: BuildConfig, teacher: Teacher) -> ViewPolicy:

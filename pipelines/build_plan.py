@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,13 +16,16 @@ from atcache import __version__
 from atcache.codecs import Codec
 from atcache.errors import CacheMismatchError
 from atcache.source import SampleIndex
-from atcache.store.layout import StoreLayout, plan_layers_per_chunk, plan_samples_per_shard
+from atcache.store.layout import BLOSC, ZSTD, StoreLayout, plan_layers_per_chunk, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
 from atcache.store.reader import CacheReader
 from atcache.store.writer import encode_pixels, encode_view
 from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions
 
 from .calibrate import Calibration, TeacherRun
+
+# blosc must be smaller than this share of what zstd makes: it takes longer to read.
+_BLOSC_PAYS_BELOW = 0.99
 
 # What a view takes beside codes and pixels: parameters, hash, status, its part of the shards' indexes.
 _VIEW_RECORD_NBYTES = 64
@@ -136,7 +139,10 @@ def check_same_cache(existing: CacheReader, identity: Mapping[str, Any], samples
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        leaves += _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+        if isinstance(value, Mapping):
+            leaves += _flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, value))
     return leaves
 
 
@@ -150,7 +156,7 @@ def plan_layout(
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
     Args:
-        calibration: its codes are compressed here as the build will.
+        calibration: its codes are compressed here with each compressor; the layout names the one that pays.
         num_samples: rows of the source.
         num_views: views a sample.
         pixel_shape: (height, width) of stored images; None for none.
@@ -172,13 +178,24 @@ def plan_layout(
         parameter_names=PARAMETER_NAMES,
         pixels=pixel_shape,
     )
-    nbytes_per_view = _VIEW_RECORD_NBYTES + 16 * layout.codes.num_chunks_per_sample
-    nbytes_per_view += _mean([sum(map(len, encode_view(layout, codes))) for codes in calibration.codes_BLTC.numpy()])
+    layout, codes_nbytes = _choose_compressor(layout, calibration.codes_BLTC.numpy())
+    nbytes_per_view = _VIEW_RECORD_NBYTES + 16 * layout.codes.num_chunks_per_sample + codes_nbytes
     if pixel_shape is not None:
         nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
     if samples_per_shard is None:
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
+
+
+def _choose_compressor(layout: StoreLayout, codes_BLTC: np.ndarray) -> tuple[StoreLayout, int]:
+    """The layout with the compressor that makes these codes smaller, and the bytes a view takes with it."""
+    layouts = {compressor: replace(layout, compressor=compressor) for compressor in (ZSTD, BLOSC)}
+    nbytes = {
+        compressor: _mean([sum(map(len, encode_view(candidate, codes_LTC))) for codes_LTC in codes_BLTC])
+        for compressor, candidate in layouts.items()
+    }
+    best = BLOSC if nbytes[BLOSC] < _BLOSC_PAYS_BELOW * nbytes[ZSTD] else ZSTD
+    return layouts[best], nbytes[best]
 
 
 def _mean(values: list[int]) -> int:
