@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from atcache.cache import Cache
@@ -16,8 +17,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path) -> Cache:
-    """The cache at `path`, opened for reading: metadata only, whatever its size. See `atcache.cache.Cache`."""
+def open(path: str | Path, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
+    """The cache at `path`, opened for reading: metadata only, whatever its size. See `atcache.cache.Cache`.
+
+    Args:
+        path: its folder.
+        data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+    """
     from atcache.cache import Cache
 
-    return Cache(path)
+    return Cache(path, data=data)
