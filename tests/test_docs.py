@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import click
@@ -71,12 +73,17 @@ def check_call(arguments: list[str]) -> None:
         raise click.UsageError(f"'{name}' takes no {left}")
 
 
+def _exists_in(module: ModuleType, name: str) -> bool:
+    """Whether `from module import name` works: an attribute, or a module of the package."""
+    return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
+
+
 def check_python(text: str) -> None:
     """Raise if the block is no Python, or imports what atcache does not have."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "atcache":
             module = importlib.import_module(node.module or "")
-            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            missing = [alias.name for alias in node.names if not _exists_in(module, alias.name)]
             assert missing == [], f"{node.module} has no {missing}"
         elif isinstance(node, ast.Import):
             for alias in node.names:

@@ -1,0 +1,130 @@
+"""Copy and distillation of one layer, forward and backward: ours against the usual ways, in one run.
+
+    python benchmarks/kernels.py [--threads 2]
+
+Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation:
+materialised maps, and the identity CE = logsumexp(S) - scale q.o on top of the fused call, against
+`attention_distillation_loss`. Prints, per number of tokens, seconds (the fastest of some runs), the ratio to the usual
+way, and the bytes autograd keeps for backward beside q, k and v themselves. Machine noise is in the seconds; compare
+ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from atcache.attention.factors import LayerFactors
+from atcache.attention.kernels import copy_attention, logits_slice, slices
+from atcache.attention.losses import attention_distillation_loss
+
+HEADS, HEAD_DIM = 12, 64
+SCALE = HEAD_DIM**-0.5
+# (samples, tokens): ViT-B at 224 and 384 pixels, and DINOv2's 518.
+SHAPES = [(8, 197), (2, 577), (1, 1370)]
+
+
+class LogSumExp(torch.autograd.Function):
+    """logsumexp over keys of scale q k^T: forward and dk in slices, dq by the fused call."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        out = torch.empty(q.shape[:3], dtype=q.dtype)
+        for samples, queries in slices(q):
+            out[samples, :, queries] = logits_slice(q, k, None, SCALE, samples, queries).logsumexp(-1)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k = ctx.saved_tensors
+        upstream = SCALE * grad.unsqueeze(-1)
+        grad_k = torch.zeros_like(k)
+        for samples, queries in slices(q):
+            attn = logits_slice(q, k, None, SCALE, samples, queries).softmax(-1)
+            grad_k[samples] += attn.mT @ (upstream * q)[samples, :, queries]
+        return upstream * F.scaled_dot_product_attention(q, k, k, scale=SCALE), grad_k
+
+
+def distil_by_maps(q_t, k_t, q_s, k_s):
+    attn = torch.softmax(SCALE * q_t @ k_t.mT, -1)
+    return -(attn * torch.log_softmax(SCALE * q_s @ k_s.mT, -1)).sum(-1).mean()
+
+
+def distil_by_identity(q_t, k_t, q_s, k_s):
+    attended = F.scaled_dot_product_attention(q_t, k_t, k_s, scale=SCALE)
+    return (LogSumExp.apply(q_s, k_s) - SCALE * (q_s * attended).sum(-1)).mean()
+
+
+def distil_by_slices(q_t, k_t, q_s, k_s):
+    teacher = LayerFactors(q_BHTD=q_t, k_BHTD=k_t, scale=SCALE)
+    return attention_distillation_loss(teacher, LayerFactors(q_BHTD=q_s, k_BHTD=k_s, scale=SCALE))
+
+
+def copy_by_maps(q_t, k_t, v):
+    return (torch.softmax(SCALE * q_t @ k_t.mT, -1) @ v).sum()
+
+
+def copy_by_fused_call(q_t, k_t, v):
+    # q and k come out of a decoder in the usual way, so autograd does not know that nobody wants their gradients.
+    return F.scaled_dot_product_attention(q_t.requires_grad_(), k_t.requires_grad_(), v, scale=SCALE).sum()
+
+
+def copy_ours(q_t, k_t, v):
+    return copy_attention(LayerFactors(q_BHTD=q_t.detach(), k_BHTD=k_t.detach(), scale=SCALE), v).sum()
+
+
+def kept_nbytes(function, tensors):
+    """Bytes autograd keeps between forward and backward, not counting the inputs."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*tensors).backward()
+    return sum(kept.values())
+
+
+def fastest_s(function, tensors, runs=5):
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function(*tensors).backward()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {HEADS} heads of {HEAD_DIM}")
+    distil = {"maps": distil_by_maps, "identity": distil_by_identity, "slices (ours)": distil_by_slices}
+    copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
+    for samples, tokens in SHAPES:
+        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM) for _ in range(4))
+        for kind, ways, tensors in (
+            ("distill", distil, (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_())),
+            ("copy", copying, (q_t, k_t, q_s)),
+        ):
+            usual_s = None
+            for name, function in ways.items():
+                seconds = fastest_s(function, tensors)
+                usual_s = usual_s or seconds
+                kept = kept_nbytes(function, tensors) / 2**20
+                print(
+                    f"{kind:8} {samples} x {tokens:4} tokens  {name:14} {1e3 * seconds:8.1f} ms  "
+                    f"{usual_s / seconds:5.2f}x  keeps {kept:7.1f} MiB"
+                )
+
+
+if __name__ == "__main__":
+    main()
