@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import Any
+from typing import Any, cast
 
 
 def as_command(name: str, config: Any, arguments: tuple[str, ...] = ()) -> str:  # noqa: ANN401 - any config dataclass
@@ -24,7 +24,7 @@ def as_command(name: str, config: Any, arguments: tuple[str, ...] = ()) -> str: 
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        values = value if isinstance(value, tuple) else (value,)
+        values = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
         for single in values:
             if field.name in arguments:
                 words.append(str(single))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -148,17 +148,17 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> Dem
 
 def write_digits(folder: Path) -> tuple[Path, Path]:
     """Write scikit-learn's digits as WebDataset tars, in a fixed order; returns the training and the validation tar."""
-    import webdataset
     from PIL import Image
     from sklearn.datasets import load_digits
+    from webdataset.writer import TarWriter
 
-    digits: Any = load_digits()
+    digits = cast("Any", load_digits())
     order = np.random.RandomState(0).permutation(len(digits.target))
     tars: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("train", order[:NUM_TRAIN]), ("val", order[NUM_TRAIN:])):
         tars.append(folder / f"{name}-000000.tar")
-        with webdataset.TarWriter(str(tars[-1]), mtime=0) as writer:
+        with TarWriter(str(tars[-1]), mtime=0) as writer:
             for sample in chosen:
                 buffer = io.BytesIO()
                 grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)

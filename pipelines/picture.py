@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 import atcache
-from atcache.cache import Cache
 
 
 def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | None = None) -> None:
@@ -26,7 +25,7 @@ def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cache = atcache.open(cache_path) if data is None else Cache(cache_path, data=data)
+    cache = atcache.open(cache_path, data=data)
     tokens, layers = cache.geometry.tokens, cache.geometry.layers
     shown = [(position, layers[position]) for position in sorted({0, len(layers) - 1})]
     num_heads = len(cache.geometry.heads)
@@ -42,7 +41,7 @@ def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | 
         axes[row, 0].set_title(f"class {view.label}" if row else f"image\nclass {view.label}", fontsize=8)
         column = 1
         for position, layer in shown:
-            for head, attn_QK in zip(cache.geometry.heads, view.maps[position], strict=True):
+            for head, attn_QK in zip(cache.geometry.heads, view.maps_LHQK[position], strict=True):
                 from_Q = attn_QK[0] if tokens.num_prefix_tokens else attn_QK.mean(axis=0)
                 patches_HW = from_Q[tokens.num_prefix_tokens :].reshape(tokens.grid_height, tokens.grid_width)
                 extent = (-0.5, view.image.shape[1] - 0.5, view.image.shape[0] - 0.5, -0.5)

@@ -69,7 +69,7 @@ def test_the_python_runs_as_printed():
     assert names["entropy_bits"].shape == (4,)
     assert (names["entropy_bits"] > 0).all()
     assert (names["entropy_bits"] < 4).all()  # log2 of 16 keys
-    assert names["view"].maps.shape == (4, 4, 16, 16)
+    assert names["view"].maps_LHQK.shape == (4, 4, 16, 16)
 
 
 @pytest.mark.usefixtures("_in_folder")

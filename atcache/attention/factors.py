@@ -52,14 +52,12 @@ class FactorGeometry:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> FactorGeometry:
         """The geometry `to_json` came from."""
-        return cls(
-            **{
-                **fields,
-                "layers": tuple(fields["layers"]),
-                "heads": tuple(fields["heads"]),
-                "tokens": TokenLayout.from_json(fields["tokens"]),
-            }
-        )
+        parsed: dict[str, Any] = {
+            "layers": tuple(fields["layers"]),
+            "heads": tuple(fields["heads"]),
+            "tokens": TokenLayout.from_json(fields["tokens"]),
+        }
+        return cls(**{**fields, **parsed})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

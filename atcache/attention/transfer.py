@@ -78,7 +78,7 @@ class CopyStudent(nn.Module):
         self._all_heads = len(geometry.heads) == geometry.num_model_heads
         self._value_only: dict[int, ValueOnlyAttention] = {}
         for index in layers:
-            block = cast("nn.Module", blocks[index])
+            block = blocks[index]
             attention = getattr(block, "attn", None)
             if self._all_heads and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
                 self._value_only[index] = ValueOnlyAttention(attention)
@@ -124,7 +124,7 @@ class ValueOnlyAttention(nn.Module):
         self.v = _value_projection(attention)
         self.norm = _submodule(attention, "norm") or nn.Identity()
         self.gate = _submodule(attention, "gate")
-        self.proj = cast("nn.Module", attention.proj)
+        self.proj = cast("nn.Linear", attention.proj)
         self.proj_drop = cast("nn.Module", attention.proj_drop)
         self._given: tuple[TeacherFactors, int] | None = None
 
@@ -143,7 +143,7 @@ class ValueOnlyAttention(nn.Module):
         """Attention output, shape (batch, token, dim). Rotary embeddings, masks and biases passed in are ignored."""
         assert self._given is not None, "CopyStudent.forward gives the factors"
         teacher, block = self._given
-        value_BHTD = self.v(x).unflatten(2, (self._num_value_heads(), self._head_dim())).transpose(1, 2)
+        value_BHTD = self.v(x).view(*x.shape[:2], self._num_value_heads(), self._head_dim()).transpose(1, 2)
         groups = self.num_heads // value_BHTD.shape[1]
         if groups > 1:
             value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
@@ -151,10 +151,10 @@ class ValueOnlyAttention(nn.Module):
         attended_BTC = self.norm(attended_BTC)
         if self.gate is not None:
             attended_BTC = attended_BTC * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(attended_BTC))
+        return cast("Tensor", self.proj_drop(self.proj(attended_BTC)))
 
     def _head_dim(self) -> int:
-        return self.proj.in_features // self.num_heads  # pyright: ignore[reportOperatorIssue, reportReturnType]
+        return self.proj.in_features // self.num_heads
 
     def _num_value_heads(self) -> int:
         return self.v.out_features // self._head_dim()
@@ -250,14 +250,15 @@ def _value_projection(attention: nn.Module) -> nn.Linear:
     if isinstance(split := getattr(attention, "v_proj", None), nn.Linear):
         return split
     qkv = cast("nn.Linear", attention.qkv)
-    v_bias = getattr(attention, "v_bias", None)  # BEiT and EVA keep biases apart from the projection
-    if v_bias is None and qkv.bias is not None:
-        v_bias = qkv.bias.chunk(3)[2]
-    value = nn.utils.skip_init(
-        nn.Linear, qkv.in_features, qkv.out_features // 3, bias=v_bias is not None, device=qkv.weight.device
-    )
-    with torch.no_grad():
-        value.weight.copy_(qkv.weight.chunk(3)[2])
-        if v_bias is not None:
-            value.bias.copy_(v_bias)
+    # BEiT and EVA keep biases apart from the projection, which then has none of its own.
+    own_bias = cast("Tensor | None", qkv.bias)
+    v_bias: Tensor | None = getattr(attention, "v_bias", None)
+    if v_bias is None and own_bias is not None:
+        v_bias = own_bias.chunk(3)[2]
+    weight = qkv.weight.chunk(3)[2]
+    # Made without storage, so that no random numbers are drawn for weights that are replaced at once.
+    value = nn.Linear(weight.shape[1], weight.shape[0], bias=v_bias is not None, device="meta")
+    value.weight = nn.Parameter(weight.detach().clone())
+    if v_bias is not None:
+        value.bias = nn.Parameter(v_bias.detach().clone())
     return value

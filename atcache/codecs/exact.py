@@ -47,7 +47,7 @@ class ExactCoder(Coder):
 
     def encode(self, layers: Sequence[LayerFactors]) -> Tensor:
         """See `Coder.encode`."""
-        codes = []
+        codes: list[Tensor] = []
         for block, layer in zip(self.geometry.layers, layers, strict=True):
             vectors_BTND = self._join_BTND(layer).to(self._float_dtype)
             if not bool(torch.isfinite(vectors_BTND).all()):
@@ -62,4 +62,4 @@ class ExactCoder(Coder):
     def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode`."""
         floats_BTC = codes_BTC.contiguous().view(self._float_dtype).float()
-        return self._split(position, floats_BTC.unflatten(2, (-1, self.geometry.head_dim)))
+        return self._split(position, floats_BTC.view(*floats_BTC.shape[:2], -1, self.geometry.head_dim))

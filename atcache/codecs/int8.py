@@ -53,7 +53,7 @@ class Int8Coder(Coder):
         if not bool(torch.isfinite(scale_BTN).all()):
             raise CodecError(
                 f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is no number or over "
-                f"{_LARGEST_CODE * 65504}, the largest that codec int8 holds. Check the teacher's weights and precision."
+                f"{_LARGEST_CODE * 65504}, the most codec int8 holds. Check the teacher's weights and precision."
             )
         # Dividing by the rounded scale, the one decoding multiplies by. Where float16 rounds a scale to 0 (every
         # value under 4e-6) the codes are 0; where it rounds a tiny scale down, the clamp keeps codes in range.
@@ -63,6 +63,6 @@ class Int8Coder(Coder):
 
     def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode`."""
-        codes_BTND = codes_BTC[..., : self._num_vector_codes].unflatten(2, (-1, self.geometry.head_dim))
+        codes_BTND = codes_BTC[..., : self._num_vector_codes].reshape(*codes_BTC.shape[:2], -1, self.geometry.head_dim)
         scale_BTN = codes_BTC[..., self._num_vector_codes :].contiguous().view(torch.float16)
         return self._split(position, codes_BTND.float() * scale_BTN.float().unsqueeze(-1))
