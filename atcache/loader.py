@@ -1,28 +1,23 @@
-"""Batches for training and validation, in an order that is a pure function of (seed, step).
-
-The order is one endless stream: epoch 0's permutation of the samples, then epoch 1's, and so on, cut into batches. So
-every sample comes once an epoch, all batches are full, and a run that stops after step N continues with batch N,
-whatever the number of workers was or is.
-"""
+"""Batches of views for training and validation: batch N is the same whatever was read before it, and by whom."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from atcache.errors import ConfigError
+from atcache.order import SampleOrder
 from atcache.rendering import replay_view
 from atcache.source import Source
 from atcache.store.reader import CacheReader
 from atcache.views import ViewPolicy, apply_view, draw_view
+
+Value = TypeVar("Value")
 
 
 class Batch(NamedTuple):
@@ -39,11 +34,37 @@ class Batch(NamedTuple):
 
 
 class Views(Protocol):
-    """Where a sample's pixels and codes come from."""
+    """Where a sample's pixels and codes come from. May be forked or pickled to worker processes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for another run's views to be these, as JSON."""
+        ...
 
     def read(self, sample: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The view of `sample` that `epoch` uses: pixels_HWC uint8, and codes_LTC or None."""
+        """The view of `sample` that `epoch` uses: pixels_HWC uint8, and codes_LTC or None. Not to be written to."""
         ...
+
+
+class Kept(Generic[Value]):
+    """Values read once and then kept in memory, as long as they fit in a budget.
+
+    What was kept first stays: with a new permutation every epoch no other choice would be better, and evicting costs.
+    """
+
+    def __init__(self, budget_nbytes: int) -> None:
+        self._free_nbytes = budget_nbytes
+        self._values: dict[Hashable, Value] = {}
+
+    def get(self, key: Hashable, read: Callable[[], Value], count_nbytes: Callable[[Value], int]) -> Value:
+        """The value of `key`, read if it is not kept."""
+        value = self._values.get(key)
+        if value is None:
+            value = read()
+            if (nbytes := count_nbytes(value)) <= self._free_nbytes:
+                self._free_nbytes -= nbytes
+                self._values[key] = value
+        return value
 
 
 class CachedViews:
@@ -56,8 +77,7 @@ class CachedViews:
         source: the tars; needed where the cache stores no pixels.
         with_codes: whether codes are wanted.
         positions: which stored layers' codes.
-        keep_nbytes: views kept in memory, decoded, up to this many bytes in each worker process. What was kept first
-            stays: with a new permutation every epoch no other choice would be better, and evicting costs.
+        keep_nbytes: memory for views that were read, in each process that reads.
     """
 
     def __init__(
@@ -71,25 +91,29 @@ class CachedViews:
     ) -> None:
         self._reader, self._source = reader, source
         self._with_codes, self._positions = with_codes, positions
-        self._keep_nbytes = keep_nbytes
-        self._kept_nbytes = 0
-        self._kept: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
+        self._kept = Kept[tuple[np.ndarray, np.ndarray | None]](keep_nbytes)
         self._policy = ViewPolicy.from_json(reader.attributes["views"]["policy"])
         self._versions: dict[str, str] = reader.attributes["created_by"]["views"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Views.identity`."""
+        attributes = self._reader.attributes
+        return {
+            "source": attributes["source"]["fingerprint"],
+            "policy": attributes["views"]["policy"],
+            "num_views": attributes["views"]["num_views"],
+            "codec": attributes["codec"] if self._with_codes else None,
+        }
 
     def read(self, sample: int, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         """See `Views.read`."""
         view = epoch % self._reader.layout.num_views
-        kept = self._kept.get((view, sample))
-        if kept is not None:
-            return kept
-        pixels_HWC = self._read_pixels(view, sample)
+        return self._kept.get((view, sample), lambda: self._read(view, sample), _count_nbytes)
+
+    def _read(self, view: int, sample: int) -> tuple[np.ndarray, np.ndarray | None]:
         codes_LTC = self._reader.read_codes(view, sample, self._positions) if self._with_codes else None
-        nbytes = pixels_HWC.nbytes + (0 if codes_LTC is None else codes_LTC.nbytes)
-        if self._kept_nbytes + nbytes <= self._keep_nbytes:
-            self._kept[view, sample] = pixels_HWC, codes_LTC
-            self._kept_nbytes += nbytes
-        return pixels_HWC, codes_LTC
+        return self._read_pixels(view, sample), codes_LTC
 
     def _read_pixels(self, view: int, sample: int) -> np.ndarray:
         if self._reader.layout.pixels is not None:
@@ -106,78 +130,45 @@ class CachedViews:
 
 
 class FreshViews:
-    """A new random view every epoch, without a cache: what training from scratch and fine-tuning usually use."""
+    """A new random view every epoch, without a cache.
 
-    def __init__(self, source: Source, policy: ViewPolicy) -> None:
+    Args:
+        source: the tars.
+        policy: how views are drawn; under "eval" all epochs see the same one.
+        keep_nbytes: memory for decoded images (for finished views under "eval"), in each process that reads.
+    """
+
+    def __init__(self, source: Source, policy: ViewPolicy, *, keep_nbytes: int = 0) -> None:
         self._source, self._policy = source, policy
+        self._kept_images = Kept[Image.Image](keep_nbytes)
+        self._kept_views = Kept[np.ndarray](keep_nbytes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Views.identity`."""
+        return {"source": self._source.index.fingerprint, "policy": self._policy.to_json()}
 
     def read(self, sample: int, epoch: int) -> tuple[np.ndarray, None]:
         """See `Views.read`."""
-        image = self._source.read_image(sample)
+        if self._policy.name == "eval":
+            view = self._kept_views.get(
+                sample, lambda: self._draw(self._source.read_image(sample), sample, 0), lambda pixels: pixels.nbytes
+            )
+            return view, None
+        image = self._kept_images.get(sample, lambda: self._source.read_image(sample), _count_image_nbytes)
+        return self._draw(image, sample, epoch), None
+
+    def _draw(self, image: Image.Image, sample: int, view: int) -> np.ndarray:
         key = self._source.index.sample_key(sample)
-        return apply_view(image, draw_view(self._policy, key, epoch, image.height, image.width), self._policy), None
+        return apply_view(image, draw_view(self._policy, key, view, image.height, image.width), self._policy)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SampleOrder:
-    """The endless stream of (sample, epoch), cut into batches."""
-
-    sample_S: np.ndarray
-    """The samples to train on, int64."""
-    seed: int
-    """Another seed, another order."""
-    batch_size: int
-    """Samples a step, over all processes."""
-
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """The (sample, epoch) pairs of one step; equal for equal arguments, everywhere."""
-        num_samples = len(self.sample_S)
-        pairs: list[tuple[int, int]] = []
-        position, stop = step * self.batch_size, (step + 1) * self.batch_size
-        while position < stop:
-            epoch, start = divmod(position, num_samples)
-            end = min(num_samples, start + stop - position)
-            order = epoch_permutation(num_samples, self.seed, epoch)[start:end]
-            pairs += [(int(sample), epoch) for sample in self.sample_S[order]]
-            position += end - start
-        return pairs
+def _count_nbytes(view: tuple[np.ndarray, np.ndarray | None]) -> int:
+    return sum(array.nbytes for array in view if array is not None)
 
 
-@lru_cache(maxsize=4)
-def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `num_samples` things in an epoch, int64: sorted by raw Philox words.
-
-    numpy keeps a bit generator's raw stream the same for ever, but not `Generator.permutation`. The last few orders are
-    remembered, since every step of an epoch asks for the same one.
-    """
-    digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=16).digest()
-    words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(num_samples)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False
-    return order
-
-
-def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """`num_samples` of the eligible samples, as evenly over the classes as they go, ascending int64.
-
-    Args:
-        label_S: class of every sample of the source.
-        eligible_S: rows that may be chosen.
-        num_samples: how many.
-        seed: which ones.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
-    if num_samples > len(eligible_S):
-        raise ConfigError(f"subset of {num_samples} samples: only {len(eligible_S)} can be used. Choose at most that.")
-    shuffled = eligible_S[epoch_permutation(len(eligible_S), seed, -1)]
-    # A sample's rank within its class: all first ones of a class come before all second ones.
-    rank = np.zeros(len(shuffled), np.int64)
-    for label in np.unique(label_S[shuffled]):
-        of_class = np.flatnonzero(label_S[shuffled] == label)
-        rank[of_class] = np.arange(len(of_class))
-    return np.sort(shuffled[np.argsort(rank, kind="stable")[:num_samples]])
+def _count_image_nbytes(image: Image.Image) -> int:
+    return image.width * image.height * 4  # Pillow spends four bytes on an RGB pixel
 
 
 class _Batches(Dataset[Batch]):
@@ -224,10 +215,11 @@ def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
             sampler=numbers,
             num_workers=workers,
             collate_fn=_as_it_is,
+            generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
             pin_memory=torch.cuda.is_available(),
         )
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch's own signature
     return batch

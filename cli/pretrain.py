@@ -29,7 +29,6 @@ from . import options
 )
 @click.option(
     "--workers",
-    "num_workers",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,

@@ -51,10 +51,10 @@ _PATH = click.Path(path_type=Path)
 @click.option("--attention-weight", type=float, default=3.0, show_default=True, help="Weight of the distillation loss.")
 @options.seed
 @click.option("--workers", default=0, show_default=True, help="Processes that read ahead; 0 reads in this one.")
-@click.option("--keep-mib", default=256, show_default=True, help="Decoded views kept in memory, in MiB.")
+@click.option("--keep-mib", default=256, show_default=True, help="Memory for views that were read, in MiB.")
 @options.device
 @options.precision
-@click.option("--validate-every", type=float, default=1.0, show_default=True, help="Epochs between validations.")
+@click.option("--validate-every", type=float, default=1.0, show_default=True, help="Epochs between them; 0: the end.")
 @click.option("--checkpoint-every", default=1000, show_default=True, help="Steps between checkpoints.")
 def train(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of TrainConfig
     """Train a student from a cache, or from scratch.

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 
-from atcache.errors import CacheMismatchError, CorruptCacheError
-from atcache.store.durable import disk_errors_explained, fsync_path, partial_path
+from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
+from atcache.store.durable import encode_json, replaced_whole, write_file
+
+from .differences import name_differences
+
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
@@ -18,59 +22,45 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
 
     Args:
         path: the file.
-        contents: tensors, numbers, text, and lists and dicts of them; torch's and the device's random states are added.
+        contents: tensors, numbers, text, and lists and dicts of them. Random states are not needed: each step seeds
+            its own numbers.
     """
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    temp = partial_path(path)
-    with disk_errors_explained(path):
-        try:
-            torch.save({**contents, "random_states": states}, temp)
-            fsync_path(temp)
-            temp.replace(path)
-            fsync_path(path.parent)
-        except BaseException:
-            temp.unlink(missing_ok=True)
-            raise
+    with replaced_whole(path) as temp:
+        torch.save(dict(contents), temp)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """The checkpoint at `path`, its tensors on `device`; random states are set as they were.
+    """The checkpoint at `path`, its tensors on `device`.
 
     Raises:
-        CorruptCacheError: it cannot be read.
+        CorruptCacheError: it cannot be read, or holds more than data.
     """
     try:
-        contents: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        states = contents.pop("random_states")
+        return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
-        raise CorruptCacheError(f"{path} cannot be read ({error}). Delete it to start this run anew.") from error
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    return contents
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run anew.") from error
 
 
-def check_same_run(file: Path, settings: Mapping[str, Any]) -> None:
-    """Keep a run's settings in `file`, or refuse to go on with other ones.
+def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
+    """Keep what a run is in `file`, or refuse to go on with another one.
 
     Raises:
-        CacheMismatchError: the folder holds a run with other settings; the message names each difference.
+        CacheMismatchError: the folder holds a run with another record; the message names each difference.
+        ConfigError: the folder cannot be made.
     """
+    folder = file.parent
     if file.exists():
-        stored: dict[str, Any] = json.loads(file.read_text())
-        differences = [
-            f"{name} is {stored.get(name)!r} there and {settings.get(name)!r} here"
-            for name in sorted({*stored, *settings})
-            if stored.get(name) != settings.get(name)
-        ]
-        if differences:
+        try:
+            stored: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to start anew.") from error
+        if differences := name_differences(stored, json.loads(encode_json(record))):
             raise CacheMismatchError(
-                f"{file.parent} holds another run: {'; '.join(differences)}. Give another --out, or the same options."
+                f"{folder} holds another run: {'; '.join(differences)}. Give another --out, or the same options."
             )
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temp = partial_path(file)
-    temp.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    temp.replace(file)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: a file is in the way of the output folder. Give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(file, encode_json(record))

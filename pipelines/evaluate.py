@@ -25,7 +25,7 @@ class EvaluateConfig:
     data: str | None = None
     """Validation images, or where the cache's tars now are."""
     live_teacher: bool = False
-    """Run the teacher for copying students instead of reading its maps; needs the cache's or the run's teacher."""
+    """Run the teacher for copying students instead of reading its maps."""
     weights: Path | None = None
     """The live teacher's weights; None takes timm's."""
     batch_size: int = 256
@@ -71,14 +71,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     teacher = copied[0].teacher if copied else None
     if config.live_teacher and teacher is None:
         raise ConfigError("--live-teacher: none of these runs copies attention, so no teacher is needed. Leave it out.")
-    if len({record.teacher.weights_sha256 for record in copied if record.teacher is not None}) > 1:
-        raise ConfigError("the copying runs of an ensemble have different teachers; evaluate them one by one.")
-    live_teacher = teacher.start(config.weights, device) if teacher is not None and config.live_teacher else None
+    teachers = [record.teacher for record in copied if record.teacher is not None]
+    if len({(teacher.weights_sha256, teacher.geometry.heads) for teacher in teachers}) > 1:
+        raise ConfigError("the copying runs have different teachers or heads of it. Evaluate them one by one.")
+    layers = sorted({layer for record in copied for layer in record.layers})
+    live_teacher = teacher.start(config.weights, layers, device) if teacher and config.live_teacher else None
     data = open_validation(
         cache=config.cache,
         data=config.data,
-        student=loaded[0][0],
-        layers=sorted({layer for record in copied for layer in record.layers}),
+        students=[student for student, _ in loaded],
+        layers=layers,
         teacher=teacher,
         live_teacher=live_teacher,
         batch_size=config.batch_size,

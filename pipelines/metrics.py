@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+from atcache.store.durable import write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,8 +27,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
@@ -35,7 +37,7 @@ class MetricsLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)  # pyright: ignore[reportUnknownMemberType]
+            self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Self:
         return self
@@ -47,9 +49,9 @@ class MetricsLog:
         self._board.close()
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a metrics file; a killed run may have left half a line at the end."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """A run's metrics, oldest first; `kind` None for all. Half a line, left by a killed run, is dropped."""
+    path = folder / METRICS_FILE
+    text = path.read_text() if path.exists() else ""
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [row for row in rows if kind is None or row["kind"] == kind]

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from atcache.errors import CacheMismatchError, ConfigError
+from atcache.errors import ConfigError
+from atcache.loader import Batch, FreshViews, training_batches
 from atcache.mae import MaskedAutoencoder
+from atcache.order import SampleOrder, step_seed
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
 from atcache.teachers import InputConfig, create_student, input_config, parse_model_name
-from atcache.view_stream import ViewBatches, mixed_seed, stream_batches
 from atcache.views import PolicyName, ViewPolicy
 from atcache.weights import read_weights, tensors_sha256
 
+from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, save_checkpoint
+from .metrics import METRICS_FILE, MetricsLog, read_metrics
 from .progress import Progress
+from .runs import WEIGHTS_FILE, save_weights
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-METRICS_FILE = "metrics.jsonl"
-CHECKPOINT_FILE = "checkpoint.pt"
 LOG_EVERY = 50
 """Steps between two lines of metrics."""
 
@@ -69,8 +69,10 @@ class PretrainConfig:
     """How images are augmented: "crop-flip" is MAE's, "eval" shows every image as it is."""
     seed: int = 0
     """Of weights, order, views and masks."""
-    num_workers: int = 0
+    workers: int = 0
     """Processes that decode and augment; 0 does it between the steps."""
+    keep_mib: int = 512
+    """Memory for images that were decoded, in MiB, over all workers: small datasets are read once."""
     precision: str = "auto"
     """"auto", "fp32" or "bf16"."""
     device: str = "auto"
@@ -82,7 +84,7 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 1.")
-        for name in ("seed", "num_workers", "weight_decay"):
+        for name in ("seed", "workers", "keep_mib", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 0.")
         if not self.base_lr > 0:
@@ -102,7 +104,7 @@ class PretrainConfig:
     def recorded(self) -> dict[str, Any]:
         """What the result depends on, as JSON: not where it lies, nor what only changes the speed."""
         fields = asdict(self)
-        for name in ("data", "out", "num_workers", "device", "checkpoint_every"):
+        for name in ("data", "out", "workers", "keep_mib", "device", "checkpoint_every"):
             del fields[name]
         return fields
 
@@ -123,7 +125,7 @@ class PretrainSummary:
     """Mean over the first steps that were logged."""
     final_loss: float
     """Mean over the last steps that were logged."""
-    images_per_s: float
+    img_per_s: float
     """Speed of the last logged steps."""
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     """
     index = index_source(config.data, labels="optional")
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
-    _claim_folder(config.out, record)
+    check_same_run(config.out / CONFIG_FILE, record)
     if (config.out / WEIGHTS_FILE).exists():
         return _summary(config)
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
@@ -164,7 +166,7 @@ class _Run:
 
         self.config, self.device = config, device
         self.dtype = resolve_precision(config.precision, device)
-        torch.manual_seed(mixed_seed(config.seed, 0))
+        torch.manual_seed(config.seed)
         self.model = _autoencoder(config).to(device).train()
         self.optimizer = optim.create_optimizer_v2(
             self.model,
@@ -183,37 +185,46 @@ class _Run:
             t_in_epochs=False,
         )
         self.input = input_config(self.model.encoder)
-        self.batches = ViewBatches(
-            source, _view_policy(config, self.input), batch_size=config.batch_size, seed=config.seed
-        )
+        self.source = source
         self.step = 0
-        self._restore()
+        if (config.out / CHECKPOINT_FILE).exists():
+            self._restore(load_checkpoint(config.out / CHECKPOINT_FILE, device))
 
     def to_the_end(self) -> None:
         """Train from the current step to the last, then write the weights and drop the checkpoint."""
         config = self.config
-        batches = stream_batches(self.batches, start=self.step, stop=config.steps, num_workers=config.num_workers)
         with (
-            (config.out / METRICS_FILE).open("a") as metrics,
+            MetricsLog(config.out, first_step=self.step) as metrics,
             Progress("pretrain", total=config.steps, unit="steps", done=self.step) as progress,
         ):
-            self._train(batches, metrics, progress)
-        _write_weights(self.model, config.out / WEIGHTS_FILE)
+            self._train(self._batches(), metrics, progress)
+        save_weights(config.out / WEIGHTS_FILE, self.model.encoder)
         (config.out / CHECKPOINT_FILE).unlink(missing_ok=True)
 
-    def _train(self, batches: Iterator[Tensor], metrics: TextIO, progress: Progress) -> None:
+    def _batches(self) -> Iterator[Batch]:
+        config, index = self.config, self.source.index
+        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+        return training_batches(
+            FreshViews(self.source, _view_policy(config, self.input), keep_nbytes=keep_nbytes),
+            index.label_S,
+            SampleOrder(sample_S=np.flatnonzero(index.problem_S == 0), seed=config.seed, batch_size=config.batch_size),
+            first_step=self.step,
+            stop_step=config.steps,
+            workers=config.workers,
+        )
+
+    def _train(self, batches: Iterator[Batch], metrics: MetricsLog, progress: Progress) -> None:
         losses: list[Tensor] = []
         note, start_s = "", time.monotonic()
-        for pixels_BHWC in batches:
-            losses.append(self._train_step(pixels_BHWC))
+        for batch in batches:
+            losses.append(self._train_step(batch.pixels_BHWC))
             self.step += 1
             if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
                 # Reading the loss waits for the device, so it is done for many steps at once.
                 loss = float(torch.stack(losses).mean())
-                images_per_s = len(losses) * self.config.batch_size / (time.monotonic() - start_s)
+                img_per_s = len(losses) * self.config.batch_size / (time.monotonic() - start_s)
                 self._check_loss(loss)
-                row = {"step": self.step, "loss": loss, "lr": self._lr(), "images_per_s": round(images_per_s, 1)}
-                print(json.dumps(row), file=metrics, flush=True)
+                metrics.write("train", self.step, {"loss": loss, "lr": self._lr(), "img_per_s": img_per_s})
                 note = f"loss {loss:.4f}"
                 losses.clear()
                 start_s = time.monotonic()
@@ -222,9 +233,9 @@ class _Run:
             progress.advance(1, note)
 
     def _train_step(self, pixels_BHWC: Tensor) -> Tensor:
-        step_seed = mixed_seed(self.config.seed, 1, self.step)
-        torch.manual_seed(step_seed)
-        order_BT = self.model.draw_order(len(pixels_BHWC), torch.Generator().manual_seed(step_seed))
+        seed = step_seed(self.config.seed, self.step)
+        torch.manual_seed(seed)
+        order_BT = self.model.draw_order(len(pixels_BHWC), torch.Generator().manual_seed(seed))
         self.scheduler.step_update(self.step)
         images_BCHW = normalise_images(pixels_BHWC, self.input.mean, self.input.std, self.device)
         with autocast(self.device, self.dtype):
@@ -245,21 +256,15 @@ class _Run:
             )
 
     def _save(self) -> None:
-        state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        path = self.config.out / CHECKPOINT_FILE
-        _replace(path, lambda temporary: torch.save(state, temporary))
+        save_checkpoint(
+            self.config.out / CHECKPOINT_FILE,
+            {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
+        )
 
-    def _restore(self) -> None:
-        path = self.config.out / CHECKPOINT_FILE
-        if path.exists():
-            state: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = int(state["step"])
-        metrics = self.config.out / METRICS_FILE
-        rows = [row for row in _read_metrics(metrics) if row["step"] <= self.step]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        _replace(metrics, lambda temporary: temporary.write_text(text))
+    def _restore(self, contents: dict[str, Any]) -> None:
+        self.step = contents["step"]
+        self.model.load_state_dict(contents["model"])
+        self.optimizer.load_state_dict(contents["optimizer"])
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
@@ -286,54 +291,8 @@ def _view_policy(config: PretrainConfig, model_input: InputConfig) -> ViewPolicy
     )
 
 
-def _claim_folder(out: Path, record: dict[str, Any]) -> None:
-    """Write the config into a new folder, or check that the folder is of the same run."""
-    path = out / CONFIG_FILE
-    if path.exists():
-        before = cast("dict[str, Any]", json.loads(path.read_text()))
-        differences = [
-            f"{name} {before.get(name)!r} before, {record.get(name)!r} now"
-            for name in sorted({*before, *record})
-            if before.get(name) != record.get(name)
-        ]
-        if differences:
-            raise CacheMismatchError(
-                f"{out} holds a pre-training of another config: {'; '.join(differences)}. Give another folder, or "
-                "delete this one."
-            )
-        return
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: a file is in the way of the output folder. Give another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text))
-
-
-def _write_weights(model: MaskedAutoencoder, path: Path) -> None:
-    from safetensors import torch as safetensors_torch
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.encoder.state_dict().items()}
-    _replace(path, lambda temporary: safetensors_torch.save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: the old file stays whole until the new one is."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # A line cut short by a crash ends the file; it is of a step that will be run again.
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
 def _summary(config: PretrainConfig) -> PretrainSummary:
-    rows = _read_metrics(config.out / METRICS_FILE)
+    rows = read_metrics(config.out)
     if not rows:
         raise ConfigError(
             f"{config.out / METRICS_FILE} is missing or empty beside finished weights. Give another folder."
@@ -345,5 +304,5 @@ def _summary(config: PretrainConfig) -> PretrainSummary:
         steps=config.steps,
         first_loss=rows[0]["loss"],
         final_loss=rows[-1]["loss"],
-        images_per_s=rows[-1]["images_per_s"],
+        img_per_s=rows[-1]["img_per_s"],
     )

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from atcache.errors import ConfigError
-from atcache.store.durable import disk_errors_explained, fsync_path, partial_path
+from atcache.store.durable import replaced_whole
 from atcache.teachers import parse_model_name
 
 from .students import Mode, Student, make_student
@@ -47,30 +48,21 @@ class RunRecord:
     def from_json(cls, fields: dict[str, Any]) -> RunRecord:
         """The record `to_json` came from."""
         teacher = fields["teacher"]
-        return cls(
-            **{
-                **fields,
-                "layers": tuple(fields["layers"]),
-                "teacher": None if teacher is None else TeacherRecord.from_json(teacher),
-            }
-        )
+        values: dict[str, Any] = {
+            **fields,
+            "layers": tuple(fields["layers"]),
+            "teacher": None if teacher is None else TeacherRecord.from_json(teacher),
+        }
+        return cls(**values)
 
 
-def save_weights(folder: Path, student: Student) -> None:
-    """Write the timm model's weights; those of a distilled student load into any timm model of its name."""
-    from safetensors.torch import save_file
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a timm model's weights; those of a distilled student load into any timm model of its name."""
+    from safetensors import torch as safetensors_torch
 
-    path = folder / WEIGHTS_FILE
-    temp = partial_path(path)
-    with disk_errors_explained(path):
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.model.state_dict().items()}
-            save_file(tensors, temp)
-            fsync_path(temp)
-            temp.replace(path)
-        except BaseException:
-            temp.unlink(missing_ok=True)
-            raise
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replaced_whole(path) as temp:
+        safetensors_torch.save_file(tensors, temp, metadata={"format": "pt"})
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
@@ -80,7 +72,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         ConfigError: there is no finished run in the folder.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import torch as safetensors_torch
 
     try:
         record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
@@ -100,7 +92,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         layers=record.layers,
     )
     try:
-        student.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        student.model.load_state_dict(safetensors_torch.load_file(folder / WEIGHTS_FILE))
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{folder / WEIGHTS_FILE} does not hold this run's weights: {error}.") from error
     student.module.to(device).eval()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atcache.attention.capture import FactorCapture, find_blocks
+from atcache.attention.capture import FactorCapture, find_blocks, parse_indices
 from atcache.attention.factors import FactorGeometry
 from atcache.attention.transfer import (
     CachedFactors,
@@ -43,7 +43,9 @@ class Student:
     model: nn.Module
     """The timm model inside, whose parameters are optimised."""
     input: InputConfig
-    """The pixels' normalisation."""
+    """The pixels' size and normalisation."""
+    num_classes: int
+    """Outputs of its head."""
 
     def train_step(
         self, images: Tensor, label_B: Tensor, teacher: TeacherFactors | None, label_smoothing: float
@@ -63,7 +65,7 @@ class Student:
     def averaged(self, module: nn.Module) -> Student:
         """The same student with another module of its kind: a moving average of it."""
         model = module if self.module is self.model else module.get_submodule("model")
-        return Student(mode=self.mode, module=module, model=model, input=self.input)
+        return replace(self, module=module, model=model)
 
 
 def make_student(
@@ -93,14 +95,15 @@ def make_student(
     model = create_student(name, num_classes, weights=weights, drop_path=drop_path)
     config = input_config(model)
     if mode in ("scratch", "finetune"):
-        return Student(mode=mode, module=model, model=model, input=config)
+        return Student(mode=mode, module=model, model=model, input=config, num_classes=num_classes)
     if geometry is None:
         raise ConfigError(f"mode {mode} needs the teacher's attention: give --cache.")
     capture = FactorCapture(model.eval())
     capture(torch.zeros(1, 3, config.height, config.width))
     check_student(geometry, capture.geometry, layers, student_name=str(name))
     wrapper = CopyStudent if mode == "copy" else DistilledStudent
-    return Student(mode=mode, module=wrapper(model, find_blocks(model), geometry, layers), model=model, input=config)
+    module = wrapper(model, find_blocks(model), geometry, layers)
+    return Student(mode=mode, module=module, model=model, input=config, num_classes=num_classes)
 
 
 def check_views_fit(student: Student, reader: CacheReader) -> None:
@@ -123,8 +126,6 @@ def parse_layers(text: str | None, geometry: FactorGeometry) -> tuple[int, ...]:
     Raises:
         ConfigError: the cache does not hold one of them.
     """
-    from atcache.attention.capture import parse_indices
-
     if text is None:
         return geometry.layers
     layers = parse_indices(text, max(geometry.layers) + 1, what="layer")
@@ -161,9 +162,9 @@ class CacheTeacher:
 class LiveTeacher:
     """Gives each batch its teacher's factors by running the teacher: what a cache replaces, kept for comparison."""
 
-    def __init__(self, run: TeacherRun, geometry: FactorGeometry) -> None:
+    def __init__(self, run: TeacherRun, heads: Sequence[int], layers: Sequence[int]) -> None:
         self._run = run
-        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads)
+        self._capture = FactorCapture(run.teacher.model, layers, heads)
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch's pixels."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class TeacherRecord:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TeacherRecord:
         """The record `to_json` came from."""
-        return cls(**{**fields, "geometry": FactorGeometry.from_json(fields["geometry"])})
+        values: dict[str, Any] = {**fields, "geometry": FactorGeometry.from_json(fields["geometry"])}
+        return cls(**values)
 
     @classmethod
     def of_cache(cls, reader: CacheReader) -> TeacherRecord:
@@ -56,11 +58,12 @@ class TeacherRecord:
             geometry=FactorGeometry.from_json(reader.attributes["geometry"]),
         )
 
-    def start(self, weights: Path | None, device: torch.device) -> LiveTeacher:
+    def start(self, weights: Path | None, layers: Sequence[int], device: torch.device) -> LiveTeacher:
         """The teacher itself, running.
 
         Args:
             weights: its weights; None takes timm's.
+            layers: blocks whose attention is wanted.
             device: where it runs.
 
         Raises:
@@ -73,4 +76,4 @@ class TeacherRecord:
                 f"expected {self.weights_sha256[:12]}.... Give the --weights that the cache was built with."
             )
         dtype = resolve_precision({"float32": "fp32", "bfloat16": "bf16"}[self.precision], device)
-        return LiveTeacher(TeacherRun(teacher=teacher, device=device, dtype=dtype), self.geometry)
+        return LiveTeacher(TeacherRun(teacher=teacher, device=device, dtype=dtype), self.geometry.heads, layers)

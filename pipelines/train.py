@@ -6,137 +6,36 @@ model.safetensors when it is done. Typing the same command again continues from 
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atcache.errors import ConfigError
 from atcache.loader import Batch, training_batches
+from atcache.order import step_seed
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.store.durable import encode_json, write_file
 
-from .checkpoint import check_same_run, load_checkpoint, save_checkpoint
-from .metrics import MetricsLog
+from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, save_checkpoint
+from .metrics import MetricsLog, read_metrics
 from .progress import Progress
 from .runs import RUN_FILE, WEIGHTS_FILE, save_weights
-from .students import MODES, Mode, Student
+from .students import Student
+from .train_config import TrainConfig
 from .training_data import TrainingData, open_training_data
 from .validation import Score, score_student
 
-CHECKPOINT_FILE = "checkpoint.pt"
 SUMMARY_FILE = "summary.json"
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Everything a run depends on. The optimiser's defaults are the paper's for copy (arXiv 2411.09702, table 8)."""
-
-    mode: Mode
-    """copy, distill, scratch or finetune."""
-    out: Path
-    """The run's folder; an unfinished run is continued."""
-    cache: Path | None = None
-    """The training cache. scratch and finetune can do without, and then draw new views every epoch from `data`."""
-    data: str | None = None
-    """The tars: where a cache's now are, or what to train on without one."""
-    val_cache: Path | None = None
-    """Validation views with maps; what a copying student is validated on."""
-    val_data: str | None = None
-    """Validation images, or where the validation cache's tars now are."""
-    student: str | None = None
-    """A timm name; None takes the teacher's architecture."""
-    weights: Path | None = None
-    """The teacher's weights, for finetune and live_teacher; None takes timm's."""
-    layers: str | None = None
-    """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
-    live_teacher: bool = False
-    """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
-    policy: str = "crop-flip"
-    """Views without a cache."""
-    epochs: float = 100.0
-    """Passes over the samples."""
-    steps: int | None = None
-    """Optimiser steps, instead of epochs."""
-    batch_size: int = 256
-    """Samples an optimiser step."""
-    accumulate: int = 1
-    """Parts a step's batch is cut into, one after another, where it does not fit in memory."""
-    subset: int | None = None
-    """Train on so many samples only, drawn evenly over the classes by the seed."""
-    optimizer: str = "adamw"
-    """Any of timm's."""
-    base_lr: float = 1e-3
-    """Learning rate for 256 samples a step; the real one is base_lr * batch_size / 256."""
-    min_lr: float = 0.0
-    """Where the cosine ends."""
-    warmup_epochs: float = 5.0
-    """Passes in which the learning rate rises from 0; never more than a tenth of the run."""
-    weight_decay: float = 0.05
-    """Not applied to biases and norms."""
-    beta2: float = 0.999
-    """Adam's second momentum."""
-    layer_decay: float | None = None
-    """Learning rate of a block relative to the one above; None for equal ones."""
-    drop_path: float = 0.0
-    """Stochastic depth of the student."""
-    label_smoothing: float = 0.0
-    """Share of the label's probability spread over all classes."""
-    clip_grad: float | None = None
-    """Largest gradient norm."""
-    ema: float | None = None
-    """Decay of a moving average of the weights, which is then what is validated and saved."""
-    attention_weight: float = 3.0
-    """Weight of the distillation loss (section 3.2 of the paper)."""
-    seed: int = 0
-    """Of weights, order, dropout and subset."""
-    workers: int = 0
-    """Processes that read ahead; 0 reads in this one."""
-    keep_mib: int = 256
-    """Decoded views kept in memory, for datasets that fit."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """auto, fp32 or bf16 (autocast)."""
-    validate_every: float | None = 1.0
-    """Epochs between validations; None validates at the end only."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints, beside one at each validation."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"mode {self.mode!r}: expected one of {', '.join(MODES)}.")
-        for name in ("epochs", "batch_size", "accumulate", "base_lr", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected more than 0.")
-        if self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts."
-            )
-        if self.cache is None and (self.mode in ("copy", "distill") or self.live_teacher):
-            raise ConfigError(
-                f"mode {self.mode} needs the teacher's attention: give --cache, made with `atcache build`."
-            )
-        if self.cache is None and (self.data is None or self.student is None):
-            raise ConfigError(
-                "without --cache, give --data and --student: there is nothing else to train on, and what."
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """What makes this run this run: all but where it runs and what it is measured on on the way."""
-        fields = asdict(self)
-        for name in ("out", "workers", "keep_mib", "device", "checkpoint_every", "validate_every", "data"):
-            del fields[name]
-        return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,8 +46,8 @@ class TrainSummary:
     mode: str
     steps: int
     num_samples: int
-    loss: float | None
-    """The mean over the last tenth of what this process logged; None if it had nothing left to do."""
+    loss: float
+    """The mean over the last tenth of the logged steps."""
     validation: Score | None
     """At the end; None without validation data."""
     seconds: float
@@ -165,7 +64,8 @@ class TrainSummary:
     def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
         """The summary `to_json` came from."""
         score = fields["validation"]
-        return cls(**{**fields, "validation": None if score is None else Score(**score)})
+        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
+        return cls(**values)
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -175,15 +75,19 @@ def train(config: TrainConfig) -> TrainSummary:
         AtcacheError: one of its children for each thing that does not fit; a checkpoint that was saved stays valid.
     """
     device = resolve_device(config.device)
-    # Seeded before the student is made: its weights are the first thing drawn.
-    torch.manual_seed(config.seed)
-    data = open_training_data(config, device)
-    check_same_run(config.out / RUN_FILE, {"settings": config.settings(), "record": data.record.to_json()})
-    summary_file = config.out / SUMMARY_FILE
-    if (config.out / WEIGHTS_FILE).exists() and summary_file.exists():
-        return TrainSummary.from_json(json.loads(summary_file.read_text()))
-    training = _Training(config, data, device)
-    summary = training.run()
+    # What is drawn from torch's global generator must not disturb the caller's.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
+        data = open_training_data(config, device)
+        check_same_run(
+            config.out / RUN_FILE,
+            {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity},
+        )
+        summary_file = config.out / SUMMARY_FILE
+        if (config.out / WEIGHTS_FILE).exists() and summary_file.exists():
+            return TrainSummary.from_json(json.loads(summary_file.read_text()))
+        training = _Training(config, data, device)
+        summary = training.run()
     write_file(summary_file, encode_json(summary.to_json()))
     training.checkpoint.unlink(missing_ok=True)
     return summary
@@ -193,9 +97,8 @@ class _Training:
     """One run's changing state, and its loop."""
 
     def __init__(self, config: TrainConfig, data: TrainingData, device: torch.device) -> None:
-        from timm.optim import create_optimizer_v2
-        from timm.scheduler import CosineLRScheduler
-        from timm.utils import ModelEmaV3
+        from timm.scheduler.cosine_lr import CosineLRScheduler
+        from timm.utils.model_ema import ModelEmaV3
 
         self.config, self.data, self.device = config, data, device
         self.dtype = resolve_precision(config.precision, device)
@@ -203,14 +106,7 @@ class _Training:
         self.student.module.to(device).train()
         self.steps_per_epoch = len(data.order.sample_S) / config.batch_size
         self.num_steps = config.steps or math.ceil(config.epochs * self.steps_per_epoch)
-        self.optimizer = create_optimizer_v2(
-            self.student.model,
-            opt=config.optimizer,
-            lr=config.base_lr * config.batch_size / 256,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            **({"betas": (0.9, config.beta2)} if "adam" in config.optimizer else {}),
-        )
+        self.optimizer = _optimizer(config, self.student.model, device)
         warmup_steps = min(math.ceil(config.warmup_epochs * self.steps_per_epoch), self.num_steps // 10)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -220,7 +116,7 @@ class _Training:
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        self.ema = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
+        self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
         self.checkpoint = config.out / CHECKPOINT_FILE
         self.step = 0
         self.validation: Score | None = None
@@ -231,7 +127,6 @@ class _Training:
         if self.checkpoint.exists():
             self._restore(load_checkpoint(self.checkpoint, self.device))
         speed = _Speed()
-        recent_losses: list[float] = []
         with (
             MetricsLog(config.out, first_step=self.step) as metrics,
             Progress(config.mode, total=self.num_steps, unit="steps", done=self.step) as progress,
@@ -242,25 +137,25 @@ class _Training:
                 losses = self._train_step(batch)
                 speed.num_images += config.batch_size
                 if self.step % LOG_EVERY == 0 or self.step == self.num_steps:
+                    # Reading losses waits for the device, so it is not done at every step.
                     values = {name: float(loss) for name, loss in losses.items()}
                     self._refuse_divergence(values["loss"])
-                    recent_losses.append(values["loss"])
                     metrics.write("train", self.step, {**values, "lr": self._lr(), **speed.values()})
                     progress.advance(self.step - progress.done, f"loss {values['loss']:.4g}  {speed}")
-                if self.step < self.num_steps and self._validates_now():
+                if self.step == self.num_steps or self._validates_now():
                     self._validate(metrics, progress)
+                if self.step < self.num_steps and self._saves_now():
                     self._save()
-                elif self.step < self.num_steps and self.step % config.checkpoint_every == 0:
-                    self._save()
-            self._validate(metrics, progress)
-        save_weights(config.out, self._evaluated_student())
-        last = recent_losses[-max(1, len(recent_losses) // 10) :]
+        student = self._evaluated_student()
+        save_weights(config.out / WEIGHTS_FILE, student.model)
+        logged = [row["loss"] for row in read_metrics(config.out, "train")]
+        last = logged[-max(1, len(logged) // 10) :]
         return TrainSummary(
             out=str(config.out),
             mode=config.mode,
             steps=self.num_steps,
             num_samples=len(self.data.order.sample_S),
-            loss=sum(last) / len(last) if last else None,
+            loss=sum(last) / len(last),
             validation=self.validation,
             seconds=speed.seconds,
             **speed.values(),
@@ -279,6 +174,8 @@ class _Training:
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; returns the batch's losses."""
         config = self.config
+        # Each step seeds its own numbers: they do not depend on where a run was stopped, or on how it is validated.
+        torch.manual_seed(step_seed(config.seed, self.step))
         totals: dict[str, Tensor] = {}
         for part in _cut(batch, config.accumulate):
             images = normalise_images(part.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
@@ -318,10 +215,12 @@ class _Training:
 
     def _validates_now(self) -> bool:
         """Whether this step ends a stretch of `validate_every` epochs."""
-        if self.config.validate_every is None:
+        if not self.config.validate_every:
             return False
-        steps = max(1, round(self.config.validate_every * self.steps_per_epoch))
-        return self.step % steps == 0
+        return self.step % max(1, round(self.config.validate_every * self.steps_per_epoch)) == 0
+
+    def _saves_now(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0 or self._validates_now()
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
         if self.data.validation is None:
@@ -357,6 +256,29 @@ class _Training:
         if self.ema is not None:
             self.ema.module.load_state_dict(contents["ema"])
         self.scheduler.step_update(self.step)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """timm's optimiser of this name; torch's own Adams in their fused form, which spares small models a tenth."""
+    optim: Any = importlib.import_module("timm.optim")  # its functions are only partly typed
+    arguments: dict[str, Any] = {}
+    if "adam" in config.optimizer:
+        arguments["betas"] = (0.9, config.beta2)
+    if config.optimizer in ("adam", "adamw"):
+        arguments["fused"] = device.type in ("cpu", "cuda")
+    try:
+        return optim.create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.base_lr * config.batch_size / 256,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **arguments,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"optimizer={config.optimizer!r}: {error}. timm.optim.list_optimizers() names all."
+        ) from error
 
 
 class _Speed:

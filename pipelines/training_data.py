@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
 from atcache.components import component_differences
 from atcache.errors import CacheMismatchError
-from atcache.loader import SampleOrder, Views, choose_subset
+from atcache.loader import Views
+from atcache.order import SampleOrder, choose_subset
 from atcache.store.reader import CacheReader
 from atcache.teachers import (
     InputConfig,
@@ -19,16 +20,14 @@ from atcache.teachers import (
     input_config,
     load_teacher,
     parse_model_name,
-    read_weights,
 )
+from atcache.weights import read_weights, tensors_sha256
 
 from .runs import RunRecord
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student, parse_layers
 from .teacher_record import TeacherRecord
+from .train_config import TrainConfig
 from .validation import ValidationSet, open_cache_views, open_images, open_validation
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,6 +43,8 @@ class TrainingData:
     """Gives factors for the modes that transfer attention."""
     validation: ValidationSet | None
     record: RunRecord
+    identity: dict[str, Any]
+    """What was read, as JSON: runs that differ in it are different runs."""
     notes: tuple[str, ...]
     """What the user should know before the run."""
 
@@ -59,26 +60,15 @@ def open_training_data(config: TrainConfig, device: torch.device) -> TrainingDat
     transfers = config.mode in ("copy", "distill")
     layers = parse_layers(config.layers, cache_teacher.geometry) if transfers and cache_teacher else ()
     name = _student_name(config, cache_teacher)
-    live_teacher = cache_teacher.start(config.weights, device) if cache_teacher and config.live_teacher else None
+    live_teacher = (
+        cache_teacher.start(config.weights, layers, device) if cache_teacher and config.live_teacher else None
+    )
     teacher: CacheTeacher | LiveTeacher | None = None
-    if reader is not None:
-        positions = slice(None)
-        if transfers:
-            teacher = live_teacher or CacheTeacher(reader, layers, device)
-            positions = teacher.positions if isinstance(teacher, CacheTeacher) else positions
-        views, eligible_S = open_cache_views(
-            reader,
-            config.data,
-            with_codes=isinstance(teacher, CacheTeacher),
-            positions=positions,
-            keep_nbytes=config.keep_mib * 2**20,
-        )
-        label_S = reader.labels_S
-    else:
-        assert config.data is not None, "checked by TrainConfig"
-        views, label_S = open_images(config.data, _input_of(name), config.policy, config.seed)
-        eligible_S = np.flatnonzero(label_S >= 0)
+    if reader is not None and transfers:
+        teacher = live_teacher or CacheTeacher(reader, layers, device)
+    views, label_S, eligible_S = _open_views(config, reader, teacher, name)
     num_classes = int(label_S[eligible_S].max()) + 1
+    initial_weights = _initial_weights(config, cache_teacher)
     student = make_student(
         config.mode,
         name,
@@ -86,20 +76,21 @@ def open_training_data(config: TrainConfig, device: torch.device) -> TrainingDat
         geometry=cache_teacher.geometry if transfers and cache_teacher else None,
         layers=layers,
         drop_path=config.drop_path,
-        weights=_initial_weights(config, cache_teacher),
+        weights=initial_weights,
     )
     if reader is not None:
         check_views_fit(student, reader)
     sample_S = eligible_S
     if config.subset is not None:
         sample_S = choose_subset(label_S, eligible_S, config.subset, config.seed)
+    validation = _validation(config, student, layers, cache_teacher, live_teacher, device)
     return TrainingData(
         student=student,
         views=views,
         label_S=label_S,
         order=SampleOrder(sample_S=sample_S, seed=config.seed, batch_size=config.batch_size),
         teacher=teacher,
-        validation=_validation(config, student, layers, cache_teacher, live_teacher, device),
+        validation=validation,
         record=RunRecord(
             mode=config.mode,
             student=str(name),
@@ -107,8 +98,34 @@ def open_training_data(config: TrainConfig, device: torch.device) -> TrainingDat
             layers=layers,
             teacher=cache_teacher if transfers else None,
         ),
+        identity={
+            "views": views.identity,
+            "validation": None if validation is None else validation.views.identity,
+            "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
+        },
         notes=_notes(config, name, cache_teacher, transfers),
     )
+
+
+def _open_views(
+    config: TrainConfig, reader: CacheReader | None, teacher: CacheTeacher | LiveTeacher | None, name: ModelName
+) -> tuple[Views, np.ndarray, np.ndarray]:
+    """The views to train on, the class of every row, and the rows that can be used."""
+    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+    if reader is None:
+        assert config.data is not None, "checked by TrainConfig"
+        model_input = _input_of(name)
+        views, label_S = open_images(config.data, model_input, config.policy, config.seed, keep_nbytes=keep_nbytes)
+        return views, label_S, np.flatnonzero(label_S >= 0)
+    reads_codes = isinstance(teacher, CacheTeacher)
+    views, eligible_S = open_cache_views(
+        reader,
+        config.data,
+        with_codes=reads_codes,
+        positions=teacher.positions if reads_codes else slice(None),
+        keep_nbytes=keep_nbytes,
+    )
+    return views, reader.labels_S, eligible_S
 
 
 def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelName:
@@ -154,7 +171,7 @@ def _validation(
     return open_validation(
         cache=config.val_cache,
         data=config.val_data,
-        student=student,
+        students=[student],
         layers=layers if copies else (),
         teacher=cache_teacher if copies else None,
         live_teacher=live_teacher if copies and config.val_cache is None else None,

@@ -87,7 +87,9 @@ def open_cache_views(
     return views, usable_S
 
 
-def open_images(data: str, config: InputConfig, policy: str, seed: int) -> tuple[FreshViews, np.ndarray]:
+def open_images(
+    data: str, config: InputConfig, policy: str, seed: int, *, keep_nbytes: int = 0
+) -> tuple[FreshViews, np.ndarray]:
     """Views drawn from tars without a cache, and the labels of all their samples.
 
     Raises:
@@ -103,14 +105,14 @@ def open_images(data: str, config: InputConfig, policy: str, seed: int) -> tuple
         interpolation=config.interpolation,
         crop_pct=config.crop_pct,
     )
-    return FreshViews(Source(index), view_policy), index.label_S
+    return FreshViews(Source(index), view_policy, keep_nbytes=keep_nbytes), index.label_S
 
 
 def open_validation(
     *,
     cache: Path | None,
     data: str | None,
-    student: Student,
+    students: Sequence[Student],
     layers: Sequence[int],
     teacher: TeacherRecord | None,
     live_teacher: LiveTeacher | None,
@@ -123,7 +125,7 @@ def open_validation(
     Args:
         cache: a validation cache; None draws `eval` views from `data`.
         data: the images, or where the cache's tars now are.
-        student: whose input the views must fit.
+        students: whose inputs and classes must fit.
         layers: blocks whose attention copying students are given; empty when none of them copies.
         teacher: who copying students learnt from; None when none of them copies.
         live_teacher: that teacher, running; instead of the cache's maps.
@@ -132,8 +134,8 @@ def open_validation(
         device: where students run.
 
     Raises:
-        ConfigError: copying students have nothing to take maps from.
-        CacheMismatchError: the cache is of another teacher.
+        ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
+        CacheMismatchError: the cache does not hold the maps that copying students were trained with.
     """
     copies = teacher is not None
     if cache is None:
@@ -142,29 +144,63 @@ def open_validation(
                 "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
             )
         assert data is not None, "checked by the callers' configs"
-        views, label_S = open_images(data, student.input, policy="eval", seed=0)
+        views, label_S = open_images(data, students[0].input, policy="eval", seed=0)
         usable_S = np.flatnonzero(label_S >= 0)
         given: CacheTeacher | LiveTeacher | None = live_teacher
     else:
         reader = CacheReader(cache)
-        if teacher is not None and (theirs := TeacherRecord.of_cache(reader)).weights_sha256 != teacher.weights_sha256:
-            raise CacheMismatchError(
-                f"{cache} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
-                f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
-            )
         given = live_teacher
         positions = slice(None)
-        if copies and live_teacher is None:
+        if teacher is not None and live_teacher is None:
+            _check_maps_fit(reader, teacher, layers)
             given = CacheTeacher(reader, layers, device)
             positions = given.positions
         views, usable_S = open_cache_views(
             reader, data, with_codes=isinstance(given, CacheTeacher), positions=positions
         )
-        check_views_fit(student, reader)
+        for student in students:
+            check_views_fit(student, reader)
         label_S = reader.labels_S
+    _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
     return ValidationSet(
         views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
     )
+
+
+def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, layers: Sequence[int]) -> None:
+    """Refuse a cache without the very maps that copying students were trained with."""
+    theirs = TeacherRecord.of_cache(reader)
+    if theirs.weights_sha256 != teacher.weights_sha256:
+        raise CacheMismatchError(
+            f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
+            f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
+        )
+    if missing := sorted(set(layers) - set(theirs.geometry.layers)):
+        raise CacheMismatchError(
+            f"{reader.path} has no maps of layer {missing[0]}, which the student copies. Build it with these --layers."
+        )
+    if theirs.geometry.heads != teacher.geometry.heads:
+        raise CacheMismatchError(
+            f"{reader.path} holds heads {theirs.geometry.heads}, the student copies heads {teacher.geometry.heads}. "
+            "Build the validation cache with the same --heads."
+        )
+
+
+def _check_students_fit(students: Sequence[Student], largest_label: int) -> None:
+    """Refuse students of different sizes together, and labels that they have no class for."""
+    first = students[0]
+    for student in students:
+        sizes = [(other.input.height, other.input.width, other.num_classes) for other in (first, student)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                "the runs cannot be averaged: their (height, width, classes) are "
+                f"{sizes[0]} and {sizes[1]}. Evaluate them one by one."
+            )
+    if largest_label >= first.num_classes:
+        raise ConfigError(
+            f"the validation labels go up to {largest_label}, the student has {first.num_classes} classes, from 0. "
+            "Validate on the classes it was trained on."
+        )
 
 
 def score_student(student: Student, data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
@@ -204,9 +240,9 @@ def _mean_probabilities(
     dtype: torch.dtype,
 ) -> Tensor:
     probabilities: list[Tensor] = []
+    given = None if teacher is None else teacher.factors(batch)
     for student in students:
         images = normalise_images(batch.pixels_BHWC, student.input.mean, student.input.std, device)
-        given = teacher.factors(batch) if teacher is not None and student.mode == "copy" else None
         with autocast(device, dtype):
             logits = student.predict(images, given)
         probabilities.append(logits.double().softmax(dim=1))

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def disk_errors_explained(path: Path) -> Generator[None]:
             raise
         raise DiskFullError(
             f"{path} cannot be written: {os.strerror(error.errno)}. What was stored before is valid; make room and "
-            "run the same `atcache build` command again to continue."
+            "run the same command again to continue."
         ) from error
 
 
@@ -83,21 +83,25 @@ def fsync_tree(path: Path) -> None:
         fsync_path(Path(folder))
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write or replace a whole file, durably: afterwards it is there, or after an error what was there before."""
+@contextmanager
+def replaced_whole(path: Path) -> Generator[Path]:
+    """A temp path to write to; without an error it takes the place of `path`, durably, at the end."""
     partial = partial_path(path)
     with disk_errors_explained(path):
         try:
-            with partial.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield partial
+            fsync_path(partial)
             partial.replace(path)
             fsync_path(path.parent)
         except BaseException:
-            with suppress(FileNotFoundError):
-                partial.unlink()
+            partial.unlink(missing_ok=True)
             raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write or replace a whole file, durably: afterwards it is there, or after an error what was there before."""
+    with replaced_whole(path) as partial:
+        partial.write_bytes(data)
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:

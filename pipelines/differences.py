@@ -1,0 +1,30 @@
+"""In what two records differ, in words: the answer to "why can this not be continued?"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+
+def name_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """One text for each leaf of two JSON objects that is not equal in both, by its dotted name.
+
+    >>> name_differences({"codec": {"name": "int8"}, "seed": 0}, {"codec": {"name": "exact"}, "seed": 0})
+    ["codec.name is 'int8' there and 'exact' here"]
+    """
+    there, here = dict(_flatten(stored)), dict(_flatten(asked))
+    return [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves += _flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            leaves.append((prefix + name, value))
+    return leaves

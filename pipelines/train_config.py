@@ -1,0 +1,135 @@
+"""What a training run was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atcache.errors import ConfigError
+
+from .students import MODES, Mode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything a run depends on. The optimiser's defaults are the paper's for copy (arXiv 2411.09702, table 8)."""
+
+    mode: Mode
+    """copy, distill, scratch or finetune."""
+    out: Path
+    """The run's folder; an unfinished run is continued."""
+    cache: Path | None = None
+    """The training cache. scratch and finetune can do without, and then draw new views every epoch from `data`."""
+    data: str | None = None
+    """The tars: where a cache's now are, or what to train on without one."""
+    val_cache: Path | None = None
+    """Validation views with maps; what a copying student is validated on."""
+    val_data: str | None = None
+    """Validation images, or where the validation cache's tars now are."""
+    student: str | None = None
+    """A timm name; None takes the teacher's architecture."""
+    weights: Path | None = None
+    """The teacher's weights, for finetune and live_teacher; None takes timm's."""
+    layers: str | None = None
+    """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
+    live_teacher: bool = False
+    """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
+    policy: str = "crop-flip"
+    """Views without a cache."""
+    epochs: float = 100.0
+    """Passes over the samples."""
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+    batch_size: int = 256
+    """Samples an optimiser step."""
+    accumulate: int = 1
+    """Parts a step's batch is cut into, one after another, where it does not fit in memory."""
+    subset: int | None = None
+    """Train on so many samples only, drawn evenly over the classes by the seed."""
+    optimizer: str = "adamw"
+    """Any of timm's."""
+    base_lr: float = 1e-3
+    """Learning rate for 256 samples a step; the real one is base_lr * batch_size / 256."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup_epochs: float = 5.0
+    """Passes in which the learning rate rises from 0; never more than a tenth of the run."""
+    weight_decay: float = 0.05
+    """Not applied to biases and norms."""
+    beta2: float = 0.999
+    """Adam's second momentum."""
+    layer_decay: float | None = None
+    """Learning rate of a block relative to the one above; None for equal ones."""
+    drop_path: float = 0.0
+    """Stochastic depth of the student."""
+    label_smoothing: float = 0.0
+    """Share of the label's probability spread over all classes."""
+    clip_grad: float | None = None
+    """Largest gradient norm."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, which is then what is validated and saved."""
+    attention_weight: float = 3.0
+    """Weight of the distillation loss (section 3.2 of the paper)."""
+    seed: int = 0
+    """Of weights, order, dropout, subset, and views without a cache."""
+    workers: int = 0
+    """Processes that read ahead; 0 reads in this one."""
+    keep_mib: int = 256
+    """Memory for views that were read, in MiB, over all workers: small datasets are read once."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """auto, fp32 or bf16 (autocast)."""
+    validate_every: float = 1.0
+    """Epochs between validations; 0 validates at the end only."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints, beside one at each validation."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
+        self._check_numbers()
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts."
+            )
+        transfers = self.mode in ("copy", "distill")
+        if self.cache is None and transfers:
+            raise ConfigError(
+                f"mode {self.mode} needs the teacher's attention: give --cache, made with `atcache build`."
+            )
+        if self.cache is None and (self.data is None or self.student is None):
+            raise ConfigError(
+                "without --cache, give --data and --student: there is nothing else to train on, and what."
+            )
+        if not transfers and (self.live_teacher or self.layers is not None):
+            option = "live_teacher" if self.live_teacher else "layers"
+            raise ConfigError(f"{option} is for copy and distill: mode {self.mode} uses no attention of a teacher.")
+
+    def _check_numbers(self) -> None:
+        for name in ("epochs", "steps", "batch_size", "accumulate", "subset", "base_lr", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value}: expected more than 0.")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "attention_weight", "workers", "keep_mib", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        for name in ("beta2", "drop_path", "label_smoothing", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"{name}={value}: expected 0 or more, and less than 1.")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise ConfigError(f"clip_grad={self.clip_grad}: expected more than 0.")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay={self.layer_decay}: expected more than 0, and at most 1.")
+        if self.validate_every < 0:
+            raise ConfigError(f"validate_every={self.validate_every}: expected 0 or more.")
+
+    def settings(self) -> dict[str, Any]:
+        """What makes this run this run: not where things lie, where it runs, or how often it looks up."""
+        fields = asdict(self)
+        places = ("out", "cache", "data", "val_cache", "val_data", "weights")
+        for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):
+            del fields[name]
+        return fields
