@@ -40,3 +40,38 @@ def digits_tars(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def tiny_vit() -> str:
     """A two-block ViT for the 8 x 8 digits: 16 patches, 2 heads, no weights to download."""
     return "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=32,depth=2,num_heads=2,num_classes=10"
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of `tiny_vit`, large enough that its maps are far from uniform."""
+    import torch
+    from safetensors.torch import save_file
+
+    from atcache.teachers import create_student, parse_model_name
+
+    torch.manual_seed(0)
+    model = create_student(parse_model_name(tiny_vit), num_classes=10)
+    weights = {name: tensor * 8 if "qkv.weight" in name else tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A function: fields of `BuildConfig` -> a cache of the digits by the tiny teacher; equal fields, the same cache."""
+    from atcache.pipelines.build import BuildConfig, build
+
+    built: dict[tuple[tuple[str, object], ...], Path] = {}
+
+    def tiny_cache(**fields) -> Path:
+        key = tuple(sorted(fields.items()))
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("caches") / "digits.zarr"
+            common = {"teacher": tiny_vit, "weights": tiny_weights, "data": str(digits_tars[0].parent)}
+            settings = {"codec": "exact", "workers": 0, "device": "cpu", "precision": "fp32", "samples_per_shard": 20}
+            build(BuildConfig(**{**common, **settings, **fields, "out": built[key]}))
+        return built[key]
+
+    return tiny_cache
