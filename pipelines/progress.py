@@ -42,7 +42,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TaskProgressColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
             self._task = self._rich.add_task(title, total=total, completed=done, note="")
@@ -52,7 +52,7 @@ class Progress:
         self._done += num_units
         self._note = note
         if self._rich is not None:
-            self._rich.update(self._task, advance=num_units, note=Text(f"{self._speed():.4g} {self._unit}/s  {note}"))
+            self._rich.update(self._task, advance=num_units, note=f"{self._speed():.4g} {self._unit}/s  {note}")
         elif time.monotonic() - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._print_line()
 
