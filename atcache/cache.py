@@ -271,7 +271,9 @@ class Cache:
         reader, layout = self.reader, self.reader.layout
         totals = self._totals()
         num_stored = max(1, totals["num_stored"])
-        map_nbytes = self.geometry.num_map_nbytes
+        # Not through FactorGeometry: `atcache info` shall not wait for torch.
+        layers, heads = self._parse("geometry", _layers_and_heads)
+        map_nbytes = 2 * len(layers) * len(heads) * layout.num_tokens**2
         code_nbytes = totals["codes_nbytes"] / num_stored
         return {
             "path": str(self.path),
@@ -281,8 +283,8 @@ class Cache:
             "views": self.attributes.get("views"),
             "codec": self.attributes.get("codec"),
             "created_by": self.attributes.get("created_by"),
-            "layers": list(self.geometry.layers),
-            "heads": list(self.geometry.heads),
+            "layers": layers,
+            "heads": heads,
             "num_tokens": layout.num_tokens,
             "num_samples": layout.num_samples,
             "num_views": layout.num_views,
@@ -358,3 +360,7 @@ class Cache:
 
 def _reopen(path: Path, data: str | Path | Sequence[str | Path] | None) -> Cache:
     return Cache(path, data=data)
+
+
+def _layers_and_heads(geometry: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return list(geometry["layers"]), list(geometry["heads"])

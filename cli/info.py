@@ -1,0 +1,126 @@
+"""The `info` command."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+
+import atcache
+
+from . import options
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON instead.")
+def info(cache: Path, as_json: bool) -> None:
+    """Say what a cache holds, and what is missing.
+
+    Reads metadata only, whatever the cache's size; a cache that is being built may be looked at.
+
+    Example:
+
+    \b
+        atcache info in1k.zarr
+        atcache info in1k.zarr --json
+    """
+    opened = atcache.open(cache)
+    about = opened.describe()
+    bad = _count_bad(opened.reader.status_VS) if about["num_bad"] else {}
+    if as_json:
+        options.print_json({**about, "bad": bad})
+        return
+    for name, value in _lines(about, bad):
+        click.echo(f"{name:<10} {value}")
+
+
+def _count_bad(status_VS: Any) -> dict[str, int]:  # noqa: ANN401 - numpy, which is imported late
+    """Views that are not stored, by reason."""
+    import numpy as np
+
+    from atcache.store.layout import Status, describe_status
+
+    counts_N = np.bincount(status_VS.ravel())
+    reasons = [status for status in np.flatnonzero(counts_N).tolist() if status > Status.STORED]
+    return {describe_status(status): int(counts_N[status]) for status in reasons}
+
+
+def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
+    teacher, views, codec = _part(about, "teacher"), _part(about, "views"), _part(about, "codec")
+    policy = _part(views, "policy")
+    settings = ", ".join(f"{name} {value}" for name, value in codec.items() if name != "name")
+    pixels = "stored" if views.get("pixels") == "store" else "replayed from the tars"
+    size = f"{policy.get('image_height')} x {policy.get('image_width')} pixels"
+    layers, heads = about["layers"], about["heads"]
+    lines = [
+        ("cache", f"{about['path']} (format {about['format']})"),
+        ("teacher", f"{teacher.get('name')}, weights {str(teacher.get('weights_sha256'))[:12]}"),
+        ("licence", str(teacher.get("licence") or "not known: see where the teacher's weights come from")),
+        ("samples", f"{about['num_samples']} x {_count(about['num_views'], 'view')}"),
+        ("views", f"{policy.get('name')}, seed {policy.get('seed')}, {size}, {pixels}"),
+        (
+            "attention",
+            f"{_count(len(layers), 'layer')} ({_ranges(layers)}) x {_count(len(heads), 'head')} ({_ranges(heads)}) "
+            f"x {about['num_tokens']} tokens",
+        ),
+        ("codec", str(codec.get("name")) + (f" ({settings})" if settings else "")),
+    ]
+    if about["num_stored"]:
+        lines.append(
+            (
+                "size",
+                f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view; codes are "
+                f"{about['times_smaller_than_float16_maps']}x smaller than float16 maps",
+            )
+        )
+    row_kl = about["quality"].get("row_kl_nats")
+    if row_kl:
+        lines.append(("row KL", f"{row_kl['mean']:.2g} nats on average, {row_kl['max']:.2g} at most"))
+    return [*lines, ("state", _state(about))] + ([("bad", _bad(bad))] if bad else [])
+
+
+def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object that `atcache build` writes; empty in a cache of other origin that has none."""
+    return about.get(name) or {}
+
+
+def _state(about: dict[str, Any]) -> str:
+    if about["is_complete"]:
+        return f"complete, {_count(about['num_stored'], 'view')} stored"
+    missing = about["num_tasks"] - about["num_tasks_done"]
+    return (
+        f"incomplete: {missing} of {_count(about['num_tasks'], 'task')} missing, "
+        f"{_count(about['num_stored'], 'view')} stored. Type the same `atcache build` command again to continue."
+    )
+
+
+def _bad(bad: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+    return f"{_count(sum(bad.values()), 'view')} left out: {reasons}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending numbers as `atcache build --layers` takes them.
+
+    >>> _ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the unit that leaves the shortest number.
+
+    >>> _size(5 * 2**20)
+    '5 MiB'
+    """
+    power = max(0, min(4, (nbytes.bit_length() - 1) // 10))
+    return f"{nbytes / 2 ** (10 * power):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

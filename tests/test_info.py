@@ -1,0 +1,163 @@
+"""`atcache info`: what a cache holds and what is missing, without waiting for torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from click.testing import CliRunner
+from PIL import Image
+
+from atcache.cli.main import cli
+from atcache.pipelines.build import BuildConfig, build
+from atcache.source import SampleIndex
+from atcache.store.layout import StoreLayout
+from atcache.store.writer import create_cache
+from atcache.views import PARAMETER_NAMES
+
+
+@pytest.fixture
+def tar(tmp_path) -> Path:
+    """20 noise images: one without a label, one that is no image."""
+    path = tmp_path / "noise.tar"
+    with path.open("wb") as file, webdataset.TarWriter(file) as writer:
+        for number in range(20):
+            png = io.BytesIO()
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(png, format="PNG")
+            sample = {"__key__": f"noise-{number:02d}", "png": png.getvalue(), "cls": b"1"}
+            if number == 3:
+                del sample["cls"]
+            if number == 15:
+                sample["png"] = b"\x89PNG\r\n\x1a\n and no more"
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture
+def cache(tar, tiny_vit, tiny_weights, tmp_path) -> Path:
+    config = BuildConfig(
+        teacher=tiny_vit,
+        weights=tiny_weights,
+        data=str(tar),
+        out=tmp_path / "noise.zarr",
+        views=2,
+        on_bad_image="skip",
+        samples_per_shard=8,
+        workers=0,
+        device="cpu",
+        precision="fp32",
+    )
+    build(config)
+    return config.out
+
+
+def show(*arguments: object):
+    return CliRunner().invoke(cli, ["info", *map(str, arguments)])
+
+
+def test_text_says_what_a_cache_holds(cache, tiny_vit):
+    result = show(cache)
+    assert result.exit_code == 0, result.output
+    lines = {line[:10].strip(): line[11:] for line in result.stdout.splitlines()}
+    assert list(lines) == [
+        *("cache", "teacher", "licence", "samples", "views", "attention", "codec", "size", "row KL", "state", "bad")
+    ]
+    assert lines["cache"] == f"{cache} (format 1)"
+    assert lines["teacher"].startswith("vit_tiny_patch16_224:")
+    assert lines["samples"] == "20 x 2 views"
+    assert lines["views"] == "crop-flip, seed 0, 8 x 8 pixels, replayed from the tars"
+    assert lines["attention"] == "2 layers (0-1) x 2 heads (0-1) x 17 tokens"
+    assert lines["codec"] == "int8"
+    assert "x smaller than float16 maps" in lines["size"]
+    assert "nats on average" in lines["row KL"]
+    assert lines["state"] == "complete, 36 views stored"
+    assert lines["bad"] == "4 views left out: 2 no label, 2 undecodable"
+
+
+def test_json_is_one_line_and_says_the_same(cache):
+    result = show(cache, "--json")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    about = json.loads(line)
+    shards = [file for folder in ("attention/codes", "views") for file in (cache / folder).rglob("c/*/*")]
+    written = sum(file.stat().st_size for folder in shards for file in [folder, *folder.rglob("*")] if file.is_file())
+    assert about["nbytes"] == written
+    assert (about["num_stored"], about["num_bad"], about["bad"]) == (36, 4, {"no label": 2, "undecodable": 2})
+    assert about["map_nbytes_per_view"] == 2 * 2 * 2 * 17**2
+    assert about["times_smaller_than_float16_maps"] == pytest.approx(
+        about["map_nbytes_per_view"] / about["codes_nbytes_per_view"], rel=0.01
+    )
+    assert about["is_complete"] is True
+
+
+def test_an_unfinished_cache_says_what_is_missing_and_what_to_type(cache):
+    for name in ("v0000-b000001", "v0001-b000002"):
+        (cache / "commits" / f"{name}.json").unlink()
+    result = show(cache)
+    assert "incomplete: 2 of 6 tasks missing, 25 views stored. Type the same `atcache build` command" in result.stdout
+    about = json.loads(show(cache, "--json").stdout)
+    assert (about["is_complete"], about["num_tasks"], about["num_tasks_done"]) == (False, 6, 4)
+
+
+def test_a_cache_with_no_task_done_can_be_looked_at(cache):
+    shutil.rmtree(cache / "commits")
+    (cache / "commits").mkdir()
+    result = show(cache)
+    assert result.exit_code == 0, result.output
+    assert "incomplete: 6 of 6 tasks missing, 0 views stored" in result.stdout
+    assert "smaller than" not in result.stdout
+
+
+def test_what_is_no_cache_is_said_in_a_sentence(tmp_path):
+    result = show(tmp_path / "nothing.zarr")
+    assert result.exit_code == 1
+    assert "nothing.zarr is no cache" in result.stderr
+
+
+def test_info_does_not_wait_for_torch(cache):
+    script = "import sys; from atcache.cli.main import cli\ncli(['info', sys.argv[1]], standalone_mode=False)\n"
+    script += "sys.exit(', '.join({'torch', 'timm', 'zarr', 'dask'} & set(sys.modules)) or None)"
+    done = subprocess.run([sys.executable, "-c", script, cache], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "complete" in done.stdout
+
+
+def test_a_cache_as_large_as_imagenet_opens_in_a_moment(tmp_path):
+    """1.3 million samples, 24 layers: only metadata and the sample table exist, as at the start of a build."""
+    num_samples = 1_300_000
+    index = SampleIndex(
+        tars=(tmp_path / "train.tar",),
+        tar_nbytes=(2**40,),
+        keys_S=np.array([f"n{number:08d}" for number in range(num_samples)], dtype="S"),
+        tar_S=np.zeros(num_samples, np.int32),
+        offset_S=np.arange(num_samples, dtype=np.int64) * 110_000,
+        nbytes_S=np.full(num_samples, 100_000, np.int64),
+        label_S=np.arange(num_samples, dtype=np.int64) % 1000,
+        problem_S=np.zeros(num_samples, np.uint8),
+    )
+    layout = StoreLayout(
+        num_views=10,
+        num_samples=num_samples,
+        num_layers=24,
+        num_tokens=197,
+        num_components=2112,
+        codes_dtype="int8",
+        samples_per_shard=178,
+        layers_per_chunk=1,
+        parameter_names=PARAMETER_NAMES,
+    )
+    geometry = {"layers": list(range(24)), "heads": list(range(16))}
+    create_cache(tmp_path / "large.zarr", layout, {"geometry": geometry}, index, {})
+    start_s = time.process_time()
+    result = show(tmp_path / "large.zarr")
+    assert time.process_time() - start_s < 1
+    assert "incomplete: 73040 of 73040 tasks missing" in result.stdout
