@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,9 +140,9 @@ def _injected_error(run: TeacherRun, coder: Coder, pixels_BHWC: Tensor, capture:
         own[:, heads] = copy_attention(coder.decode(position, codes_BLTC[:, position]), call.value[:, heads])
         return own
 
-    model = run.teacher.model
+    model: Any = run.teacher.model
     with torch.inference_mode(), autocast(run.device, run.dtype):
-        features = model.forward_features(images).float()  # pyright: ignore[reportCallIssue]
+        features: Tensor = model.forward_features(images).float()
         with AttentionIntercept(find_blocks(model), attend_with_decoded):
-            injected = model.forward_features(images).float()  # pyright: ignore[reportCallIssue]
-    return float((injected - features).norm() / features.norm())
+            injected: Tensor = model.forward_features(images).float()
+    return float(((injected - features).square().sum() / features.square().sum()).sqrt())
