@@ -1,0 +1,102 @@
+"""Write golden caches of the format this version writes. Run once a format, then keep: they must decode for ever.
+
+    python tests/golden/make.py
+
+Makes `format-N/` here: the tar, the caches, and what they decode to. Refuses to replace what is there.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+# The caches record where their tars and weights were: a path that says nothing of whoever ran this.
+WORKSHOP = Path("/tmp/atcache-golden")
+
+VIT = "vit_tiny_patch16_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
+BEIT = "beit_base_patch16_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
+CACHES = {
+    "exact": {"teacher": VIT, "codec": "exact", "policy": "crop-flip"},
+    "int8-pixels": {"teacher": VIT, "codec": "int8", "policy": "randaug", "views": 2, "pixels": "store"},
+    "int8-bias": {"teacher": BEIT, "codec": "int8", "policy": "eval"},
+    "exact-part": {"teacher": VIT, "codec": "exact:dtype=float32", "policy": "eval", "layers": "1", "heads": "1"},
+}
+BAD_SAMPLE = 2
+
+
+def write_tar(path: Path) -> None:
+    """Five images of 10 x 12 in two formats and one that is none."""
+    import webdataset
+    from PIL import Image
+
+    rows, columns = np.mgrid[0:10, 0:12]
+    with path.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
+        for number in range(6):
+            waves = np.sin(rows[..., None] * (number + 1) / 3 + columns[..., None] / (number + 2) + np.arange(3))
+            pixels = (127.5 + 127.5 * waves).astype(np.uint8)
+            kind = "jpg" if number % 2 else "png"
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, format={"jpg": "JPEG", "png": "PNG"}[kind])
+            data = b"no image" if number == BAD_SAMPLE else encoded.getvalue()
+            writer.write({"__key__": f"wave-{number}", kind: data, "cls": str(number).encode()})
+
+
+def write_weights(path: Path, teacher: str) -> None:
+    """Random weights with maps that are far from uniform, and a bias that is not 0."""
+    import torch
+    from safetensors.torch import save_file
+
+    from atcache.teachers import create_student, parse_model_name
+
+    torch.manual_seed(0)
+    weights = create_student(parse_model_name(teacher), num_classes=10).state_dict()
+    for name, tensor in weights.items():
+        if "qkv.weight" in name:
+            tensor *= 24
+        if "relative_position_bias_table" in name:
+            tensor += torch.linspace(-1, 1, tensor.numel()).view_as(tensor)
+    save_file(weights, path)
+
+
+def main() -> None:
+    """Build everything in the workshop, then put it here."""
+    import atcache
+    from atcache.pipelines.build import BuildConfig, build
+    from atcache.store.layout import FORMAT
+
+    target = FOLDER / f"format-{FORMAT}"
+    shutil.rmtree(WORKSHOP, ignore_errors=True)
+    (WORKSHOP / "tars").mkdir(parents=True)
+    write_tar(WORKSHOP / "tars" / "waves.tar")
+    for name, fields in CACHES.items():
+        weights = WORKSHOP / f"{name}.safetensors"
+        write_weights(weights, fields["teacher"])
+        config = BuildConfig(
+            data=str(WORKSHOP / "tars"),
+            weights=weights,
+            out=WORKSHOP / f"{name}.zarr",
+            samples_per_shard=4,
+            on_bad_image="skip",
+            workers=0,
+            device="cpu",
+            precision="fp32",
+            **fields,
+        )
+        build(config)
+        weights.unlink()
+        cache = atcache.open(config.out)
+        maps = np.stack([cache.maps(layer=layer).compute() for layer in cache.geometry.layers])
+        good = [sample for sample in range(6) if sample != BAD_SAMPLE]
+        images = [[cache.image(sample, view) for sample in good] for view in range(config.views)]
+        np.save(WORKSHOP / f"{name}.maps_LVSHQK.npy", maps[:, :, [0, 5]])
+        np.save(WORKSHOP / f"{name}.images_VSHWC.npy", np.stack(images))
+    shutil.copytree(WORKSHOP, target)  # fails where the target exists
+    shutil.rmtree(WORKSHOP)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Caches that earlier versions wrote still open, decode to the same maps, and replay to the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import atcache
+from atcache.errors import CacheMismatchError, CacheMissError
+from atcache.store.layout import FORMAT, Status
+from atcache.store.manifest import check_commit, read_commits
+from atcache.views import library_versions
+
+GOLDEN = Path(__file__).parent / "golden"
+CACHES = sorted(GOLDEN.glob("format-*/*.zarr"))
+BAD_SAMPLE = 2
+GOOD_SAMPLES = (0, 1, 3, 4, 5)
+MAPS_OF_SAMPLES = (0, 5)
+"""Whose maps are kept as they were decoded by the version that wrote them."""
+
+every_cache = pytest.mark.parametrize("path", CACHES, ids=[f"{path.parent.name}-{path.stem}" for path in CACHES])
+
+
+def open_golden(path: Path) -> atcache.cache.Cache:
+    return atcache.open(path, data=path.parent / "tars")
+
+
+def expected(path: Path, what: str) -> np.ndarray:
+    return np.load(path.with_name(f"{path.stem}.{what}.npy"))
+
+
+def test_each_format_has_caches_of_every_kind():
+    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels"]
+    for number in range(1, FORMAT + 1):
+        assert sorted(path.stem for path in CACHES if path.parent.name == f"format-{number}") == kinds
+
+
+@every_cache
+def test_maps_are_what_they_were(path):
+    """To 1e-6: the codes are integers, only the softmax may round differently."""
+    cache, attn_LVSHQK = open_golden(path), expected(path, "maps_LVSHQK")
+    for position, layer in enumerate(cache.geometry.layers):
+        decoded = cache.maps(layer=layer)[:, list(MAPS_OF_SAMPLES)].compute()
+        assert np.allclose(decoded, attn_LVSHQK[position], atol=1e-6, rtol=0)
+        assert np.isnan(cache.maps(layer=layer)[:, BAD_SAMPLE].compute()).all()
+    assert np.allclose(attn_LVSHQK.sum(axis=-1), 1, atol=1e-5)
+    assert attn_LVSHQK.max() > 0.3, "maps near uniform would prove little"
+
+
+@every_cache
+def test_images_are_what_they_were(path):
+    """Bit for bit; where a library has changed since, a replay may differ, but it must be noticed."""
+    cache = open_golden(path)
+    for view, images_SHWC in enumerate(expected(path, "images_VSHWC")):
+        for sample, image in zip(GOOD_SAMPLES, images_SHWC, strict=True):
+            try:
+                replayed = cache.image(sample, view)
+            except CacheMismatchError as error:
+                if cache.attributes["created_by"]["views"] == library_versions():
+                    raise
+                pytest.skip(str(error))
+            assert np.array_equal(replayed, image)
+
+
+@every_cache
+def test_every_byte_is_as_committed_and_every_sample_accounted_for(path):
+    reader = open_golden(path).reader
+    assert reader.is_complete
+    commits = read_commits(path)
+    assert sum(len(check_commit(path, commit, reader.layout, deep=True)) for commit in commits.values()) == 0
+    statuses = [Status.UNDECODABLE if sample == BAD_SAMPLE else Status.STORED for sample in range(6)]
+    assert reader.status_VS.tolist() == [statuses] * reader.layout.num_views
+    assert reader.samples.sample_key(5) == "waves.tar/wave-5"
+    assert reader.labels_S.tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(CacheMissError, match=r"sample 2 \('waves.tar/wave-2'\) is not stored .*: undecodable"):
+        reader.read_codes(0, BAD_SAMPLE)
+
+
+@every_cache
+def test_zarr_python_reads_the_same_codes(path):
+    reader, group = open_golden(path).reader, zarr.open_group(path, mode="r")
+    codes_VSLTC = np.asarray(group["attention/codes"])
+    for view in range(reader.layout.num_views):
+        for sample in GOOD_SAMPLES:
+            assert np.array_equal(reader.read_codes(view, sample), codes_VSLTC[view, sample])
+
+
+def test_a_bias_is_part_of_the_maps():
+    for path in GOLDEN.glob("format-*/int8-bias.zarr"):
+        bias_LHQK = open_golden(path).reader.bias_LHQK
+        assert bias_LHQK.shape == (2, 2, 10, 10)
+        assert np.ptp(bias_LHQK) > 1
+
+
+def test_golden_caches_stay_small():
+    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 200_000
