@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from atcache.errors import ConfigError
 from atcache.store.durable import encode_json, write_file
@@ -92,7 +93,7 @@ class DemoSummary:
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:
-    """Run the demo.
+    """Run the demo, with one thread: operations of this size gain little from more, and lose much on a busy machine.
 
     Args:
         config: what to run.
@@ -101,6 +102,15 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> Dem
     Raises:
         ConfigError: the folder exists and is not an earlier demo's.
     """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _demo(config, say)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
     start_s = time.monotonic()
     _make_room(config.out)
     commands: list[str] = []

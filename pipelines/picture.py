@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import atcache
+from atcache.rendering import STORED
 
 
 def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | None = None) -> None:
@@ -29,7 +30,7 @@ def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | 
     tokens, layers = cache.geometry.tokens, cache.geometry.layers
     shown = [(position, layers[position]) for position in sorted({0, len(layers) - 1})]
     num_heads = len(cache.geometry.heads)
-    usable = np.flatnonzero(cache.samples.problem.to_numpy() == 0)
+    usable = np.flatnonzero(cache.samples.status.to_numpy()[0] == STORED)
     samples = usable[np.linspace(0, len(usable) - 1, min(num_samples, len(usable))).astype(int)]
     num_columns = 1 + len(shown) * num_heads
     figure = Figure(figsize=(1.3 * num_columns, 1.45 * len(samples)), layout="constrained")
