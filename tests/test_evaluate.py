@@ -1,0 +1,190 @@
+"""Evaluation gives what training validated, whatever the batch size; ensembles average probabilities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from atcache.cli.main import cli
+from atcache.errors import CacheMismatchError, ConfigError
+from atcache.pipelines.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.train import train
+from atcache.pipelines.train_config import TrainConfig
+from atcache.store.reader import CacheReader
+
+
+@pytest.fixture(scope="session")
+def val_cache(tiny_cache) -> Path:
+    return tiny_cache(policy="eval", codec="exact:dtype=float32", pixels="store")
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_cache, val_cache, tmp_path_factory):
+    """Finished runs by mode, and the validation each ended with."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache = tiny_cache(codec="exact:dtype=float32")
+    common = {"cache": cache, "val_cache": val_cache, "steps": 40, "batch_size": 24, "base_lr": 3e-2}
+    place = {"device": "cpu", "precision": "fp32", "validate_every": 0}
+    configs = {
+        "copy": TrainConfig(mode="copy", out=folder / "copy", **common, **place),
+        "copy-1": TrainConfig(mode="copy", out=folder / "copy-1", layers="1", **common, **place),
+        "distill": TrainConfig(mode="distill", out=folder / "distill", **common, **place),
+        "scratch": TrainConfig(mode="scratch", out=folder / "scratch", **common, **place),
+    }
+    return {name: (config.out, train(config).validation) for name, config in configs.items()}
+
+
+def config_of(*folders, **fields) -> EvaluateConfig:
+    return EvaluateConfig(runs=folders, **{"device": "cpu", "precision": "fp32", **fields})
+
+
+def plain_probabilities(folder: Path, val_cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Second opinion: the weights in a plain timm model, on the stored pixels; probabilities and labels."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=10
+    ).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    reader = CacheReader(val_cache)
+    pixels = torch.from_numpy(np.stack([reader.read_pixels(0, sample) for sample in range(48)]))
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+    return logits.double().softmax(1).numpy(), np.asarray(reader.labels_S)
+
+
+def score_by_hand(probability_SC: np.ndarray, label_S: np.ndarray) -> tuple[float, float, float]:
+    rank_S = (probability_SC > probability_SC[np.arange(48), label_S][:, None]).sum(1)
+    loss = -np.log(probability_SC[np.arange(48), label_S]).mean()
+    return 100 * (rank_S < 1).mean(), 100 * (rank_S < 5).mean(), loss
+
+
+@pytest.mark.parametrize("name", ["copy", "copy-1", "distill", "scratch"])
+def test_a_run_scores_what_its_training_validated_whatever_the_batch_size(name, runs, val_cache):
+    folder, validation = runs[name]
+    # Equal batches, equal to the bit; other ones to rounding.
+    assert evaluate(config_of(folder, cache=val_cache, batch_size=24)).score == validation
+    for batch_size in (1, 7, 100):
+        score = evaluate(config_of(folder, cache=val_cache, batch_size=batch_size)).score
+        assert (score.top1, score.top5, score.num_samples) == (validation.top1, validation.top5, 48)
+        assert score.loss == pytest.approx(validation.loss, rel=1e-5)
+
+
+def test_scores_are_those_of_the_plain_model_computed_by_hand(runs, val_cache):
+    score = evaluate(config_of(runs["distill"][0], cache=val_cache)).score
+    top1, top5, loss = score_by_hand(*plain_probabilities(runs["distill"][0], val_cache))
+    assert (score.top1, score.top5) == pytest.approx((top1, top5))
+    assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_ensemble_scores_the_mean_of_the_probabilities(runs, val_cache):
+    folders = [runs[name][0] for name in ("distill", "scratch")]
+    summary = evaluate(config_of(*folders, cache=val_cache))
+    (first, label_S), (second, _) = (plain_probabilities(folder, val_cache) for folder in folders)
+    top1, top5, loss = score_by_hand((first + second) / 2, label_S)
+    assert summary.modes == ("distill", "scratch")
+    assert (summary.score.top1, summary.score.top5) == pytest.approx((top1, top5))
+    assert summary.score.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_copying_runs_of_different_layers_go_together(runs, val_cache):
+    folders = [runs[name][0] for name in ("copy", "copy-1", "scratch")]
+    together = evaluate(config_of(*folders, cache=val_cache)).score
+    again = evaluate(config_of(*folders[::-1], cache=val_cache)).score
+    assert together.loss == pytest.approx(again.loss, rel=1e-9)
+    alone = [evaluate(config_of(folder, cache=val_cache)).score.loss for folder in folders]
+    assert together.loss < np.mean(alone)  # the logarithm is concave: Jensen
+
+
+def test_a_live_teacher_gives_what_the_exact_cache_gives(runs, val_cache, tiny_weights, digits_tars):
+    for name in ("copy", "copy-1"):
+        folder, validation = runs[name]
+        live = {"live_teacher": True, "weights": tiny_weights}
+        from_cache = evaluate(config_of(folder, cache=val_cache, **live)).score
+        from_tars = evaluate(config_of(folder, data=str(digits_tars[0].parent), **live)).score
+        for score in (from_cache, from_tars):
+            assert (score.top1, score.num_samples) == (validation.top1, 48)
+            assert score.loss == pytest.approx(validation.loss, rel=1e-4)
+
+
+def test_students_with_their_own_attention_are_evaluated_on_tars(runs, digits_tars):
+    folder, validation = runs["scratch"]
+    assert evaluate(config_of(folder, data=str(digits_tars[0].parent), batch_size=24)).score == validation
+    assert evaluate(config_of(folder, data=str(digits_tars[0]), workers=1)).score.num_samples == 16
+
+
+def test_what_does_not_fit_is_refused(runs, val_cache, tiny_cache, digits_tars, tmp_path):
+    copy, scratch = runs["copy"][0], runs["scratch"][0]
+    with pytest.raises(ConfigError, match="no run to evaluate: name the folder of a finished"):
+        config_of(cache=val_cache)
+    with pytest.raises(ConfigError, match="nothing to evaluate on: give --cache or --data"):
+        config_of(copy)
+    with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict"):
+        evaluate(config_of(copy, data=str(digits_tars[0])))
+    with pytest.raises(ConfigError, match="--live-teacher: none of these runs copies attention"):
+        evaluate(config_of(scratch, cache=val_cache, live_teacher=True))
+    with pytest.raises(ConfigError, match=r"missing is no run: run\.json cannot be read"):
+        evaluate(config_of(tmp_path / "missing", cache=val_cache))
+    with pytest.raises(CacheMismatchError, match="has no maps of layer 0, which the student copies"):
+        evaluate(config_of(copy, cache=tiny_cache(policy="eval", layers="1")))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "run.json").write_bytes((copy / "run.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"unfinished is not finished: model\.safetensors is missing\. Run its"):
+        evaluate(config_of(unfinished, cache=val_cache))
+    (unfinished / "model.safetensors").write_bytes((scratch / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"model\.safetensors does not hold this run's weights"):
+        evaluate(config_of(unfinished, cache=val_cache))
+
+
+def test_labels_without_a_class_and_students_of_other_sizes_are_refused(runs, digits_tars, tiny_vit, tmp_path):
+    nine = train(
+        TrainConfig(
+            mode="scratch",
+            data=str(tar_of_labels(tmp_path, range(9))),
+            student=tiny_vit,
+            out=tmp_path / "nine",
+            steps=1,
+            device="cpu",
+        )
+    )
+    tars = str(digits_tars[0].parent)
+    with pytest.raises(ConfigError, match="the validation labels go up to 9, the student has 9 classes, from 0"):
+        evaluate(config_of(Path(nine.out), data=tars))
+    with pytest.raises(ConfigError, match=r"are \(8, 8, 10\) and \(8, 8, 9\)\. Evaluate them one by one"):
+        evaluate(config_of(runs["scratch"][0], Path(nine.out), data=tars))
+
+
+def tar_of_labels(folder: Path, labels) -> Path:
+    import io
+
+    import webdataset
+    from PIL import Image
+
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, format="PNG")
+    with webdataset.TarWriter(str(folder / "few.tar")) as writer:
+        for label in labels:
+            writer.write({"__key__": f"image-{label}", "png": png.getvalue(), "cls": str(label)})
+    return folder / "few.tar"
+
+
+def test_the_command_prints_one_line_of_json(runs, val_cache):
+    copy, scratch = str(runs["copy"][0]), str(runs["scratch"][0])
+    place = ["--cache", str(val_cache), "--device", "cpu", "--precision", "fp32", "--batch-size", "24"]
+    done = CliRunner().invoke(cli, ["eval", copy, *place])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["runs"] == [copy]
+    assert summary["score"]["loss"] == runs["copy"][1].loss
+    done = CliRunner().invoke(cli, ["eval", copy, "--ensemble", scratch, *place])
+    assert json.loads(done.stdout)["modes"] == ["copy", "scratch"]
+    refused = CliRunner().invoke(cli, ["eval", *place])
+    assert refused.exit_code == 1
+    assert "Error: no run to evaluate" in refused.stderr
