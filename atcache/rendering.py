@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +102,11 @@ def normalise_images(
         device: where the result is wanted.
     """
     pixels_BCHW = pixels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-    offset, factor = (
-        torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1) for values in (mean, std)
-    )
-    return (pixels_BCHW - offset) / factor
+    return (pixels_BCHW - _of_channels(mean, str(device))) / _of_channels(std, str(device))
+
+
+@lru_cache(maxsize=16)
+def _of_channels(values: tuple[float, ...], device: str) -> Tensor:
+    """255 times each channel's value, shape (1, channel, 1, 1); made once, since a copy to a GPU makes it wait."""
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)

@@ -67,6 +67,7 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
     def print_plan(plan: BuildPlan) -> None:
         ratio = plan.map_nbytes_per_view / plan.nbytes_per_view
         click.echo(
+            f"teacher {plan.teacher}; licence of its weights: {plan.licence or 'not known'}\n"
             f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
             f"{plan.num_tokens} tokens\n"
             f"{plan.nbytes_per_view} bytes a view ({ratio:.1f}x smaller than float16 maps), "

@@ -154,7 +154,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
     )
     layout = new_layout if existing is None else existing.layout
     done = committed_tasks(config.out, layout) if existing is not None else set[str]()
-    plan = plan_build(config.out, calibration, layout, view_nbytes, num_done_tasks=len(done))
+    plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
     on_plan(plan)
     if config.dry_run:
         seconds = time.monotonic() - start_s

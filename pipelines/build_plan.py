@@ -20,6 +20,7 @@ from atcache.store.layout import BLOSC, ZSTD, StoreLayout, plan_layers_per_chunk
 from atcache.store.manifest import check_commit, read_commits
 from atcache.store.reader import CacheReader
 from atcache.store.writer import encode_pixels, encode_view
+from atcache.teachers import Teacher
 from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions
 
 from .calibrate import Calibration, TeacherRun
@@ -35,6 +36,9 @@ _VIEW_RECORD_NBYTES = 64
 class BuildPlan:
     """What a build will do and cost, before it does it."""
 
+    teacher: str
+    licence: str | None
+    """Of the teacher's weights; None where it is not known."""
     num_samples: int
     num_views: int
     num_tasks: int
@@ -208,12 +212,20 @@ def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
 
 
 def plan_build(
-    out: Path, calibration: Calibration, layout: StoreLayout, nbytes_per_view: int, *, num_done_tasks: int
+    out: Path,
+    teacher: Teacher,
+    calibration: Calibration,
+    layout: StoreLayout,
+    nbytes_per_view: int,
+    *,
+    num_done_tasks: int,
 ) -> BuildPlan:
     """The plan of a build into `out`."""
     num_tasks = layout.num_views * layout.num_blocks
     remaining_share = (num_tasks - num_done_tasks) / num_tasks
     return BuildPlan(
+        teacher=str(teacher.name),
+        licence=teacher.licence,
         num_samples=layout.num_samples,
         num_views=layout.num_views,
         num_tasks=num_tasks,

@@ -7,6 +7,7 @@ thread) -> commit. Queues between the stages are short, so memory is a few batch
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -160,7 +161,7 @@ class TaskRunner:
         done_views = all_views - sum(task.num_samples for task in tasks)
         waiting: deque[Future[_Written]] = deque()
         shards = _ShardWriter(self.out, self.layout)
-        num_stored = 0
+        num_stored, start_s = 0, time.monotonic()
         with (
             Progress("build", total=all_views, unit="views", done=done_views) as progress,
             ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compress") as compressors,
@@ -170,7 +171,8 @@ class TaskRunner:
             def finish_oldest() -> int:
                 written = waiting.popleft().result()
                 megabytes = shards.nbytes / 1e6
-                progress.advance(written.num_views, f"{megabytes:.4g} MB")
+                speed = megabytes / (time.monotonic() - start_s)
+                progress.advance(written.num_views, f"{megabytes:.4g} MB, {speed:.3g} MB/s")
                 return written.num_stored
 
             try:
