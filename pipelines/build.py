@@ -22,7 +22,7 @@ from atcache.errors import ConfigError, DiskFullError
 from atcache.precision import resolve_device, resolve_precision
 from atcache.rendering import STORED, render_view
 from atcache.source import SampleIndex, Source, index_source
-from atcache.store.durable import sweep_partials
+from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
 from atcache.teachers import Teacher, load_teacher
@@ -168,23 +168,25 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
         create_cache(config.out, layout, describe_cache(identity, run, calibration), index, state, bias_LHQK)
-    sweep_partials(config.out)
-    runner = TaskRunner(
-        out=config.out,
-        layout=layout,
-        source=Source(index),
-        policy=policy,
-        run=run,
-        coder=_stored_coder(config.out, codec, calibration.geometry, device),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        skip_bad=config.on_bad_image == "skip",
-    )
-    num_built = runner.run_tasks([task for task in layout.tasks() if task.name not in done])
+    with only_writer(config.out):
+        sweep_partials(config.out)
+        runner = TaskRunner(
+            out=config.out,
+            layout=layout,
+            source=Source(index),
+            policy=policy,
+            run=run,
+            coder=_stored_coder(config.out, codec, calibration.geometry, device),
+            batch_size=config.batch_size,
+            workers=config.workers,
+            skip_bad=config.on_bad_image == "skip",
+        )
+        num_built = runner.run_tasks([task for task in layout.tasks() if task.name not in done])
+        complete = finish_cache(config.out)
     return BuildSummary(
         out=str(config.out),
         plan=plan,
-        complete=finish_cache(config.out),
+        complete=complete,
         num_built_views=num_built,
         seconds=time.monotonic() - start_s,
     )

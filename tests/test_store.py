@@ -28,7 +28,7 @@ from atcache.errors import (
     DiskFullError,
 )
 from atcache.source import SampleIndex
-from atcache.store.durable import sweep_partials
+from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.layout import BLOSC, ZSTD, Status, StoreLayout
 from atcache.store.manifest import check_commit, commit_path, read_commits
 from atcache.store.reader import CacheReader
@@ -816,3 +816,22 @@ def test_reading_a_sample_takes_less_than_a_millisecond(pristine):
     for _ in range(200):
         reader.read_codes(0, 0, out=out)
     assert (time.perf_counter() - start) / 200 < 1e-3
+
+
+def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.store.durable._SECONDS_TO_WAIT", 0.3)
+    program = (
+        "import sys, time\nfrom atcache.store.durable import only_writer\n"
+        "with only_writer(sys.argv[1]):\n    print('locked', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(ConfigError, match=r"another process is writing .*give another --out"),
+            only_writer(tmp_path),
+        ):
+            pass
+        other.kill()
+    with only_writer(tmp_path):  # a killed writer leaves nothing locked
+        pass

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import json
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atcache.errors import DiskFullError
+from atcache.errors import ConfigError, DiskFullError
 
+_SECONDS_TO_WAIT = 10.0
 _PARTIAL_NAME = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.partial")
 
 
@@ -41,6 +44,33 @@ def sweep_partials(path: Path | str) -> int:
                 (Path(folder) / name).unlink(missing_ok=True)
                 num_removed += 1
     return num_removed
+
+
+@contextmanager
+def only_writer(folder: Path | str) -> Generator[None]:
+    """Keep other processes from writing a cache: a lock on its folder, gone with the process that holds it.
+
+    Waits some seconds, because the workers of a writer that was killed hold the lock until they notice.
+
+    Raises:
+        ConfigError: another process is writing it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline_s = time.monotonic() + _SECONDS_TO_WAIT
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline_s:
+                    raise ConfigError(
+                        f"another process is writing {folder}. Wait until it is done, or give another --out."
+                    ) from error
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
