@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from atcache.teachers import Teacher
 from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions
 
 from .calibrate import Calibration, TeacherRun
+from .differences import name_differences
 
 # blosc must be smaller than this share of what zstd makes: it takes longer to read.
 _BLOSC_PAYS_BELOW = 0.99
@@ -122,32 +123,20 @@ def check_same_cache(existing: CacheReader, identity: Mapping[str, Any], samples
     Raises:
         CacheMismatchError: names each difference, with both values.
     """
-    asked = dict(_flatten(identity))
-    stored = dict(_flatten({name: existing.attributes.get(name) for name in identity}))
+    asked = dict(identity)
+    stored = {name: existing.attributes.get(name, {}) for name in identity}
+    # A cache also says of its teacher what is not asked for, such as the licence.
+    stored["teacher"] = {name: stored["teacher"].get(name) for name in identity["teacher"]}
     layout = existing.layout
     if samples_per_shard is not None:
         asked["samples_per_shard"] = min(samples_per_shard, layout.num_samples)
         stored["samples_per_shard"] = layout.samples_per_shard
-    differences = [
-        f"{name} is {stored.get(name)!r} there and {value!r} here"
-        for name, value in asked.items()
-        if stored.get(name) != value
-    ]
+    differences = name_differences(stored, asked)
     if differences:
         raise CacheMismatchError(
             f"{existing.path} exists and is another cache: {'; '.join(differences)}. "
             "Give another --out, or the options it was begun with."
         )
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            leaves += _flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        else:
-            leaves.append((prefix + name, value))
-    return leaves
 
 
 def plan_layout(
