@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from atcache.order import SampleOrder
 from atcache.rendering import replay_view
 from atcache.source import Source
 from atcache.store.reader import CacheReader
 from atcache.views import ViewPolicy, apply_view, draw_view
+from atcache.worker_batches import read_ahead
 
 Value = TypeVar("Value")
 
@@ -208,18 +209,4 @@ def validation_batches(
 
 
 def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
-            pin_memory=torch.cuda.is_available(),
-        )
-    )
-
-
-def _as_it_is(batch: Any) -> Any:  # noqa: ANN401 - torch's own signature
-    return batch
+    return read_ahead(batches, numbers, workers=workers, pin_memory=torch.cuda.is_available())

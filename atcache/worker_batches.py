@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar, cast
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atcache.errors import AtcacheError
@@ -48,6 +49,7 @@ def read_ahead(
         sampler=numbers,
         num_workers=min(workers, len(numbers)),
         collate_fn=_as_it_is,
+        generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
         pin_memory=pin_memory,
     )
     for batch in loader:

@@ -21,7 +21,7 @@ from . import options
 @click.option("--decoder-dim", type=int, help="Width of the decoder.  [default: 512, or the encoder's if smaller]")
 @click.option("--decoder-depth", type=int, help="Blocks of the decoder.  [default: 8, or half the encoder's]")
 @click.option(
-    "--views",
+    "--policy",
     type=click.Choice(["eval", "crop-flip", "randaug"]),
     default="crop-flip",
     show_default=True,
@@ -34,10 +34,8 @@ from . import options
     show_default=True,
     help="Processes that decode and augment images.",
 )
-@click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Float type."
-)
 @options.device
+@options.precision
 @options.seed
 def pretrain(**fields: Any) -> None:  # noqa: ANN401 - the options above
     """Pre-train a teacher as a masked autoencoder, without labels.

@@ -35,7 +35,7 @@ NUM_LABELS = 100
 """Labels the students get."""
 TEACHER = "demo-mae"
 """A name whose weights ship with the package."""
-PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=1e-3, views="eval")
+PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=2e-3, decoder_depth=1, policy="eval")
 """How these weights were made; data and out are filled in."""
 
 

@@ -65,7 +65,7 @@ class PretrainConfig:
     """Heads of the decoder; None makes heads of 32, as MAE's."""
     normalise_targets: bool = True
     """Predict each patch with its own mean and deviation taken out."""
-    views: PolicyName = "crop-flip"
+    policy: PolicyName = "crop-flip"
     """How images are augmented: "crop-flip" is MAE's, "eval" shows every image as it is."""
     seed: int = 0
     """Of weights, order, views and masks."""
@@ -282,7 +282,7 @@ def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
 
 def _view_policy(config: PretrainConfig, model_input: InputConfig) -> ViewPolicy:
     return ViewPolicy(
-        name=config.views,
+        name=config.policy,
         seed=config.seed,
         image_height=model_input.height,
         image_width=model_input.width,

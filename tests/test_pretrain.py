@@ -50,7 +50,7 @@ def config_for(tars: list[Path], model: str, out: Path, **fields) -> PretrainCon
             "steps": 12,
             "batch_size": 32,
             "decoder_dim": 32,
-            "views": "eval",
+            "policy": "eval",
             "precision": "fp32",
             "device": "cpu",
             **fields,
@@ -179,7 +179,7 @@ class Interrupted(Exception):
 
 
 def test_a_run_that_died_continues_to_the_same_weights(digits_tars, tiny_vit, tmp_path, monkeypatch):
-    fields = {"views": "crop-flip", "checkpoint_every": 5, "batch_size": 20}
+    fields = {"policy": "crop-flip", "checkpoint_every": 5, "batch_size": 20}
     model = f"{tiny_vit},drop_path_rate=0.3,pos_drop_rate=0.1"
     config = config_for(digits_tars, model, tmp_path / "whole", **fields)
     whole = pretrain(config)
