@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# Before torch or matplotlib is imported by any test. Tiny models are slower with many threads, and there is no screen.
-os.environ["OMP_NUM_THREADS"] = str(min(2, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+# Before torch or matplotlib is imported by any test. Tiny models gain nothing from threads, and on a busy machine
+# wait for each other's; there is no screen.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 NUM_TARS = 3
@@ -60,7 +61,7 @@ def tiny_weights(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def tiny_cache(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A function: fields of `BuildConfig` -> a cache of the digits by the tiny teacher; equal fields, the same cache."""
+    """A function: fields of `BuildConfig` -> a cache of the digits by the tiny teacher, the same for equal fields."""
     from atcache.pipelines.build import BuildConfig, build
 
     built: dict[tuple[tuple[str, object], ...], Path] = {}
