@@ -219,7 +219,9 @@ def _train_and_evaluate(
         subset=NUM_LABELS,
         steps=400,
         batch_size=64,
-        base_lr=8e-3,
+        base_lr=4e-3,
+        label_smoothing=0.1,
+        drop_path=0.1,
         seed=seed,
     )
     announce(as_command("train", training))
