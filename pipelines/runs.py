@@ -63,6 +63,8 @@ def save_weights(path: Path, model: nn.Module) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replaced_whole(path) as temp:
         safetensors_torch.save_file(tensors, temp, metadata={"format": "pt"})
+        # safetensors makes files that only their owner may read; whoever may read the run may read its weights.
+        temp.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:

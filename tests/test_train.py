@@ -518,3 +518,10 @@ def test_the_command_prints_the_summary(tiny_cache, tmp_path):
     refused = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--precision", "fp32", "--seed", "1"])
     assert refused.exit_code == 1
     assert "settings.seed is 0 there and 1 here" in refused.stderr
+
+
+def test_whoever_may_read_the_run_may_read_its_weights(config_for):
+    config = config_for("scratch", steps=1)
+    train(config)
+    weights, folder = config.out / "model.safetensors", config.out
+    assert weights.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
