@@ -73,7 +73,7 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
             (
                 "size",
                 f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view; codes are "
-                f"{about['times_smaller_than_float16_maps']}x smaller than float16 maps",
+                + options.size_against_maps(about["times_smaller_than_float16_maps"]),
             )
         )
     row_kl = about["quality"].get("row_kl_nats")

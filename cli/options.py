@@ -32,6 +32,19 @@ precision = click.option(
 seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
 
 
+def size_against_maps(times_smaller: float) -> str:
+    """How codes compare with the same maps as float16. With few tokens factors are larger than maps, and that is said.
+
+    >>> size_against_maps(3.04)
+    '3.0x smaller than float16 maps'
+    >>> size_against_maps(0.5)
+    '2.0x larger than float16 maps'
+    """
+    if times_smaller >= 1:
+        return f"{times_smaller:.1f}x smaller than float16 maps"
+    return f"{1 / times_smaller:.1f}x larger than float16 maps"
+
+
 def print_json(record: dict[str, Any]) -> None:
     """Print one result, as one line of JSON on stdout."""
     click.echo(json.dumps(record))

@@ -77,7 +77,7 @@ def test_text_says_what_a_cache_holds(cache, tiny_vit):
     assert lines["views"] == "crop-flip, seed 0, 8 x 8 pixels, replayed from the tars"
     assert lines["attention"] == "2 layers (0-1) x 2 heads (0-1) x 17 tokens"
     assert lines["codec"] == "int8"
-    assert "x smaller than float16 maps" in lines["size"]
+    assert "x larger than float16 maps" in lines["size"]
     assert "nats on average" in lines["row KL"]
     assert lines["state"] == "complete, 36 views stored"
     assert lines["bad"] == "4 views left out: 2 no label, 2 undecodable"
@@ -114,7 +114,7 @@ def test_a_cache_with_no_task_done_can_be_looked_at(cache):
     result = show(cache)
     assert result.exit_code == 0, result.output
     assert "incomplete: 6 of 6 tasks missing, 0 views stored" in result.stdout
-    assert "smaller than" not in result.stdout
+    assert "than float16 maps" not in result.stdout
 
 
 def test_what_is_no_cache_is_said_in_a_sentence(tmp_path):
