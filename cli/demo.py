@@ -35,6 +35,8 @@ def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one k
     from ..pipelines.demo import DemoConfig
     from ..pipelines.demo import demo as run_demo
 
+    if json_file is not None:  # minutes before it is written
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     summary = run_demo(DemoConfig(**config), say=lambda command: click.echo(f"$ {command}", err=True))
     if json_file is not None:
         json_file.write_text(json.dumps(summary.to_json(), indent=2) + "\n")

@@ -1,11 +1,12 @@
 """The `atcache` command: finds the sub-command that was asked for and imports only that one.
 
-Also the one place where errors become messages: a mistake of the user's is one sentence and exit code 1, an
-interruption says that nothing is lost, and a bug of ours keeps its traceback.
+Also the one place where errors become messages: a mistake of the user's is one sentence and exit code 1, and so is a
+place that cannot be read or written; an interruption says that nothing is lost, and a bug of ours keeps its traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import select
@@ -22,6 +23,21 @@ from atcache import __version__
 from atcache.errors import AtcacheError
 
 from .defaults import DEFAULT_FILE, read_defaults
+
+# What a path can be in the way of, whoever asks for it: no right to it, a file for a folder, a name too long, no space.
+_PATH_ERRORS = frozenset(
+    (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ENOSPC,
+        errno.EDQUOT,
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +133,14 @@ class LazyGroup(click.Group):
             if not _stdout_reader_has_gone():
                 raise RuntimeError("a pipe to another process broke") from error
             raise
+        except OSError as error:
+            if error.errno not in _PATH_ERRORS:
+                raise
+            place = "a file" if error.filename is None else str(error.filename)
+            raise click.ClickException(
+                f"{place} cannot be read or written: {error.strerror}. Give another path, or make room and see to its "
+                "permissions. What was stored stays."
+            ) from error
         return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -47,14 +47,18 @@ def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
 
     Raises:
         CacheMismatchError: the folder holds a run with another record; the message names each difference.
-        ConfigError: the folder cannot be made.
+        CorruptCacheError: the record in the folder cannot be read.
+        ConfigError: a file is where the folder should be.
     """
     folder = file.parent
     if file.exists():
         try:
-            stored: dict[str, Any] = json.loads(file.read_text())
+            stored: Any = json.loads(file.read_text())
         except ValueError as error:
             raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to start anew.") from error
+        if not isinstance(stored, dict):
+            raise CorruptCacheError(f"{file} holds no record of a run. Delete {folder} to start anew.")
+        stored = cast("dict[str, Any]", stored)
         if differences := name_differences(stored, json.loads(encode_json(record))):
             raise CacheMismatchError(
                 f"{folder} holds another run: {'; '.join(differences)}. Give another --out, or the same options."

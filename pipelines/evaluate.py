@@ -42,6 +42,12 @@ class EvaluateConfig:
             raise ConfigError("no run to evaluate: name the folder of a finished `atcache train`.")
         if self.cache is None and self.data is None:
             raise ConfigError("nothing to evaluate on: give --cache or --data.")
+        if self.weights is not None and not self.live_teacher:
+            raise ConfigError(f"weights={self.weights}: only a live teacher has any. Give --live-teacher too.")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: expected at least 1.")
+        if self.workers < 0:
+            raise ConfigError(f"workers={self.workers}: expected 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from atcache.errors import CorruptCacheError
 from atcache.store.durable import write_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,8 +51,15 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """A run's metrics, oldest first; `kind` None for all. Half a line, left by a killed run, is dropped."""
+    """A run's metrics, oldest first; `kind` None for all. Half a line, left by a killed run, is dropped.
+
+    Raises:
+        CorruptCacheError: a whole line is no record of a step.
+    """
     path = folder / METRICS_FILE
     text = path.read_text() if path.exists() else ""
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [row for row in rows if kind is None or row["kind"] == kind]
+    try:
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [row for row in rows if row["step"] >= 0 and kind in (None, row["kind"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{path} is damaged ({error}). Delete {folder} to start this run anew.") from error

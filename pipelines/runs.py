@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
     """The student of a finished run, in eval mode, and what it is.
 
     Raises:
-        ConfigError: there is no finished run in the folder.
+        ConfigError: there is no finished run in the folder, or its weights are another student's.
     """
     from safetensors import SafetensorError
     from safetensors import torch as safetensors_torch
@@ -96,6 +97,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
     try:
         student.model.load_state_dict(safetensors_torch.load_file(folder / WEIGHTS_FILE))
     except (SafetensorError, RuntimeError) as error:
-        raise ConfigError(f"{folder / WEIGHTS_FILE} does not hold this run's weights: {error}.") from error
+        reason = textwrap.shorten(str(error), 200).rstrip(".")  # torch lists every tensor
+        raise ConfigError(f"{folder / WEIGHTS_FILE} does not hold this run's weights: {reason}.") from error
     student.module.to(device).eval()
     return student, record

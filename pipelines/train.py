@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atcache.errors import ConfigError
+from atcache.errors import ConfigError, CorruptCacheError
 from atcache.loader import Batch, training_batches
 from atcache.order import step_seed
 from atcache.precision import autocast, resolve_device, resolve_precision
@@ -85,12 +86,19 @@ def train(config: TrainConfig) -> TrainSummary:
         )
         summary_file = config.out / SUMMARY_FILE
         if (config.out / WEIGHTS_FILE).exists() and summary_file.exists():
-            return TrainSummary.from_json(json.loads(summary_file.read_text()))
+            return _read_summary(summary_file)
         training = _Training(config, data, device)
         summary = training.run()
     write_file(summary_file, encode_json(summary.to_json()))
     training.checkpoint.unlink(missing_ok=True)
     return summary
+
+
+def _read_summary(file: Path) -> TrainSummary:
+    try:
+        return TrainSummary.from_json(json.loads(file.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {file.parent} to train this run anew.") from error
 
 
 class _Training:

@@ -93,3 +93,6 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"settings": ')
     with pytest.raises(CorruptCacheError, match=r"run\.json is damaged \(.*\)\. Delete .* to start anew"):
         check_same_run(tmp_path / "run.json", {})
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(CorruptCacheError, match=r"run\.json holds no record of a run\. Delete .* to start anew"):
+        check_same_run(tmp_path / "run.json", {})

@@ -39,6 +39,10 @@ def build(**values):
         raise SourceError("missing.tar does not exist: name a tar that does.")
     if values["data"] == "bug":
         raise ZeroDivisionError("ours")
+    if values["data"] == "private":
+        raise PermissionError(13, "Permission denied", "/private/x.zarr")
+    if values["data"] == "gone":
+        raise FileNotFoundError(2, "No such file or directory", "ours.bin")
     if values["data"] == "worker":
         raise BrokenPipeError("a worker has gone")
     if values["data"] == "endless":
@@ -124,11 +128,19 @@ def test_users_mistake_is_one_sentence_and_exit_code_1(toy: LazyGroup):
     assert result.stdout == ""
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(toy: LazyGroup):
+    result = CliRunner().invoke(toy, ["build", "--data", "private"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: /private/x.zarr cannot be read or written: Permission denied. Give another")
+    assert result.stderr.count("\n") == 1
+
+
 def test_our_bug_keeps_its_traceback(toy_process: list[str]):
-    done = subprocess.run([*toy_process, "--data", "bug"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "ZeroDivisionError: ours" in done.stderr
+    for data, message in (("bug", "ZeroDivisionError: ours"), ("gone", "FileNotFoundError")):
+        done = subprocess.run([*toy_process, "--data", data], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+        assert message in done.stderr
 
 
 def test_interruption_says_that_nothing_is_lost(toy_process: list[str]):

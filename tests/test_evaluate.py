@@ -125,6 +125,12 @@ def test_what_does_not_fit_is_refused(runs, val_cache, tiny_cache, digits_tars, 
         config_of(cache=val_cache)
     with pytest.raises(ConfigError, match="nothing to evaluate on: give --cache or --data"):
         config_of(copy)
+    with pytest.raises(ConfigError, match=r"batch_size=0: expected at least 1"):
+        config_of(copy, cache=val_cache, batch_size=0)
+    with pytest.raises(ConfigError, match="workers=-1: expected 0 or more"):
+        config_of(copy, cache=val_cache, workers=-1)
+    with pytest.raises(ConfigError, match=r"weights=mine\.pt: only a live teacher has any"):
+        config_of(copy, cache=val_cache, weights=Path("mine.pt"))
     with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict"):
         evaluate(config_of(copy, data=str(digits_tars[0])))
     with pytest.raises(ConfigError, match="--live-teacher: none of these runs copies attention"):

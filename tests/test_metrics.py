@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from atcache.errors import CorruptCacheError
 from atcache.pipelines.metrics import MetricsLog, read_metrics
 
 
@@ -30,6 +31,13 @@ def test_a_continued_run_drops_what_came_after_its_checkpoint(tmp_path):
     write_steps(tmp_path, 3, 4, offset=0.5)
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path, "train")] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
     assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [4]
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}'])
+def test_a_damaged_line_is_an_error_that_names_the_file(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(CorruptCacheError, match=r"metrics\.jsonl is damaged \(.*\)\. Delete .* to start this run anew"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("half", ["{", '{"kind": "train", "step": 4, "loss": 4.0}'])
