@@ -70,10 +70,9 @@ def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int,
         raise ConfigError(f"subset={num_samples}: only {len(eligible_S)} samples can be used. Choose at most that.")
     shuffled = eligible_S[epoch_permutation(len(eligible_S), seed, -1)]
     # A sample's rank within its class: all first ones of a class come before all second ones.
-    rank = np.zeros(len(shuffled), np.int64)
-    for label in np.unique(label_S[shuffled]):
-        of_class = np.flatnonzero(label_S[shuffled] == label)
-        rank[of_class] = np.arange(len(of_class))
+    _, class_S, counts = np.unique(label_S[shuffled], return_inverse=True, return_counts=True)
+    rank = np.empty(len(shuffled), np.int64)
+    rank[np.argsort(class_S, kind="stable")] = np.arange(len(shuffled)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(shuffled[np.argsort(rank, kind="stable")[:num_samples]])
 
 
