@@ -113,10 +113,11 @@ class AttentionIntercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not _SDPA or self._running is None:
             return func(*args, **kwargs)
-        return self._handler(_attention_call(self._running, args, kwargs))
+        return self._handler(attention_call(self._running, args, kwargs))
 
 
-def _attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
+def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
+    """The call that block `block` made of `scaled_dot_product_attention` with these arguments."""
     given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     scale = given.get("scale")
     return AttentionCall(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from atcache.attention.blocks import model_label, unsupported
 from atcache.attention.factors import LayerFactors
 from atcache.attention.indices import checked_indices
+from atcache.attention.intercept import AttentionCall, attention_call
 from atcache.errors import UnsupportedAttentionError
 from atcache.tokens import TokenLayout
 
@@ -109,7 +110,7 @@ class Recorder(TorchFunctionMode):
         layer, num_tokens = self._running
         if layer not in self.request.layers:
             return func(*args, **arguments)
-        call = _AttentionCall.of(args, arguments)
+        call = attention_call(layer, args, arguments)
         if layer in self.factors:
             raise self._refusal(layer, f"block {layer} attends more than once")
         self._check_call(layer, num_tokens, call)
@@ -123,7 +124,7 @@ class Recorder(TorchFunctionMode):
             self.on_call(self.request.model, layer, whole, call.value, output)
         return output
 
-    def _check_call(self, layer: int, num_tokens: int, call: _AttentionCall) -> None:
+    def _check_call(self, layer: int, num_tokens: int, call: AttentionCall) -> None:
         query, key = call.query, call.key
         if query.ndim != 4 or key.ndim != 4:
             raise self._refusal(layer, f"q of block {layer} has {query.ndim} axes, so attention is windowed or grouped")
@@ -166,30 +167,12 @@ class Recorder(TorchFunctionMode):
         return list(self.factors.values())
 
 
-class _AttentionCall(NamedTuple):
-    """The arguments of `scaled_dot_product_attention`, under its own names and defaults."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _AttentionCall:
-        # In the function's own signature everything after is_causal is keyword-only.
-        return cls(*args, **kwargs)
-
-
-def _factors_of(call: _AttentionCall, heads: tuple[int, ...] | None) -> LayerFactors:
+def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None) -> LayerFactors:
     query, key = call.query.detach(), call.key.detach()
     if query.dtype != call.value.dtype:
         # Only autocast allows this: a q/k norm leaves float32, and the call itself casts to the type v has.
         query, key = query.to(call.value.dtype), key.to(call.value.dtype)
-    bias = _additive_bias(call)
+    bias = _whole_bias(call)
     if heads is not None:
         groups = query.shape[1] // key.shape[1]
         index = torch.tensor(heads, device=query.device)
@@ -201,7 +184,7 @@ def _factors_of(call: _AttentionCall, heads: tuple[int, ...] | None) -> LayerFac
     return LayerFactors(
         q_BHTD=_owning(query),
         k_BHTD=_owning(key),
-        scale=query.shape[-1] ** -0.5 if call.scale is None else float(call.scale),
+        scale=float(call.scale),
         bias=bias,
     )
 
@@ -213,14 +196,7 @@ def _owning(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _additive_bias(call: _AttentionCall) -> Tensor | None:
-    num_tokens = call.query.shape[2]
-    mask = call.attn_mask
-    if call.is_causal:
-        mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=call.query.device).tril()
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
-    mask = mask.detach()
-    return mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)).expand(-1, -1, num_tokens, num_tokens)
+def _whole_bias(call: AttentionCall) -> Tensor | None:
+    """The call's bias for every query and key: shape (1 or batch, 1 or head, token, token)."""
+    bias, num_tokens = call.bias(), call.query.shape[2]
+    return None if bias is None else bias.detach().expand(-1, -1, num_tokens, num_tokens)
