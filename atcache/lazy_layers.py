@@ -55,8 +55,9 @@ class LazyLayer:
     def __getitem__(self, index: Any) -> np.ndarray:  # noqa: ANN401 - numpy's
         items = _one_for_each_axis(index, self.ndim)
         views, samples, heads = (
-            np.asarray(np.asarray(whole)[item])
-            for whole, item in zip((self.views, range(self.shape[1]), self.heads), items[:3], strict=True)
+            np.asarray(np.asarray(self.views)[items[0]]),
+            _numbers(items[1], self.shape[1]),
+            np.asarray(np.asarray(self.heads)[items[2]]),
         )
         decoded = np.stack(
             [self._decode(int(view), np.atleast_1d(samples), np.atleast_1d(heads)) for view in np.atleast_1d(views)]
@@ -100,6 +101,16 @@ class LazyLayer:
             scale=factors.scale,
             bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
         ).maps()
+
+
+def _numbers(item: Any, length: int) -> np.ndarray:  # noqa: ANN401 - numpy's
+    """The numbers below `length` that one item of an index picks.
+
+    Slices, which dask asks for, cost what they pick: a chunk's work must not grow with the dataset.
+    """
+    if isinstance(item, slice):
+        return np.arange(*cast("slice[Any, Any, Any]", item).indices(length))
+    return np.asarray(np.arange(length)[item])
 
 
 def _one_for_each_axis(index: Any, num_axes: int) -> tuple[Any, ...]:  # noqa: ANN401 - numpy's
