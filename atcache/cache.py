@@ -113,14 +113,7 @@ class Cache:
     @cached_property
     def coder(self) -> Coder:
         """The codec bound to this cache's geometry, state and bias, on the CPU."""
-        import torch
-
-        bias_LHQK = self.reader.bias_LHQK
-        return self.codec.coder(
-            self.geometry,
-            {name: torch.from_numpy(values) for name, values in self.state.items()},
-            bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
-        )
+        return stored_coder(self.reader, self.codec, self.geometry)
 
     @cached_property
     def policy(self) -> ViewPolicy:
@@ -356,6 +349,29 @@ class Cache:
         index = self.reader.samples
         tar_names = np.array([tar.name + "/" for tar in index.tars])
         return np.char.add(tar_names[index.tar_S], np.char.decode(index.keys_S, "utf-8"))
+
+
+def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, device: str = "cpu") -> Coder:
+    """The codec bound to the state and the bias that a cache holds.
+
+    Args:
+        reader: the cache.
+        codec: the cache's.
+        geometry: the cache's.
+        device: where the coder runs.
+
+    Raises:
+        CorruptCacheError: the state cannot be read.
+    """
+    import torch
+
+    bias_LHQK = reader.bias_LHQK
+    return codec.coder(
+        geometry,
+        {name: torch.from_numpy(values) for name, values in reader.state.items()},
+        bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
+        device=device,
+    )
 
 
 def _reopen(path: Path, data: str | Path | Sequence[str | Path] | None) -> Cache:

@@ -17,6 +17,7 @@ from atcache.attention.blocks import find_blocks, token_layout
 from atcache.components import component_differences
 from atcache.errors import TeacherError
 from atcache.tokens import TokenLayout
+from atcache.views import PolicyName, ViewPolicy
 from atcache.weights import AFTER_BLOCKS, LoadReport, load_weights, read_weights, weights_sha256
 
 __all__ = [
@@ -137,6 +138,21 @@ class InputConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    def view_policy(self, name: PolicyName, seed: int) -> ViewPolicy:
+        """The policy that draws views of this size, filter and crop.
+
+        Raises:
+            ConfigError: the name or the seed cannot be used.
+        """
+        return ViewPolicy(
+            name=name,
+            seed=seed,
+            image_height=self.height,
+            image_width=self.width,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+        )
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> InputConfig:

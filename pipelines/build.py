@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from atcache.attention.capture import parse_indices
-from atcache.attention.factors import FactorGeometry
-from atcache.codecs import Codec, Coder, parse_codec
+from atcache.cache import stored_coder
+from atcache.codecs import Codec, parse_codec
 from atcache.errors import ConfigError, DiskFullError
 from atcache.precision import resolve_device, resolve_precision
 from atcache.rendering import STORED, render_view
@@ -25,8 +25,8 @@ from atcache.source import SampleIndex, Source, index_source
 from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
-from atcache.teachers import Teacher, load_teacher
-from atcache.views import PARAMETER_NAMES, ViewPolicy
+from atcache.teachers import load_teacher
+from atcache.views import PARAMETER_NAMES, PolicyName, ViewPolicy
 
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
 from .build_tasks import TaskRunner
@@ -47,7 +47,7 @@ class BuildConfig:
     """The cache, a folder; an unfinished one is continued."""
     weights: Path | None = None
     """The teacher's weights; None takes timm's."""
-    policy: Literal["eval", "crop-flip", "randaug"] = "crop-flip"
+    policy: PolicyName = "crop-flip"
     """How views are drawn. `eval` is for validation caches."""
     views: int = 1
     """Views of each sample."""
@@ -129,7 +129,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         device=device,
         dtype=resolve_precision(config.precision, device),
     )
-    policy, codec = _view_policy(config, run.teacher), parse_codec(config.codec)
+    policy, codec = run.teacher.input.view_policy(config.policy, config.seed), parse_codec(config.codec)
     identity = identify(
         run,
         index,
@@ -176,7 +176,8 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
             source=Source(index),
             policy=policy,
             run=run,
-            coder=_stored_coder(config.out, codec, calibration.geometry, device),
+            # Its state is the cache's, so that a continued build codes as the first one did.
+            coder=stored_coder(CacheReader(config.out), codec, calibration.geometry, str(device)),
             batch_size=config.batch_size,
             workers=config.workers,
             skip_bad=config.on_bad_image == "skip",
@@ -199,17 +200,6 @@ def _open_existing(out: Path) -> CacheReader | None:
     if not (out / "zarr.json").exists():
         raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
     return CacheReader(out)
-
-
-def _view_policy(config: BuildConfig, teacher: Teacher) -> ViewPolicy:
-    return ViewPolicy(
-        name=config.policy,
-        seed=config.seed,
-        image_height=teacher.input.height,
-        image_width=teacher.input.width,
-        interpolation=teacher.input.interpolation,
-        crop_pct=teacher.input.crop_pct,
-    )
 
 
 def _calibrate(
@@ -236,11 +226,3 @@ def _calibrate(
         heads=heads,
         batch_size=config.batch_size,
     )
-
-
-def _stored_coder(out: Path, codec: Codec, geometry: FactorGeometry, device: torch.device) -> Coder:
-    """The coder with the state the cache holds, so that a continued build codes as the first one did."""
-    reader = CacheReader(out)
-    state = {name: torch.from_numpy(values) for name, values in reader.state.items()}
-    bias_LHQK = None if reader.bias_LHQK is None else torch.from_numpy(reader.bias_LHQK)
-    return codec.coder(geometry, state, bias_LHQK=bias_LHQK, device=str(device))

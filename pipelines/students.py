@@ -20,7 +20,8 @@ from atcache.attention.transfer import (
     TeacherFactors,
     check_student,
 )
-from atcache.codecs import Coder, codec_from_json
+from atcache.cache import stored_coder
+from atcache.codecs import codec_from_json
 from atcache.errors import ConfigError
 from atcache.loader import Batch
 from atcache.store.reader import CacheReader
@@ -145,12 +146,8 @@ class CacheTeacher:
         # One range of layers is one read; layers between the wanted ones come along.
         self.positions = slice(min(positions), max(positions) + 1)
         self._device = device
-        self._coder: Coder = codec_from_json(reader.attributes["codec"]).coder(
-            self.geometry,
-            {name: torch.from_numpy(values) for name, values in reader.state.items()},
-            bias_LHQK=None if reader.bias_LHQK is None else torch.from_numpy(reader.bias_LHQK),
-            device=str(device),
-        )
+        codec = codec_from_json(reader.attributes["codec"])
+        self._coder = stored_coder(reader, codec, self.geometry, str(device))
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch that came with codes."""

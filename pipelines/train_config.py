@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atcache.errors import ConfigError
+from atcache.views import PolicyName
 
 from .students import MODES, Mode
 
@@ -35,7 +36,7 @@ class TrainConfig:
     """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
     live_teacher: bool = False
     """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
-    policy: str = "crop-flip"
+    policy: PolicyName = "crop-flip"
     """Views without a cache."""
     epochs: float = 100.0
     """Passes over the samples."""

@@ -17,7 +17,7 @@ from atcache.rendering import STORED, normalise_images
 from atcache.source import Source, index_source, relocate
 from atcache.store.reader import CacheReader
 from atcache.teachers import InputConfig
-from atcache.views import ViewPolicy
+from atcache.views import PolicyName
 
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit
 from .teacher_record import TeacherRecord
@@ -88,7 +88,7 @@ def open_cache_views(
 
 
 def open_images(
-    data: str, config: InputConfig, policy: str, seed: int, *, keep_nbytes: int = 0
+    data: str, config: InputConfig, policy: PolicyName, seed: int, *, keep_nbytes: int = 0
 ) -> tuple[FreshViews, np.ndarray]:
     """Views drawn from tars without a cache, and the labels of all their samples.
 
@@ -97,14 +97,7 @@ def open_images(
         ConfigError: the policy is unknown.
     """
     index = index_source(data)
-    view_policy = ViewPolicy(
-        name=policy,  # pyright: ignore[reportArgumentType] - checked by ViewPolicy
-        seed=seed,
-        image_height=config.height,
-        image_width=config.width,
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-    )
+    view_policy = config.view_policy(policy, seed)
     return FreshViews(Source(index), view_policy, keep_nbytes=keep_nbytes), index.label_S
 
 
