@@ -14,12 +14,15 @@ from . import options
 @click.option("--model", required=True, metavar="NAME", help="A timm model, with arguments after a colon.")
 @options.data
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for weights, config and metrics.")
-@click.option("--steps", type=click.IntRange(min=1), default=20_000, show_default=True, help="Optimizer steps.")
+@click.option("--steps", type=click.IntRange(min=1), default=20_000, show_default=True, help="Optimiser steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Images a step.")
 @click.option("--base-lr", type=float, default=1.5e-4, show_default=True, help="Learning rate for 256 images a step.")
+@click.option("--warmup-steps", type=int, help="Steps in which the learning rate rises.  [default: a twentieth of all]")
+@click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Not of biases and norms.")
 @click.option("--mask-ratio", type=float, default=0.75, show_default=True, help="Share of patches to hide.")
 @click.option("--decoder-dim", type=int, help="Width of the decoder.  [default: 512, or the encoder's if smaller]")
 @click.option("--decoder-depth", type=int, help="Blocks of the decoder.  [default: 8, or half the encoder's]")
+@click.option("--decoder-heads", type=int, help="Heads of the decoder.  [default: as many as are 32 wide]")
 @click.option(
     "--policy",
     type=click.Choice(["eval", "crop-flip", "randaug"]),
@@ -34,6 +37,8 @@ from . import options
     show_default=True,
     help="Processes that decode and augment images.",
 )
+@click.option("--keep-mib", default=512, show_default=True, help="Memory for images that were decoded, in MiB.")
+@click.option("--checkpoint-every", default=1000, show_default=True, help="Steps between checkpoints.")
 @options.device
 @options.precision
 @options.seed

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atcache.attention.blocks import find_blocks
 from atcache.errors import ConfigError
 from atcache.loader import Batch, FreshViews, training_batches
 from atcache.mae import MaskedAutoencoder
@@ -21,8 +22,8 @@ from atcache.order import SampleOrder, step_seed
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
-from atcache.teachers import InputConfig, create_student, input_config, parse_model_name
-from atcache.views import PolicyName, ViewPolicy
+from atcache.teachers import create_student, input_config, parse_model_name
+from atcache.views import PolicyName
 from atcache.weights import read_weights, tensors_sha256
 
 from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, save_checkpoint
@@ -46,7 +47,7 @@ class PretrainConfig:
     out: Path
     """Folder for the weights, config, metrics and checkpoint."""
     steps: int = 20_000
-    """Optimizer steps."""
+    """Optimiser steps."""
     batch_size: int = 256
     """Images a step."""
     base_lr: float = 1.5e-4
@@ -84,6 +85,9 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 1.")
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} {value}: expected at least 1.")
         for name in ("seed", "workers", "keep_mib", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 0.")
@@ -157,7 +161,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
 
 
 class _Run:
-    """The state of one training: model, optimizer, schedule and step."""
+    """The state of one training: model, optimiser, schedule and step."""
 
     def __init__(self, config: PretrainConfig, source: Source, device: torch.device) -> None:
         from timm.scheduler import cosine_lr
@@ -205,7 +209,7 @@ class _Run:
         config, index = self.config, self.source.index
         keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
         return training_batches(
-            FreshViews(self.source, _view_policy(config, self.input), keep_nbytes=keep_nbytes),
+            FreshViews(self.source, self.input.view_policy(config.policy, config.seed), keep_nbytes=keep_nbytes),
             index.label_S,
             SampleOrder(sample_S=np.flatnonzero(index.problem_S == 0), seed=config.seed, batch_size=config.batch_size),
             first_step=self.step,
@@ -269,6 +273,7 @@ class _Run:
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
     encoder: Any = create_student(parse_model_name(config.model), 0)
+    find_blocks(encoder)  # refuses by name what is no plain ViT
     width = config.decoder_dim or min(512, int(encoder.embed_dim))
     return MaskedAutoencoder(
         encoder,
@@ -277,17 +282,6 @@ def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
         decoder_depth=config.decoder_depth or min(8, max(1, len(encoder.blocks) // 2)),
         decoder_heads=config.decoder_heads or max(1, width // 32),
         normalise_targets=config.normalise_targets,
-    )
-
-
-def _view_policy(config: PretrainConfig, model_input: InputConfig) -> ViewPolicy:
-    return ViewPolicy(
-        name=config.policy,
-        seed=config.seed,
-        image_height=model_input.height,
-        image_width=model_input.width,
-        interpolation=model_input.interpolation,
-        crop_pct=model_input.crop_pct,
     )
 
 

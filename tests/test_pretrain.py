@@ -246,6 +246,7 @@ def test_a_loss_that_is_no_number_stops_the_run(digits_tars, tiny_vit, tmp_path)
         ({"base_lr": 0.0}, "base_lr 0.0: expected more than 0"),
         ({"warmup_steps": 12}, "warmup_steps 12: expected 0 to 11"),
         ({"workers": -1}, "workers -1: expected at least 0"),
+        ({"decoder_heads": -2}, "decoder_heads -2: expected at least 1"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(fields, message, digits_tars, tiny_vit, tmp_path):
