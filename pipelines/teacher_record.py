@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from atcache.attention.factors import FactorGeometry
-from atcache.errors import CacheMismatchError
+from atcache.errors import CacheMismatchError, CorruptCacheError
 from atcache.precision import resolve_precision
 from atcache.store.reader import CacheReader
 from atcache.teachers import load_teacher
@@ -49,14 +49,23 @@ class TeacherRecord:
 
     @classmethod
     def of_cache(cls, reader: CacheReader) -> TeacherRecord:
-        """The teacher a cache was built with."""
-        teacher = reader.attributes["teacher"]
-        return cls(
-            name=teacher["name"],
-            weights_sha256=teacher["weights_sha256"],
-            precision=teacher["precision"],
-            geometry=FactorGeometry.from_json(reader.attributes["geometry"]),
-        )
+        """The teacher a cache was built with.
+
+        Raises:
+            CorruptCacheError: the cache does not say.
+        """
+        try:
+            teacher = reader.attributes["teacher"]
+            return cls(
+                name=teacher["name"],
+                weights_sha256=teacher["weights_sha256"],
+                precision=teacher["precision"],
+                geometry=FactorGeometry.from_json(reader.attributes["geometry"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CorruptCacheError(
+                f"{reader.path}/zarr.json does not say what its teacher was ({error}). Was it written by atcache?"
+            ) from error
 
     def start(self, weights: Path | None, layers: Sequence[int], device: torch.device) -> LiveTeacher:
         """The teacher itself, running.

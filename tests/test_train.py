@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from atcache.cli.main import cli
-from atcache.errors import CacheMismatchError, ConfigError, TeacherError
+from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
 from atcache.pipelines.build import BuildConfig, build
 from atcache.pipelines.metrics import read_metrics
 from atcache.pipelines.students import MODES
@@ -427,6 +427,15 @@ def test_an_unfinished_cache_is_refused(config_for, digits_tars, tiny_vit, tiny_
     expected = r"half\.zarr is not complete: 1 of 2 tasks are missing\. Run its `atcache build` command again"
     with pytest.raises(CacheMismatchError, match=expected):
         train(config_for("scratch", cache=out))
+
+
+def test_a_cache_that_does_not_say_what_its_teacher_was_is_refused(tiny_cache, config_for, tmp_path):
+    root = json.loads((tiny_cache() / "zarr.json").read_text())
+    del root["attributes"]["atcache"]["geometry"]
+    (tmp_path / "other.zarr").mkdir()
+    (tmp_path / "other.zarr" / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(CorruptCacheError, match=r"does not say what its teacher was \('geometry'\)"):
+        train(config_for("copy", cache=tmp_path / "other.zarr"))
 
 
 def test_a_layer_that_the_cache_does_not_hold_is_refused(config_for, tiny_cache):
