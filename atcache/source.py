@@ -64,11 +64,6 @@ class SampleIndex:
         """Rows, with and without problems."""
         return len(self.keys_S)
 
-    @property
-    def num_classes(self) -> int:
-        """The highest label plus one; 0 without labels."""
-        return int(self.label_S.max(initial=-1)) + 1
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, over the tars' names and sizes and all rows; the folders do not count."""

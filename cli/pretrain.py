@@ -20,6 +20,12 @@ from . import options
 @click.option("--warmup-steps", type=int, help="Steps in which the learning rate rises.  [default: a twentieth of all]")
 @click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Not of biases and norms.")
 @click.option("--mask-ratio", type=float, default=0.75, show_default=True, help="Share of patches to hide.")
+@click.option(
+    "--normalise-targets/--no-normalise-targets",
+    default=True,
+    show_default=True,
+    help="Predict each patch with its own mean and deviation taken out.",
+)
 @click.option("--decoder-dim", type=int, help="Width of the decoder.  [default: 512, or the encoder's if smaller]")
 @click.option("--decoder-depth", type=int, help="Blocks of the decoder.  [default: 8, or half the encoder's]")
 @click.option("--decoder-heads", type=int, help="Heads of the decoder.  [default: as many as are 32 wide]")

@@ -28,9 +28,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--policy",
     type=click.Choice(["eval", "crop-flip", "randaug"]),
-    default="crop-flip",
-    show_default=True,
-    help="Views without a cache.",
+    help="How views are drawn without a cache; without it, crop-flip.",
 )
 @click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples.")
 @click.option("--steps", type=int, help="Optimiser steps, instead of epochs.")

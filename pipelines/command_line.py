@@ -28,8 +28,8 @@ def as_command(name: str, config: Any, arguments: tuple[str, ...] = ()) -> str: 
         for single in values:
             if field.name in arguments:
                 words.append(str(single))
-            elif single is True:
-                words.append(_option(field.name))
+            elif isinstance(single, bool):
+                words.append(_option(field.name if single else f"no_{field.name}"))
             else:
                 words += [_option(field.name), str(single)]
     return shlex.join(words)

@@ -36,8 +36,8 @@ class TrainConfig:
     """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
     live_teacher: bool = False
     """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
-    policy: PolicyName = "crop-flip"
-    """Views without a cache."""
+    policy: PolicyName | None = None
+    """How views are drawn without a cache; None for crop-flip. A cache has views of its own."""
     epochs: float = 100.0
     """Passes over the samples."""
     steps: int | None = None
@@ -103,6 +103,12 @@ class TrainConfig:
         if self.cache is None and (self.data is None or self.student is None):
             raise ConfigError(
                 "without --cache, give --data and --student: there is nothing else to train on, and what."
+            )
+        if self.cache is not None and self.policy is not None:
+            raise ConfigError(f"policy={self.policy}: the views of {self.cache} are drawn already; leave --policy out.")
+        if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
+            raise ConfigError(
+                f"weights are for finetune and --live-teacher: mode {self.mode} begins fresh and needs no teacher."
             )
         if not transfers and (self.live_teacher or self.layers is not None):
             option = "live_teacher" if self.live_teacher else "layers"

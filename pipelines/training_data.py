@@ -115,7 +115,9 @@ def _open_views(
     if reader is None:
         assert config.data is not None, "checked by TrainConfig"
         model_input = _input_of(name)
-        views, label_S = open_images(config.data, model_input, config.policy, config.seed, keep_nbytes=keep_nbytes)
+        views, label_S = open_images(
+            config.data, model_input, config.policy or "crop-flip", config.seed, keep_nbytes=keep_nbytes
+        )
         return views, label_S, np.flatnonzero(label_S >= 0)
     reads_codes = isinstance(teacher, CacheTeacher)
     views, eligible_S = open_cache_views(

@@ -30,7 +30,7 @@ CONFIGS = [
         ),
     ),
     ("train", TrainConfig(mode="copy", cache=Path("c.zarr"), out=Path("r"), steps=5, live_teacher=True, ema=0.99)),
-    ("pretrain", replace(PRETRAIN, data="a.tar", out=Path("t"))),
+    ("pretrain", replace(PRETRAIN, data="a.tar", out=Path("t"), normalise_targets=False)),
 ]
 
 

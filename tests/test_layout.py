@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +72,10 @@ def test_shards_divide_into_chunks_and_every_sample_has_chunks_of_its_own(layout
         assert spec.shard_shape[2:] == spec.shape[2:]
         assert spec.index_nbytes == 16 * math.prod(spec.chunks_per_shard) + 4
         assert spec.num_chunks_per_shard in (1, layout.samples_per_shard * spec.num_chunks_per_sample)
-    assert layout.codes.num_chunks_per_sample * layout.codes.chunk_nbytes == layout.code_nbytes_per_view
+    assert (
+        layout.codes.num_chunks_per_sample * layout.codes.chunk_nbytes
+        == math.prod(layout.codes.shape[2:]) * np.dtype(layout.codes_dtype).itemsize
+    )
 
 
 @given(layouts())

@@ -500,6 +500,8 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
         ({"cache": None, "mode": "scratch", "data": "tars"}, "without --cache, give --data and --student"),
         ({"mode": "scratch", "live_teacher": True}, "live_teacher is for copy and distill: mode scratch uses"),
         ({"mode": "finetune", "layers": "0"}, "layers is for copy and distill: mode finetune uses"),
+        ({"mode": "copy", "weights": Path("w")}, "weights are for finetune and --live-teacher: mode copy begins fresh"),
+        ({"mode": "scratch", "policy": "eval"}, "policy=eval: the views of .* are drawn already"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(fields, message):

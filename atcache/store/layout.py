@@ -199,11 +199,6 @@ class StoreLayout:
         """Blocks of samples, and so tasks, in a view."""
         return -(-self.num_samples // self.samples_per_shard)
 
-    @property
-    def code_nbytes_per_view(self) -> int:
-        """Bytes of one sample's codes before compression."""
-        return self.num_layers * self.num_tokens * self.num_components * np.dtype(self.codes_dtype).itemsize
-
     def tasks(self) -> list[Task]:
         """All tasks, views first, blocks of samples in order within."""
         return [self.task(view, block) for view in range(self.num_views) for block in range(self.num_blocks)]
