@@ -1,12 +1,12 @@
 """Copy and distillation of one layer, forward and backward: ours against the usual ways, in one run.
 
-    python benchmarks/kernels.py [--threads 2]
+    python benchmarks/kernels.py [--threads 2] [--sweep]
 
 Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation:
 materialised maps, and the identity CE = logsumexp(S) - scale q.o on top of the fused call, against
 `attention_distillation_loss`. Prints, per number of tokens, seconds (the fastest of some runs), the ratio to the usual
 way, and the bytes autograd keeps for backward beside q, k and v themselves. Machine noise is in the seconds; compare
-ratios.
+ratios. `--sweep` instead prints our ratios for several sizes of slices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from atcache.attention import kernels
 from atcache.attention.factors import LayerFactors
 from atcache.attention.kernels import copy_attention, logits_slice, slices
 from atcache.attention.losses import attention_distillation_loss
@@ -102,11 +103,30 @@ def fastest_s(function, tensors, runs=5):
     return min(times)
 
 
+def sweep():
+    for samples, tokens in SHAPES:
+        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM) for _ in range(4))
+        distil, copying = (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_()), (q_t, k_t, q_s)
+        usual_distil_s, usual_copy_s = fastest_s(distil_by_maps, distil), fastest_s(copy_by_maps, copying)
+        for mib in (1, 2, 4, 8, 16, 64, 256):
+            kernels.CPU_SLICE_NBYTES = mib * 2**20
+            print(
+                f"{samples} x {tokens:4} tokens, slices of {mib:3} MiB: "
+                f"distill {usual_distil_s / fastest_s(distil_by_slices, distil):5.2f}x, "
+                f"copy {usual_copy_s / fastest_s(copy_ours, copying):5.2f}x as fast as maps"
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--sweep", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {HEADS} heads of {HEAD_DIM}")
+    if arguments.sweep:
+        sweep()
+        return
     distil = {"maps": distil_by_maps, "identity": distil_by_identity, "slices (ours)": distil_by_slices}
     copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
     for samples, tokens in SHAPES:

@@ -41,9 +41,9 @@ def gradients(loss, tensors):
 
 
 # 1 byte cuts to one row a slice; 2000 to a sample or so; the default holds everything.
-@pytest.fixture(params=[1, 2000, kernels.SLICE_NBYTES])
+@pytest.fixture(params=[1, 2000, kernels.CPU_SLICE_NBYTES])
 def slice_nbytes(request, monkeypatch):
-    monkeypatch.setattr(kernels, "SLICE_NBYTES", request.param)
+    monkeypatch.setattr(kernels, "CPU_SLICE_NBYTES", request.param)
 
 
 @pytest.mark.usefixtures("slice_nbytes")
@@ -129,7 +129,7 @@ class LargestTensor(TorchFunctionMode):
 
 def test_no_tensor_of_token_by_token_size_is_ever_made(monkeypatch):
     batch, heads, tokens = 2, 2, 300
-    monkeypatch.setattr(kernels, "SLICE_NBYTES", 4 * heads * tokens * 16)  # 16 rows a slice
+    monkeypatch.setattr(kernels, "CPU_SLICE_NBYTES", 4 * heads * tokens * 16)  # 16 rows a slice
     teacher = make_factors(0, batch, heads, tokens, dtype=torch.float32)
     student = make_factors(1, batch, heads, tokens, dtype=torch.float32)
     with LargestTensor() as largest:

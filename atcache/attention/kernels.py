@@ -1,7 +1,7 @@
 """Attention with given factors, and its pieces for backward passes. No token x token matrix outlives a slice.
 
 Work goes slice by slice: some samples at a time, and when one sample's map is too large some of its query rows. A
-slice's matrices stay under `SLICE_NBYTES`, so memory grows with the number of tokens, not with its square.
+slice's matrices stay under a fixed size, so memory grows with the number of tokens, not with its square.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerFactors
 
-SLICE_NBYTES = 64 * 2**20
-"""Bytes that one float32 (batch, head, query, key) matrix of a slice may take."""
+CPU_SLICE_NBYTES = 4 * 2**20
+"""Bytes that one float32 (batch, head, query, key) matrix of a slice may take: small enough to stay in a processor's
+cache. `benchmarks/kernels.py --sweep` compares sizes."""
+GPU_SLICE_NBYTES = 256 * 2**20
+"""The same for other devices, where few large kernels are faster than many small ones."""
 
 
 def copy_attention(teacher: LayerFactors, value_BHTD: Tensor) -> Tensor:
@@ -65,10 +68,11 @@ class _CopyAttention(torch.autograd.Function):
 
 
 def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The (samples, queries) slices whose float32 maps each fit in SLICE_NBYTES, covering all rows once."""
+    """The (samples, queries) slices whose float32 maps fit in the device's slice size, covering all rows once."""
     num_samples, num_heads, num_tokens, _ = q_BHTD.shape
     row_nbytes = 4 * num_heads * num_tokens
-    num_rows = max(1, SLICE_NBYTES // row_nbytes)
+    slice_nbytes = CPU_SLICE_NBYTES if q_BHTD.device.type == "cpu" else GPU_SLICE_NBYTES
+    num_rows = max(1, slice_nbytes // row_nbytes)
     samples_each, queries_each = max(1, num_rows // num_tokens), min(num_rows, num_tokens)
     for first_sample in range(0, num_samples, samples_each):
         for first_query in range(0, num_tokens, queries_each):
