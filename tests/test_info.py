@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from atcache.cli.main import cli
+from atcache.cli.options import size_against_maps
 from atcache.pipelines.build import BuildConfig, build
 from atcache.source import SampleIndex
 from atcache.store.layout import StoreLayout
@@ -161,3 +162,8 @@ def test_a_cache_as_large_as_imagenet_opens_in_a_moment(tmp_path):
     result = show(tmp_path / "large.zarr")
     assert time.process_time() - start_s < 1
     assert "incomplete: 73040 of 73040 tasks missing" in result.stdout
+
+
+def test_sizes_are_compared_in_words_that_are_true():
+    assert size_against_maps(3.04) == "3.0x smaller than float16 maps"
+    assert size_against_maps(0.5) == "2.0x larger than float16 maps"
