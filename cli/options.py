@@ -33,7 +33,7 @@ seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_defaul
 
 
 def size_against_maps(times_smaller: float) -> str:
-    """How codes compare with the same maps as float16. With few tokens factors are larger than maps, and that is said."""
+    """How codes compare with the same maps as float16; with few tokens factors are larger than maps."""
     if times_smaller >= 1:
         return f"{times_smaller:.1f}x smaller than float16 maps"
     return f"{1 / times_smaller:.1f}x larger than float16 maps"

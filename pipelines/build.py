@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from atcache.attention.capture import parse_indices
 from atcache.cache import stored_coder
-from atcache.codecs import Codec, parse_codec
+from atcache.codecs import parse_codec
 from atcache.errors import ConfigError, DiskFullError
 from atcache.precision import resolve_device, resolve_precision
 from atcache.rendering import STORED, render_view
@@ -25,12 +26,12 @@ from atcache.source import SampleIndex, Source, index_source
 from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
-from atcache.teachers import load_teacher
+from atcache.teachers import Teacher, load_teacher
 from atcache.views import PARAMETER_NAMES, PolicyName, ViewPolicy
 
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
 from .build_tasks import TaskRunner
-from .calibrate import Calibration, TeacherRun, calibrate
+from .calibrate import TeacherRun, calibrate
 
 _SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
 
@@ -130,14 +131,15 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         dtype=resolve_precision(config.precision, device),
     )
     policy, codec = run.teacher.input.view_policy(config.policy, config.seed), parse_codec(config.codec)
+    layers, heads = _selection(config, run.teacher)
     identity = identify(
         run,
         index,
         policy,
         num_views=config.views,
         pixels=config.pixels,
-        layers=config.layers,
-        heads=config.heads,
+        layers=layers,
+        heads=heads,
         codec=codec,
     )
     existing = _open_existing(config.out)
@@ -147,7 +149,9 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
             complete = existing.attributes["complete"]
             seconds = time.monotonic() - start_s
             return BuildSummary(out=str(config.out), plan=None, complete=complete, num_built_views=0, seconds=seconds)
-    calibration = _calibrate(config, run, index, policy, codec, resuming=existing is not None)
+    num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
+    pixels_NHWC = _calibration_pixels(config, index, policy, num_samples)
+    calibration = calibrate(run, codec, pixels_NHWC, layers=layers, heads=heads, batch_size=config.batch_size)
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     new_layout, view_nbytes = plan_layout(
         calibration, index.num_samples, config.views, pixel_shape, config.samples_per_shard
@@ -202,27 +206,23 @@ def _open_existing(out: Path) -> CacheReader | None:
     return CacheReader(out)
 
 
-def _calibrate(
-    config: BuildConfig, run: TeacherRun, index: SampleIndex, policy: ViewPolicy, codec: Codec, *, resuming: bool
-) -> Calibration:
-    """Calibrate on views of good samples spread evenly over the dataset."""
-    layers = None if config.layers is None else parse_indices(config.layers, run.teacher.depth, what="layer")
-    num_heads = getattr(run.teacher.model, "num_heads", 2**16)
-    heads = None if config.heads is None else parse_indices(config.heads, num_heads, what="head")
+def _selection(config: BuildConfig, teacher: Teacher) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The block indices and the head indices to keep; None for all heads, whose number capture finds out."""
+    layers = tuple(range(teacher.depth))
+    if config.layers is not None:
+        layers = parse_indices(config.layers, teacher.depth, what="layer")
+    num_heads = getattr(teacher.model, "num_heads", 2**16)
+    return layers, None if config.heads is None else parse_indices(config.heads, num_heads, what="head")
+
+
+def _calibration_pixels(config: BuildConfig, index: SampleIndex, policy: ViewPolicy, num_samples: int) -> Tensor:
+    """Views of good samples spread evenly over the dataset, uint8."""
     good = np.flatnonzero(index.problem_S == 0)
-    num_wanted = _SAMPLES_TO_CONTINUE if resuming else config.calibration_samples
-    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_wanted)).astype(int))]
+    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
     source = Source(index)
     skip_bad = config.on_bad_image == "skip"
     views = [render_view(source, policy, int(sample), 0, PARAMETER_NAMES, skip_bad=skip_bad) for sample in chosen]
     pixels = [view.pixels_HWC for view in views if view.status == STORED]
     if not pixels:
         raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")
-    return calibrate(
-        run,
-        codec,
-        torch.from_numpy(np.stack(pixels)),
-        layers=layers,
-        heads=heads,
-        batch_size=config.batch_size,
-    )
+    return torch.from_numpy(np.stack(pixels))

@@ -71,8 +71,8 @@ def identify(
     *,
     num_views: int,
     pixels: str,
-    layers: str | None,
-    heads: str | None,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...] | None,
     codec: Codec,
 ) -> dict[str, Any]:
     """What two builds must agree in to be the same cache, as a JSON object."""
@@ -86,7 +86,7 @@ def identify(
         },
         "source": {"fingerprint": index.fingerprint, "num_samples": index.num_samples},
         "views": {"policy": policy.to_json(), "num_views": num_views, "pixels": pixels},
-        "selection": {"layers": layers, "heads": heads},
+        "selection": {"layers": list(layers), "heads": None if heads is None else list(heads)},
         "codec": codec.to_json(),
     }
 

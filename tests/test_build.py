@@ -319,12 +319,18 @@ def test_going_on_with_other_parameters_names_each_difference(config):
         "codec.dtype is None there and 'float16' here",
         "views.num_views is 1 there and 2 here",
         "views.policy.seed is 0 there and 1 here",
-        "selection.layers is None there and '0' here",
+        "selection.layers is [0, 1] there and [0] here",
         "samples_per_shard is 8 there and 16 here",
     ):
         assert difference in message
     assert message.count(" there and ") == 6
     assert files(config.out) == before
+
+
+def test_the_same_layers_written_otherwise_are_the_same_cache(config):
+    build(config)
+    for written in ("0-1", "0,1"):
+        assert build(replace(config, layers=written)).num_built_views == 0
 
 
 def test_going_on_with_other_weights_or_images_is_refused(config, digits_tars, tmp_path):
