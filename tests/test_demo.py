@@ -22,6 +22,9 @@ from atcache.pipelines.evaluate import EvaluateConfig
 from atcache.pipelines.pretrain import PretrainConfig
 from atcache.pipelines.train import TrainConfig
 
+# The demo takes a minute or two; on a machine that does much else, five.
+pytestmark = pytest.mark.timeout(900)
+
 CONFIGS = [
     (
         "build",
