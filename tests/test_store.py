@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -835,3 +836,22 @@ def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
         other.kill()
     with only_writer(tmp_path):  # a killed writer leaves nothing locked
         pass
+
+
+def test_a_writer_that_has_ended_leaves_no_lock_with_the_workers_it_forked(tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.store.durable._SECONDS_TO_WAIT", 0.3)
+    program = (
+        "import os, sys, time\nfrom atcache.store.durable import only_writer\n"
+        "with only_writer(sys.argv[1]):\n    child = os.fork()\n    if child == 0:\n        time.sleep(60)\n"
+        "print(child, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        worker = int(other.stdout.readline())
+        try:
+            os.kill(worker, 0)  # the worker is there, with the descriptor it inherited
+            with only_writer(tmp_path):
+                pass
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            other.kill()

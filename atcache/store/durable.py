@@ -68,7 +68,11 @@ def only_writer(folder: Path | str) -> Generator[None]:
                         f"another process is writing {folder}. Wait until it is done, or give another --out."
                     ) from error
                 time.sleep(0.1)
-        yield
+        try:
+            yield
+        finally:
+            # Closing alone would leave the lock with forked workers that are still there.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
