@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atcache.errors import BadImageError, CacheMismatchError
 from atcache.source import Problem, Source
-from atcache.views import ViewPolicy, apply_view, draw_view, library_versions, pixel_hash
+from atcache.views import PARAMETER_NAMES, ViewPolicy, apply_view, draw_view, library_versions, pixel_hash
 
 STORED = 1
 """The status of a view that was rendered; the others are `Problem`s."""
@@ -30,9 +30,7 @@ class Rendered(NamedTuple):
     """uint8 (height, width, 3); all 0 where there are none."""
 
 
-def render_view(
-    source: Source, policy: ViewPolicy, sample: int, view: int, parameter_names: tuple[str, ...], *, skip_bad: bool
-) -> Rendered:
+def render_view(source: Source, policy: ViewPolicy, sample: int, view: int, *, skip_bad: bool) -> Rendered:
     """Draw a view's parameters and apply them.
 
     Args:
@@ -40,25 +38,28 @@ def render_view(
         policy: how views are drawn.
         sample: row of the source's index.
         view: which of the sample's views.
-        parameter_names: only their number is used, for samples that cannot be drawn.
         skip_bad: give a problem back as the status instead of raising.
 
     Raises:
         BadImageError: the image cannot be read and `skip_bad` is False.
     """
-    nothing = np.zeros((policy.image_height, policy.image_width, 3), np.uint8)
     problem = int(source.index.problem_S[sample])
     if problem != Problem.NONE:
-        return Rendered(problem, np.zeros(len(parameter_names), np.float32), 0, nothing)
+        return _not_rendered(policy, problem)
     try:
         image = source.read_image(sample)
         parameters_P = draw_view(policy, source.index.sample_key(sample), view, image.height, image.width)
     except BadImageError:
         if not skip_bad:
             raise
-        return Rendered(int(Problem.UNDECODABLE), np.zeros(len(parameter_names), np.float32), 0, nothing)
+        return _not_rendered(policy, Problem.UNDECODABLE)
     pixels_HWC = apply_view(image, parameters_P, policy)
     return Rendered(STORED, parameters_P, pixel_hash(pixels_HWC), pixels_HWC)
+
+
+def _not_rendered(policy: ViewPolicy, problem: int) -> Rendered:
+    pixels_HWC = np.zeros((policy.image_height, policy.image_width, 3), np.uint8)
+    return Rendered(int(problem), np.zeros(len(PARAMETER_NAMES), np.float32), 0, pixels_HWC)
 
 
 def replay_view(

@@ -27,7 +27,7 @@ from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
 from atcache.teachers import Teacher, load_teacher
-from atcache.views import PARAMETER_NAMES, PolicyName, ViewPolicy
+from atcache.views import PolicyName, ViewPolicy
 
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
 from .build_tasks import TaskRunner
@@ -221,7 +221,7 @@ def _calibration_pixels(config: BuildConfig, index: SampleIndex, policy: ViewPol
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
     source = Source(index)
     skip_bad = config.on_bad_image == "skip"
-    views = [render_view(source, policy, int(sample), 0, PARAMETER_NAMES, skip_bad=skip_bad) for sample in chosen]
+    views = [render_view(source, policy, int(sample), 0, skip_bad=skip_bad) for sample in chosen]
     pixels = [view.pixels_HWC for view in views if view.status == STORED]
     if not pixels:
         raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")

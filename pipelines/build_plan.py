@@ -223,7 +223,7 @@ def plan_build(
         num_heads=len(calibration.geometry.heads),
         num_tokens=layout.num_tokens,
         nbytes_per_view=nbytes_per_view,
-        map_nbytes_per_view=calibration.geometry.num_map_nbytes,
+        map_nbytes_per_view=calibration.geometry.map_nbytes,
         remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
         free_nbytes=_free_nbytes(out),
         row_kl_nats=calibration.row_kl_nats,

@@ -26,7 +26,7 @@ from atcache.rendering import STORED, render_view
 from atcache.source import Source
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.writer import TaskWriter, encode_pixels, encode_view
-from atcache.views import PARAMETER_NAMES, ViewPolicy
+from atcache.views import ViewPolicy
 from atcache.worker_batches import read_ahead
 
 from .calibrate import TeacherRun, mean_row_kl
@@ -65,7 +65,7 @@ class _RenderedBatches(Dataset[RenderedBatch]):
     def __getitem__(self, number: int) -> RenderedBatch:
         task, start, stop = self._batches[number]
         views = [
-            render_view(self._source, self._policy, sample, task.view, PARAMETER_NAMES, skip_bad=self._skip_bad)
+            render_view(self._source, self._policy, sample, task.view, skip_bad=self._skip_bad)
             for sample in range(start, stop)
         ]
         return RenderedBatch(
@@ -209,10 +209,11 @@ class TaskRunner:
             return None, []
         pixels_BHWC = batch.pixels_BHWC if len(stored) == len(batch.status_B) else batch.pixels_BHWC[stored]
         layers = self.run.factors(capture, pixels_BHWC)
-        codes_BLTC = self.coder.encode(layers).cpu().numpy()
+        codes_BLTC = self.coder.encode(layers)
         row_kl_nats = None
         if batch.start == batch.task.start:
-            row_kl_nats = mean_row_kl(self.coder, [layer.select(slice(0, 1)) for layer in layers])
+            first = slice(0, 1)
+            row_kl_nats = mean_row_kl(self.coder, [layer.select(first) for layer in layers], codes_BLTC[first])
         return row_kl_nats, [
             _Chunks(
                 compressors.submit(encode_view, self.layout, codes_LTC),
@@ -220,5 +221,5 @@ class TaskRunner:
                 if self.layout.pixels is None
                 else compressors.submit(encode_pixels, self.layout, pixels_HWC.numpy()),
             )
-            for codes_LTC, pixels_HWC in zip(codes_BLTC, pixels_BHWC, strict=True)
+            for codes_LTC, pixels_HWC in zip(codes_BLTC.cpu().numpy(), pixels_BHWC, strict=True)
         ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture, check_capture, find_blocks
 from atcache.attention.factors import FactorGeometry, LayerFactors
 from atcache.attention.intercept import AttentionCall, AttentionIntercept
-from atcache.attention.kernels import copy_attention
+from atcache.attention.transfer import CachedFactors, TeacherFactors, attend_with_given
 from atcache.codecs import Codec, Coder, State
 from atcache.codecs.fidelity import row_kl
 from atcache.precision import autocast
@@ -101,7 +101,9 @@ def calibrate(
     start_s = time.monotonic()
     codes_BLTC = coder.encode(run.factors(capture, pixels_NHWC[:batch_size])).cpu()
     seconds = time.monotonic() - start_s
-    few = pixels_NHWC[:_FIDELITY_VIEWS]
+    few_BHWC = pixels_NHWC[:_FIDELITY_VIEWS]
+    few_layers = run.factors(capture, few_BHWC)
+    few_codes_BLTC = coder.encode(few_layers)
     return Calibration(
         geometry=check.geometry,
         state=state,
@@ -109,15 +111,20 @@ def calibrate(
         coder=coder,
         codes_BLTC=codes_BLTC,
         pixels_BHWC=pixels_NHWC[:batch_size],
-        row_kl_nats=mean_row_kl(coder, run.factors(capture, few)),
-        injected_error=_injected_error(run, coder, few, capture),
+        row_kl_nats=mean_row_kl(coder, few_layers, few_codes_BLTC),
+        injected_error=_injected_error(run, few_BHWC, coder.geometry, CachedFactors(coder, few_codes_BLTC)),
         teacher_views_per_s=len(codes_BLTC) / seconds,
     )
 
 
-def mean_row_kl(coder: Coder, layers: Sequence[LayerFactors]) -> float:
-    """Mean KL(A || decoded A), in nats, over all rows of all layers of a few views."""
-    codes_BLTC = coder.encode(layers)
+def mean_row_kl(coder: Coder, layers: Sequence[LayerFactors], codes_BLTC: Tensor) -> float:
+    """Mean KL(A || decoded A), in nats, over all rows of all layers of a few views.
+
+    Args:
+        coder: decodes.
+        layers: the factors as captured, one a stored layer.
+        codes_BLTC: what the coder made of them.
+    """
     layer_means = [
         float(row_kl(layer, coder.decode(position, codes_BLTC[:, position])).mean())
         for position, layer in enumerate(layers)
@@ -125,20 +132,14 @@ def mean_row_kl(coder: Coder, layers: Sequence[LayerFactors]) -> float:
     return max(0.0, float(np.mean(layer_means)))
 
 
-def _injected_error(run: TeacherRun, coder: Coder, pixels_BHWC: Tensor, capture: FactorCapture) -> float:
+def _injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometry, decoded: TeacherFactors) -> float:
     """|features with decoded maps - features| / |features|, over the teacher's final tokens."""
     images = run.images(pixels_BHWC)
-    codes_BLTC = coder.encode(run.factors(capture, pixels_BHWC))
-    position_of = {block: position for position, block in enumerate(coder.geometry.layers)}
-    heads = list(coder.geometry.heads)
 
     def attend_with_decoded(call: AttentionCall) -> Tensor:
-        own = call.run()
-        if call.block not in position_of:
-            return own
-        position = position_of[call.block]
-        own[:, heads] = copy_attention(coder.decode(position, codes_BLTC[:, position]), call.value[:, heads])
-        return own
+        if call.block not in geometry.layers:
+            return call.run()
+        return attend_with_given(call, decoded.layer(call.block), geometry.heads)
 
     model: Any = run.teacher.model
     with torch.inference_mode(), autocast(run.device, run.dtype):

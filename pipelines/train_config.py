@@ -14,7 +14,10 @@ from .students import MODES, Mode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything a run depends on. The optimiser's defaults are the paper's for copy (arXiv 2411.09702, table 8)."""
+    """Everything a run depends on. Epochs, learning rate and weight decay are the paper's for copy (arXiv 2411.09702).
+
+    Its layer decay and moving average are off unless asked for.
+    """
 
     mode: Mode
     """copy, distill, scratch or finetune."""
@@ -71,7 +74,7 @@ class TrainConfig:
     ema: float | None = None
     """Decay of a moving average of the weights, which is then what is validated and saved."""
     attention_weight: float = 3.0
-    """Weight of the distillation loss (section 3.2 of the paper)."""
+    """Weight of the distillation loss; 3 is the paper's."""
     seed: int = 0
     """Of weights, order, dropout, subset, and views without a cache."""
     workers: int = 0

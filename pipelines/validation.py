@@ -202,7 +202,7 @@ def score_student(student: Student, data: ValidationSet, device: torch.device, d
 
 
 def score_ensemble(students: Sequence[Student], data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
-    """The score of the mean of the students' probabilities (Li et al. 2024, section 5)."""
+    """The score of the mean of the students' probabilities (Li et al. 2024)."""
     top1 = top5 = loss = num_samples = 0.0
     for student in students:
         student.module.eval()

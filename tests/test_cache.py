@@ -95,7 +95,7 @@ def build(path, tars, *, pixels=None, geometry=GEOMETRY, num_tasks=None, codec="
                 if sample == BAD_SAMPLE:
                     writer.add(sample, status=Status.UNDECODABLE)
                     continue
-                view = render_view(source, POLICY, sample, task.view, PARAMETER_NAMES, skip_bad=False)
+                view = render_view(source, POLICY, sample, task.view, skip_bad=False)
                 writer.add(
                     sample,
                     status=Status.STORED,
@@ -250,7 +250,7 @@ def test_to_xarray_names_axes_and_finds_heads_by_the_teachers_index(cache, expec
 def test_a_view_holds_what_the_teacher_saw_and_where_it_looked(cache, digits_tars, expected_LVSHQK):
     source = Source(index_source(digits_tars))
     view = cache.view(20, view=1)
-    assert np.array_equal(view.image, render_view(source, POLICY, 20, 1, PARAMETER_NAMES, skip_bad=False).pixels_HWC)
+    assert np.array_equal(view.image, render_view(source, POLICY, 20, 1, skip_bad=False).pixels_HWC)
     assert np.allclose(view.maps_LHQK, expected_LVSHQK[:, 1, 20], atol=1e-6)
     assert (view.sample, view.view, view.status) == (20, 1, Status.STORED)
     assert view.sample_key == "digits-0001.tar/digit-00020"

@@ -13,7 +13,7 @@ from atcache.errors import BadImageError, CacheMismatchError
 from atcache.rendering import STORED, normalise_images, render_view, replay_view
 from atcache.source import Problem, Source, index_source
 from atcache.store.layout import Status
-from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions, pixel_hash
+from atcache.views import ViewPolicy, library_versions, pixel_hash
 
 POLICY = ViewPolicy(name="crop-flip", seed=3, image_height=8, image_width=8)
 
@@ -24,7 +24,7 @@ def source(digits_tars) -> Source:
 
 
 def render(source, sample, view=0, *, skip_bad=False):
-    return render_view(source, POLICY, sample, view, PARAMETER_NAMES, skip_bad=skip_bad)
+    return render_view(source, POLICY, sample, view, skip_bad=skip_bad)
 
 
 def with_problem(source: Source, sample: int, problem: Problem) -> Source:

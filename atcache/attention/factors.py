@@ -33,7 +33,7 @@ class FactorGeometry:
     """What q k^T is multiplied by before the softmax, usually head_dim ** -0.5."""
 
     @property
-    def num_map_nbytes(self) -> int:
+    def map_nbytes(self) -> int:
         """Bytes of one view's maps as float16: what people would store, and what compression is measured against."""
         return len(self.layers) * len(self.heads) * self.tokens.num_tokens**2 * 2
 
@@ -100,13 +100,4 @@ class LayerFactors:
             k_BHTD=self.k_BHTD[samples],
             scale=self.scale,
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
-        )
-
-    def to(self, *args: Any, **kwargs: Any) -> LayerFactors:  # noqa: ANN401 - torch's own signature
-        """The same factors after `Tensor.to(...)` on each tensor."""
-        return LayerFactors(
-            q_BHTD=self.q_BHTD.to(*args, **kwargs),
-            k_BHTD=self.k_BHTD.to(*args, **kwargs),
-            scale=self.scale,
-            bias=None if self.bias is None else self.bias.to(*args, **kwargs),
         )

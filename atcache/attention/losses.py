@@ -1,4 +1,4 @@
-"""Attention distillation: cross-entropy from each teacher row to the student's row (Li et al. 2024, section 3.2).
+"""Attention distillation: cross-entropy from each teacher row to the student's row (Li et al. 2024).
 
 For one row, with A the teacher's probabilities and S the student's logits, CE(A, S) = logsumexp_j S_j - sum_j A_j S_j,
 and its gradient in S is softmax(S) - A. Loss and gradient therefore come out of one pass over slices: two products for

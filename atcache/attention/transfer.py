@@ -54,6 +54,25 @@ class LiveFactors:
         return self._layers[block]
 
 
+def attend_with_given(call: AttentionCall, given: LayerFactors, heads: Sequence[int]) -> Tensor:
+    """What an attention call returns when some heads attend with given factors, and the others with their own.
+
+    Args:
+        call: the call, on any timm ViT.
+        given: factors of the heads `heads`.
+        heads: indices, ascending, of the heads that are given; where that is all, the call itself is not made.
+
+    Returns:
+        Shape (batch, head, token, head dim); no gradient reaches q and k of the given heads.
+    """
+    values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+    if len(heads) == values_BHTD.shape[1]:
+        return copy_attention(given, values_BHTD)
+    outputs_BHTD = call.run().clone()
+    outputs_BHTD[:, heads] = copy_attention(given, values_BHTD[:, heads])
+    return outputs_BHTD
+
+
 class CopyStudent(nn.Module):
     """A timm ViT whose chosen layers attend as the teacher does; it learns everything else.
 
@@ -75,12 +94,12 @@ class CopyStudent(nn.Module):
         self.model = model
         self._blocks = [blocks]  # in a list, or the blocks would be registered a second time
         self._heads = list(geometry.heads)
-        self._all_heads = len(geometry.heads) == geometry.num_model_heads
+        all_heads = len(geometry.heads) == geometry.num_model_heads
         self._value_only: dict[int, ValueOnlyAttention] = {}
         for index in layers:
             block = blocks[index]
             attention = getattr(block, "attn", None)
-            if self._all_heads and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
+            if all_heads and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
                 self._value_only[index] = ValueOnlyAttention(attention)
                 block.attn = self._value_only[index]
         self._intercepted = frozenset(layers) - self._value_only.keys()
@@ -100,12 +119,7 @@ class CopyStudent(nn.Module):
         def put_in_given_heads(call: AttentionCall) -> Tensor:
             if call.block not in self._intercepted:
                 return call.run()
-            values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
-            if self._all_heads:
-                return copy_attention(teacher.layer(call.block), values_BHTD)
-            outputs_BHTD = call.run().clone()
-            outputs_BHTD[:, self._heads] = copy_attention(teacher.layer(call.block), values_BHTD[:, self._heads])
-            return outputs_BHTD
+            return attend_with_given(call, teacher.layer(call.block), self._heads)
 
         with AttentionIntercept(self._blocks[0], put_in_given_heads):
             return self.model(images)
