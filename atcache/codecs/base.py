@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]
-"""Fitted arrays by name, float32, first axis the layer position; empty for codecs that need none."""
+"""Fitted arrays by name, float32; empty for codecs that need none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,17 +34,27 @@ class Codec(ABC):
         """The codec as a JSON object: its name and its fields."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
-    def fit(self, geometry: FactorGeometry, batches: Iterable[Sequence[LayerFactors]]) -> State:
+    def fit(
+        self,
+        geometry: FactorGeometry,
+        batches: Iterable[Sequence[LayerAttention]],
+        *,
+        held_back: Sequence[LayerAttention] | None = None,
+        nbytes_per_view: Callable[[Tensor], float] | None = None,
+    ) -> State:
         """State fitted to calibration factors.
 
         Args:
             geometry: shapes of the factors.
-            batches: per batch of views one `LayerFactors` a kept layer; read once, in order.
+            batches: per batch of views one `LayerFactors` or `LayerMaps` a kept layer. May be iterated several times.
+            held_back: factors of views that are not in `batches`, on which a target is to be met; None takes the
+                first batch.
+            nbytes_per_view: what a view of some codes_BLTC takes when it is stored; needed for targets in bytes.
 
         Returns:
             Arrays that `coder` needs beside the configuration; none here.
         """
-        del geometry, batches
+        del geometry, batches, held_back, nbytes_per_view
         return {}
 
     @abstractmethod
@@ -63,6 +74,11 @@ class Codec(ABC):
 class Coder(ABC):
     """A codec bound to a geometry, its state and a device. Stateless between calls; threads may share it."""
 
+    factors_are_teachers: ClassVar[bool] = False
+    """Whether decoded q and k are the teacher's own, each for itself. Where False they are in another basis, in which
+    only their product means something."""
+    layers_share_codes: ClassVar[bool] = False
+    """Whether one row of codes holds all layers, so that codes_BLTC has L = 1; else each layer has its own."""
     geometry: FactorGeometry
     codes_dtype: torch.dtype
     """Integer type of the codes."""
@@ -75,11 +91,11 @@ class Coder(ABC):
         self._bias_LHQK = None if bias_LHQK is None else bias_LHQK.to(self.device)
 
     @abstractmethod
-    def encode(self, layers: Sequence[LayerFactors]) -> Tensor:
+    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """Codes of a batch of views.
 
         Args:
-            layers: one `LayerFactors` a kept layer, in the geometry's order, on the coder's device.
+            layers: one `LayerFactors` or `LayerMaps` a kept layer, in the geometry's order, on the coder's device.
 
         Returns:
             codes_BLTC, integers of `codes_dtype`, on the same device. Equal input gives equal codes.
@@ -88,13 +104,26 @@ class Coder(ABC):
             CodecError: the factors do not fit in the codes (named with layer and value).
         """
 
+    @property
+    def num_code_layers(self) -> int:
+        """L of codes_BLTC."""
+        return 1 if self.layers_share_codes else len(self.geometry.layers)
+
+    def code_layer(self, position: int) -> int:
+        """The index along L of codes_BLTC from which the layer at `position` is decoded."""
+        return 0 if self.layers_share_codes else position
+
+    def layer_shares_LC(self) -> Tensor | None:
+        """Where layers share codes, the part of each component that is each layer's: columns sum to 1. Else None."""
+        return None
+
     @abstractmethod
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
-        """Factors of one layer, float32, on the codes' device, with the teacher's bias if it has one.
+    def decode(self, position: int, codes_BTC: Tensor) -> LayerAttention:
+        """Factors of one layer, float32, on the codes' device, with the teacher's bias if it has one; or its maps.
 
         Args:
             position: index into the geometry's `layers` (not the block index).
-            codes_BTC: this layer's codes.
+            codes_BTC: the codes at `code_layer(position)` of L.
         """
 
     def bias(self, position: int) -> Tensor | None:
@@ -120,3 +149,22 @@ class Coder(ABC):
             scale=self.geometry.scale,
             bias=self.bias(position),
         )
+
+
+def only_factors(layers: Sequence[LayerAttention], codec_name: str) -> list[LayerFactors]:
+    """The layers, once all are known to be factors: what codecs of q and k begin with.
+
+    Raises:
+        CodecError: the teacher hands over maps.
+    """
+    factors = [layer for layer in layers if isinstance(layer, LayerFactors)]
+    if len(factors) < len(layers):
+        raise _needs_factors(codec_name)
+    return factors
+
+
+def _needs_factors(codec_name: str) -> CodecError:
+    return CodecError(
+        f"codec {codec_name} stores q and k, but this teacher's maps are not the softmax of one q k^T, so maps are all "
+        "it hands over. Use --codec logmap."
+    )

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.codecs.base import Codec, Coder, State
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.codecs.base import Codec, Coder, State, only_factors
 from atcache.errors import CodecError
 
 _INTEGER_OF = {"float16": torch.int16, "float32": torch.int32}
@@ -39,16 +39,18 @@ class ExactCodec(Codec):
 class ExactCoder(Coder):
     """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim."""
 
+    factors_are_teachers = True
+
     def __init__(self, codec: ExactCodec, geometry: FactorGeometry, bias_LHQK: Tensor | None, device: str) -> None:
         super().__init__(geometry, bias_LHQK, device)
         self._float_dtype: torch.dtype = getattr(torch, codec.dtype)
         self.codes_dtype = _INTEGER_OF[codec.dtype]
         self.num_components = self._num_head_vectors * geometry.head_dim
 
-    def encode(self, layers: Sequence[LayerFactors]) -> Tensor:
+    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """See `Coder.encode`."""
         codes: list[Tensor] = []
-        for block, layer in zip(self.geometry.layers, layers, strict=True):
+        for block, layer in zip(self.geometry.layers, only_factors(layers, "exact"), strict=True):
             vectors_BTND = self._join_BTND(layer).to(self._float_dtype)
             if not bool(torch.isfinite(vectors_BTND).all()):
                 largest = max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max()))

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerAttention
+
+_MAP_NUMEL = 2**24
+"""Elements of maps held at a time: 128 MiB in float64, a few times over."""
 
 
-def row_kl(teacher: LayerFactors, decoded: LayerFactors) -> Tensor:
+def row_kl(teacher: LayerAttention, decoded: LayerAttention) -> Tensor:
     """KL(A || decoded A) of every row, in nats: kl_BHQ float32, at least 0 up to rounding.
 
-    Computed in float64 from the logits, so that small divergences are not rounding noise. Holds one
+    Computed in float64 from logarithms, so that small divergences are not rounding noise. Holds one
     (batch, head, token, token) matrix at a time: call it with few views.
 
     Args:
-        teacher: the factors as captured.
-        decoded: the factors as a coder gives them back, same shapes.
+        teacher: the factors or maps as captured.
+        decoded: the factors or maps as a coder gives them back, same batch, heads and tokens.
     """
-    log_attn_BHQK, log_decoded_BHQK = (torch.log_softmax(_logits(factors), dim=-1) for factors in (teacher, decoded))
+    log_attn_BHQK, log_decoded_BHQK = (attention.log_maps(torch.float64) for attention in (teacher, decoded))
     attn_BHQK = log_attn_BHQK.exp()
     # Where the teacher's probability is 0 (a masked key) the term is 0, not 0 * inf.
     terms_BHQK = torch.where(attn_BHQK > 0, attn_BHQK * (log_attn_BHQK - log_decoded_BHQK), 0.0)
     return terms_BHQK.sum(dim=-1).float()
 
 
-def _logits(factors: LayerFactors) -> Tensor:
-    logits_BHQK = factors.q_BHTD.double() @ factors.repeated_k_BHTD().double().mT * factors.scale
-    return logits_BHQK if factors.bias is None else logits_BHQK + factors.bias.double()
+def mean_row_kl(teacher: LayerAttention, decoded: Callable[[slice], LayerAttention]) -> float:
+    """Mean KL(A || decoded A) over all rows of a layer's views, in nats; a few views at a time, as memory allows.
+
+    Args:
+        teacher: as for `row_kl`, any number of views.
+        decoded: gives the same of a slice of them.
+    """
+    num_views = teacher.shape_BHT[0]
+    total = 0.0
+    for few in slices_of_views(teacher, _MAP_NUMEL):
+        kl_BHQ = row_kl(teacher.select(few), decoded(few))
+        total += float(kl_BHQ.mean()) * len(kl_BHQ)
+    return max(total / num_views, 0.0)  # in this order, what is no number stays so
+
+
+def slices_of_views(layer: LayerAttention, map_numel: int) -> Iterator[slice]:
+    """A layer's views in runs whose maps have at most so many elements, or one view each."""
+    num_views, num_heads, num_tokens = layer.shape_BHT
+    step = max(1, map_numel // (num_heads * num_tokens**2))
+    return (slice(start, start + step) for start in range(0, num_views, step))

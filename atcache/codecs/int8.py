@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.codecs.base import Codec, Coder, State
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.codecs.base import Codec, Coder, State, only_factors
 from atcache.errors import CodecError
 
 _LARGEST_CODE = 127
@@ -34,6 +34,7 @@ class Int8Codec(Codec):
 class Int8Coder(Coder):
     """value = code * scale. C = head vectors * head_dim codes, then head vectors * 2 bytes of float16 scales."""
 
+    factors_are_teachers = True
     codes_dtype = torch.int8
 
     def __init__(self, geometry: FactorGeometry, bias_LHQK: Tensor | None, device: str) -> None:
@@ -41,10 +42,12 @@ class Int8Coder(Coder):
         self._num_vector_codes = self._num_head_vectors * geometry.head_dim
         self.num_components = self._num_vector_codes + self._num_head_vectors * _SCALE_NBYTES
 
-    def encode(self, layers: Sequence[LayerFactors]) -> Tensor:
+    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """See `Coder.encode`."""
+        factors = only_factors(layers, "int8")
         return torch.stack(
-            [self._encode_layer(block, layer) for block, layer in zip(self.geometry.layers, layers, strict=True)], dim=1
+            [self._encode_layer(block, layer) for block, layer in zip(self.geometry.layers, factors, strict=True)],
+            dim=1,
         )
 
     def _encode_layer(self, block: int, layer: LayerFactors) -> Tensor:

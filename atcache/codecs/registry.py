@@ -8,9 +8,11 @@ from typing import Any
 from atcache.codecs.base import Codec
 from atcache.codecs.exact import ExactCodec
 from atcache.codecs.int8 import Int8Codec
+from atcache.codecs.logmap import LogmapCodec
+from atcache.codecs.transform import TransformCodec
 from atcache.errors import CodecError
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (ExactCodec, Int8Codec)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TransformCodec, ExactCodec, Int8Codec, LogmapCodec)}
 """Every codec this version reads and writes."""
 
 

@@ -1,0 +1,233 @@
+"""`transform`: factors of all layers in one calibrated basis, in which few components matter, rounded to equal steps.
+
+For small errors the KL of a row is a quadratic form of the errors of q and k. In a basis where that form is the
+identity every step costs the same KL, whatever layer, head and component it is in; and of all such bases the one whose
+components are uncorrelated over images and tokens needs the fewest bits (the Karhunen-Loeve transform). `transform_fit`
+finds it. The rest is rounding, and a 2-D DCT over the patch grid, since neighbouring patches are alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.codecs.base import Codec, Coder, State, only_factors
+from atcache.codecs.grid_dct import GridDCT
+from atcache.errors import CodecError
+
+DEFAULT_TARGET_KL = 0.005
+"""Nats a row; `benchmarks/fidelity.py` measures what copy students lose at this and other targets."""
+
+_ROUNDING = 0.4
+"""Added to a magnitude before it is cut to an integer. Below 0.5, since most codes are 0 or 1 and zeros cost least:
+1 to 3 % fewer bytes at equal KL than rounding to the nearest."""
+
+_STATE = frozenset({"step", "basis_LJN", "mixing_LJC", "metric_LVDD", "mean_left_LTR", "mean_right_LRN"})
+_LARGEST_NUMBER = 2**30 - 1  # what fits in int32 with the sign in the lowest bit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformCodec(Codec):
+    """As few bytes as a target allows: a mean row KL, or bytes a view. The step is searched for on held-back views.
+
+    `basis`, `positions` and `dct` turn parts of the transform off. They are there to be measured
+    (`benchmarks/rate_distortion.py`); all of them pay.
+    """
+
+    name: ClassVar[str] = "transform"
+    target_kl: float = DEFAULT_TARGET_KL
+    """Mean row KL of decoded maps, in nats, on held-back views."""
+    target_nbytes: int | None = None
+    """Bytes of a view's codes, compressed; where given, it is met instead of `target_kl`."""
+    basis: Literal["all", "layer", "head"] = "all"
+    """What one basis spans: all layers, since a layer is much like the one before; the q and k of all heads of a layer;
+    or each head's q and k by themselves."""
+    positions: bool = True
+    """Take out each position's mean first: what all images share is kept once, in the state."""
+    dct: bool = True
+    """Transform each component over the patch grid."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_kl < 10:
+            raise CodecError(f"codec transform: target_kl={self.target_kl!r}, expected nats above 0, such as 0.005.")
+        if self.target_nbytes is not None and self.target_nbytes < 1:
+            raise CodecError(f"codec transform: target_nbytes={self.target_nbytes!r}, expected at least 1.")
+        if self.basis not in ("all", "layer", "head"):
+            raise CodecError(f"codec transform: basis={self.basis!r}, expected all, layer or head.")
+
+    def fit(
+        self,
+        geometry: FactorGeometry,
+        batches: Iterable[Sequence[LayerAttention]],
+        *,
+        held_back: Sequence[LayerAttention] | None = None,
+        nbytes_per_view: Callable[[Tensor], float] | None = None,
+    ) -> State:
+        """See `Codec.fit`. State, all float32:
+
+        - `step` (1,): the width of a step.
+        - `basis_LJN`: row j of layer l is what one unit of the layer's component j adds to the vectors of q's heads
+          then k's, N = head vectors * head dim. Rows of zeros fill up layers with fewer components.
+        - `mixing_LJC`: the layer's component j as a sum of the stored components; columns are orthonormal over (l, j).
+        - `metric_LVDD`: the quadratic form of head vector v, for encoding.
+        - `mean_left_LTR`, `mean_right_LRN`: their product is each position's mean.
+
+        Raises:
+            CodecError: the teacher hands over maps, or factors that are not finite.
+        """
+        from atcache.codecs.transform_fit import fit_transform
+
+        return fit_transform(self, geometry, batches, held_back, nbytes_per_view)
+
+    def coder(
+        self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
+    ) -> TransformCoder:
+        """See `Codec.coder`."""
+        return TransformCoder(self, geometry, state, bias_LHQK, device)
+
+
+class TransformCoder(Coder):
+    """All layers share one row of codes: codes_BLTC has L = 1, and C stored components.
+
+    A code is a whole number of steps, its sign in the lowest bit (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), so that
+    small codes have empty upper bytes. These cost next to nothing behind a byte shuffle, so codes are int32 and a token
+    of any size fits: nothing is clipped. With `dct`, the tokens after the prefix are the coefficients of the patch
+    grid, low frequencies first.
+    """
+
+    layers_share_codes = True
+    codes_dtype = torch.int32
+
+    def __init__(
+        self, codec: TransformCodec, geometry: FactorGeometry, state: State, bias_LHQK: Tensor | None, device: str
+    ) -> None:
+        super().__init__(geometry, bias_LHQK, device)
+        if missing := sorted(_STATE - state.keys()):
+            raise CodecError(f"codec transform: its state lacks {missing[0]}.")
+        arrays = {name: state[name].to(self.device, torch.float32) for name in _STATE}
+        self.step = float(state["step"].reshape(-1)[0]) if state["step"].numel() else math.nan
+        _check_state(arrays, geometry, self._num_head_vectors * geometry.head_dim, self.step)
+        self._basis_LJN, self._mixing_LJC = arrays["basis_LJN"], arrays["mixing_LJC"]
+        self._metric_LVDD = arrays["metric_LVDD"]
+        self._mean_left_LTR, self._mean_right_LRN = arrays["mean_left_LTR"], arrays["mean_right_LRN"]
+        self._dct = GridDCT(geometry.tokens, self.device) if codec.dct else None
+        self.num_components = self._mixing_LJC.shape[2]
+
+    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
+        """See `Coder.encode`."""
+        components_BTC = self.project(layers)
+        if self.largest(components_BTC, layers) > _LARGEST_NUMBER * self.step:
+            raise _too_large(self.geometry, layers)
+        return self.quantise(components_BTC, self.step)
+
+    def project(self, layers: Sequence[LayerAttention]) -> Tensor:
+        """Stored components before rounding: shape (batch, token or coefficient, component), float32.
+
+        Raises:
+            CodecError: the layers are maps.
+        """
+        factors = only_factors(layers, "transform")
+        components_BTC = sum(
+            self._layer_components(position, layer) @ self._mixing_LJC[position]
+            for position, layer in enumerate(factors)
+        )
+        assert isinstance(components_BTC, Tensor), "a teacher has layers"
+        return components_BTC if self._dct is None else self._dct.forward(components_BTC)
+
+    def largest(self, components_BTC: Tensor, layers: Sequence[LayerAttention]) -> float:
+        """Size of the largest component of `layers`; the one number that encoding waits for.
+
+        Raises:
+            CodecError: a component is not finite.
+        """
+        # A maximum over what is no number is none either: one look at the device answers both.
+        largest = float(components_BTC.abs().max()) if components_BTC.numel() else 0.0
+        if not math.isfinite(largest):
+            raise _too_large(self.geometry, layers)
+        return largest
+
+    def _layer_components(self, position: int, layer: LayerFactors) -> Tensor:
+        vectors_BTN = centred_vectors(layer) - self._mean_left_LTR[position] @ self._mean_right_LRN[position]
+        return vectors_BTN @ self._projection_LNJ[position]
+
+    @cached_property
+    def _projection_LNJ(self) -> Tensor:
+        """Takes a layer's vectors to its components. Made once, and only by coders that encode."""
+        basis_LJVD = self._basis_LJN.view(*self._basis_LJN.shape[:2], *self._metric_LVDD.shape[1:3])
+        # It outlives the first call, whose autocast must not round it.
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.einsum("lvde,ljve->lvdj", self._metric_LVDD, basis_LJVD).flatten(1, 2)
+
+    def quantise(self, components_BTC: Tensor, step: float) -> Tensor:
+        """Codes of what `project` gives, with steps of this width."""
+        numbers_BTC = (components_BTC.abs() / step + _ROUNDING).floor().to(self.codes_dtype)
+        is_negative_BTC = (components_BTC < 0) & (numbers_BTC > 0)
+        return (2 * numbers_BTC - is_negative_BTC.to(self.codes_dtype)).unsqueeze(1)
+
+    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
+        """See `Coder.decode`. Under autocast the products are computed in its type."""
+        return self.rebuild(position, self.dequantise(codes_BTC, self.step))
+
+    def dequantise(self, codes_BTC: Tensor, step: float) -> Tensor:
+        """Stored components that codes stand for, float32."""
+        # From 1 for -1 and 2 for 1: halve, and flip all bits of what was odd.
+        return ((codes_BTC >> 1) ^ -(codes_BTC & 1)).float() * step
+
+    def rebuild(self, position: int, components_BTC: Tensor) -> LayerFactors:
+        """One layer's factors from stored components."""
+        layer_BTJ = components_BTC @ self._mixing_LJC[position].mT
+        if self._dct is not None:
+            layer_BTJ = self._dct.inverse(layer_BTJ)
+        vectors_BTN = layer_BTJ @ self._basis_LJN[position]
+        vectors_BTN += self._mean_left_LTR[position] @ self._mean_right_LRN[position]
+        return self._split(position, vectors_BTN.view(*vectors_BTN.shape[:2], -1, self.geometry.head_dim))
+
+    def layer_shares_LC(self) -> Tensor:
+        """See `Coder.layer_shares_LC`: the basis is orthonormal over layers and their components."""
+        return self._mixing_LJC.square().sum(dim=1)
+
+
+def _check_state(arrays: State, geometry: FactorGeometry, num_values: int, step: float) -> None:
+    """Refuse arrays that do not fit together: those of a cache may be anybody's."""
+    num_layers, num_tokens, head_dim = len(geometry.layers), geometry.tokens.num_tokens, geometry.head_dim
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    num_joined, rank = shapes["basis_LJN"][1:2], shapes["mean_right_LRN"][1:2]
+    expected = {
+        "basis_LJN": (num_layers, *num_joined, num_values),
+        "mixing_LJC": (num_layers, *num_joined, *shapes["mixing_LJC"][2:3]),
+        "metric_LVDD": (num_layers, num_values // head_dim, head_dim, head_dim),
+        "mean_left_LTR": (num_layers, num_tokens, *rank),
+        "mean_right_LRN": (num_layers, *rank, num_values),
+    }
+    for name, shape in expected.items():
+        if shapes[name] != shape or len(shape) != len(name.rpartition("_")[2]):
+            raise CodecError(f"codec transform: {name} of its state has shape {shapes[name]}, expected {shape}.")
+    if not 0 < step < math.inf:
+        raise CodecError(f"codec transform: step of its state is {step}, expected a number above 0.")
+
+
+def centred_vectors(layer: LayerFactors) -> Tensor:
+    """q's heads then k's, by token: shape (batch, token, N), float32. k is centred over each image's tokens.
+
+    A constant added to all keys of a head adds the same to all logits of a row, which softmax does not see.
+    """
+    k_BHTD = layer.k_BHTD.float()
+    k_BHTD = k_BHTD - k_BHTD.mean(dim=2, keepdim=True)
+    return torch.cat([layer.q_BHTD.float(), k_BHTD], dim=1).transpose(1, 2).flatten(2)
+
+
+def _too_large(geometry: FactorGeometry, layers: Sequence[LayerAttention]) -> CodecError:
+    factors = only_factors(layers, "transform")
+    largest = [max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max())) for layer in factors]
+    worst = max(range(len(layers)), key=lambda position: (largest[position] != largest[position], largest[position]))
+    return CodecError(
+        f"layer {geometry.layers[worst]}: a factor of size {largest[worst]:.4g} is no number, or too large for codec "
+        "transform. Check the teacher's weights and precision."
+    )
