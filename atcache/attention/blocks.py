@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from atcache.attention.factors import AttentionKind
 from atcache.errors import UnsupportedAttentionError
 from atcache.tokens import TokenLayout
 
@@ -13,8 +14,8 @@ _WINDOWED = "attention is windowed: there is a map a window, not one over all to
 _POOLED = "queries or keys are pooled, so the map is not square"
 _CHANNELS = "the map is channel x channel, not token x token"
 _CLASS_ONLY = "only the class token has a query, so the map is one row"
-_TWO_SOFTMAXES = "its map is the difference of two softmaxes"
-_MIXED = "heads are mixed after the softmax, so no head's map is a softmax of its own q and k"
+_TWO_SOFTMAXES = "its map is the difference of two softmaxes, so it can be negative and its rows do not sum to 1"
+_MIXED = "heads are mixed before and after the softmax by convolutions"
 _NO_SOFTMAX = "attention is not a softmax of q k^T"
 
 # Names of timm 1.0 classes; "module.Class" where the bare name means something else in another module. Classes not
@@ -38,7 +39,6 @@ _REASONS = {
     "ClassAttention": _CLASS_ONLY,
     "DiffAttention": _TWO_SOFTMAXES,
     "DiffParallelScalingBlock": _TWO_SOFTMAXES,
-    "TalkingHeadAttn": _MIXED,
     "efficientformer_v2.Attention2d": _MIXED,
     "GPSA": "its map mixes two softmaxes, one of content and one of position",
     "OutlookAttention": _NO_SOFTMAX,
@@ -46,6 +46,10 @@ _REASONS = {
     "LinearSelfAttention": _NO_SOFTMAX,
     "FactorAttnConvRelPosEnc": _NO_SOFTMAX,
 }
+
+# Classes whose heads exchange logits before the softmax, so that no head's map is the softmax of its own q k^T, and
+# probabilities after it. The softmax itself gives one distribution a row and head: that is the map of such a block.
+_FORMING_MAPS = frozenset({"cait.TalkingHeadAttn"})
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -82,10 +86,21 @@ def token_layout(model: nn.Module) -> TokenLayout:
         raise unsupported(model, _attention_in(model), "the model has no patch grid (`.patch_embed.grid_size`)")
     grid_height, grid_width = grid
     return TokenLayout(
-        num_prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
+        # CaiT's class token joins behind the blocks, in layers of its own.
+        num_prefix_tokens=0 if hasattr(model, "blocks_token_only") else int(getattr(model, "num_prefix_tokens", 0)),
         grid_height=int(grid_height),
         grid_width=int(grid_width),
     )
+
+
+def map_attention(block: nn.Module) -> nn.Module | None:
+    """The attention of a block that forms its maps itself and hands over maps; None for those that have factors."""
+    return next((module for module in block.modules() if _qualified_name(module) in _FORMING_MAPS), None)
+
+
+def attention_kind(model: nn.Module) -> AttentionKind:
+    """What the blocks of a model, as `find_blocks` accepts it, hand over."""
+    return "maps" if any(map_attention(block) is not None for block in find_blocks(model)) else "factors"
 
 
 def model_label(model: nn.Module) -> str:
@@ -104,9 +119,11 @@ def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> Unsuppor
 
 
 def _known_reason(module: nn.Module) -> str | None:
-    name = type(module).__name__
-    qualified = f"{type(module).__module__.rpartition('.')[2]}.{name}"
-    return _REASONS.get(qualified, _REASONS.get(name))
+    return _REASONS.get(_qualified_name(module), _REASONS.get(type(module).__name__))
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}"
 
 
 def _attention_in(module: nn.Module) -> nn.Module:

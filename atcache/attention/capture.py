@@ -1,7 +1,8 @@
 """Seeing a model's factors: q and k as they arrive at `scaled_dot_product_attention`, for any plain timm ViT.
 
 Interception happens at the call: q/k norms, rotary embeddings and biases of every family are already in, and the model
-keeps its fused attention, so no map is ever formed.
+keeps its fused attention, so no map is ever formed. Blocks whose heads exchange logits (CaiT's talking heads) have no
+such call; there the maps are captured, as their softmax returns them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atcache.attention.blocks import find_blocks, model_label, token_layout, unsupported
-from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.blocks import find_blocks, map_attention, model_label, token_layout, unsupported
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices, parse_indices
+from atcache.attention.kernels import mixed_attention
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
 from atcache.errors import UnsupportedAttentionError
 
@@ -33,9 +35,10 @@ class CaptureCheck(NamedTuple):
 
 
 class FactorCapture:
-    """Runs a model up to its last wanted layer and returns the factors of the wanted layers.
+    """Runs a model up to its last wanted layer and returns the factors, or maps, of the wanted layers.
 
-    Nothing stays on the model between calls, and nothing of v or of a map is kept. One object is for one thread.
+    Nothing stays on the model between calls, and nothing of v is kept, nor of a map where there are factors. One
+    object is for one thread.
     """
 
     def __init__(
@@ -78,44 +81,62 @@ class FactorCapture:
             raise RuntimeError("FactorCapture.geometry is known after the first call.")
         return self._geometry
 
-    def __call__(self, images: Tensor) -> list[LayerFactors]:
-        """The factors of each wanted layer for a batch of normalised images (batch, 3, height, width).
+    def __call__(self, images: Tensor) -> list[LayerAttention]:
+        """The factors or maps of each wanted layer for a batch of normalised images (batch, 3, height, width).
 
-        q and k come detached, in the type attention is computed in (under autocast, its type), on the model's device.
+        They come detached, in the type attention is computed in (under autocast, its type), on the model's device.
 
         Raises:
             UnsupportedAttentionError: a wanted block does not attend once, with one softmax, over all tokens.
         """
         return self.run(images, Recorder(self.request, stop_at_call=self._geometry is not None, on_call=None))
 
-    def run(self, images: Tensor, recorder: Recorder) -> list[LayerFactors]:
+    def run(self, images: Tensor, recorder: Recorder) -> list[LayerAttention]:
         """One forward under a recorder of this object's; `__call__` is what callers want."""
         # Some timm models have no forward_features; the exception stops them before their head all the same.
         forward: Callable[[Tensor], Any] = getattr(self.request.model, "forward_features", self.request.model)
         with torch.no_grad(), recorder.attached(), recorder, suppress(LastLayerSeen):
             forward(images)
-        factors = recorder.factors_of_wanted_layers()
+        layers = recorder.wanted_layers()
         if self._geometry is None:
-            self._geometry = self._geometry_of(factors, recorder)
-        return factors
+            self._geometry = self._geometry_of(layers, recorder)
+        return layers
 
-    def _geometry_of(self, factors: Sequence[LayerFactors], recorder: Recorder) -> FactorGeometry:
-        shapes = {(tuple(f.q_BHTD.shape[1:]), tuple(f.k_BHTD.shape[1:]), f.scale) for f in factors}
-        if len(shapes) > 1:
+    def _geometry_of(self, layers: Sequence[LayerAttention], recorder: Recorder) -> FactorGeometry:
+        kinds = {_shape_of(layer) for layer in layers}
+        if len(kinds) > 1:
             raise unsupported(
                 self.request.model,
                 self.request.blocks[self.request.layers[0]],
-                f"layers differ in heads, head dim or scale ({len(shapes)} kinds). Choose layers that are alike",
+                f"layers differ in heads, head dim or scale ({len(kinds)} kinds). Choose layers that are alike",
             )
+        (shape,) = kinds
         return FactorGeometry(
             layers=self.request.layers,
             heads=tuple(range(recorder.num_model_heads)) if self.request.heads is None else self.request.heads,
             num_model_heads=recorder.num_model_heads,
-            num_kv_heads=factors[0].k_BHTD.shape[1],
-            head_dim=factors[0].q_BHTD.shape[3],
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             tokens=self.request.tokens,
-            scale=factors[0].scale,
+            scale=shape.scale,
+            kind="maps" if isinstance(layers[0], LayerMaps) else "factors",
         )
+
+
+class _Shape(NamedTuple):
+    """What must be alike in all layers."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+
+def _shape_of(layer: LayerAttention) -> _Shape:
+    num_heads = layer.shape_BHT[1]
+    if isinstance(layer, LayerMaps):
+        return _Shape(num_heads, num_heads, 0, 1.0)
+    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], layer.scale)
 
 
 def check_capture(
@@ -126,8 +147,9 @@ def check_capture(
 ) -> CaptureCheck:
     """The geometry and the bias, after checking on one batch all that capture relies on.
 
-    Every wanted block attends once, in order; softmax(scale q k^T + bias) v is what the model's own attention gives;
-    rows of the maps sum to 1; everything is finite; the bias is the same for every image.
+    Every wanted block attends once, in order; softmax(scale q k^T + bias) v is what the model's own attention gives, or
+    the captured maps, with heads mixed as the model mixes them, times v are; rows of the maps sum to 1; everything is
+    finite; the bias is the same for every image.
 
     Args:
         model: a timm ViT in eval mode.
@@ -139,9 +161,13 @@ def check_capture(
         UnsupportedAttentionError: one of these does not hold; the message says which, and of which layer.
     """
     capture = FactorCapture(model, layers, heads)
-    factors = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
+    layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
+    if capture.geometry.kind == "maps":
+        _check_mixed_maps(model, capture.request.blocks, capture.layers, images)
+        return CaptureCheck(capture.geometry, None)
+    factors = _only_factors(layers_seen)
     # Any other image will do; a mirrored negative keeps the range of pixel values.
-    other_factors = capture(-images.flip(-1))
+    other_factors = _only_factors(capture(-images.flip(-1)))
     for layer, one, other in zip(capture.layers, factors, other_factors, strict=True):
         _check_finite(model, layer, one)
         for bias in (one.bias, other.bias):
@@ -154,23 +180,65 @@ def check_capture(
     return CaptureCheck(capture.geometry, _stacked_bias(factors))
 
 
+def _only_factors(layers: Sequence[LayerAttention]) -> list[LayerFactors]:
+    return [layer for layer in layers if isinstance(layer, LayerFactors)]
+
+
+def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], images: Tensor) -> None:
+    """The maps of all heads, mixed and times v, must be what the block's attention projects in the end."""
+    tokens: dict[int, Tensor] = {}
+    projected: dict[int, Tensor] = {}
+
+    def keep(into: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: into.__setitem__(layer, args[0])
+
+    modules: dict[int, Any] = {layer: map_attention(blocks[layer]) for layer in layers}
+    handles: list[Any] = []
+    try:
+        for layer, attention in modules.items():
+            handles.append(attention.register_forward_pre_hook(keep(tokens, layer)))
+            handles.append(attention.proj.register_forward_pre_hook(keep(projected, layer)))
+        seen = FactorCapture(model, layers)(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (layer, attention), maps in zip(modules.items(), seen, strict=True):
+        attn_BHQK = maps.maps()
+        _check_rows(model, layer, attn_BHQK)
+        with torch.no_grad():
+            value_BTC: Tensor = attention.qkv(tokens[layer]).chunk(3, dim=-1)[2]
+            value_BHTD = value_BTC.view(*value_BTC.shape[:2], attn_BHQK.shape[1], -1).transpose(1, 2)
+            expected_BHTD = mixed_attention(attn_BHQK, value_BHTD, attention.proj_w)
+        _check_output(
+            model, layer, "maps, mixed, times v", expected_BHTD.transpose(1, 2).flatten(2).float(), projected[layer]
+        )
+
+
 def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, value: Tensor, output: Tensor) -> None:
     """The model's own attention output must be maps @ v; this catches a wrong scale, bias or head order."""
     attn_BHQK = factors.maps()
+    _check_rows(model, layer, attn_BHQK)
+    groups = attn_BHQK.shape[1] // value.shape[1]
+    expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
+    _check_output(model, layer, "softmax(scale q k^T + bias) v", expected, output)
+
+
+def _check_rows(model: nn.Module, layer: int, attn_BHQK: Tensor) -> None:
     row_sums = attn_BHQK.sum(-1)
     if not bool(torch.isfinite(attn_BHQK).all()) or float((row_sums - 1).abs().max()) > 1e-3:
         raise UnsupportedAttentionError(
             f"{model_label(model)}: rows of the maps of layer {layer} sum to {float(row_sums.min()):.3g} to "
             f"{float(row_sums.max()):.3g}, expected 1. Is an image or a weight not finite?"
         )
-    groups = attn_BHQK.shape[1] // value.shape[1]
-    expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
+
+
+def _check_output(model: nn.Module, layer: int, formula: str, expected: Tensor, output: Tensor) -> None:
     tolerance = 1e-3 if output.dtype == torch.float32 else 3e-2
     squared_error, squared_norm = (output.float() - expected).square().sum(), expected.square().sum()
     error = math.sqrt(float(squared_error) / max(1e-24, float(squared_norm)))
     if not error < tolerance:
         raise UnsupportedAttentionError(
-            f"{model_label(model)}: in layer {layer} softmax(scale q k^T + bias) v differs from the model's own "
+            f"{model_label(model)}: in layer {layer} {formula} differs from the model's own "
             f"attention by {error:.1%}, expected less than {tolerance:.1%}."
         )
 

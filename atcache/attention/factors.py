@@ -1,15 +1,22 @@
-"""Factors: the q and k a map is the softmax of, and the geometry all factors of one teacher share."""
+"""One layer's attention as a teacher hands it over: factors (the q and k a map is the softmax of), or the map itself.
+
+Both kinds give maps, and can be cut by samples and heads; `FactorGeometry` is what all layers of one teacher share.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from atcache.errors import AttentionShapeError
 from atcache.tokens import TokenLayout
+
+AttentionKind = Literal["factors", "maps"]
+"""What a teacher hands over: q and k, or maps where these are no softmax of one q k^T."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +33,13 @@ class FactorGeometry:
     """Heads of k that are kept: `len(heads)`, or fewer under grouped-query attention, where head position h uses
     k head h // (len(heads) // num_kv_heads)."""
     head_dim: int
-    """Components of q and k in a head."""
+    """Components of q and k in a head; 0 for maps."""
     tokens: TokenLayout
     """Prefix tokens and patch grid."""
     scale: float
-    """What q k^T is multiplied by before the softmax, usually head_dim ** -0.5."""
+    """What q k^T is multiplied by before the softmax, usually head_dim ** -0.5; 1 for maps."""
+    kind: AttentionKind = "factors"
+    """What the teacher hands over."""
 
     @property
     def map_nbytes(self) -> int:
@@ -38,8 +47,8 @@ class FactorGeometry:
         return len(self.layers) * len(self.heads) * self.tokens.num_tokens**2 * 2
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
+        """The fields as a JSON object; `kind` only where it is not factors: older caches do not have it."""
+        fields: dict[str, Any] = {
             "layers": list(self.layers),
             "heads": list(self.heads),
             "num_model_heads": self.num_model_heads,
@@ -48,6 +57,7 @@ class FactorGeometry:
             "tokens": self.tokens.to_json(),
             "scale": self.scale,
         }
+        return fields if self.kind == "factors" else {**fields, "kind": self.kind}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> FactorGeometry:
@@ -80,6 +90,11 @@ class LayerFactors:
                 "(batch, head, token, head dim) for both, with equal tokens and head dim."
             )
 
+    @property
+    def shape_BHT(self) -> tuple[int, int, int]:
+        """(batch, head, token)."""
+        return self.q_BHTD.shape[0], self.q_BHTD.shape[1], self.q_BHTD.shape[2]
+
     def repeated_k_BHTD(self) -> Tensor:
         """Keys with one head for every head of q: k itself, or repeated under grouped-query attention."""
         groups = self.q_BHTD.shape[1] // self.k_BHTD.shape[1]
@@ -87,10 +102,15 @@ class LayerFactors:
 
     def maps(self) -> Tensor:
         """The maps, attn_BHQK float32: probabilities, rows along K sum to 1."""
-        logits_BHQK = (self.q_BHTD.float() * self.scale) @ self.repeated_k_BHTD().float().mT
-        if self.bias is not None:
-            logits_BHQK = logits_BHQK + self.bias.float()
-        return torch.softmax(logits_BHQK, dim=-1)
+        return torch.softmax(self._logits(torch.float32), dim=-1)
+
+    def log_maps(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logarithms of the maps, computed in `dtype`; -inf only for masked keys, however small a probability is."""
+        return torch.log_softmax(self._logits(dtype), dim=-1)
+
+    def _logits(self, dtype: torch.dtype) -> Tensor:
+        logits_BHQK = (self.q_BHTD.to(dtype) * self.scale) @ self.repeated_k_BHTD().to(dtype).mT
+        return logits_BHQK if self.bias is None else logits_BHQK + self.bias.to(dtype)
 
     def select(self, samples: slice) -> LayerFactors:
         """The factors of some samples of the batch; views, not copies."""
@@ -101,3 +121,52 @@ class LayerFactors:
             scale=self.scale,
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
         )
+
+    def select_heads(self, heads: Sequence[int]) -> LayerFactors:
+        """The factors of some heads of q, by position and in the order given; grouped keys are repeated."""
+        index = list(heads)
+        return LayerFactors(
+            q_BHTD=self.q_BHTD[:, index],
+            k_BHTD=self.repeated_k_BHTD()[:, index],
+            scale=self.scale,
+            bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LayerMaps:
+    """One layer's maps for a batch, where they are not the softmax of one q k^T, or were stored as maps."""
+
+    attn_BHQK: Tensor
+    """Probabilities, shape (batch, head, token, token), any float type; rows along K sum to 1. Masked keys are 0."""
+
+    def __post_init__(self) -> None:
+        if self.attn_BHQK.ndim != 4 or self.attn_BHQK.shape[2] != self.attn_BHQK.shape[3]:
+            raise AttentionShapeError(
+                f"maps of shape {tuple(self.attn_BHQK.shape)}: expected (batch, head, token, token)."
+            )
+
+    @property
+    def shape_BHT(self) -> tuple[int, int, int]:
+        """(batch, head, token)."""
+        return self.attn_BHQK.shape[0], self.attn_BHQK.shape[1], self.attn_BHQK.shape[2]
+
+    def maps(self) -> Tensor:
+        """The maps, attn_BHQK float32."""
+        return self.attn_BHQK.float()
+
+    def log_maps(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logarithms of the maps in `dtype`; -inf where a probability is 0."""
+        return self.attn_BHQK.to(dtype).log()
+
+    def select(self, samples: slice) -> LayerMaps:
+        """The maps of some samples of the batch; views, not copies."""
+        return LayerMaps(attn_BHQK=self.attn_BHQK[samples])
+
+    def select_heads(self, heads: Sequence[int]) -> LayerMaps:
+        """The maps of some heads, by position and in the order given."""
+        return LayerMaps(attn_BHQK=self.attn_BHQK[:, list(heads)])
+
+
+LayerAttention = LayerFactors | LayerMaps
+"""One layer of a batch, of either kind."""

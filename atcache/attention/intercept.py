@@ -2,7 +2,8 @@
 
 `torch.overrides.TorchFunctionMode` sees every call of `scaled_dot_product_attention`, whichever timm class makes it,
 after q/k norm and rotary embedding; hooks on the blocks tell which block is running. So one mechanism serves every ViT
-that is built on that call, and the model itself is not touched.
+that is built on that call, and the model itself is not touched. In blocks whose maps are no softmax of one q k^T, and
+so never go through that call, the softmax over keys is what is seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from atcache.attention.blocks import map_attention
+
 _SDPA = F.scaled_dot_product_attention
+_SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -65,15 +69,29 @@ class AttentionCall:
         return bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MapCall:
+    """The softmax of a block that forms its maps itself, seen from outside: what it returns are the maps."""
+
+    block: int
+    """Index of the block that made it."""
+    logits_BHQK: Tensor
+
+    def run(self) -> Tensor:
+        """What the call would have returned: attn_BHQK."""
+        return torch.softmax(self.logits_BHQK, dim=-1)
+
+
 class AttentionIntercept(TorchFunctionMode):
     """While active, each block's attention call is answered by `handler`; calls outside the blocks pass through.
 
     A context manager for one thread; hooks are removed on leaving, whatever happened.
     """
 
-    def __init__(self, blocks: nn.ModuleList, handler: Callable[[AttentionCall], Tensor]) -> None:
+    def __init__(self, blocks: nn.ModuleList, handler: Callable[[AttentionCall | MapCall], Tensor]) -> None:
         super().__init__()
         self._blocks = blocks
+        self._forming_maps = frozenset(index for index, block in enumerate(blocks) if map_attention(block) is not None)
         self._handler = handler
         self._running: int | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -111,9 +129,15 @@ class AttentionIntercept(TorchFunctionMode):
         """See `TorchFunctionMode`."""
         del types
         kwargs = kwargs or {}
-        if func is not _SDPA or self._running is None:
-            return func(*args, **kwargs)
-        return self._handler(attention_call(self._running, args, kwargs))
+        call = None if self._running is None else self._call(self._running, func, args, kwargs)
+        return func(*args, **kwargs) if call is None else self._handler(call)
+
+    def _call(
+        self, block: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> AttentionCall | MapCall | None:
+        if block in self._forming_maps:
+            return map_call(block, func, args, kwargs)
+        return attention_call(block, args, kwargs) if func is _SDPA else None
 
 
 def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
@@ -131,3 +155,13 @@ def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         scale=given["query"].shape[-1] ** -0.5 if scale is None else scale,
         enable_gqa=given.get("enable_gqa", False),
     )
+
+
+def map_call(block: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall | None:
+    """The call where `func` is a softmax over the last of (batch, head, query, key); None for anything else."""
+    if func not in _SOFTMAXES:
+        return None
+    given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
+    logits_BHQK: Tensor = given["input"]
+    over_keys = logits_BHQK.ndim == 4 and given.get("dim") in (-1, 3)
+    return MapCall(block=block, logits_BHQK=logits_BHQK) if over_keys else None

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerAttention, LayerMaps
 
 CPU_SLICE_NBYTES = 4 * 2**20
 """Bytes that one float32 (batch, head, query, key) matrix of a slice may take: small enough to stay in a processor's
@@ -22,22 +22,40 @@ GPU_SLICE_NBYTES = 256 * 2**20
 """The same for other devices, where few large kernels are faster than many small ones."""
 
 
-def copy_attention(teacher: LayerFactors, value_BHTD: Tensor) -> Tensor:
+def copy_attention(teacher: LayerAttention, value_BHTD: Tensor) -> Tensor:
     """softmax(scale * q k^T + bias) v with the teacher's q and k: gradients reach `value_BHTD` only.
 
     The stock call's backward would compute the gradients of q and k too, although nobody wants them. This one keeps q
-    and k, forms the map of one slice again and returns dV = A^T dO.
+    and k, forms the map of one slice again and returns dV = A^T dO. Where the teacher's maps are given instead, they
+    are kept for the backward pass, in the dtype of `value_BHTD`.
 
     Args:
-        teacher: one layer's factors; moved to the dtype of `value_BHTD`.
+        teacher: one layer's factors or maps; moved to the dtype of `value_BHTD`.
         value_BHTD: the student's values, shape (batch, head, token, any head dim).
 
     Returns:
         Shape and dtype of `value_BHTD`.
     """
+    if isinstance(teacher, LayerMaps):
+        return teacher.attn_BHQK.to(value_BHTD.dtype) @ value_BHTD
     bias = None if teacher.bias is None else teacher.bias.to(value_BHTD.dtype)
     q_BHTD, k_BHTD = teacher.q_BHTD.to(value_BHTD.dtype), teacher.repeated_k_BHTD().to(value_BHTD.dtype)
     return _CopyAttention.apply(q_BHTD, k_BHTD, value_BHTD, bias, teacher.scale)  # pyright: ignore[reportReturnType]
+
+
+def mixed_attention(attn_BHQK: Tensor, value_BHTD: Tensor, mix: nn.Module) -> Tensor:
+    """Attention with given maps in a block that mixes its heads behind the softmax (talking heads, arXiv 2003.02436).
+
+    Args:
+        attn_BHQK: probabilities.
+        value_BHTD: values.
+        mix: a map from heads to heads, along the last axis; `proj_w` of `timm.models.cait.TalkingHeadAttn`.
+
+    Returns:
+        Shape and dtype of `value_BHTD`; gradients reach values and `mix`.
+    """
+    mixed_BQKH = mix(attn_BHQK.to(value_BHTD.dtype).permute(0, 2, 3, 1))
+    return mixed_BQKH.permute(0, 3, 1, 2) @ value_BHTD
 
 
 class _CopyAttention(torch.autograd.Function):

@@ -8,23 +8,24 @@ the logits, two for the gradients of q and k, nothing recomputed in backward, no
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.kernels import logits_slice, slices
 from atcache.errors import AttentionShapeError
 
 
-def attention_distillation_loss(teacher: LayerFactors, student: LayerFactors) -> Tensor:
+def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) -> Tensor:
     """Mean cross-entropy, in nats, from the teacher's rows to the student's: mean over batch, heads and queries.
 
     Gradients reach the student's q, k and bias; the teacher's factors are constants.
 
     Args:
-        teacher: the layer's factors, from a cache or a live teacher. Head dim may differ from the student's.
+        teacher: the layer's factors or maps, from a cache or a live teacher. Head dim may differ from the student's.
         student: the student's own factors of the same layer; same batch, heads and tokens.
 
     Returns:
@@ -33,22 +34,63 @@ def attention_distillation_loss(teacher: LayerFactors, student: LayerFactors) ->
     Raises:
         AttentionShapeError: batch, heads or tokens differ.
     """
-    if teacher.q_BHTD.shape[:3] != student.q_BHTD.shape[:3]:
-        raise AttentionShapeError(
-            f"teacher factors of (batch, head, token) {tuple(teacher.q_BHTD.shape[:3])} and student factors of "
-            f"{tuple(student.q_BHTD.shape[:3])}: expected the same. Give the student the teacher's heads and tokens."
-        )
+    _check_shapes(teacher.shape_BHT, student.shape_BHT)
     dtype = student.q_BHTD.dtype
-    return _DistillationLoss.apply(  # pyright: ignore[reportReturnType]
-        student.q_BHTD,
-        student.repeated_k_BHTD(),
-        student.bias,
-        student.scale,
-        teacher.q_BHTD.to(dtype),
-        teacher.repeated_k_BHTD().to(dtype),
-        teacher.bias,
-        teacher.scale,
-    )
+    own = (student.q_BHTD, student.repeated_k_BHTD(), student.bias, student.scale)
+    if isinstance(teacher, LayerMaps):
+        given = (None, None, None, 1.0, teacher.attn_BHQK)
+    else:
+        given = (teacher.q_BHTD.to(dtype), teacher.repeated_k_BHTD().to(dtype), teacher.bias, teacher.scale, None)
+    return _DistillationLoss.apply(*own, *given)  # pyright: ignore[reportReturnType]
+
+
+def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Tensor:
+    """`attention_distillation_loss` for a student that forms its maps itself: from its logits, kept for backward.
+
+    Args:
+        teacher: the layer's factors or maps.
+        logits_BHQK: the student's own, before the softmax; gradients reach them.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        AttentionShapeError: batch, heads or tokens differ.
+    """
+    batch, heads, tokens = logits_BHQK.shape[:3]
+    _check_shapes(teacher.shape_BHT, (batch, heads, tokens))
+    return F.cross_entropy(logits_BHQK.float().flatten(0, 2), teacher.maps().flatten(0, 2))
+
+
+def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: Literal["qk", "q", "k"]) -> Tensor:
+    """Mean squared error of the student's q or k to the teacher's, or the mean of both: an ablation of the paper.
+
+    Args:
+        teacher: the layer's factors, constants.
+        student: the student's own factors of the same layer; same shapes.
+        what: which of the two; "qk" for both.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        AttentionShapeError: shapes differ.
+    """
+    _check_shapes(teacher.shape_BHT, student.shape_BHT)
+    errors = {
+        "q": (student.q_BHTD, teacher.q_BHTD),
+        "k": (student.repeated_k_BHTD(), teacher.repeated_k_BHTD()),
+    }
+    losses = [F.mse_loss(own.float(), given.float()) for own, given in (errors[one] for one in what)]
+    return torch.stack(losses).mean()
+
+
+def _check_shapes(teacher_BHT: tuple[int, int, int], student_BHT: tuple[int, int, int]) -> None:
+    if teacher_BHT != student_BHT:
+        raise AttentionShapeError(
+            f"teacher attention of (batch, head, token) {teacher_BHT} and student attention of {student_BHT}: expected "
+            "the same. Give the student the teacher's heads and tokens."
+        )
 
 
 class _DistillationLoss(torch.autograd.Function):
@@ -59,10 +101,11 @@ class _DistillationLoss(torch.autograd.Function):
         k_BHTD: Tensor,
         bias: Tensor | None,
         scale: float,
-        teacher_q_BHTD: Tensor,
-        teacher_k_BHTD: Tensor,
+        teacher_q_BHTD: Tensor | None,
+        teacher_k_BHTD: Tensor | None,
         teacher_bias: Tensor | None,
         teacher_scale: float,
+        teacher_attn_BHQK: Tensor | None,
     ) -> Tensor:
         wants = tuple(bool(want) for want in ctx.needs_input_grad[:3])
         grad_q_BHTD = torch.empty_like(q_BHTD, memory_format=torch.contiguous_format) if wants[0] else None
@@ -75,10 +118,15 @@ class _DistillationLoss(torch.autograd.Function):
         num_rows = q_BHTD.shape[0] * q_BHTD.shape[1] * q_BHTD.shape[2]
         with torch.autocast(q_BHTD.device.type, enabled=False):
             for samples, queries in slices(q_BHTD):
-                teacher_logits = logits_slice(
-                    teacher_q_BHTD, teacher_k_BHTD, teacher_bias, teacher_scale, samples, queries
-                )
-                attn_BHQK = torch.softmax(teacher_logits, dim=-1)
+                if teacher_attn_BHQK is None:
+                    assert teacher_q_BHTD is not None
+                    assert teacher_k_BHTD is not None
+                    teacher_logits = logits_slice(
+                        teacher_q_BHTD, teacher_k_BHTD, teacher_bias, teacher_scale, samples, queries
+                    )
+                    attn_BHQK = torch.softmax(teacher_logits, dim=-1)
+                else:
+                    attn_BHQK = teacher_attn_BHQK[samples, :, queries].to(loss_dtype)
                 logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, scale, samples, queries)
                 logsumexp_BHQ1 = torch.logsumexp(logits_BHQK, dim=-1, keepdim=True)
                 # A key masked on both sides has A = 0 and S = -inf: it adds nothing, not 0 * -inf.
@@ -105,7 +153,7 @@ class _DistillationLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         (upstream_loss,) = upstream
         grads = [None if grad is None else grad * upstream_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 def _add_bias_gradient(grad_bias: Tensor, grad_BHQK: Tensor, samples: slice, queries: slice) -> None:

@@ -1,4 +1,4 @@
-"""One forward of a model under observation: which block runs, and with what q and k it attends."""
+"""One forward of a model under observation: which block runs, and with what q and k, or what maps, it attends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from atcache.attention.blocks import model_label, unsupported
-from atcache.attention.factors import LayerFactors
+from atcache.attention.blocks import map_attention, model_label, unsupported
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices
-from atcache.attention.intercept import AttentionCall, attention_call
+from atcache.attention.intercept import AttentionCall, MapCall, attention_call, map_call
 from atcache.errors import UnsupportedAttentionError
 from atcache.tokens import TokenLayout
 
@@ -36,7 +36,7 @@ class CaptureRequest:
     blocks: nn.ModuleList
     """Its blocks, as `find_blocks` gives them."""
     layers: tuple[int, ...]
-    """Blocks whose factors are wanted, ascending."""
+    """Blocks whose attention is wanted, ascending."""
     heads: tuple[int, ...] | None
     """Heads that are wanted, ascending; None for all."""
     tokens: TokenLayout
@@ -44,7 +44,7 @@ class CaptureRequest:
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps the factors of each wanted block during one forward of its model."""
+    """Keeps the factors, or the maps, of each wanted block during one forward of its model."""
 
     def __init__(self, request: CaptureRequest, *, stop_at_call: bool, on_call: OnCall | None) -> None:
         """Record what `request` asks for.
@@ -52,15 +52,18 @@ class Recorder(TorchFunctionMode):
         Args:
             request: the model, and what of it is wanted.
             stop_at_call: False lets the last block finish, so that a second attention call in it is seen.
-            on_call: called with model, layer, all heads' factors, v and the attention's output.
+            on_call: called with model, layer, all heads' factors, v and the attention's output; not for maps.
         """
         super().__init__()
         self.request = request
         self.stop_at_call = stop_at_call
         self.on_call = on_call
-        self.factors: dict[int, LayerFactors] = {}
+        self.attention: dict[int, LayerAttention] = {}
         self.num_model_heads = 0
         self._running: tuple[int, int] | None = None
+        self._forming_maps = frozenset(
+            layer for layer in request.layers if map_attention(request.blocks[layer]) is not None
+        )
 
     @contextmanager
     def attached(self) -> Generator[None]:
@@ -77,7 +80,7 @@ class Recorder(TorchFunctionMode):
 
     def _entering(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def enter(_block: nn.Module, args: tuple[Any, ...]) -> None:
-            if layer in self.factors:
+            if layer in self.attention:
                 raise self._refusal(layer, f"block {layer} runs twice in one forward")
             self._running = (layer, args[0].shape[1])
 
@@ -86,11 +89,11 @@ class Recorder(TorchFunctionMode):
     def _leaving(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def leave(_block: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
             self._running = None
-            if layer in self.request.layers and layer not in self.factors:
+            if layer in self.request.layers and layer not in self.attention:
+                expected = "a softmax over keys" if layer in self._forming_maps else "scaled_dot_product_attention"
                 raise self._refusal(
                     layer,
-                    f"block {layer} never calls scaled_dot_product_attention. Where it has an attribute `fused_attn`, "
-                    "set that to True",
+                    f"block {layer} never calls {expected}. Where it has an attribute `fused_attn`, set that to True",
                 )
             if layer == self.request.layers[-1]:
                 raise LastLayerSeen
@@ -105,40 +108,58 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         arguments = dict(kwargs or {})
-        if func is not functional.scaled_dot_product_attention or self._running is None:
+        if self._running is None or self._running[0] not in self.request.layers:
             return func(*args, **arguments)
         layer, num_tokens = self._running
-        if layer not in self.request.layers:
+        if layer in self._forming_maps:
+            softmax = map_call(layer, func, args, arguments)
+            return func(*args, **arguments) if softmax is None else self._record_maps(softmax, num_tokens)
+        if func is not functional.scaled_dot_product_attention:
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
-        if layer in self.factors:
-            raise self._refusal(layer, f"block {layer} attends more than once")
         self._check_call(layer, num_tokens, call)
-        self.num_model_heads = call.query.shape[1]
-        self.factors[layer] = _factors_of(call, self.request.heads)
-        if self.stop_at_call and layer == self.request.layers[-1]:
-            raise LastLayerSeen
+        self._record(layer, call.query.shape[1], _factors_of(call, self.request.heads))
         output = func(*args, **arguments)
         if self.on_call is not None:
-            whole = self.factors[layer] if self.request.heads is None else _factors_of(call, None)
-            self.on_call(self.request.model, layer, whole, call.value, output)
+            self.on_call(self.request.model, layer, _factors_of(call, None), call.value, output)
         return output
+
+    def _record_maps(self, call: MapCall, num_tokens: int) -> Tensor:
+        logits_BHQK = call.logits_BHQK
+        self._check_tokens(call.block, num_tokens, logits_BHQK.shape[2], logits_BHQK.shape[3])
+        num_heads = logits_BHQK.shape[1]
+        self._check_heads(num_heads)
+        # In float32 whatever the model computes in: rows of a bfloat16 softmax do not sum to 1.
+        attn_BHQK = torch.softmax(logits_BHQK.detach().float(), dim=-1)
+        chosen = attn_BHQK if self.request.heads is None else attn_BHQK[:, list(self.request.heads)]
+        self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
+        return attn_BHQK if logits_BHQK.dtype == torch.float32 else call.run()
+
+    def _record(self, layer: int, num_heads: int, attention: LayerAttention) -> None:
+        if layer in self.attention:
+            raise self._refusal(layer, f"block {layer} attends more than once")
+        self.num_model_heads = num_heads
+        self.attention[layer] = attention
+        if self.stop_at_call and layer == self.request.layers[-1]:
+            raise LastLayerSeen
 
     def _check_call(self, layer: int, num_tokens: int, call: AttentionCall) -> None:
         query, key = call.query, call.key
         if query.ndim != 4 or key.ndim != 4:
             raise self._refusal(layer, f"q of block {layer} has {query.ndim} axes, so attention is windowed or grouped")
-        if query.shape[2] != key.shape[2]:
-            raise self._refusal(layer, f"the map of block {layer} is {query.shape[2]} x {key.shape[2]}, not square")
-        if query.shape[2] != num_tokens:
-            raise self._refusal(
-                layer, f"block {layer} has {num_tokens} tokens but a map of {query.shape[2]} x {key.shape[2]}"
-            )
+        self._check_tokens(layer, num_tokens, query.shape[2], key.shape[2])
         if call.dropout_p > 0:
             raise UnsupportedAttentionError(
                 f"{model_label(self.request.model)}: block {layer} drops attention at random (dropout_p="
                 f"{call.dropout_p:g}), so its maps are not softmax(q k^T). Call model.eval() first."
             )
+        self._check_heads(query.shape[1])
+
+    def _check_tokens(self, layer: int, num_tokens: int, num_queries: int, num_keys: int) -> None:
+        if num_queries != num_keys:
+            raise self._refusal(layer, f"the map of block {layer} is {num_queries} x {num_keys}, not square")
+        if num_queries != num_tokens:
+            raise self._refusal(layer, f"block {layer} has {num_tokens} tokens but a map of {num_queries} x {num_keys}")
         if num_tokens != self.request.tokens.num_tokens:
             tokens = self.request.tokens
             raise UnsupportedAttentionError(
@@ -146,25 +167,26 @@ class Recorder(TorchFunctionMode):
                 f"{tokens.num_prefix_tokens} prefix tokens + {tokens.grid_height} x {tokens.grid_width} patches. Give "
                 "images of the size the model was made for, and no patch dropout."
             )
-        limit = query.shape[1]
+
+    def _check_heads(self, num_heads: int) -> None:
         if self.request.heads is not None:
-            checked_indices(self.request.heads, limit, "head")
+            checked_indices(self.request.heads, num_heads, "head")
 
     def _refusal(self, layer: int, reason: str) -> UnsupportedAttentionError:
         return unsupported(self.request.model, self.request.blocks[layer], reason)
 
-    def factors_of_wanted_layers(self) -> list[LayerFactors]:
-        """The factors in the order of the layers.
+    def wanted_layers(self) -> list[LayerAttention]:
+        """The factors or maps in the order of the layers.
 
         Raises:
             UnsupportedAttentionError: a wanted block did not run, or blocks ran in another order.
         """
-        if tuple(self.factors) != self.request.layers:
+        if tuple(self.attention) != self.request.layers:
             raise UnsupportedAttentionError(
-                f"{model_label(self.request.model)}: its forward ran the blocks {tuple(self.factors)}, expected "
+                f"{model_label(self.request.model)}: its forward ran the blocks {tuple(self.attention)}, expected "
                 f"{self.request.layers} in this order."
             )
-        return list(self.factors.values())
+        return list(self.attention.values())
 
 
 def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None) -> LayerFactors:

@@ -6,65 +6,87 @@ Both wrap a timm model and take the teacher's factors with every batch, from a c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.attention.intercept import AttentionCall, AttentionIntercept
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.kernels import copy_attention
-from atcache.attention.losses import attention_distillation_loss
+from atcache.attention.losses import (
+    attention_distillation_loss,
+    factor_distillation_loss,
+    logits_distillation_loss,
+)
+from atcache.attention.pairing import PairedFactors, Pairing, TeacherFactors, What
+from atcache.attention.value_only import ValueOnlyAttention
 from atcache.codecs import Coder
-from atcache.errors import TeacherError
 
-
-class TeacherFactors(Protocol):
-    """The teacher's side of one batch."""
-
-    def layer(self, block: int) -> LayerFactors:
-        """The factors of the teacher's block `block`, for all samples of the batch."""
-        ...
+__all__ = [
+    "CachedFactors",
+    "CopyStudent",
+    "DistilledStudent",
+    "LiveFactors",
+    "TeacherFactors",
+    "attend_with_given",
+    "attend_with_one_factor",
+]
 
 
 class CachedFactors:
-    """Factors decoded from codes, each layer when it is asked for, so that one layer's floats live at a time."""
+    """Attention decoded from codes, each layer when it is asked for, so that one layer's floats live at a time."""
 
-    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_position: int = 0) -> None:
-        """Take the codes of a batch; their first layer is the one at `first_position` of the coder's geometry."""
+    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_code_layer: int = 0) -> None:
+        """Take the codes of a batch, from `first_code_layer` of what the coder makes on."""
         self._coder = coder
         self._codes_BLTC = codes_BLTC
-        self._first_position = first_position
+        self._first_code_layer = first_code_layer
         self._position_of = {block: position for position, block in enumerate(coder.geometry.layers)}
 
-    def layer(self, block: int) -> LayerFactors:
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """See `TeacherFactors.heads`."""
+        return self._coder.geometry.heads
+
+    def layer(self, block: int) -> LayerAttention:
         """See `TeacherFactors.layer`."""
         position = self._position_of[block]
-        return self._coder.decode(position, self._codes_BLTC[:, position - self._first_position])
+        return self._coder.decode(
+            position, self._codes_BLTC[:, self._coder.code_layer(position) - self._first_code_layer]
+        )
 
 
 class LiveFactors:
-    """Factors just captured from a running teacher."""
+    """Attention just captured from a running teacher."""
 
-    def __init__(self, layers: Mapping[int, LayerFactors]) -> None:
+    def __init__(self, layers: Mapping[int, LayerAttention], heads: tuple[int, ...] | None = None) -> None:
+        """Take the attention by block, and which heads it is of; None for just those that are wanted."""
         self._layers = layers
+        self.heads = heads
 
-    def layer(self, block: int) -> LayerFactors:
+    def layer(self, block: int) -> LayerAttention:
         """See `TeacherFactors.layer`."""
         return self._layers[block]
 
 
-def attend_with_given(call: AttentionCall, given: LayerFactors, heads: Sequence[int]) -> Tensor:
-    """What an attention call returns when some heads attend with given factors, and the others with their own.
+def attend_with_given(call: AttentionCall | MapCall, given: LayerAttention, heads: Sequence[int]) -> Tensor:
+    """What an attention call returns when some heads attend with what is given, and the others with their own.
 
     Args:
         call: the call, on any timm ViT.
-        given: factors of the heads `heads`.
+        given: factors or maps of the heads `heads`.
         heads: indices, ascending, of the heads that are given; where that is all, the call itself is not made.
 
     Returns:
-        Shape (batch, head, token, head dim); no gradient reaches q and k of the given heads.
+        Shape (batch, head, token, head dim), or maps for a `MapCall`; no gradient reaches q and k of the given heads.
     """
+    if isinstance(call, MapCall):
+        if len(heads) == call.logits_BHQK.shape[1]:
+            return given.maps().to(call.logits_BHQK.dtype)
+        attn_BHQK = call.run().clone()
+        attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
+        return attn_BHQK
     values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
     if len(heads) == values_BHTD.shape[1]:
         return copy_attention(given, values_BHTD)
@@ -73,36 +95,53 @@ def attend_with_given(call: AttentionCall, given: LayerFactors, heads: Sequence[
     return outputs_BHTD
 
 
+def attend_with_one_factor(call: AttentionCall, given: LayerFactors, heads: Sequence[int], what: What) -> Tensor:
+    """What an attention call returns when some heads attend with a given q and their own k, or the other way round.
+
+    Args:
+        call: the call, on any timm ViT; its own bias stays.
+        given: factors of the heads `heads`, of the call's head dim.
+        heads: indices, ascending, of the heads that are given one.
+        what: "q" or "k", the one that is given.
+
+    Returns:
+        Shape (batch, head, token, head dim); gradients reach what is not given.
+    """
+    own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale)
+    factors = {"q": own.q_BHTD.clone(), "k": own.repeated_k_BHTD().clone()}
+    factors[what][:, list(heads)] = (given.q_BHTD if what == "q" else given.repeated_k_BHTD()).to(call.query.dtype)
+    value_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+    return replace(call, query=factors["q"], key=factors["k"], value=value_BHTD, enable_gqa=False).run()
+
+
 class CopyStudent(nn.Module):
     """A timm ViT whose chosen layers attend as the teacher does; it learns everything else.
 
     Where all heads of a layer are given, its attention module is replaced by `ValueOnlyAttention`: the weights of q and
     k are gone, from the forward and from the optimizer. Where only some heads are given, or the attention is not a
-    module of its own, the layer keeps its weights and the given heads' outputs are put in.
+    module of its own, the layer keeps its weights and the given heads' outputs are put in. Where only q is given, or
+    only k, the layer keeps its weights too, the unused third of them included.
 
     Args:
         model: a timm ViT with fresh weights; changed in place.
         blocks: its transformer blocks.
-        geometry: the teacher's. Heads and tokens must fit the student.
-        layers: block indices to copy, a subset of the geometry's.
+        pairing: what it is given, and where: maps (given by q and k together), q, or k.
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, geometry: FactorGeometry, layers: Sequence[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
         super().__init__()
         self.model = model
         self._blocks = [blocks]  # in a list, or the blocks would be registered a second time
-        self._heads = list(geometry.heads)
-        all_heads = len(geometry.heads) == geometry.num_model_heads
+        self._pairing = pairing
         self._value_only: dict[int, ValueOnlyAttention] = {}
-        for index in layers:
+        replaceable = pairing.all_heads and pairing.what == "map"
+        for index in pairing.student_layers:
             block = blocks[index]
             attention = getattr(block, "attn", None)
-            if all_heads and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
+            if replaceable and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
                 self._value_only[index] = ValueOnlyAttention(attention)
                 block.attn = self._value_only[index]
-        self._intercepted = frozenset(layers) - self._value_only.keys()
+        self._intercepted = frozenset(pairing.student_layers) - self._value_only.keys()
 
     def forward(self, images: Tensor, teacher: TeacherFactors) -> Tensor:
         """Class logits, shape (batch, class).
@@ -111,67 +150,31 @@ class CopyStudent(nn.Module):
             images: normalised for the student, shape (batch, channel, height, width).
             teacher: factors of the same views.
         """
+        given = PairedFactors(teacher, self._pairing)
         for index, attention in self._value_only.items():
-            attention.give(teacher, index)
+            attention.give(given, index)
+        try:
+            return self._run(images, given)
+        finally:
+            # Or a batch's factors would live until the next one's are here, and a moving average's for ever.
+            for attention in self._value_only.values():
+                attention.take_back()
+
+    def _run(self, images: Tensor, given: PairedFactors) -> Tensor:
+        """The model, with the given attention put in where no module takes it by itself."""
         if not self._intercepted:
             return self.model(images)
 
-        def put_in_given_heads(call: AttentionCall) -> Tensor:
+        def put_in_given_heads(call: AttentionCall | MapCall) -> Tensor:
             if call.block not in self._intercepted:
                 return call.run()
-            return attend_with_given(call, teacher.layer(call.block), self._heads)
+            heads, what = self._pairing.student_heads, self._pairing.what
+            if what in ("q", "k") and isinstance(call, AttentionCall):
+                return attend_with_one_factor(call, given.factors(call.block), heads, what)
+            return attend_with_given(call, given.layer(call.block), heads)
 
         with AttentionIntercept(self._blocks[0], put_in_given_heads):
             return self.model(images)
-
-
-class ValueOnlyAttention(nn.Module):
-    """The rest of an attention module when q and k are given: value, norm, gate and output projections.
-
-    timm's attention classes (`Attention`, `AttentionRope`, `EvaAttention`, BEiT's, `RelPosAttention`) differ in how
-    they make q and k; what comes after is the same, and is taken over from the replaced module, value weights included.
-    """
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.num_heads = cast("int", attention.num_heads)
-        self.v = _value_projection(attention)
-        self.norm = _submodule(attention, "norm") or nn.Identity()
-        self.gate = _submodule(attention, "gate")
-        self.proj = cast("nn.Linear", attention.proj)
-        self.proj_drop = cast("nn.Module", attention.proj_drop)
-        self._given: tuple[TeacherFactors, int] | None = None
-
-    @staticmethod
-    def can_replace(attention: nn.Module) -> bool:
-        """Whether this module is one of the classes whose value path is known."""
-        fused = isinstance(getattr(attention, "qkv", None), nn.Linear)
-        split = isinstance(getattr(attention, "v_proj", None), nn.Linear)
-        return (fused or split) and all(hasattr(attention, part) for part in ("num_heads", "proj", "proj_drop"))
-
-    def give(self, teacher: TeacherFactors, block: int) -> None:
-        """Use this teacher's factors of `block` in the forward calls that follow."""
-        self._given = (teacher, block)
-
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        """Attention output, shape (batch, token, dim). Rotary embeddings, masks and biases passed in are ignored."""
-        assert self._given is not None, "CopyStudent.forward gives the factors"
-        teacher, block = self._given
-        value_BHTD = self.v(x).view(*x.shape[:2], self._num_value_heads(), self._head_dim()).transpose(1, 2)
-        groups = self.num_heads // value_BHTD.shape[1]
-        if groups > 1:
-            value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
-        attended_BTC = copy_attention(teacher.layer(block), value_BHTD).transpose(1, 2).flatten(2)
-        attended_BTC = self.norm(attended_BTC)
-        if self.gate is not None:
-            attended_BTC = attended_BTC * self.gate(x).sigmoid()
-        return cast("Tensor", self.proj_drop(self.proj(attended_BTC)))
-
-    def _head_dim(self) -> int:
-        return self.proj.in_features // self.num_heads
-
-    def _num_value_heads(self) -> int:
-        return self.v.out_features // self._head_dim()
 
 
 class DistilledStudent(nn.Module):
@@ -182,97 +185,43 @@ class DistilledStudent(nn.Module):
     Args:
         model: a timm ViT.
         blocks: its transformer blocks.
-        geometry: the teacher's; heads that are not in it stay free.
-        layers: block indices to distil, a subset of the geometry's.
+        pairing: what is distilled, and where; heads that are not in it stay free. "q", "k" and "qk" are distilled by
+            their mean squared error instead of the map's cross-entropy (Li et al. 2024's ablation).
     """
 
-    def __init__(
-        self, model: nn.Module, blocks: nn.ModuleList, geometry: FactorGeometry, layers: Sequence[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
         super().__init__()
         self.model = model
         self._blocks = [blocks]
-        self._layers = frozenset(layers)
-        self._heads = list(geometry.heads)
-        self._all_heads = len(geometry.heads) == geometry.num_model_heads
+        self._pairing = pairing
+        self._layers = frozenset(pairing.student_layers)
 
     def forward(self, images: Tensor, teacher: TeacherFactors) -> tuple[Tensor, Tensor]:
-        """Class logits (batch, class), and the attention loss in nats: the mean over the chosen layers.
+        """Class logits (batch, class), and the attention loss: the mean over the chosen layers, in nats for maps.
 
         Args:
             images: normalised for the student, shape (batch, channel, height, width).
             teacher: factors of the same views.
         """
+        given = PairedFactors(teacher, self._pairing)
         losses: list[Tensor] = []
 
-        def measure(call: AttentionCall) -> Tensor:
+        def measure(call: AttentionCall | MapCall) -> Tensor:
             if call.block in self._layers:
-                losses.append(attention_distillation_loss(teacher.layer(call.block), self._own_factors(call)))
+                losses.append(self._loss(given, call))
             return call.run()
 
         with AttentionIntercept(self._blocks[0], measure):
             logits = self.model(images)
         return logits, torch.stack(losses).mean()
 
-    def _own_factors(self, call: AttentionCall) -> LayerFactors:
+    def _loss(self, given: PairedFactors, call: AttentionCall | MapCall) -> Tensor:
+        heads = None if self._pairing.all_heads else list(self._pairing.student_heads)
+        if isinstance(call, MapCall):
+            logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
+            return logits_distillation_loss(given.layer(call.block), logits_BHQK)
         own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
-        if self._all_heads:
-            return own
-        bias = own.bias
-        return LayerFactors(
-            q_BHTD=own.q_BHTD[:, self._heads],
-            k_BHTD=own.repeated_k_BHTD()[:, self._heads],
-            scale=own.scale,
-            bias=bias[:, self._heads] if bias is not None and bias.shape[1] > 1 else bias,
-        )
-
-
-def check_student(
-    geometry: FactorGeometry, student: FactorGeometry, layers: Sequence[int], *, student_name: str
-) -> None:
-    """Refuse a student that the teacher's factors do not fit.
-
-    Raises:
-        TeacherError: heads, tokens or layers differ; the message names both sides.
-    """
-    differences: list[str] = []
-    if student.num_model_heads != geometry.num_model_heads:
-        differences.append(f"{student.num_model_heads} heads a layer, the teacher {geometry.num_model_heads}")
-    if student.tokens != geometry.tokens:
-        differences.append(f"{_describe_tokens(student)}, the teacher {_describe_tokens(geometry)}")
-    if missing := sorted(set(layers) - set(student.layers)):
-        differences.append(f"{len(student.layers)} layers and so no layer {missing[0]}")
-    if differences:
-        raise TeacherError(
-            f"student {student_name} has {'; '.join(differences)}. Attention can only be transferred between equal "
-            "heads and tokens: leave --student out to use the teacher's own architecture, or choose one that matches."
-        )
-
-
-def _describe_tokens(geometry: FactorGeometry) -> str:
-    tokens = geometry.tokens
-    return f"{tokens.num_prefix_tokens} + {tokens.grid_height}x{tokens.grid_width} tokens"
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module | None:
-    found = getattr(module, name, None)
-    return found if isinstance(found, nn.Module) else None
-
-
-def _value_projection(attention: nn.Module) -> nn.Linear:
-    """A linear layer with the attention's own value weights: the last third of a fused qkv, or its v_proj."""
-    if isinstance(split := getattr(attention, "v_proj", None), nn.Linear):
-        return split
-    qkv = cast("nn.Linear", attention.qkv)
-    # BEiT and EVA keep biases apart from the projection, which then has none of its own.
-    own_bias = cast("Tensor | None", qkv.bias)
-    v_bias: Tensor | None = getattr(attention, "v_bias", None)
-    if v_bias is None and own_bias is not None:
-        v_bias = own_bias.chunk(3)[2]
-    weight = qkv.weight.chunk(3)[2]
-    # Made without storage, so that no random numbers are drawn for weights that are replaced at once.
-    value = nn.Linear(weight.shape[1], weight.shape[0], bias=v_bias is not None, device="meta")
-    value.weight = nn.Parameter(weight.detach().clone())
-    if v_bias is not None:
-        value.bias = nn.Parameter(v_bias.detach().clone())
-    return value
+        own = own if heads is None else own.select_heads(heads)
+        if self._pairing.what == "map":
+            return attention_distillation_loss(given.layer(call.block), own)
+        return factor_distillation_loss(given.factors(call.block), own, self._pairing.what)
