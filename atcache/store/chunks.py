@@ -14,7 +14,7 @@ import numpy as np
 from numcodecs import blosc as _blosc  # pyright: ignore
 from numcodecs import zstd as _zstd  # pyright: ignore
 
-from atcache.store.layout import BLOSC, ArraySpec
+from atcache.store.layout import COMPRESSORS, ArraySpec
 
 BLOSC_LEVEL = 5
 """On integer codes 3 often gives up ("incompressible"), 7 takes 3 to 9 times as long for about 1 %."""
@@ -28,6 +28,9 @@ EMPTY = np.uint64(2**64 - 1)
 blosc = cast("Any", _blosc)
 zstd = cast("Any", _zstd)
 _google_crc32c = cast("Any", google_crc32c)
+
+# The crc32c of any bytes followed by their own crc32c: checks a chunk without cutting a copy of it.
+_CRC32C_RESIDUE = 0x48674BC7
 
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 _BLOSC_MEMCPYED = 0x02
@@ -48,11 +51,16 @@ def crc32c(data: bytes) -> bytes:
     return struct.pack("<I", _google_crc32c.value(data))
 
 
+_SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+
+
 def compress(array: np.ndarray, compressor: str) -> bytes:
-    """A chunk's bytes as stored: the C-order little-endian elements, compressed, with their crc32c appended."""
+    """A chunk's bytes as stored: the little-endian elements in the compressor's order, with their crc32c appended."""
+    how = COMPRESSORS[compressor]
+    array = array.swapaxes(-1, -2) if how.is_transposed else array
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    if compressor == BLOSC:
-        packed = bytes(blosc.compress(array, b"zstd", BLOSC_LEVEL, blosc.BITSHUFFLE, 0))
+    if how.shuffle is not None:
+        packed = bytes(blosc.compress(array, b"zstd", BLOSC_LEVEL, _SHUFFLES[how.shuffle], 0))
     else:
         packed = bytes(zstd.compress(array, ZSTD_LEVEL))
     return packed + crc32c(packed)
@@ -61,24 +69,27 @@ def compress(array: np.ndarray, compressor: str) -> bytes:
 def decompress_into(encoded: bytes, compressor: str, out_bytes: np.ndarray) -> None:
     """Undo `compress` into `out_bytes`, uint8 and contiguous, which the chunk must fill exactly.
 
+    Elements stay in the order they are stored in: where the compressor transposes, the last two axes are swapped.
+
     Checksum and declared size are looked at before anything is decompressed: a chunk cannot make the reader allocate.
 
     Raises:
         DamagedChunkError: checksum, header or size do not fit.
     """
-    packed = encoded[:-4]
-    if crc32c(packed) != encoded[-4:]:
+    if len(encoded) < 4 or _google_crc32c.value(encoded) != _CRC32C_RESIDUE:
         raise DamagedChunkError("its checksum does not match")
-    nbytes = _blosc_nbytes(packed) if compressor == BLOSC else _zstd_nbytes(packed)
+    packed = memoryview(encoded)[:-4]
+    is_blosc = COMPRESSORS[compressor].shuffle is not None
+    nbytes = _blosc_nbytes(packed) if is_blosc else _zstd_nbytes(packed)
     if nbytes != out_bytes.nbytes:
         raise DamagedChunkError(f"it claims {nbytes} bytes of content, expected {out_bytes.nbytes}")
     try:
-        (blosc if compressor == BLOSC else zstd).decompress(packed, out_bytes)
+        (blosc if is_blosc else zstd).decompress(packed, out_bytes)
     except (RuntimeError, ValueError) as error:
         raise DamagedChunkError(f"it cannot be decompressed ({error})") from error
 
 
-def _blosc_nbytes(packed: bytes) -> int:
+def _blosc_nbytes(packed: memoryview) -> int:
     if len(packed) < _BLOSC_HEADER.size:
         raise DamagedChunkError(f"it has {len(packed)} bytes, too few for a blosc chunk")
     _, _, flags, _, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(packed)
@@ -89,9 +100,9 @@ def _blosc_nbytes(packed: bytes) -> int:
     return nbytes
 
 
-def _zstd_nbytes(packed: bytes) -> int:
+def _zstd_nbytes(packed: memoryview) -> int:
     """Content size of a zstd frame (RFC 8878, section 3.1.1.1); frames that do not tell are refused."""
-    if len(packed) < 6 or packed[:4] != _ZSTD_MAGIC:
+    if len(packed) < 6 or bytes(packed[:4]) != _ZSTD_MAGIC:
         raise DamagedChunkError("it is no zstd frame")
     descriptor = packed[4]
     is_single_segment = bool(descriptor & 0x20)

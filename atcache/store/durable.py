@@ -27,6 +27,11 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file's name is that of a temp file of ours."""
+    return _PARTIAL_NAME.fullmatch(name) is not None
+
+
 def sweep_partials(path: Path | str) -> int:
     """Remove what killed writers of this cache left behind; returns how many. No other writer may be at work.
 
@@ -35,12 +40,12 @@ def sweep_partials(path: Path | str) -> int:
     path = Path(path)
     num_removed = 0
     for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if _PARTIAL_NAME.fullmatch(sibling.name) and sibling.is_dir() and not sibling.is_symlink():
+        if is_partial(sibling.name) and sibling.is_dir() and not sibling.is_symlink():
             shutil.rmtree(sibling)
             num_removed += 1
     for folder, _, names in os.walk(path):
         for name in names:
-            if _PARTIAL_NAME.fullmatch(name):
+            if is_partial(name):
                 (Path(folder) / name).unlink(missing_ok=True)
                 num_removed += 1
     return num_removed

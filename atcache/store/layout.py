@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,9 +18,26 @@ FORMAT = 1
 CODES_DTYPES = ("int8", "uint8", "int16", "int32")
 """Integers every Zarr v3 library reads."""
 
-BLOSC = "blosc-zstd-bitshuffle"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compressor:
+    """How the integers of a chunk become bytes: standard Zarr codecs, so that any Zarr library reads them."""
+
+    shuffle: Literal["shuffle", "bitshuffle"] | None
+    """How blosc groups bytes or bits before zstd; None for zstd without blosc."""
+    is_transposed: bool
+    """Whether the last two axes are swapped first: all tokens of one component lie together."""
+
+
 ZSTD = "zstd"
-COMPRESSORS = (BLOSC, ZSTD)
+BLOSC = "blosc-zstd-bitshuffle"
+COMPRESSORS: Mapping[str, Compressor] = {
+    ZSTD: Compressor(shuffle=None, is_transposed=False),
+    BLOSC: Compressor(shuffle="bitshuffle", is_transposed=False),
+    "transpose-blosc-zstd-shuffle": Compressor(shuffle="shuffle", is_transposed=True),
+    "transpose-blosc-zstd-bitshuffle": Compressor(shuffle="bitshuffle", is_transposed=True),
+}
+"""By the names caches record, fastest to read first. Which is smallest depends on the codes: a build measures."""
 
 # Limits that no real cache comes near. They keep a damaged or hostile layout from asking for absurd memory.
 MAX_CHUNK_NBYTES = 2**30
@@ -151,7 +168,7 @@ class StoreLayout:
     pixels: tuple[int, int] | None = None
     """(height, width) of the stored images; None when views are replayed from the tars."""
     compressor: str = BLOSC
-    """How codes are compressed, one of `COMPRESSORS`. Which is smaller depends on the codec: measure."""
+    """How codes are compressed, one of `COMPRESSORS`. Which is smallest depends on the codes: measure."""
 
     def __post_init__(self) -> None:
         limits = {

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from atcache.errors import CorruptCacheError
-from atcache.store.chunks import DamagedChunkError, decode_index
-from atcache.store.durable import encode_json, write_file
-from atcache.store.layout import ArraySpec, StoreLayout, Task
+from atcache.store.durable import encode_json, fsync_path, write_file
+from atcache.store.layout import ArraySpec, Status, StoreLayout, Task
+from atcache.store.seal import seal, seal_holds
+from atcache.store.shard_check import ShardCheck, check_shard, name_samples
 
 COMMITS = "commits"
-_COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
+COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
+"""File names of commit records."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +91,29 @@ def commit_path(path: Path | str, task: Task) -> Path:
 
 def write_commit(path: Path | str, commit: Commit) -> None:
     """Record a task as finished, durably. Its shards must be durable already."""
-    write_file(commit_path(path, commit.task), encode_json(commit.to_json()))
+    write_file(commit_path(path, commit.task), encode_json(seal(commit.to_json())))
+
+
+def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
+    """Delete commit records, durably, so that the same build redoes their tasks. No other writer may be at work.
+
+    Args:
+        path: the cache.
+        names: names of tasks; those without a record are passed over.
+
+    Returns:
+        The names whose record is gone now, in order.
+    """
+    folder = Path(path) / COMMITS
+    deleted: list[str] = []
+    for name in sorted(set(names)):
+        file = folder / f"{name}.json"
+        if COMMIT_NAME.fullmatch(file.name) and file.exists():
+            file.unlink()
+            deleted.append(name)
+    if deleted:
+        fsync_path(folder)
+    return deleted
 
 
 def list_commits(path: Path | str) -> set[str]:
@@ -96,7 +121,7 @@ def list_commits(path: Path | str) -> set[str]:
     folder = Path(path) / COMMITS
     if not folder.is_dir():
         return set()
-    return {entry.name.removesuffix(".json") for entry in folder.iterdir() if _COMMIT_NAME.fullmatch(entry.name)}
+    return {entry.name.removesuffix(".json") for entry in folder.iterdir() if COMMIT_NAME.fullmatch(entry.name)}
 
 
 def read_commit(path: Path | str, name: str) -> Commit:
@@ -129,43 +154,94 @@ def read_commits(path: Path | str) -> dict[str, Commit]:
 def check_commit(path: Path | str, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
     """What is wrong with a committed task, one sentence each; empty when it can be trusted.
 
-    Looks at the size and the index of every shard; with `deep` also at every byte (the whole file's checksum).
+    Looks at the size and the index of every shard. With `deep` also at every byte: the record's own checksum, the whole
+    files' checksums, every chunk's, that each decompresses to its size, and that status, chunks and counts agree.
+    Memory is one chunk.
     """
-    task = commit.task
+    path, task = Path(path), commit.task
     if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
         return [f"{commit_path(path, task)} is for {task}, which is no task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
     if set(commit.files) != set(specs):
         return [f"{commit_path(path, task)} lists {sorted(commit.files)}, expected {sorted(specs)}."]
-    problems = [
-        _check_shard(Path(path) / name, spec, commit.files[name], deep=deep) for name, spec in sorted(specs.items())
-    ]
-    return [problem for problem in problems if problem is not None]
+    problems: list[str] = []
+    if deep and not _record_seal_holds(path, task):
+        problems.append(f"{commit_path(path, task)} is damaged: its checksum does not match.")
+    checks: dict[str, ShardCheck] = {}
+    for name, spec in sorted(specs.items()):
+        record = commit.files[name]
+        check = check_shard(path / name, spec, record.nbytes, record.crc32, first_sample=task.start, deep=deep)
+        checks[spec.name] = check
+        problems += [] if check.problem is None else [check.problem]
+    status = checks[layout.status.name]
+    if deep and status.problem is None:
+        is_stored_S = status.content == Status.STORED
+        problems += _check_counts(path, commit, layout, status.content)
+        problems += [
+            problem
+            for spec in layout.arrays()
+            if (problem := _check_presence(path, spec, task, checks[spec.name], is_stored_S)) is not None
+        ]
+    return problems
 
 
-def _check_shard(file: Path, spec: ArraySpec, record: FileRecord, *, deep: bool) -> str | None:
+def _record_seal_holds(path: Path, task: Task) -> bool:
     try:
-        nbytes = file.stat().st_size
-        if nbytes != record.nbytes:
-            return f"{file} has {nbytes} bytes, {record.nbytes} were committed."
-        with file.open("rb") as shard:
-            shard.seek(max(0, nbytes - spec.index_nbytes))
-            decode_index(shard.read(), spec, nbytes)
-            if deep and _file_crc32(file) != record.crc32:
-                return f"{file} is damaged: its checksum is not the committed one."
-    except DamagedChunkError as error:
-        return f"{file} is damaged: {error}."
-    except OSError as error:
-        return f"{file} cannot be read: {error.strerror}."
-    return None
+        record: Any = json.loads(commit_path(path, task).read_bytes())
+    except (OSError, ValueError):  # it changed since it was read
+        return False
+    return isinstance(record, dict) and seal_holds(cast("dict[str, Any]", record))
 
 
-def _file_crc32(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def _check_counts(path: Path, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
+    """Statuses that a finished task cannot have, and counts in the record that are not those of the statuses."""
+    task, file = commit.task, path / layout.status.shard_file(commit.task)
+    rows_S, padding_S = status_S[: task.num_samples], status_S[task.num_samples :]
+    problems: list[str] = []
+    if not np.isin(rows_S, [status for status in Status if status != Status.PENDING]).all() or padding_S.any():
+        problems.append(f"{file} holds statuses that a finished task does not have.")
+    num_stored = int((rows_S == Status.STORED).sum())
+    counted, recorded = (num_stored, task.num_samples - num_stored), (commit.num_stored, commit.num_bad)
+    if counted != recorded:
+        problems.append(
+            f"{commit_path(path, task)} counts {recorded[0]} views with codes and {recorded[1]} without, {file} has "
+            f"{counted[0]} and {counted[1]}."
+        )
+    return problems
+
+
+def _check_presence(path: Path, spec: ArraySpec, task: Task, check: ShardCheck, is_stored_S: np.ndarray) -> str | None:
+    """A shard that lacks what the statuses say is stored, or has what they say is not."""
+    if check.is_there_N is None:
+        return None  # its damage is named already
+    if not spec.num_chunks_per_sample:
+        return None if check.is_there_N.all() else f"{path / spec.shard_file(task)} lacks its only chunk."
+    is_there_SN = check.is_there_N.reshape(-1, spec.num_chunks_per_sample)
+    lacking, extra = is_stored_S & ~is_there_SN.all(axis=1), ~is_stored_S & is_there_SN.any(axis=1)
+    wrong_S = np.flatnonzero(lacking | extra)
+    if not len(wrong_S):
+        return None
+    samples = name_samples((wrong_S + task.start).tolist())
+    return (
+        f"{path / spec.shard_file(task)} does not have just the views that are stored by their status: see {samples}."
+    )
+
+
+def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
+    """The totals of a complete cache, as `attributes["atcache"]["complete"]` has them.
+
+    Args:
+        commits: all of them, in task order: sums of floats depend on it.
+    """
+    commits = list(commits)
+    return {
+        "num_tasks": len(commits),
+        "num_stored": sum(commit.num_stored for commit in commits),
+        "num_bad": sum(commit.num_bad for commit in commits),
+        "nbytes": sum(commit.nbytes for commit in commits),
+        "codes_nbytes": sum(commit.codes_nbytes for commit in commits),
+        "quality": summarise_quality(commits),
+    }
 
 
 def summarise_quality(commits: Iterable[Commit]) -> dict[str, dict[str, float]]:

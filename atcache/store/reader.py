@@ -17,7 +17,7 @@ import numpy as np
 
 from atcache.errors import CacheMissError, ConfigError, CorruptCacheError
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into, use_single_threaded_blosc
-from atcache.store.layout import ArraySpec, Status, StoreLayout, Task, describe_status
+from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
 from atcache.store.metadata import read_root
 from atcache.store.tables import read_array, read_samples, read_state
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Bounds what a reader keeps: file descriptors, and indexes of some 100 KB each for a large teacher.
 MAX_OPEN_SHARDS = 384
 MAX_VIEW_BLOCKS = 128
+
+_NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
 
 # Chunks further apart than this are read one by one: another writer may have laid them out in another order.
 _MAX_GAP_NBYTES = 2**16
@@ -61,6 +63,31 @@ def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
     return data
 
 
+def _read_chunks(fd: int, ranges: list[list[int]]) -> list[bytes]:
+    """The chunks at these (offset, nbytes), in one `pread` unless they lie far apart."""
+    if len(ranges) == 1:
+        ((offset, nbytes),) = ranges
+        return [read_exactly(fd, nbytes, offset)]
+    start = min(offset for offset, _ in ranges)
+    nbytes = max(offset + nbytes for offset, nbytes in ranges) - start
+    if nbytes > sum(nbytes for _, nbytes in ranges) + _MAX_GAP_NBYTES:
+        return [read_exactly(fd, nbytes, offset) for offset, nbytes in ranges]
+    data = read_exactly(fd, nbytes, start)
+    return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
+
+
+class _SampleArray:
+    """What reading one sample of an array takes of its spec, worked out once: per view it would cost as much again."""
+
+    def __init__(self, spec: ArraySpec) -> None:
+        self.spec = spec
+        self.num_chunks_per_sample = spec.num_chunks_per_sample
+        self.chunk_nbytes = spec.chunk_nbytes
+        *_, first, second = spec.chunk_shape
+        self.is_transposed = COMPRESSORS[spec.compressor].is_transposed
+        self.stored_sides = (second, first) if self.is_transposed else (first, second)
+
+
 class CacheReader:
     """One cache, open for reading; complete or not.
 
@@ -86,14 +113,14 @@ class CacheReader:
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
         self.attributes, self.layout = read_root(self.path)
-        self._codes = self.layout.codes
-        self._rgb = self.layout.rgb
+        self._codes = _SampleArray(self.layout.codes)
+        self._rgb = None if self.layout.rgb is None else _SampleArray(self.layout.rgb)
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._shards: OrderedDict[tuple[str, int, int], _OpenShard] = OrderedDict()
         self._view_blocks: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -112,62 +139,97 @@ class CacheReader:
         return [task for task in self.layout.tasks() if task.name not in committed]
 
     def read_codes(
-        self, view: int, sample: int, layers: slice | None = None, out: np.ndarray | None = None
+        self, view: int, sample: int, layers: slice | None = None, *, out: np.ndarray | None = None
     ) -> np.ndarray:
         """Codes of one view of one sample.
 
         Args:
             view: from 0.
             sample: its index in the source.
-            layers: positions among the stored layers, without step; None for all.
-            out: where to write, C-contiguous, codes dtype, shape (layer, token, component); None for a new array.
+            layers: rows of L, without step; None for all.
+            out: memory to read into, from an earlier call with the same layers; saves threads the making of new pages.
 
         Returns:
-            codes_LTC: `out`, or a new array.
+            codes_LTC: a new array, or `out`. Where chunks are stored transposed, so it lies in memory: each
+            component's tokens together.
 
         Raises:
             CacheMissError: not stored; the message says why.
             CorruptCacheError: the stored bytes are damaged.
         """
-        layout, spec = self.layout, self._codes
+        layout, array = self.layout, self._codes
         first, stop, step = (layers or slice(None)).indices(layout.num_layers)
         if step != 1 or first >= stop:
             raise ConfigError(f"layers={layers}: expected a range without step within {layout.num_layers} layers.")
-        shape = (stop - first, layout.num_tokens, layout.num_components)
-        out_LTC = np.empty(shape, spec.dtype) if out is None else out
-        if out_LTC.shape != shape or out_LTC.dtype != spec.dtype or not out_LTC.flags.c_contiguous:
-            raise ConfigError(f"out is {out_LTC.dtype} {out_LTC.shape}; expected contiguous {spec.dtype} {shape}.")
         width = layout.layers_per_chunk
         first_chunk, stop_chunk = first // width, -(-stop // width)
-        out_bytes = out_LTC.reshape(-1).view(np.uint8)
-        layer_nbytes = spec.chunk_nbytes // width
-        chunks = self._read_sample(spec, view, sample, first_chunk, stop_chunk)
-        for number, encoded in enumerate(chunks, start=first_chunk):
-            start = max(first, number * width)
-            end = min(stop, (number + 1) * width)
-            target = out_bytes[(start - first) * layer_nbytes : (end - first) * layer_nbytes]
-            if end - start == width:
-                self._decompress(encoded, spec, view, sample, target)
-            else:
-                whole = np.empty(spec.chunk_nbytes, np.uint8)
-                self._decompress(encoded, spec, view, sample, whole)
-                target[:] = whole[(start - number * width) * layer_nbytes : (end - number * width) * layer_nbytes]
-        return out_LTC
+        stored_first, num_stored = first_chunk * width, (stop_chunk - first_chunk) * width
+        if out is not None and num_stored == stop - first:
+            stored = self._memory_of(out, num_stored)
+        else:
+            stored = np.empty((num_stored, *array.stored_sides), array.spec.dtype)
+        self._read_into(stored, array, view, sample, first_chunk, stop_chunk)
+        wanted = stored[first - stored_first : stop - stored_first]
+        codes_LTC = wanted.swapaxes(1, 2) if array.is_transposed else wanted
+        if out is None or num_stored == stop - first:
+            return codes_LTC if out is None else out
+        out[...] = codes_LTC
+        return out
 
-    def read_pixels(self, view: int, sample: int) -> np.ndarray:
-        """The stored image of one view of one sample: pixels_HWC uint8, RGB.
+    def _memory_of(self, out: np.ndarray, num_layers: int) -> np.ndarray:
+        """`out`'s memory in the order chunks are stored in."""
+        array = self._codes
+        stored = out.swapaxes(1, 2) if array.is_transposed and out.ndim == 3 else out
+        shape = (num_layers, *array.stored_sides)
+        if stored.shape != shape or stored.dtype != array.spec.dtype or not stored.flags.c_contiguous:
+            raise ConfigError(
+                f"out has shape {out.shape}, {out.dtype} and strides {out.strides}: expected an array that read_codes "
+                "returned for the same layers."
+            )
+        return stored
+
+    def read_pixels(self, view: int, sample: int, *, out: np.ndarray | None = None) -> np.ndarray:
+        """The stored image of one view of one sample: pixels_HWC uint8, RGB; a new array, or contiguous `out`.
 
         Raises:
             CacheMissError: this cache stores no pixels, or not these.
             CorruptCacheError: the stored bytes are damaged.
         """
-        spec = self._rgb
-        if spec is None:
+        array = self._rgb
+        if array is None:
             raise CacheMissError(f"{self.path} stores no pixels; views are replayed from the tars.")
-        pixels_HWC = np.empty(spec.chunk_shape[2:], spec.dtype)
-        (encoded,) = self._read_sample(spec, view, sample, 0, 1)
-        self._decompress(encoded, spec, view, sample, pixels_HWC.reshape(-1))
+        shape = array.spec.chunk_shape[2:]
+        pixels_HWC = np.empty(shape, np.uint8) if out is None else out
+        if pixels_HWC.shape != shape or pixels_HWC.dtype != np.uint8 or not pixels_HWC.flags.c_contiguous:
+            raise ConfigError(
+                f"out has shape {pixels_HWC.shape}, {pixels_HWC.dtype}: expected {shape}, uint8, contiguous."
+            )
+        self._read_into(pixels_HWC, array, view, sample, 0, 1)
         return pixels_HWC
+
+    def expect(self, view: int, sample_S: np.ndarray) -> None:
+        """Ask the system to read these samples, ascending, from the disk ahead of their use; returns at once.
+
+        Runs of neighbours become one long read each. Samples that are not there are passed over.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        cuts = np.flatnonzero((np.diff(sample_S) > 1) | (np.diff(sample_S // self.layout.samples_per_shard) > 0)) + 1
+        for array in filter(None, (self._codes, self._rgb)):
+            for run in np.split(sample_S, cuts):
+                self._expect_run(array, view, run)
+
+    def _expect_run(self, array: _SampleArray, view: int, run: np.ndarray) -> None:
+        task = self.layout.task_of(view, int(run[0]))
+        shard = self._shard(array.spec, task)
+        if shard is None:
+            return
+        first, stop = (int(row - task.start) * array.num_chunks_per_sample for row in (run[0], run[-1] + 1))
+        index_N2 = shard.index_N2[first:stop]
+        index_N2 = index_N2[index_N2[:, 0] != EMPTY]
+        if len(index_N2):
+            start, end = int(index_N2[:, 0].min()), int(index_N2.sum(axis=1).max())
+            os.posix_fadvise(shard.fd, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def parameters(self, view: int, sample: int) -> np.ndarray:
         """The drawn parameters of one view of one sample: parameters_P float32."""
@@ -230,50 +292,47 @@ class CacheReader:
         """The open shard, or None if there is no such file: its task is not done."""
         if self._pid != os.getpid():
             self._reset()
-        name = spec.shard_file(task)
+        key = (spec.name, task.view, task.block)
         with self._lock:
-            shard = self._shards.get(name)
+            shard = self._shards.get(key)
             if shard is not None:
-                self._shards.move_to_end(name)
+                self._shards.move_to_end(key)
                 return shard
         try:
-            shard = _OpenShard(self.path / name, spec)
+            shard = _OpenShard(self.path / spec.shard_file(task), spec)
         except FileNotFoundError:
             return None
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error)
         with self._lock:
-            self._shards[name] = shard
+            self._shards[key] = shard
             if len(self._shards) > self.max_open_shards:
                 self._shards.popitem(last=False)
         return shard
 
-    def _read_sample(self, spec: ArraySpec, view: int, sample: int, first: int, stop: int) -> list[bytes]:
-        """The encoded chunks [first, stop) of one sample."""
+    def _read_into(
+        self, stored: np.ndarray, array: _SampleArray, view: int, sample: int, first: int, stop: int
+    ) -> None:
+        """The chunks [first, stop) of one sample, decompressed into contiguous memory."""
         self._check_place(view, sample)
-        task = self.layout.task_of(view, sample)
+        spec, task = array.spec, self.layout.task_of(view, sample)
         shard = self._shard(spec, task)
         if shard is None:
             self._raise_missing(spec, task, view, sample)
-        base = (sample - task.start) * spec.num_chunks_per_sample
+        base = (sample - task.start) * array.num_chunks_per_sample
         ranges: list[list[int]] = shard.index_N2[base + first : base + stop].tolist()
-        if any(offset == EMPTY for offset, _ in ranges):
+        if any(offset == _NO_CHUNK for offset, _ in ranges):
             self._raise_missing(spec, task, view, sample)
-        start = min(offset for offset, _ in ranges)
-        nbytes = max(offset + nbytes for offset, nbytes in ranges) - start
         try:
-            if nbytes > sum(nbytes for _, nbytes in ranges) + _MAX_GAP_NBYTES:
-                return [read_exactly(shard.fd, nbytes, offset) for offset, nbytes in ranges]
-            data = read_exactly(shard.fd, nbytes, start)
+            chunks = _read_chunks(shard.fd, ranges)
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error)
-        return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
-
-    def _decompress(self, encoded: bytes, spec: ArraySpec, view: int, sample: int, out_bytes: np.ndarray) -> None:
+        out_bytes, nbytes = stored.reshape(-1).view(np.uint8), array.chunk_nbytes
         try:
-            decompress_into(encoded, spec.compressor, out_bytes)
+            for number, encoded in enumerate(chunks):
+                decompress_into(encoded, spec.compressor, out_bytes[number * nbytes : (number + 1) * nbytes])
         except DamagedChunkError as error:
-            self._raise_damaged(spec, self.layout.task_of(view, sample), error, sample)
+            self._raise_damaged(spec, task, error, sample)
 
     def _view_row(self, spec: ArraySpec, view: int, sample: int) -> np.ndarray:
         self._check_place(view, sample)

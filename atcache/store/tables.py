@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,11 @@ class _ArrayInfo:
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    def places(self) -> Iterator[tuple[int, ...]]:
+        """Each chunk's place in the grid of chunks."""
+        grid = [-(-side // step) for side, step in zip(self.shape, self.chunk_shape, strict=True)]
+        return iter(np.ndindex(*grid))
 
 
 def write_group(folder: Path, attributes: Mapping[str, Any] | None = None) -> None:
@@ -82,17 +87,8 @@ def read_array(root: Path, name: str) -> np.ndarray:
     folder = root / name
     info = _read_info(folder)
     values = np.empty(info.shape, info.dtype)
-    grid = [-(-side // step) for side, step in zip(info.shape, info.chunk_shape, strict=True)]
-    for place in np.ndindex(*grid):
-        file = folder.joinpath("c", *[str(number) for number in place])
-        chunk = np.empty(info.chunk_shape, info.dtype)
-        try:
-            decompress_into(file.read_bytes(), ZSTD, chunk.reshape(-1).view(np.uint8))
-        except (DamagedChunkError, OSError) as error:
-            raise CorruptCacheError(
-                f"{file} is damaged: {error}. It was written when the cache was created; restore it from a copy, or "
-                "build the cache anew."
-            ) from error
+    for place in info.places():
+        chunk = _read_chunk(folder, info, place)
         starts = [number * step for number, step in zip(place, info.chunk_shape, strict=True)]
         target = tuple(
             slice(start, min(start + step, side))
@@ -100,6 +96,45 @@ def read_array(root: Path, name: str) -> np.ndarray:
         )
         values[target] = chunk[tuple(slice(0, span.stop - span.start) for span in target)]
     return values
+
+
+def check_array(root: Path, name: str) -> list[str]:
+    """What is wrong with the files of an array `write_array` wrote, a sentence each; empty when all can be read."""
+    folder, problems = root / name, list[str]()
+    try:
+        info = _read_info(folder)
+    except CorruptCacheError as error:
+        return [str(error)]
+    for place in info.places():
+        try:
+            _read_chunk(folder, info, place)
+        except CorruptCacheError as error:
+            problems.append(str(error))
+    return problems
+
+
+def array_files(root: Path, name: str) -> set[str]:
+    """The files an array `write_array` wrote consists of, by their paths in the cache; only its zarr.json is read.
+
+    Raises:
+        CorruptCacheError: its zarr.json cannot be used.
+    """
+    chunks = {"/".join([name, "c", *map(str, place)]) for place in _read_info(root / name).places()}
+    return {f"{name}/zarr.json", *chunks}
+
+
+def _read_chunk(folder: Path, info: _ArrayInfo, place: tuple[int, ...]) -> np.ndarray:
+    """One whole chunk; the rows that stick out of the array are padding."""
+    file = folder.joinpath("c", *[str(number) for number in place])
+    chunk = np.empty(info.chunk_shape, info.dtype)
+    try:
+        decompress_into(file.read_bytes(), ZSTD, chunk.reshape(-1).view(np.uint8))
+    except (DamagedChunkError, OSError) as error:
+        raise CorruptCacheError(
+            f"{file} is damaged: {error}. It was written when the cache was created; restore it from a copy, or "
+            "build the cache anew."
+        ) from error
+    return chunk
 
 
 def _read_info(folder: Path) -> _ArrayInfo:

@@ -26,24 +26,25 @@ from atcache.store.durable import (
     partial_path,
     write_file,
 )
-from atcache.store.layout import BLOSC, FORMAT, ArraySpec, Status, StoreLayout, Task
+from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
     Commit,
     check_commit,
     commit_path,
     read_commits,
-    summarise_quality,
+    summarise_commits,
     write_commit,
 )
 from atcache.store.metadata import ATTRIBUTES, collect_metadata, load_root, split_root
+from atcache.store.seal import SEAL, seal, seal_holds
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
 if TYPE_CHECKING:
     from atcache.source import SampleIndex
 
-_RESERVED_ATTRIBUTES = ("format", "layout", "complete")
+_RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
 
 
 def create_cache(
@@ -83,7 +84,7 @@ def create_cache(
     with disk_errors_explained(path):
         try:
             ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
-            write_group(temp, {ATTRIBUTES: ours})
+            write_group(temp, {ATTRIBUTES: seal(ours)})
             for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
                 write_group(temp / group)
             for spec in layout.arrays():
@@ -100,15 +101,17 @@ def create_cache(
 
 def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
     import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
+    how, num_axes = COMPRESSORS[spec.compressor], len(spec.shape)
     typesize = np.dtype(spec.dtype).itemsize
     compressor = (
-        # "bitshuffle" as a string: zarr 3.3 deprecates the enum that 3.1 annotates.
-        BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle="bitshuffle", typesize=typesize, blocksize=0)  # pyright: ignore[reportArgumentType]
-        if spec.compressor == BLOSC
+        # The shuffle as a string: zarr 3.3 deprecates the enum that 3.1 annotates.
+        BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=how.shuffle, typesize=typesize, blocksize=0)  # pyright: ignore[reportArgumentType]
+        if how.shuffle is not None
         else ZstdCodec(level=ZSTD_LEVEL, checksum=False)
     )
+    last_two_swapped = (*range(num_axes - 2), num_axes - 1, num_axes - 2)
     zarr.create_array(
         store=str(root),
         name=spec.name,
@@ -117,7 +120,7 @@ def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
         chunks=spec.chunk_shape,
         shards=spec.shard_shape,
         serializer=BytesCodec(endian="little"),
-        filters=None,
+        filters=[TransposeCodec(order=last_two_swapped)] if how.is_transposed else None,
         compressors=[compressor, Crc32cCodec()],
         fill_value=0,
         dimension_names=spec.dimension_names,
@@ -288,11 +291,13 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
 
     Raises:
         CacheMissError: tasks are missing.
-        CorruptCacheError: a committed shard has another size or index than committed.
+        CorruptCacheError: a committed shard has another size or index than committed, or zarr.json has changed.
     """
     path = Path(path)
     root = load_root(path)
     ours, layout = split_root(path, root)
+    if not seal_holds(ours):
+        raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy.")
     commits = read_commits(path)
     names = [task.name for task in layout.tasks()]
     missing = [name for name in names if name not in commits]
@@ -308,15 +313,8 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
                 f"{problems[0]} Delete {commit_path(path, commits[name].task)} and run the same `atcache build` "
                 "command again: only this task is redone."
             )
-    complete = {
-        "num_tasks": len(names),
-        "num_stored": sum(commits[name].num_stored for name in names),
-        "num_bad": sum(commits[name].num_bad for name in names),
-        "nbytes": sum(commits[name].nbytes for name in names),
-        "codes_nbytes": sum(commits[name].codes_nbytes for name in names),
-        "quality": summarise_quality(commits[name] for name in names),
-    }
-    root["attributes"] = {**root["attributes"], ATTRIBUTES: {**ours, "complete": complete}}
+    complete = summarise_commits(commits[name] for name in names)
+    root["attributes"] = {**root["attributes"], ATTRIBUTES: seal({**ours, "complete": complete})}
     # What zarr.consolidate_metadata writes, which warns that the key is not yet in the specification.
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": collect_metadata(path)}
     write_file(path / "zarr.json", encode_json(root))

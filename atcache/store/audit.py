@@ -1,0 +1,216 @@
+"""What of a cache's metadata, tables and files is not as a build writes it. Reads only; one sentence a finding."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from atcache.errors import CorruptCacheError
+from atcache.store.durable import is_partial
+from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
+from atcache.store.manifest import COMMIT_NAME, COMMITS
+from atcache.store.metadata import load_root, split_root
+from atcache.store.seal import seal_holds
+from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
+
+
+def check_metadata(path: Path) -> list[str]:
+    """What is wrong with the zarr.json files, which all else depends on.
+
+    The root's attributes carry a checksum, a finished cache's other files have a copy in the root's, and arrays must
+    be as the layout says. Where any of this fails, what the tasks should be is not known for sure.
+
+    Raises:
+        CacheMissError, CacheMismatchError, CorruptCacheError: the root cannot be read at all.
+    """
+    root = load_root(path)
+    ours, layout = split_root(path, root)
+    file = path / "zarr.json"
+    problems: list[str] = []
+    if not seal_holds(ours):
+        problems.append(f'{file} is damaged: the checksum of its "atcache" attributes does not match.')
+    expected: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
+    copies: dict[str, Any] | None = {}
+    if ours.get("complete") is not None:
+        expected["consolidated_metadata"] = {"kind": "inline", "must_understand": False}
+        copies = _consolidated(root)
+    problems += [f"{file}: {text}." for text in _differences(root, expected)]
+    if copies is None:
+        problems.append(f"{file} lacks the copies of the other zarr.json files that a finished cache has.")
+        copies = {}
+    specs = {spec.name: spec for spec in layout.arrays()}
+    for name in sorted({*_group_names(layout), *specs, *copies}):
+        problems += _check_node(path, name, specs.get(name), copies.get(name))
+    return problems
+
+
+def _consolidated(root: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The copies of all nodes' metadata that the root of a finished cache has, by name; None where it has none."""
+    consolidated: Any = root.get("consolidated_metadata")
+    copies: Any = cast("dict[str, Any]", consolidated).get("metadata") if isinstance(consolidated, dict) else None
+    return cast("dict[str, Any]", copies) if isinstance(copies, dict) else None
+
+
+def _group_names(layout: StoreLayout) -> list[str]:
+    pixels = ["pixels"] if layout.pixels is not None else []
+    return ["attention", "attention/state", COMMITS, "samples", "views", *pixels]
+
+
+def _check_node(path: Path, name: str, spec: ArraySpec | None, copy: object) -> list[str]:
+    file = path / name / "zarr.json"
+    try:
+        found: Any = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return [f"{file} is missing" + (f", though {path}/zarr.json lists it." if copy is not None else ".")]
+    except (OSError, ValueError) as error:
+        return [f"{file} cannot be read ({error})."]
+    if copy is not None and found != copy:
+        return [f'{file} is not the same as its copy in {path}/zarr.json, under "consolidated_metadata".']
+    if spec is not None:
+        return [f"{file}: {text} by the cache's layout." for text in _differences(found, _array_metadata(spec))]
+    return []
+
+
+def _array_metadata(spec: ArraySpec) -> dict[str, Any]:
+    """What an array's zarr.json must say; compressors' levels, which readers need not know, are left out."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    crc32c = {"name": "crc32c"}
+    how, num_axes = COMPRESSORS[spec.compressor], len(spec.shape)
+    blosc = {"cname": "zstd", "shuffle": how.shuffle, "typesize": np.dtype(spec.dtype).itemsize}
+    compressor = {"name": "zstd"} if how.shuffle is None else {"name": "blosc", "configuration": blosc}
+    order = [*range(num_axes - 2), num_axes - 1, num_axes - 2]
+    transpose = [{"name": "transpose", "configuration": {"order": order}}] if how.is_transposed else []
+    # One byte has no order: zarr-python writes `bytes` without it.
+    bytes_codec = {"name": "bytes"} if np.dtype(spec.dtype).itemsize == 1 else little
+    sharding = {
+        "chunk_shape": list(spec.chunk_shape),
+        "codecs": [*transpose, bytes_codec, compressor, crc32c],
+        "index_codecs": [little, crc32c],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape),
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shard_shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 0,
+        "dimension_names": list(spec.dimension_names),
+    }
+
+
+def _differences(found: object, expected: object, where: str = "") -> Iterator[str]:
+    """Where `found` is not `expected`; members that are not expected do not count."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for name, value in cast("dict[str, Any]", expected).items():
+            yield from _differences(
+                cast("dict[str, Any]", found).get(name), value, f"{where}.{name}" if where else name
+            )
+    elif isinstance(expected, list) and isinstance(found, list):
+        members, wanted = cast("list[Any]", found), cast("list[Any]", expected)
+        if len(members) != len(wanted):
+            yield f"{where} has {len(members)} members, expected {len(wanted)}"
+        else:
+            for number, (one, other) in enumerate(zip(members, wanted, strict=True)):
+                yield from _differences(one, other, f"{where}[{number}]")
+    elif found != expected:
+        yield f"{where} is {found!r}, expected {expected!r}"
+
+
+def check_tables(path: Path, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
+    """What is wrong with the sample table, the codec's state and the teacher's bias: what no task writes."""
+    problems = [problem for name in _sample_arrays() for problem in check_array(path, name)]
+    if not problems:
+        problems += _check_fingerprint(path, attributes, layout)
+    return problems + [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
+
+
+def _check_fingerprint(path: Path, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
+    try:
+        index = read_samples(path, layout.num_samples)
+    except CorruptCacheError as error:
+        return [str(error)]
+    source: Any = attributes.get("source")
+    table: Any = json.loads((path / "samples" / "zarr.json").read_bytes())["attributes"]
+    recorded: dict[Path, Any] = {path / "samples" / "zarr.json": table.get("fingerprint")}
+    if isinstance(source, dict):  # what `create_cache` makes without a build need not have one
+        recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
+    return [
+        f"the sample table in {path}/samples has the fingerprint {index.fingerprint[:12]}..., {file} says "
+        f"{str(fingerprint)[:12]}...."
+        for file, fingerprint in recorded.items()
+        if fingerprint != index.fingerprint
+    ]
+
+
+def _sample_arrays() -> list[str]:
+    return [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
+
+
+def _extra_arrays(path: Path) -> list[str]:
+    """Names of the arrays of the codec's state, and of the bias, that are there."""
+    folders = [*(path / "attention" / "state").glob("*/"), path / "attention" / "bias"]
+    return sorted(folder.relative_to(path).as_posix() for folder in folders if folder.is_dir())
+
+
+def find_strays(path: Path, layout: StoreLayout, committed: set[str]) -> list[str]:
+    """Files that are no part of the cache, and shards of uncommitted tasks, a sentence each. They do no harm.
+
+    Args:
+        path: the cache.
+        layout: its layout.
+        committed: names of the tasks that have a commit record.
+    """
+    known = _known_files(path, layout)
+    strays: list[str] = []
+    uncommitted: set[str] = set()
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder) / name
+            relative = file.relative_to(path).as_posix()
+            if relative in known or (file.parent == path / COMMITS and COMMIT_NAME.fullmatch(name)):
+                continue
+            task = _task_of_shard(relative, layout)
+            if task is not None:
+                uncommitted |= {task.name} - committed
+            elif is_partial(name):
+                strays.append(f"{file} was left by a writer that was stopped; the next build removes it.")
+            else:
+                strays.append(f"{file} is no part of the cache.")
+    if uncommitted:
+        strays.append(
+            f"{path} has shards without commit record, from {min(uncommitted)} on ({len(uncommitted)} in all); "
+            "the next build writes them again."
+        )
+    return strays
+
+
+def _known_files(path: Path, layout: StoreLayout) -> set[str]:
+    """The files of a cache beside shards and commit records, by their paths in it."""
+    known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
+    known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}
+    for name in [*_sample_arrays(), *_extra_arrays(path)]:
+        try:
+            known |= array_files(path, name)
+        except CorruptCacheError:
+            known.add(f"{name}/zarr.json")  # `check_tables` has a finding of its own
+    return known
+
+
+def _task_of_shard(relative: str, layout: StoreLayout) -> Task | None:
+    """The task whose shard a path in the cache is; None for other files."""
+    for spec in layout.arrays():
+        match = re.fullmatch(f"{spec.name}/c/([0-9]+)/([0-9]+)" + "/0" * (len(spec.shape) - 2), relative)
+        if match and int(match[1]) < layout.num_views and int(match[2]) < layout.num_blocks:
+            task = layout.task(int(match[1]), int(match[2]))
+            return task if spec.shard_file(task) == relative else None
+    return None

@@ -1,0 +1,123 @@
+"""Every byte of one shard: its size, index, whole-file checksum, and each chunk decompressed. Memory: one chunk."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
+from atcache.store.layout import ArraySpec
+
+_GAP_BLOCK_NBYTES = 2**22
+_READ_AHEAD_NBYTES = 2**20
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardCheck:
+    """What a look at one shard found."""
+
+    problem: str | None = None
+    """One sentence that names the file; None for none."""
+    is_there_N: np.ndarray | None = None
+    """Which chunks the index lists, bool; None where the index cannot be used."""
+    content: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    """The bytes of the last chunk that was decompressed: of a shard of one chunk, all it holds."""
+
+
+def check_shard(
+    file: Path, spec: ArraySpec, nbytes: int, crc32: int, *, first_sample: int = 0, deep: bool = False
+) -> ShardCheck:
+    """What is wrong with a shard.
+
+    Args:
+        file: the shard.
+        spec: its array.
+        nbytes: the size that was committed.
+        crc32: the committed checksum of the whole file.
+        first_sample: the sample of its first chunks, for messages.
+        deep: read every byte; otherwise only the size and the index are looked at.
+    """
+    check = ShardCheck()
+    try:
+        found_nbytes = file.stat().st_size
+        if found_nbytes != nbytes:
+            check.problem = f"{file} has {found_nbytes} bytes, {nbytes} were committed."
+            return check
+        with file.open("rb", buffering=_READ_AHEAD_NBYTES) as shard:
+            shard.seek(max(0, nbytes - spec.index_nbytes))
+            index_N2 = decode_index(shard.read(), spec, nbytes)
+            check.is_there_N = index_N2[:, 0] != EMPTY
+            if deep:
+                damaged, found_crc32 = _read_all(shard, index_N2, spec, nbytes, check)
+                if damaged:
+                    check.problem = f"{file} is damaged: {_describe(damaged, spec, first_sample)}."
+                elif found_crc32 != crc32:
+                    check.problem = f"{file} is damaged: its checksum is not the committed one."
+    except DamagedChunkError as error:
+        check.problem = f"{file} is damaged: {error}."
+    except OSError as error:
+        check.problem = f"{file} cannot be read: {error.strerror}."
+    return check
+
+
+def _read_all(
+    shard: BinaryIO, index_N2: np.ndarray, spec: ArraySpec, nbytes: int, check: ShardCheck
+) -> tuple[dict[int, str], int]:
+    """The damaged chunks by number, each with what is wrong, and the crc32 of the file. Reads each byte once."""
+    damaged: dict[int, str] = {}
+    check.content = np.empty(spec.chunk_nbytes, np.uint8)
+    position = crc32 = 0
+    # In the order of the file, which another writer may have chosen freely: chunks may even overlap.
+    for number in np.argsort(index_N2[:, 0], kind="stable").tolist():
+        offset, length = index_N2[number].tolist()
+        if offset == EMPTY:
+            break  # these sort last
+        crc32 = _skip(shard, position, offset, crc32)
+        shard.seek(offset)
+        data = shard.read(length)
+        crc32 = zlib.crc32(memoryview(data)[max(0, position - offset) :], crc32)
+        position = max(position, offset + length)
+        try:
+            decompress_into(data, spec.compressor, check.content)
+        except DamagedChunkError as error:
+            damaged[number] = str(error)
+    return damaged, _skip(shard, position, nbytes, crc32)
+
+
+def _skip(shard: BinaryIO, position: int, stop: int, crc32: int) -> int:
+    """The crc32 with the bytes from `position` to `stop`, if any, taken in."""
+    shard.seek(position)
+    while position < stop and (block := shard.read(min(_GAP_BLOCK_NBYTES, stop - position))):
+        crc32 = zlib.crc32(block, crc32)
+        position += len(block)
+    return crc32
+
+
+def _describe(damaged: dict[int, str], spec: ArraySpec, first_sample: int) -> str:
+    """Whose chunks are damaged, and how the first one is.
+
+    One line for a shard however many they are: a lost disk sector can hit thousands.
+    """
+    reason = next(iter(damaged.values()))
+    if not spec.num_chunks_per_sample:
+        return reason
+    samples = sorted({first_sample + number // spec.num_chunks_per_sample for number in damaged})
+    chunks = "1 chunk" if len(damaged) == 1 else f"{len(damaged)} chunks"
+    return f"{chunks} of {name_samples(samples)}: {reason}"
+
+
+def name_samples(samples: list[int]) -> str:
+    """Ascending samples in words, runs shortened.
+
+    >>> name_samples([3, 5, 6, 7])
+    'samples 3, 5-7'
+    """
+    breaks = [0, *(place for place, (one, next_) in enumerate(pairwise(samples), 1) if next_ != one + 1), len(samples)]
+    runs = [samples[start:stop] for start, stop in pairwise(breaks)]
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{'sample' if len(samples) == 1 else 'samples'} {text}"
