@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 
-from atcache.errors import CacheMissError, CorruptCacheError
+from atcache.errors import CacheMissError, CodecError, CorruptCacheError
 from atcache.lazy_layers import Kind, LazyLayer, as_dask
 from atcache.store.layout import Status, describe_status
 from atcache.store.manifest import read_commits, summarise_quality
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import dask.array as da
     import xarray as xr
 
-    from atcache.attention.factors import FactorGeometry, LayerFactors
+    from atcache.attention.factors import FactorGeometry, LayerAttention
     from atcache.codecs import Codec, Coder
     from atcache.source import Source
     from atcache.views import ViewPolicy
@@ -37,6 +37,10 @@ class View:
     view: int
     label: int
     """-1 for none."""
+    partner: int | None
+    """Row of the sample that is mixed in; None where the view is not mixed."""
+    share: float
+    """Of the own image, and so of the label; the rest is the partner's. 1 where the view is not mixed."""
     status: int
     """A `Status`; always STORED here."""
     image: np.ndarray
@@ -156,10 +160,19 @@ class Cache:
         Args:
             layer: block index of the teacher.
             view: one view only; the view axis stays, with length 1. None for all.
+
+        Raises:
+            CacheMissError: the codec stores maps, not q and k.
         """
+        from atcache.attention.factors import LayerMaps
+
         position = self._layer_position(layer)
         views = tuple(range(self.reader.layout.num_views)) if view is None else (self._check_view(view),)
         example = self._example(position)
+        if isinstance(example, LayerMaps):
+            raise CacheMissError(
+                f"{self.path} holds maps (codec {self.codec.name}), so it has no q and k. Use maps() for its maps."
+            )
         bias_HQK = None if example.bias is None else example.bias[0].numpy()
 
         def lazy(kind: Kind, num_heads: int) -> da.Array:
@@ -210,19 +223,24 @@ class Cache:
         """
         import torch
 
+        from atcache.rendering import stored_mix
+
         row = self.find_sample(sample) if isinstance(sample, str) else sample
         reader = self.reader
         codes_LTC = torch.from_numpy(reader.read_codes(view, row))
         with torch.inference_mode():
             layers = [
-                self.coder.decode(position, codes_LTC[position : position + 1]).maps()[0]
-                for position in range(len(codes_LTC))
+                self.coder.decode(position, codes_LTC[self.coder.code_layer(position)].unsqueeze(0)).maps()[0]
+                for position in range(len(self.geometry.layers))
             ]
+        mix = stored_mix(self.policy, reader.parameters(view, row))
         return View(
             sample=row,
             sample_key=reader.samples.sample_key(row),
             view=view,
             label=int(reader.labels_S[row]),
+            partner=row + mix.partner if mix.partner else None,
+            share=mix.share,
             status=reader.status(view, row),
             image=self.image(row, view),
             maps_LHQK=torch.stack(layers).numpy(),
@@ -236,8 +254,8 @@ class Cache:
         from atcache.rendering import replay_view
 
         versions = self.attributes.get("created_by", {}).get("views", {})
-        parameters_P = reader.parameters(view, sample)
-        return replay_view(self.source, self.policy, sample, parameters_P, reader.pixel_hash(view, sample), versions)
+        parameters_of = partial(reader.parameters, view)
+        return replay_view(self.source, self.policy, sample, parameters_of, reader.pixel_hash(view, sample), versions)
 
     def find_sample(self, sample_key: str) -> int:
         """The row of a sample_key, "TAR_NAME/KEY".
@@ -336,8 +354,8 @@ class Cache:
         shape = (len(views), self.reader.layout.num_samples, len(heads), *tail)
         return LazyLayer(cache=self, position=position, kind=kind, heads=heads, shape=shape, views=views)
 
-    def _example(self, position: int) -> LayerFactors:
-        """What decoding codes of zeros gives: the shapes and the scale of this layer's factors."""
+    def _example(self, position: int) -> LayerAttention:
+        """What decoding codes of zeros gives: the kind, the shapes and the scale of this layer's attention."""
         import torch
 
         layout = self.reader.layout
@@ -365,13 +383,21 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
     """
     import torch
 
+    if geometry.tokens.num_tokens != reader.layout.num_tokens:
+        raise CorruptCacheError(
+            f"{reader.path}/zarr.json: its geometry has {geometry.tokens.num_tokens} tokens, its layout "
+            f"{reader.layout.num_tokens}. Restore it from a copy."
+        )
     bias_LHQK = reader.bias_LHQK
-    return codec.coder(
-        geometry,
-        {name: torch.from_numpy(values) for name, values in reader.state.items()},
-        bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
-        device=device,
-    )
+    try:
+        return codec.coder(
+            geometry,
+            {name: torch.from_numpy(values) for name, values in reader.state.items()},
+            bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
+            device=device,
+        )
+    except CodecError as error:
+        raise CorruptCacheError(f"{reader.path}/attention/state: {error} Restore it from a copy.") from error
 
 
 def _reopen(path: Path, data: str | Path | Sequence[str | Path] | None) -> Cache:

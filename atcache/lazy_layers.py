@@ -12,7 +12,7 @@ from atcache.store.layout import Status, StoreLayout
 if TYPE_CHECKING:
     import dask.array as da
 
-    from atcache.attention.factors import LayerFactors
+    from atcache.attention.factors import LayerAttention
     from atcache.cache import Cache
 
 MAX_CHUNK_NBYTES = 64 * 2**20
@@ -70,37 +70,33 @@ class LazyLayer:
         """Decoded values of some samples of a view, axes (sample, head, ...)."""
         import torch
 
-        reader, layout = self.cache.reader, self.cache.reader.layout
+        from atcache.stacking import Stack
+
+        reader, coder = self.cache.reader, self.cache.coder
         decoded = np.full((len(samples_B), len(heads_H), *self.shape[3:]), np.nan, np.float32)
         stored_B = np.array([reader.status(view, int(sample)) == Status.STORED for sample in samples_B], bool)
         if not stored_B.any():
             return decoded
-        codes_BTC = np.empty((int(stored_B.sum()), layout.num_tokens, layout.num_components), layout.codes_dtype)
-        layer = slice(self.position, self.position + 1)
-        for row, sample in enumerate(samples_B[stored_B]):
-            reader.read_codes(view, int(sample), layer, out=codes_BTC[row : row + 1])
+        code_layer = coder.code_layer(self.position)
+        rows = slice(code_layer, code_layer + 1)
+        stack = Stack(int(stored_B.sum()))
+        for sample in samples_B[stored_B]:
+            stack.add(reader.read_codes(view, int(sample), rows))
+        codes_BLTC = stack.tensor
+        assert codes_BLTC is not None, "some are stored"
         with torch.inference_mode():
-            factors = self.cache.coder.decode(self.position, torch.from_numpy(codes_BTC))
+            factors = coder.decode(self.position, codes_BLTC[:, 0])
             decoded[stored_B] = self._values(factors, heads_H).numpy()
         return decoded
 
-    def _values(self, factors: LayerFactors, heads_H: np.ndarray) -> Any:  # noqa: ANN401 - a tensor; torch is imported late
-        import torch
-
+    def _values(self, layer: LayerAttention, heads_H: np.ndarray) -> Any:  # noqa: ANN401 - a tensor; torch is imported late
         from atcache.attention.factors import LayerFactors
 
-        heads = torch.from_numpy(heads_H.astype(np.int64))
-        if self.kind == "q":
-            return factors.q_BHTD[:, heads].float()
-        if self.kind == "k":
-            return factors.k_BHTD[:, heads].float()
-        bias = factors.bias
-        return LayerFactors(
-            q_BHTD=factors.q_BHTD[:, heads],
-            k_BHTD=factors.repeated_k_BHTD()[:, heads],
-            scale=factors.scale,
-            bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
-        ).maps()
+        heads: list[int] = heads_H.tolist()
+        if self.kind == "maps":
+            return layer.select_heads(heads).maps()
+        assert isinstance(layer, LayerFactors), "Cache.factors refuses caches of maps"
+        return (layer.q_BHTD if self.kind == "q" else layer.k_BHTD)[:, heads].float()
 
 
 def _numbers(item: Any, length: int) -> np.ndarray:  # noqa: ANN401 - numpy's

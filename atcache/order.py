@@ -8,10 +8,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from atcache.errors import ConfigError
+
+Shuffle = Literal["global", "block"]
+"""How an epoch is shuffled: any sample anywhere, or blocks of neighbours that are mixed within windows."""
+SHUFFLES = get_args(Shuffle)
+
+# As orders are for ever, so are these. A block is what a disk reads in one go; a window is what is mixed, and what the
+# page cache should hold twice.
+BLOCK_SAMPLES = 32
+WINDOW_BLOCKS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -27,28 +37,100 @@ class SampleOrder:
     """Another seed, another order."""
     batch_size: int
     """Samples a step, over all processes."""
+    shuffle: Shuffle = "global"
+    """"block" permutes blocks of `BLOCK_SAMPLES` neighbouring rows, and then the samples of each window of
+    `WINDOW_BLOCKS` such blocks: reads stay within one window for as long as it lasts."""
+    rank: int = 0
+    """Which of `num_ranks` equal parts of each batch this process takes."""
+    num_ranks: int = 1
+    """Processes that train together; a divisor of `batch_size`."""
+
+    def __post_init__(self) -> None:
+        if self.shuffle not in SHUFFLES:
+            raise ConfigError(f"shuffle={self.shuffle!r}: expected one of {', '.join(SHUFFLES)}.")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for another order to be this one, as JSON."""
+        samples = np.ascontiguousarray(self.sample_S, "<i8")
+        return {
+            "samples": hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+        }
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """The (sample, epoch) pairs of one step; equal for equal arguments, everywhere."""
-        num_samples = len(self.sample_S)
+        """This rank's (sample, epoch) pairs of one step; equal for equal arguments, everywhere.
+
+        The ranks' parts, one after another, are the batch of one process.
+        """
         pairs: list[tuple[int, int]] = []
-        position, stop = step * self.batch_size, (step + 1) * self.batch_size
+        for epoch, start, stop in self._stretches(step):
+            pairs += [(sample, epoch) for sample in self.sample_S[self._epoch_order(epoch)[start:stop]].tolist()]
+        return pairs
+
+    def windows(self, step: int) -> list[tuple[int, int]]:
+        """The (epoch, window) pairs that a step's samples lie in; none under "global"."""
+        if self.shuffle == "global":
+            return []
+        found: list[tuple[int, int]] = []
+        for epoch, start, stop in self._stretches(step):
+            ends_W = _block_order(self, epoch)[1]
+            first, last = np.searchsorted(ends_W, [start, stop - 1], side="right").tolist()
+            found += [(epoch, window) for window in range(first, last + 1)]
+        return found
+
+    def window_samples(self, epoch: int, window: int) -> np.ndarray:
+        """The samples of one window, ascending int64; none behind an epoch's last window."""
+        order, ends_W = _block_order(self, epoch)
+        if window >= len(ends_W):
+            return self.sample_S[:0]
+        start = 0 if window == 0 else int(ends_W[window - 1])
+        return np.sort(self.sample_S[order[start : int(ends_W[window])]])
+
+    def _stretches(self, step: int) -> list[tuple[int, int, int]]:
+        """Where this rank's part of a step lies: (epoch, start, stop) in one epoch's order or in several."""
+        num_samples = len(self.sample_S)
+        part_size = self.batch_size // self.num_ranks
+        position = step * self.batch_size + self.rank * part_size
+        stop = position + part_size
+        stretches: list[tuple[int, int, int]] = []
         while position < stop:
             epoch, start = divmod(position, num_samples)
             end = min(num_samples, start + stop - position)
-            order = epoch_permutation(num_samples, self.seed, epoch)[start:end]
-            pairs += [(sample, epoch) for sample in self.sample_S[order].tolist()]
+            stretches.append((epoch, start, end))
             position += end - start
-        return pairs
+        return stretches
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self.shuffle == "global":
+            return epoch_permutation(len(self.sample_S), self.seed, epoch)
+        return _block_order(self, epoch)[0]
 
 
 @lru_cache(maxsize=4)
-def epoch_permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+def _block_order(order: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch's samples, and where each window of it ends; int64, read-only."""
+    blocks, block_S = np.unique(order.sample_S // BLOCK_SAMPLES, return_inverse=True)
+    place_of_block = np.argsort(epoch_permutation(len(blocks), order.seed, epoch, purpose="blocks"), kind="stable")
+    window_S = place_of_block[block_S] // WINDOW_BLOCKS
+    # A permutation of all, then stably by window, is a permutation of each window.
+    shuffled = epoch_permutation(len(block_S), order.seed, epoch)
+    places = shuffled[np.argsort(window_S[shuffled], kind="stable")]
+    ends_W = np.cumsum(np.bincount(window_S))
+    for array in (places, ends_W):
+        array.flags.writeable = False
+    return places, ends_W
+
+
+@lru_cache(maxsize=4)
+def epoch_permutation(num_samples: int, seed: int, epoch: int, *, purpose: str = "order") -> np.ndarray:
     """The order of `num_samples` things in an epoch, int64, read-only.
 
     The last few orders are remembered, since every step of an epoch asks for the same one.
     """
-    words = np.random.Philox(key=_hash("order", seed, epoch)).random_raw(num_samples)
+    words = np.random.Philox(key=_hash(purpose, seed, epoch)).random_raw(num_samples)
     order = np.argsort(words, kind="stable")
     order.flags.writeable = False
     return order

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _MAX_OPEN_TARS = 64
+_COLUMN_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,22 +109,21 @@ def index_source(
             with keys that are not UTF-8 or longer than 512 bytes.
     """
     tars = expand_tars(data)
-    parts = [index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise") for path in tars]
-    counts = [len(part.keys) for part in parts]
-
-    def column(values: Iterable[list[Any]], dtype: str) -> np.ndarray[Any, Any]:
-        return np.concatenate([np.array(rows, dtype=dtype) for rows in values])
-
-    return SampleIndex(
-        tars=tars,
-        tar_nbytes=tuple(part.tar_nbytes for part in parts),
-        keys_S=column((part.keys for part in parts), "S"),
-        tar_S=np.repeat(np.arange(len(tars), dtype=np.int32), counts),
-        offset_S=column((part.offsets for part in parts), "int64"),
-        nbytes_S=column((part.nbytes for part in parts), "int64"),
-        label_S=column((part.labels for part in parts), "int64"),
-        problem_S=column((part.problems for part in parts), "uint8"),
-    )
+    tar_nbytes: list[int] = []
+    # Arrays tar by tar: lists of a million Python numbers would take twice the memory.
+    columns: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ("key", *_COLUMN_DTYPES)}
+    for number, path in enumerate(tars):
+        part = index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise")
+        tar_nbytes.append(part.tar_nbytes)
+        columns["key"].append(np.array(part.keys, dtype="S"))
+        values = {"offset": part.offsets, "nbytes": part.nbytes, "label": part.labels, "problem": part.problems}
+        values["tar"] = [number] * len(part.keys)
+        for name, dtype in _COLUMN_DTYPES.items():
+            columns[name].append(np.array(values[name], dtype=dtype))
+    whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    keys_S = whole.pop("key")
+    fields = {f"{name}_S": column for name, column in whole.items()}
+    return SampleIndex(tars=tars, tar_nbytes=tuple(tar_nbytes), keys_S=keys_S, **fields)
 
 
 def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> SampleIndex:

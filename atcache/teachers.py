@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.components import component_differences
 from atcache.errors import TeacherError
+from atcache.mixing import MixPolicy
 from atcache.tokens import TokenLayout
 from atcache.views import PolicyName, ViewPolicy
 from atcache.weights import AFTER_BLOCKS, LoadReport, load_weights, read_weights, weights_sha256
@@ -139,11 +140,11 @@ class InputConfig:
         """The fields as a JSON object."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
-    def view_policy(self, name: PolicyName, seed: int) -> ViewPolicy:
+    def view_policy(self, name: PolicyName, seed: int, mixing: MixPolicy | None = None) -> ViewPolicy:
         """The policy that draws views of this size, filter and crop.
 
         Raises:
-            ConfigError: the name or the seed cannot be used.
+            ConfigError: the name or the seed cannot be used, or "eval" is to be mixed.
         """
         return ViewPolicy(
             name=name,
@@ -152,6 +153,7 @@ class InputConfig:
             image_width=self.width,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
+            mixing=mixing,
         )
 
     @classmethod

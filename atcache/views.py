@@ -4,40 +4,45 @@ A view is one vector of float32 parameters, the same for every policy: crop a bo
 window of the wanted size, flip, up to two RandAugment operations, erase a box. The parameters are stored, not only the
 seed, because what draws them may change: numpy keeps the raw stream of a bit generator but not the methods of
 `numpy.random.Generator` across versions, and `log` and `cos` differ between machines in the last bit. So only raw
-Philox words are used here, and replaying a view draws nothing but the erase noise, which is raw words too.
+Philox words are used, and replaying a view draws nothing but the erase noise, which is raw words too.
+
+A policy that mixes views adds the parameters of `atcache.mixing`; everything here is about the view before that.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from atcache.errors import BadImageError, ConfigError, CorruptCacheError
-from atcache.images import MAX_PIXELS
-from atcache.randaugment import (
-    FILL,
-    MAGNITUDE_MAX,
-    MAGNITUDE_MEAN,
-    MAGNITUDE_STD,
-    OPERATIONS,
-    RESAMPLE,
-    apply_operation,
-    check_operation,
-    level_argument,
+from atcache.drawing import (
+    NO_ERASING,
+    NO_OPERATIONS,
+    NUM_WORDS,
+    draw_crop,
+    draw_erasing,
+    draw_eval,
+    draw_flip,
+    draw_operations,
+    uniforms,
 )
+from atcache.errors import ConfigError, CorruptCacheError
+from atcache.images import MAX_PIXELS
+from atcache.mixing import MIXING_NAMES, MixPolicy
+from atcache.randaugment import FILL, RESAMPLE, apply_operation, check_operation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PolicyName = Literal["eval", "crop-flip", "randaug"]
 
-SPEC = 1
-"""Version of the meaning of policies and parameters; raised when equal parameters would give other pixels."""
+SPEC, MIXING_SPEC = 1, 2
+"""Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
+
+Policies that mix are of the second, all others of the first: who knows no mixing must refuse only the former."""
 
 PARAMETER_NAMES = (
     "crop_top",
@@ -59,18 +64,12 @@ PARAMETER_NAMES = (
     "erase_width",
     "erase_seed",
 )
-"""What the numbers of `parameters_P` are, for every policy. Unused: operation -1, everything else 0. Whole numbers
-below 2**24 but for the arguments, so float32 holds them exactly."""
+"""What the first numbers of `parameters_P` are, for every policy: all of them, unless views are mixed. Unused:
+operation -1, everything else 0. Whole numbers below 2**24 but for the arguments, so float32 holds them exactly."""
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 _ARGUMENTS = (PARAMETER_NAMES.index("argument_1"), PARAMETER_NAMES.index("argument_2"))
-_NO_OPERATIONS = (-1.0, 0.0, -1.0, 0.0)
-_NO_ERASING = (0.0, 0.0, 0.0, 0.0, 0.0)
-_NUM_TRIES = 10
-# Each use has raw words of its own, so that `randaug` crops and flips just as `crop-flip` does.
-_NUM_WORDS = 64
-_CROP_WORD, _FLIP_WORD, _OPERATION_WORD, _ERASE_WORD = 0, 22, 24, 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +89,8 @@ class ViewPolicy:
     """How boxes are resized: one of `INTERPOLATIONS`, always antialiased (Pillow)."""
     crop_pct: float = 0.875
     """`eval` only: the shortest side is resized to size / crop_pct before the centre is cut; timm's default."""
+    mixing: MixPolicy | None = None
+    """How views are mixed with those of other samples; None for not at all."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PolicyName):
@@ -102,10 +103,21 @@ class ViewPolicy:
             raise ConfigError(f"views of {self.image_height} x {self.image_width}: expected 1 to 8192 pixels a side.")
         if not 0.0 < self.crop_pct <= 1.0:
             raise ConfigError(f"crop_pct {self.crop_pct}: expected more than 0, at most 1.")
+        if self.name == "eval" and self.mixing is not None:
+            raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """What the numbers of a stored view are."""
+        return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, with the spec version and its fixed choices."""
-        return {"spec": SPEC, **asdict(self), "operations": {"resample": RESAMPLE, "fill": list(FILL)}}
+        """The fields as a JSON object, with the spec version and its fixed choices; `mixing` only where there is."""
+        fields = asdict(self)
+        if self.mixing is None:
+            del fields["mixing"]
+        spec = SPEC if self.mixing is None else MIXING_SPEC
+        return {"spec": spec, **fields, "operations": {"resample": RESAMPLE, "fill": list(FILL)}}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> ViewPolicy:
@@ -115,19 +127,20 @@ class ViewPolicy:
             ConfigError: it was written for another spec.
         """
         rest = dict(fields)
-        spec, operations = rest.pop("spec", None), rest.pop("operations", None)
-        if spec != SPEC or operations != {"resample": RESAMPLE, "fill": list(FILL)}:
+        spec, operations, mixing = rest.pop("spec", None), rest.pop("operations", None), rest.pop("mixing", None)
+        expected_spec = SPEC if mixing is None else MIXING_SPEC
+        if spec != expected_spec or operations != {"resample": RESAMPLE, "fill": list(FILL)}:
             raise ConfigError(
-                f"views of spec {spec} with operations {operations}, this atcache knows spec {SPEC} with {RESAMPLE} "
-                f"and fill {list(FILL)}. Use the version that wrote the cache."
+                f"views of spec {spec} with operations {operations}, this atcache knows spec {expected_spec} with "
+                f"{RESAMPLE} and fill {list(FILL)}. Use the version that wrote the cache."
             )
-        return cls(**rest)
+        return cls(**rest, mixing=None if mixing is None else MixPolicy(**mixing))
 
 
 def draw_view(
     policy: ViewPolicy, sample_key: str, view: int, source_height: int, source_width: int
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The parameters of a view, shape (len(PARAMETER_NAMES),), float32: a pure function of its arguments.
+    """The parameters of a view before mixing, shape (len(PARAMETER_NAMES),), float32: a pure function of its arguments.
 
     Args:
         policy: its seed, name and size.
@@ -139,114 +152,28 @@ def draw_view(
     Raises:
         BadImageError: `eval` of so long and thin an image that the resized one would be over Pillow's pixel limit.
     """
+    height, width = policy.image_height, policy.image_width
     if policy.name == "eval":
-        geometry = _draw_eval(policy, source_height, source_width)
-        return np.array((*geometry, 0, *_NO_OPERATIONS, *_NO_ERASING), dtype=np.float32)
-    uniforms = _uniforms(policy.seed, sample_key, view)
-    crop = _draw_crop(uniforms, source_height, source_width)
-    geometry = (*crop, policy.image_height, policy.image_width, 0, 0)
-    flip = float(uniforms[_FLIP_WORD] < 0.5)
-    operations, erasing = _NO_OPERATIONS, _NO_ERASING
-    if policy.name == "randaug":
-        operations = (*_draw_operation(uniforms, _OPERATION_WORD), *_draw_operation(uniforms, _OPERATION_WORD + 5))
-        erasing = _draw_erasing(uniforms, policy.image_height, policy.image_width)
-    return np.array((*geometry, flip, *operations, *erasing), dtype=np.float32)
-
-
-def _uniforms(seed: int, sample_key: str, view: int) -> list[float]:
-    """Doubles in [0, 1) from the raw words of a Philox keyed by the three."""
-    text = f"{seed}/{view}/{sample_key}".encode()
-    key = hashlib.blake2b(text, digest_size=16, person=b"atcache view 1").digest()
-    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(_NUM_WORDS)
-    return ((words >> np.uint64(11)) * 2.0**-53).tolist()
-
-
-def _draw_eval(policy: ViewPolicy, height: int, width: int) -> tuple[int, ...]:
-    """timm's `transforms_imagenet_eval` with a centre crop: crop box, resized size, window."""
-    target_height = math.floor(policy.image_height / policy.crop_pct)
-    target_width = math.floor(policy.image_width / policy.crop_pct)
-    if target_height == target_width:  # torchvision's Resize, which cuts off the longer side's fraction
-        longer = int(target_height * max(height, width) / min(height, width))
-        resized = (target_height, longer) if height <= width else (longer, target_height)
-    else:  # timm's ResizeKeepRatio, which rounds
-        ratio = min(height / target_height, width / target_width)
-        resized = (round(height / ratio), round(width / ratio))
-    if math.prod(resized) > MAX_PIXELS:
-        raise BadImageError(
-            f"an image of {width} x {height} would be resized to {resized[1]} x {resized[0]} pixels, expected at most "
-            f"{MAX_PIXELS} in all. Leave it out, or crop it."
+        geometry = draw_eval(
+            source_height, source_width, image_height=height, image_width=width, crop_pct=policy.crop_pct
         )
-    window_top = round((resized[0] - policy.image_height) / 2.0)
-    window_left = round((resized[1] - policy.image_width) / 2.0)
-    return 0, 0, height, width, *resized, window_top, window_left
-
-
-def _draw_crop(uniforms: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """The top, left, height and width of torchvision's RandomResizedCrop.
-
-    Its area is 0.08 to 1 of the image, its ratio of width to height log-uniform from 3/4 to 4/3.
-    """
-    area, log_ratio = height * width, math.log(4 / 3)
-    for attempt in range(_NUM_TRIES):
-        first, second = uniforms[_CROP_WORD + 2 * attempt : _CROP_WORD + 2 * attempt + 2]
-        target_area = (0.08 + 0.92 * first) * area
-        ratio = math.exp(log_ratio * (2.0 * second - 1.0))
-        crop_width, crop_height = round(math.sqrt(target_area * ratio)), round(math.sqrt(target_area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            position = _CROP_WORD + 2 * _NUM_TRIES
-            top = int(uniforms[position] * (height - crop_height + 1))
-            left = int(uniforms[position + 1] * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    # The image is too long: the largest box in its middle whose ratio is allowed.
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = round(width / (3 / 4))
-    elif width / height > 4 / 3:
-        crop_width = round(height * (4 / 3))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def _draw_operation(uniforms: list[float], word: int) -> tuple[float, float]:
-    """One RandAugment operation: none with probability 0.5, else any of them at a magnitude of N(9, 0.5)."""
-    choice, apply, first, second, sign = uniforms[word : word + 5]
-    if apply >= 0.5:
-        return -1.0, 0.0
-    position = int(choice * len(OPERATIONS))
-    # Box and Muller; 1 - first is never 0.
-    normal = math.sqrt(-2.0 * math.log(1.0 - first)) * math.cos(2.0 * math.pi * second)
-    magnitude = min(max(MAGNITUDE_MEAN + MAGNITUDE_STD * normal, 0.0), MAGNITUDE_MAX)
-    return float(position), level_argument(OPERATIONS[position], magnitude, 1 if sign < 0.5 else -1)
-
-
-def _draw_erasing(uniforms: list[float], height: int, width: int) -> tuple[float, float, float, float, float]:
-    """The box and noise seed of random erasing (Zhong et al. 2017, arXiv 1708.04896), with timm's law for the box.
-
-    Probability 0.25, area 0.02 to 1/3 of the view, ratio log-uniform from 0.3 to 1/0.3.
-    """
-    probability, top, left, seed = uniforms[_ERASE_WORD : _ERASE_WORD + 4]
-    if probability >= 0.25:
-        return _NO_ERASING
-    log_ratio = math.log(1 / 0.3)
-    for attempt in range(_NUM_TRIES):
-        word = _ERASE_WORD + 4 + 2 * attempt
-        area = (0.02 + (1 / 3 - 0.02) * uniforms[word]) * height * width
-        ratio = math.exp(log_ratio * (2.0 * uniforms[word + 1] - 1.0))
-        box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < box_height < height and 0 < box_width < width:
-            box_top, box_left = int(top * (height - box_height + 1)), int(left * (width - box_width + 1))
-            # 24 bits of seed: what float32 holds exactly.
-            return float(box_top), float(box_left), float(box_height), float(box_width), float(int(seed * 2**24))
-    return _NO_ERASING
+        return np.array((*geometry, 0, *NO_OPERATIONS, *NO_ERASING), dtype=np.float32)
+    words = uniforms(policy.seed, sample_key, view, purpose=b"atcache view 1", num_words=NUM_WORDS)
+    geometry = (*draw_crop(words, source_height, source_width), height, width, 0, 0)
+    operations, erasing = NO_OPERATIONS, NO_ERASING
+    if policy.name == "randaug":
+        operations, erasing = draw_operations(words), draw_erasing(words, height, width)
+    return np.array((*geometry, draw_flip(words), *operations, *erasing), dtype=np.float32)
 
 
 def apply_view(
     image: Image, parameters_P: np.ndarray[Any, Any], policy: ViewPolicy
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The view's pixels, uint8, shape (image_height, image_width, 3): a pure function, for any stored parameters.
+    """The view's pixels before mixing, uint8, shape (image_height, image_width, 3): a pure function.
 
     Args:
         image: the decoded source image, mode RGB; it is left as it is.
-        parameters_P: what `draw_view` gave for an image of this size.
+        parameters_P: what `draw_view` gave for an image of this size, or stored parameters without `MIXING_NAMES`.
         policy: only its size and interpolation are used.
 
     Raises:

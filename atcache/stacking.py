@@ -1,0 +1,66 @@
+"""Stacking a batch sample by sample, in memory that a training process maps instead of copying."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+_NARROW = np.iinfo(np.int16)
+
+
+class Stack:
+    """Arrays of one shape, stacked as they come: while a sample is still in the processor's cache.
+
+    In a worker process the stack lies in shared memory. Of arrays with the last two axes swapped, as transposed codes
+    are, the stack keeps the order in memory: transposing integers costs a pass.
+
+    Args:
+        num_rows: how many arrays will be added.
+        narrows: hand int32 over as int16 while all values fit: half as much to share, pin and send.
+    """
+
+    def __init__(self, num_rows: int, *, narrows: bool = False) -> None:
+        self._num_rows, self._narrows = num_rows, narrows
+        self._num_added = 0
+        self._is_swapped = False
+        self._stored: Tensor | None = None
+
+    def add(self, array: np.ndarray) -> None:
+        """Copy one array into the next row."""
+        if self._num_added == 0:
+            self._is_swapped = not array.flags.c_contiguous
+        stored = array.swapaxes(-1, -2) if self._is_swapped else array
+        narrows = self._narrows and stored.dtype == np.int32 and _fits(stored)
+        if self._stored is None:
+            self._stored = _empty((self._num_rows, *stored.shape), np.dtype(np.int16) if narrows else stored.dtype)
+        elif self._stored.dtype == torch.int16 and stored.dtype == np.int32 and not narrows:
+            wide = _empty((self._num_rows, *stored.shape), stored.dtype)
+            wide[: self._num_added] = self._stored[: self._num_added]
+            self._stored = wide
+        self._stored.numpy()[self._num_added] = stored
+        self._num_added += 1
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """All rows; None where nothing was added."""
+        if self._stored is None:
+            return None
+        assert self._num_added == self._num_rows, f"{self._num_added} of {self._num_rows} rows were added"
+        return self._stored.transpose(-1, -2) if self._is_swapped else self._stored
+
+
+def _fits(array: np.ndarray) -> bool:
+    return bool(array.max() <= _NARROW.max and array.min() >= _NARROW.min)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A new tensor; in a worker process in shared memory, as torch's own collate function makes it."""
+    like = torch.from_numpy(np.empty(0, dtype))
+    if get_worker_info() is None:
+        return like.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.element_size())  # pyright: ignore
+    return like.set_(storage, 0, shape)  # pyright: ignore
