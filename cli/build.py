@@ -11,6 +11,7 @@ from . import options
 
 
 @click.command()
+@options.recipe
 @click.option("--teacher", required=True, help="An alias such as mae-vit-l, or a timm name with arguments.")
 @options.data
 @click.option(
@@ -24,9 +25,17 @@ from . import options
     show_default=True,
     help="How views are drawn; eval is for validation caches.",
 )
+@click.option("--mixup", default=0.0, help="Blend each view with another sample's; alpha of its share, such as 0.8.")
+@click.option("--cutmix", default=0.0, help="Paste a box of another sample's view; alpha of its area, such as 1.0.")
+@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
 @click.option("--views", default=1, show_default=True, help="Views of each sample.")
 @options.seed
-@click.option("--codec", default="int8", show_default=True, help="exact, exact:dtype=float32 or int8.")
+@click.option(
+    "--codec", help="transform, int8, exact, exact:dtype=float32 or logmap; without it, what suits the teacher."
+)
+@click.option("--target-kl", type=float, help="Mean row KL to meet, in nats; codec transform's default is 0.005.")
+@click.option("--target-mb-per-view", type=float, help="Megabytes a view to meet, instead of a KL.")
+@click.option("--budget", metavar="BYTES", help="Bytes of all codes to meet, such as 2TB, instead of a KL.")
 @click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
 @click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
 @click.option(
@@ -46,11 +55,11 @@ from . import options
 @click.option("--batch-size", default=32, show_default=True, help="Views a forward of the teacher.")
 @click.option("--workers", type=int, help="Processes that decode images; without it, one less than processors.")
 @click.option("--samples-per-shard", type=int, help="Samples a task; without it, shards of about 256 MiB.")
-@click.option("--calibration-samples", default=64, show_default=True, help="Samples the codec is fitted on.")
+@click.option("--calibration-samples", default=256, show_default=True, help="Samples the codec is fitted on.")
 @options.device
 @options.precision
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop before anything is written.")
-def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of BuildConfig
+def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of BuildConfig
     """Run the teacher once over a dataset and keep its attention in a cache.
 
     Typing the same command again continues a build that was stopped.
@@ -60,6 +69,7 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
     \b
         atcache build --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out in1k.zarr
     """
+    del recipe  # its settings are the other options' defaults
     from ..pipelines.build import BuildConfig
     from ..pipelines.build import build as run_build
     from ..pipelines.build_plan import BuildPlan
@@ -70,7 +80,8 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
             f"teacher {plan.teacher}; licence of its weights: {plan.licence or 'not known'}\n"
             f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
             f"{plan.num_tokens} tokens\n"
-            f"{plan.nbytes_per_view} bytes a view ({options.size_against_maps(ratio)}), "
+            f"{plan.nbytes_per_view} bytes a view ({options.size_against_maps(ratio)}) and "
+            f"{plan.state_nbytes / 2**20:.1f} MiB once; "
             f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"
             f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps\n"
             f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
@@ -86,4 +97,6 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
             f"{summary.num_built_views} views in {summary.seconds:.1f} s now",
             err=True,
         )
+    if summary.warning is not None:
+        click.echo(summary.warning, err=True)
     options.print_json(summary.to_json())

@@ -34,26 +34,45 @@ def read_defaults(
         ConfigError: the file is no TOML, or names a table, an option or a value that does not exist. Names the file,
             the key and what was expected.
     """
-    tables = _read_toml(path)
+    tables = read_toml(path)
     for name, table in tables.items():
         if name not in all_commands:
             raise ConfigError(f"{path}: '{name}' is no command of atcache; {_nearest(name, all_commands)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: '{name}' must be a table of options, written [{name}].")
+    return check_options(tables.get(command_name, {}), command_name, command, where=f"{path}: [{command_name}]")
+
+
+def check_options(table: dict[str, Any], command_name: str, command: click.Command, *, where: str) -> dict[str, Any]:
+    """The values of a table of options, by parameter name.
+
+    Args:
+        table: TOML's values by the options' long names.
+        command_name: the command's name.
+        command: whose options they are.
+        where: which table of which file, for messages.
+
+    Raises:
+        ConfigError: an option or a value does not exist.
+    """
     options = _file_options(command)
-    defaults: dict[str, Any] = {}
-    for key, value in cast(dict[str, Any], tables.get(command_name, {})).items():
-        where = f"{path}: [{command_name}] {key}"
+    values: dict[str, Any] = {}
+    for key, value in table.items():
         option = options.get(key.replace("_", "-"))
         if option is None:
-            raise ConfigError(f"{where} is no option of 'atcache {command_name}'; {_nearest(key, options)}")
-        if option.name in defaults:
-            raise ConfigError(f"{where} is given twice, once spelled with '-' and once with '_'.")
-        defaults[option.name] = _checked(value, option, command, where)
-    return defaults
+            raise ConfigError(f"{where} {key} is no option of 'atcache {command_name}'; {_nearest(key, options)}")
+        if option.name in values:
+            raise ConfigError(f"{where} {key} is given twice, once spelled with '-' and once with '_'.")
+        values[option.name] = _checked(value, option, command, f"{where} {key}")
+    return values
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", default=1, show_default=True, help="Students of each mode.")
 @click.option("--pretrain", is_flag=True, help="Make the teacher afresh instead of taking the shipped one.")
-@click.option("--codec", default="int8", show_default=True, help="How the teacher's factors are stored.")
+@click.option("--codec", default="transform", show_default=True, help="How the teacher's factors are stored.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
 def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
     """Show attention transfer end to end on a small dataset, without a download.

@@ -28,13 +28,15 @@ def info(cache: Path, as_json: bool) -> None:
         atcache info in1k.zarr --json
     """
     opened = atcache.open(cache)
-    about = opened.describe()
+    about = {**opened.describe(), "calibration": opened.attributes.get("calibration")}
     bad = _count_bad(opened.reader.status_VS) if about["num_bad"] else {}
     if as_json:
         options.print_json({**about, "bad": bad})
         return
     for name, value in _lines(about, bad):
         click.echo(f"{name:<10} {value}")
+    for line in _card(about):
+        click.echo(line)
 
 
 def _count_bad(status_VS: Any) -> dict[str, int]:  # noqa: ANN401 - numpy, which is imported late
@@ -51,7 +53,7 @@ def _count_bad(status_VS: Any) -> dict[str, int]:  # noqa: ANN401 - numpy, which
 def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
     teacher, views, codec = _part(about, "teacher"), _part(about, "views"), _part(about, "codec")
     policy = _part(views, "policy")
-    settings = ", ".join(f"{name} {value}" for name, value in codec.items() if name != "name")
+    settings = ", ".join(f"{name} {value}" for name, value in codec.items() if name != "name" and value is not None)
     pixels = "stored" if views.get("pixels") == "store" else "replayed from the tars"
     size = f"{policy.get('image_height')} x {policy.get('image_width')} pixels"
     layers, heads = about["layers"], about["heads"]
@@ -60,7 +62,7 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
         ("teacher", f"{teacher.get('name')}, weights {str(teacher.get('weights_sha256'))[:12]}"),
         ("licence", str(teacher.get("licence") or "not known: see where the teacher's weights come from")),
         ("samples", f"{about['num_samples']} x {_count(about['num_views'], 'view')}"),
-        ("views", f"{policy.get('name')}, seed {policy.get('seed')}, {size}, {pixels}"),
+        ("views", f"{policy.get('name')}{_mixing(policy)}, seed {policy.get('seed')}, {size}, {pixels}"),
         (
             "attention",
             f"{_count(len(layers), 'layer')} ({_ranges(layers)}) x {_count(len(heads), 'head')} ({_ranges(heads)}) "
@@ -76,6 +78,9 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
                 + options.size_against_maps(about["times_smaller_than_float16_maps"]),
             )
         )
+    calibration = _part(about, "calibration")
+    if "row_kl_nats" in calibration and "injected_error" in calibration:
+        lines.append(("held back", _held_back(calibration, codec)))
     row_kl = about["quality"].get("row_kl_nats")
     if row_kl:
         lines.append(("row KL", f"{row_kl['mean']:.2g} nats on average, {row_kl['max']:.2g} at most"))
@@ -85,6 +90,38 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
 def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
     """An object that `atcache build` writes; empty in a cache of other origin that has none."""
     return about.get(name) or {}
+
+
+def _held_back(calibration: dict[str, Any], codec: dict[str, Any]) -> str:
+    """Fidelity as the build measured it before it began, beside what it was to be."""
+    target_kl = None if codec.get("target_nbytes") else codec.get("target_kl")
+    target = f" (target {target_kl:.4g})" if target_kl else ""
+    views = _count(calibration["num_held_back"], "view") if "num_held_back" in calibration else "a few views"
+    return (
+        f"row KL {calibration['row_kl_nats']:.2g} nats{target}, features off by {calibration['injected_error']:.2g} "
+        f"with decoded maps; on {views} before the build"
+    )
+
+
+def _card(about: dict[str, Any]) -> list[str]:
+    """A table of what the codec does to each layer; empty where the build did not record it."""
+    cards: list[dict[str, Any]] = _part(about, "calibration").get("layers") or []
+    if not cards:
+        return []
+    rows = [
+        f"{card['layer']:>5}  {card['nbytes']:>12.0f}  {card['row_kl_nats']:>12.2g}  {card['injected_error']:>16.2g}"
+        for card in cards
+    ]
+    return ["", f"{'layer':>5}  {'bytes a view':>12}  {'row KL, nats':>12}  {'features off by':>16}", *rows]
+
+
+def _mixing(policy: dict[str, Any]) -> str:
+    """How views are mixed; empty where they are not."""
+    mixing = _part(policy, "mixing")
+    names = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
+    alphas = [f"{name} {mixing[field]}" for field, name in names.items() if mixing.get(field)]
+    prob = mixing.get("prob", 1.0)
+    return (f" with {' and '.join(alphas)}" if alphas else "") + ("" if prob == 1 else f" in {prob:.4g} of the views")
 
 
 def _state(about: dict[str, Any]) -> str:

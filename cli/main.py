@@ -63,12 +63,14 @@ def _command(name: str, summary: str, *, attribute: str | None = None) -> LazyCo
 
 # `atcache --help` prints these lines as they stand; a test holds each to the first line of its command's docstring.
 COMMANDS: dict[str, LazyCommand] = {
+    "plan": _command("plan", "Say what a cache would take, and whether it would pay."),
     "build": _command("build", "Run the teacher once over a dataset and keep its attention in a cache."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
     "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
     "pack": _command("pack", "Pack folders of images into WebDataset tars."),
     "info": _command("info", "Say what a cache holds, and what is missing."),
+    "verify": _command("verify", "Prove that a cache is whole, and with its teacher that it is faithful."),
     "demo": _command("demo", "Show attention transfer end to end on a small dataset, without a download."),
 }
 
@@ -160,7 +162,8 @@ def _stdout_reader_has_gone() -> bool:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help=f"TOML file with defaults for any option of any command.  [default: {DEFAULT_FILE}, if there is one]",
 )
-def cli(config: Path | None) -> None:
+@click.pass_context
+def cli(ctx: click.Context, config: Path | None) -> None:
     """Run the teacher once, keep its attention, train students from it.
 
     Results are printed as JSON lines on stdout, progress on stderr. Any option's default can be kept in atcache.toml,
@@ -175,6 +178,10 @@ def cli(config: Path | None) -> None:
     del config  # read by LazyGroup, once it is known for which command
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("atcache").setLevel(logging.INFO)
+    if ctx.invoked_subcommand not in (None, "train"):
+        from ..pipelines.distributed import Ranks
+
+        Ranks.from_environment().refuse_several(f"`atcache {ctx.invoked_subcommand}`")
 
 
 def main() -> None:

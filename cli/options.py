@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .defaults import read_defaults
+
 data = click.option(
     "--data",
     required=True,
@@ -30,6 +32,26 @@ precision = click.option(
 )
 
 seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
+
+
+def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str | None:
+    """Make a recipe's settings the defaults of the command's other options, which are looked up after this one."""
+    if name is not None and ctx.info_name is not None:
+        from ..pipelines.recipes import TABLES, recipe_path
+
+        settings = read_defaults(recipe_path(name), ctx.info_name, ctx.command, all_commands=TABLES)
+        ctx.default_map = {**(ctx.default_map or {}), **settings}
+    return name
+
+
+recipe = click.option(
+    "--recipe",
+    is_eager=True,
+    callback=_use_recipe,
+    metavar="NAME",
+    help="Settings of a paper (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or a file of your own. "
+    "Other options win over it.",
+)
 
 
 def size_against_maps(times_smaller: float) -> str:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from atcache.errors import ConfigError
 
 from . import options
+from .sweep import read_sweep
+
+if TYPE_CHECKING:
+    from ..pipelines.train import SweepResult
 
 _PATH = click.Path(path_type=Path)
 
 
 @click.command()
+@click.option("--mode", type=click.Choice(["copy", "distill", "scratch", "finetune"]), help="What to do.")
+@options.recipe
 @click.option(
-    "--mode", required=True, type=click.Choice(["copy", "distill", "scratch", "finetune"]), help="What to do."
+    "--sweep",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
 @click.option("--out", required=True, type=_PATH, help="The run's folder; an unfinished run is continued.")
 @click.option("--cache", type=_PATH, help="The training cache; scratch and finetune can do with --data alone.")
@@ -24,11 +35,25 @@ _PATH = click.Path(path_type=Path)
 @click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
 @click.option("--weights", type=_PATH, help="The teacher's weights, for finetune and --live-teacher.")
 @click.option("--layers", help="Blocks whose attention is transferred, such as 0-17; all of the cache without it.")
+@click.option("--heads", help="Heads of them, such as 0,3; all of the cache without it.")
+@click.option("--layer-map", help="Pairs STUDENT:TEACHER of blocks, for a student of other depth, such as 0:0,1:2,2:4.")
+@click.option("--head-map", help="The teacher's head of each of the student's, for one with fewer, such as 0,2,5.")
+@click.option(
+    "--what",
+    type=click.Choice(["map", "qk", "q", "k"]),
+    default="map",
+    show_default=True,
+    help="What is transferred; with q or k alone the student has its own other one.",
+)
 @click.option("--live-teacher", is_flag=True, help="Run the teacher in every step instead of reading its maps.")
 @click.option(
     "--policy",
     type=click.Choice(["eval", "crop-flip", "randaug"]),
     help="How views are drawn without a cache; without it, crop-flip.",
+)
+@click.option("--mixup", default=0.0, help="Blend views without a cache; alpha of the share, such as 0.8.")
+@click.option(
+    "--cutmix", default=0.0, help="Paste boxes of other views without a cache; alpha of the area, such as 1.0."
 )
 @click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples.")
 @click.option("--steps", type=int, help="Optimiser steps, instead of epochs.")
@@ -43,18 +68,28 @@ _PATH = click.Path(path_type=Path)
 @click.option("--beta2", type=float, default=0.999, show_default=True, help="Adam's second momentum.")
 @click.option("--layer-decay", type=float, help="Learning rate of a block relative to the one above, such as 0.75.")
 @click.option("--drop-path", type=float, default=0.0, show_default=True, help="Stochastic depth of the student.")
+@click.option("--student-jitter", default=0.0, show_default=True, help="Vary the student's light and colours, to 1.")
 @click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="Spread over all classes.")
 @click.option("--clip-grad", type=float, help="Largest gradient norm.")
 @click.option("--ema", type=float, help="Decay of a moving average of the weights, such as 0.9999.")
 @click.option("--attention-weight", type=float, default=3.0, show_default=True, help="Weight of the distillation loss.")
 @options.seed
+@click.option("--order-seed", type=click.IntRange(min=0), help="Seed of the order of samples; without it, the seed.")
+@click.option(
+    "--shuffle",
+    type=click.Choice(["global", "block"]),
+    default="global",
+    show_default=True,
+    help="block reads neighbours together, for disks that hate random reads.",
+)
 @click.option("--workers", default=0, show_default=True, help="Processes that read ahead; 0 reads in this one.")
 @click.option("--keep-mib", default=256, show_default=True, help="Memory for views that were read, in MiB.")
 @options.device
 @options.precision
 @click.option("--validate-every", type=float, default=1.0, show_default=True, help="Epochs between them; 0: the end.")
 @click.option("--checkpoint-every", default=1000, show_default=True, help="Steps between checkpoints.")
-def train(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of TrainConfig
+@click.pass_context
+def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noqa: ANN401 - TrainConfig's fields
     """Train a student from a cache, or from scratch.
 
     Typing the same command again continues a run that was stopped.
@@ -63,8 +98,66 @@ def train(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Train
 
     \b
         atcache train --mode copy --cache in1k.zarr --val-cache in1k-val.zarr --out runs/copy
+        atcache train --recipe distill-vit-l --cache in1k.zarr --val-data 'val-{00..49}.tar' --out runs/distill
     """
+    from ..pipelines.distributed import Ranks
     from ..pipelines.train import TrainConfig
     from ..pipelines.train import train as run_training
 
-    options.print_json(run_training(TrainConfig(**config)).to_json())
+    _draw_as_the_recipe(ctx, config)
+    if sweep is not None:
+        _train_sweep(sweep, ctx.command, config)
+    elif config["mode"] is None:
+        raise click.UsageError("Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one.")
+    else:
+        summary = run_training(TrainConfig(**config))
+        if Ranks.from_environment().leads:
+            options.print_json(summary.to_json())
+
+
+def _draw_as_the_recipe(ctx: click.Context, config: dict[str, Any]) -> None:
+    """Without a cache views are drawn in training: then a recipe's views count, unless an option says otherwise."""
+    if config["recipe"] is None or config["cache"] is not None:
+        return
+    from ..pipelines.recipes import VIEW_FIELDS, read_recipe
+
+    wanted = read_recipe(config["recipe"])["build"]
+    for name in VIEW_FIELDS:
+        if name in wanted and ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            config[name] = wanted[name]
+
+
+def _train_sweep(file: Path, command: click.Command, common: dict[str, Any]) -> None:
+    from ..pipelines.train import TrainConfig, train_sweep
+
+    out: Path = common["out"]
+    order_seed = common["seed"] if common["order_seed"] is None else common["order_seed"]
+    configs: list[TrainConfig] = []
+    for name, values in read_sweep(file, command).items():
+        student: dict[str, Any] = {**common, **values, "out": out / name, "order_seed": order_seed}
+        if student["mode"] is None:
+            raise ConfigError(f"{file}: student {name} has no mode. Give it one, or --mode for all.")
+        configs.append(TrainConfig(**student))
+    results = train_sweep(configs)
+    for result in results:
+        options.print_json(result.to_json())
+    _print_table(results)
+    if given_up := [result.name for result in results if result.summary is None]:
+        raise click.ClickException(f"{len(given_up)} of {len(results)} students were given up: {', '.join(given_up)}.")
+
+
+def _print_table(results: list[SweepResult]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("student", "loss", "top-1 %", "top-5 %"):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    for result in results:
+        if result.summary is None:
+            table.add_row(result.name, "given up")
+            continue
+        score = result.summary.validation
+        scores = ("", "") if score is None else (f"{score.top1:.2f}", f"{score.top5:.2f}")
+        table.add_row(result.name, f"{result.summary.loss:.4g}", *scores)
+    Console(stderr=True).print(table)

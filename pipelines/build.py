@@ -18,10 +18,11 @@ from torch import Tensor
 
 from atcache.attention.capture import parse_indices
 from atcache.cache import stored_coder
-from atcache.codecs import parse_codec
+from atcache.codecs import Codec
 from atcache.errors import ConfigError, DiskFullError
+from atcache.mixing import mix_policy
 from atcache.precision import resolve_device, resolve_precision
-from atcache.rendering import STORED, render_view
+from atcache.rendering import STORED, Renderer
 from atcache.source import SampleIndex, Source, index_source
 from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
@@ -32,6 +33,8 @@ from atcache.views import PolicyName, ViewPolicy
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
 from .build_tasks import TaskRunner
 from .calibrate import TeacherRun, calibrate
+from .choose_codec import CodecTarget, choose_codec
+from .fidelity_limits import Expectation
 
 _SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
 
@@ -50,12 +53,24 @@ class BuildConfig:
     """The teacher's weights; None takes timm's."""
     policy: PolicyName = "crop-flip"
     """How views are drawn. `eval` is for validation caches."""
+    mixup: float = 0.0
+    """Mixup: each view is blended with that of another sample of its block, by a share of Beta(mixup, mixup)."""
+    cutmix: float = 0.0
+    """CutMix: a box of the other view, its area by Beta(cutmix, cutmix). With mixup too, either for half the views."""
+    mix_prob: float = 1.0
+    """Share of the views that are mixed, where mixup or cutmix is given."""
     views: int = 1
     """Views of each sample."""
     seed: int = 0
     """Seed of the views."""
-    codec: str = "int8"
-    """How factors become integers."""
+    codec: str | None = None
+    """How attention becomes integers; None takes transform, or logmap where the teacher hands over maps."""
+    target_kl: float | None = None
+    """Mean row KL, in nats, that codec transform is to meet; None for its default."""
+    target_mb_per_view: float | None = None
+    """Megabytes a view's codes may take, instead of a KL."""
+    budget: str | None = None
+    """Bytes that all codes may take, such as "2TB", instead of a KL."""
     layers: str | None = None
     """Block indices, such as "0-17"; None for all."""
     heads: str | None = None
@@ -70,7 +85,7 @@ class BuildConfig:
     """Processes that decode and augment; None takes one less than there are processors. 0 works in this one."""
     samples_per_shard: int | None = None
     """Samples a task; None makes shards of about 256 MiB."""
-    calibration_samples: int = 64
+    calibration_samples: int = 256
     """Samples the codec is fitted and measured on, spread over the dataset."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -88,6 +103,14 @@ class BuildConfig:
             raise ConfigError(f"workers={self.workers}: expected 0 or more.")
         if self.policy == "eval" and self.views > 1:
             raise ConfigError(f"views={self.views}: policy eval is the same every time; use --policy crop-flip.")
+        if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
+            raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+        self.target  # noqa: B018 - checks what it is made of
+
+    @property
+    def target(self) -> CodecTarget:
+        """What the codec is to meet."""
+        return CodecTarget(kl=self.target_kl, mb_per_view=self.target_mb_per_view, budget=self.budget)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +124,10 @@ class BuildSummary:
     """The totals of the finished cache; None after a dry run."""
     num_built_views: int
     """Views this run stored."""
+    row_kl_nats: float | None
+    """Mean row KL of decoded maps on some views of each task; None after a dry run."""
+    warning: str | None
+    """What is wrong with that, in a sentence; None where it is as it should be."""
     seconds: float
     """From the first look at the data to the end."""
 
@@ -130,7 +157,9 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         device=device,
         dtype=resolve_precision(config.precision, device),
     )
-    policy, codec = run.teacher.input.view_policy(config.policy, config.seed), parse_codec(config.codec)
+    mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+    policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
+    codec = choose_codec(config.codec, config.target, run.teacher.model, index.num_samples * config.views)
     layers, heads = _selection(config, run.teacher)
     identity = identify(
         run,
@@ -146,27 +175,37 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
     if existing is not None:
         check_same_cache(existing, identity, config.samples_per_shard)
         if existing.is_complete:
-            complete = existing.attributes["complete"]
-            seconds = time.monotonic() - start_s
-            return BuildSummary(out=str(config.out), plan=None, complete=complete, num_built_views=0, seconds=seconds)
+            return _summarise(
+                config, None, existing.attributes["complete"], _expectation(existing, codec, run), 0, start_s
+            )
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
-    pixels_NHWC = _calibration_pixels(config, index, policy, num_samples)
-    calibration = calibrate(run, codec, pixels_NHWC, layers=layers, heads=heads, batch_size=config.batch_size)
+    calibration = calibrate(
+        run,
+        codec,
+        _calibration_pixels(config, index, policy, num_samples),
+        layers=layers,
+        heads=heads,
+        batch_size=config.batch_size,
+        # A cache is continued with the state it has, so that all of it is coded alike.
+        state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
+    )
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     new_layout, view_nbytes = plan_layout(
-        calibration, index.num_samples, config.views, pixel_shape, config.samples_per_shard
+        calibration, index.num_samples, config.views, pixel_shape, config.samples_per_shard, policy.parameter_names
     )
     layout = new_layout if existing is None else existing.layout
+    if mixing is not None and layout.samples_per_shard == 1:
+        raise ConfigError("a shard takes one sample only, so there is nobody to mix it with: raise samples_per_shard.")
     done = committed_tasks(config.out, layout) if existing is not None else set[str]()
     plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
     on_plan(plan)
     if config.dry_run:
-        seconds = time.monotonic() - start_s
-        return BuildSummary(out=str(config.out), plan=plan, complete=None, num_built_views=0, seconds=seconds)
-    if plan.remaining_nbytes > plan.free_nbytes:
+        return _summarise(config, plan, None, None, 0, start_s)
+    if plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
         raise DiskFullError(
             f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
-            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some, or choose a smaller --codec or fewer --layers."
+            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some, or choose a smaller --budget or --codec, or "
+            "fewer --layers."
         )
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
@@ -174,25 +213,49 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         create_cache(config.out, layout, describe_cache(identity, run, calibration), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
+        created = CacheReader(config.out)
+        expectation = _expectation(created, codec, run)
         runner = TaskRunner(
             out=config.out,
             layout=layout,
             source=Source(index),
             policy=policy,
             run=run,
-            # Its state is the cache's, so that a continued build codes as the first one did.
-            coder=stored_coder(CacheReader(config.out), codec, calibration.geometry, str(device)),
+            coder=stored_coder(created, codec, calibration.geometry, str(device)),
             batch_size=config.batch_size,
             workers=config.workers,
             skip_bad=config.on_bad_image == "skip",
+            expectation=expectation,
         )
         num_built = runner.run_tasks([task for task in layout.tasks() if task.name not in done])
         complete = finish_cache(config.out)
+    return _summarise(config, plan, complete, expectation, num_built, start_s)
+
+
+def _expectation(cache: CacheReader, codec: Codec, run: TeacherRun) -> Expectation:
+    """What the cache's views should have, by what was measured when it was begun."""
+    return Expectation.of(codec, float(cache.attributes["calibration"]["row_kl_nats"]), run.dtype)
+
+
+def _summarise(
+    config: BuildConfig,
+    plan: BuildPlan | None,
+    complete: dict[str, Any] | None,
+    expectation: Expectation | None,
+    num_built_views: int,
+    start_s: float,
+) -> BuildSummary:
+    row_kl_nats = None if complete is None else complete["quality"].get("row_kl_nats", {}).get("mean")
+    warning = None
+    if complete is not None and expectation is not None and row_kl_nats is not None:
+        warning = expectation.warn(row_kl_nats, complete["num_stored"])
     return BuildSummary(
         out=str(config.out),
         plan=plan,
         complete=complete,
-        num_built_views=num_built,
+        num_built_views=num_built_views,
+        row_kl_nats=row_kl_nats,
+        warning=warning,
         seconds=time.monotonic() - start_s,
     )
 
@@ -219,9 +282,9 @@ def _calibration_pixels(config: BuildConfig, index: SampleIndex, policy: ViewPol
     """Views of good samples spread evenly over the dataset, uint8."""
     good = np.flatnonzero(index.problem_S == 0)
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
-    source = Source(index)
-    skip_bad = config.on_bad_image == "skip"
-    views = [render_view(source, policy, int(sample), 0, skip_bad=skip_bad) for sample in chosen]
+    # Blocks are not known yet, so these are mixed with any sample: as good to calibrate on.
+    renderer = Renderer(Source(index), policy, skip_bad=config.on_bad_image == "skip")
+    views = [renderer.render(int(sample), 0) for sample in chosen]
     pixels = [view.pixels_HWC for view in views if view.status == STORED]
     if not pixels:
         raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,19 @@ from atcache import __version__
 from atcache.codecs import Codec
 from atcache.errors import CacheMismatchError
 from atcache.source import SampleIndex
-from atcache.store.layout import BLOSC, ZSTD, StoreLayout, plan_layers_per_chunk, plan_samples_per_shard
+from atcache.store.layout import StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
 from atcache.store.reader import CacheReader
-from atcache.store.writer import encode_pixels, encode_view
+from atcache.store.writer import encode_pixels
 from atcache.teachers import Teacher
-from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions
+from atcache.views import ViewPolicy, library_versions
 
-from .calibrate import Calibration, TeacherRun
+from .calibrate import Calibration, TeacherRun, layer_cards
+from .code_sizes import plan_codes
 from .differences import name_differences
 
-# blosc must be smaller than this share of what zstd makes: it takes longer to read.
-_BLOSC_PAYS_BELOW = 0.99
-
 # What a view takes beside codes and pixels: parameters, hash, status, its part of the shards' indexes.
-_VIEW_RECORD_NBYTES = 64
+_VIEW_RECORD_NBYTES = 26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +50,10 @@ class BuildPlan:
     """Measured on the calibration views, pixels included when they are stored."""
     map_nbytes_per_view: int
     """The same maps as float16."""
+    state_nbytes: int
+    """What the codec was fitted to takes, once."""
     remaining_nbytes: int
-    """Still to be written."""
+    """Of views, still to be written."""
     free_nbytes: int
     """Free on the target's disk."""
     row_kl_nats: float
@@ -105,7 +105,12 @@ def describe_cache(identity: Mapping[str, Any], run: TeacherRun, calibration: Ca
             "depth": teacher.depth,
         },
         "geometry": calibration.geometry.to_json(),
-        "calibration": {"row_kl_nats": calibration.row_kl_nats, "injected_error": calibration.injected_error},
+        "calibration": {
+            "num_held_back": calibration.num_held_back,
+            "row_kl_nats": calibration.row_kl_nats,
+            "injected_error": calibration.injected_error,
+            "layers": [asdict(card) for card in layer_cards(run, calibration)],
+        },
         "created_by": {
             "atcache": __version__,
             "python": platform.python_version(),
@@ -145,6 +150,7 @@ def plan_layout(
     num_views: int,
     pixel_shape: tuple[int, int] | None,
     samples_per_shard: int | None,
+    parameter_names: tuple[str, ...],
 ) -> tuple[StoreLayout, int]:
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
@@ -154,41 +160,21 @@ def plan_layout(
         num_views: views a sample.
         pixel_shape: (height, width) of stored images; None for none.
         samples_per_shard: as asked for; None for shards of about 256 MiB.
+        parameter_names: of the stored views.
     """
-    geometry, coder = calibration.geometry, calibration.coder
-    num_layers, num_tokens = len(geometry.layers), geometry.tokens.num_tokens
-    layout = StoreLayout(
+    layout, codes_nbytes = plan_codes(
+        calibration.codes_BLTC.numpy(),
         num_views=num_views,
         num_samples=num_samples,
-        num_layers=num_layers,
-        num_tokens=num_tokens,
-        num_components=coder.num_components,
-        codes_dtype=str(coder.codes_dtype).removeprefix("torch."),
-        samples_per_shard=1,
-        layers_per_chunk=plan_layers_per_chunk(
-            num_tokens * coder.num_components * coder.codes_dtype.itemsize, num_layers
-        ),
-        parameter_names=PARAMETER_NAMES,
+        parameter_names=parameter_names,
         pixels=pixel_shape,
     )
-    layout, codes_nbytes = _choose_compressor(layout, calibration.codes_BLTC.numpy())
-    nbytes_per_view = _VIEW_RECORD_NBYTES + 16 * layout.codes.num_chunks_per_sample + codes_nbytes
+    nbytes_per_view = _VIEW_RECORD_NBYTES + 16 * layout.codes.num_chunks_per_sample + round(codes_nbytes)
     if pixel_shape is not None:
         nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
     if samples_per_shard is None:
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
-
-
-def _choose_compressor(layout: StoreLayout, codes_BLTC: np.ndarray) -> tuple[StoreLayout, int]:
-    """The layout with the compressor that makes these codes smaller, and the bytes a view takes with it."""
-    layouts = {compressor: replace(layout, compressor=compressor) for compressor in (ZSTD, BLOSC)}
-    nbytes = {
-        compressor: _mean([sum(map(len, encode_view(candidate, codes_LTC))) for codes_LTC in codes_BLTC])
-        for compressor, candidate in layouts.items()
-    }
-    best = BLOSC if nbytes[BLOSC] < _BLOSC_PAYS_BELOW * nbytes[ZSTD] else ZSTD
-    return layouts[best], nbytes[best]
 
 
 def _mean(values: list[int]) -> int:
@@ -219,11 +205,12 @@ def plan_build(
         num_views=layout.num_views,
         num_tasks=num_tasks,
         num_done_tasks=num_done_tasks,
-        num_layers=layout.num_layers,
+        num_layers=len(calibration.geometry.layers),
         num_heads=len(calibration.geometry.heads),
         num_tokens=layout.num_tokens,
         nbytes_per_view=nbytes_per_view,
         map_nbytes_per_view=calibration.geometry.map_nbytes,
+        state_nbytes=calibration.state_nbytes,
         remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
         free_nbytes=_free_nbytes(out),
         row_kl_nats=calibration.row_kl_nats,

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import fsum
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +24,21 @@ from torch.utils.data import Dataset
 
 from atcache.attention.capture import FactorCapture
 from atcache.codecs import Coder
-from atcache.rendering import STORED, render_view
+from atcache.rendering import STORED, Renderer
 from atcache.source import Source
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.writer import TaskWriter, encode_pixels, encode_view
 from atcache.views import ViewPolicy
 from atcache.worker_batches import read_ahead
 
-from .calibrate import TeacherRun, mean_row_kl
+from .calibrate import TeacherRun, layer_row_kl
+from .fidelity_limits import Expectation, Watch
 from .progress import Progress
 
 _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
+_CHECKED_VIEWS = 4  # of a task's first batch, whose row KL is recorded
+_LEAST_CHECKED_BATCHES = 8  # in all: where tasks are few, later batches are looked at too
+_KEPT_NBYTES = 64 * 2**20  # in each worker, of views that are mixed into others: some 450 at 224 pixels
 
 
 class RenderedBatch(NamedTuple):
@@ -46,13 +52,13 @@ class RenderedBatch(NamedTuple):
     pixels_BHWC: Tensor
 
 
-class _RenderedBatches(Dataset[RenderedBatch]):
+class RenderedBatches(Dataset[RenderedBatch]):
     """Batch number -> rendered views. Batches never cross tasks, so a continued build forms the same ones."""
 
     def __init__(
         self, source: Source, policy: ViewPolicy, tasks: Iterable[Task], batch_size: int, *, skip_bad: bool
     ) -> None:
-        self._source, self._policy, self._skip_bad = source, policy, skip_bad
+        self._renderer = Renderer(source, policy, skip_bad=skip_bad, keep_nbytes=_KEPT_NBYTES)
         self._batches = [
             (task, start, min(start + batch_size, task.stop))
             for task in tasks
@@ -64,10 +70,8 @@ class _RenderedBatches(Dataset[RenderedBatch]):
 
     def __getitem__(self, number: int) -> RenderedBatch:
         task, start, stop = self._batches[number]
-        views = [
-            render_view(self._source, self._policy, sample, task.view, skip_bad=self._skip_bad)
-            for sample in range(start, stop)
-        ]
+        block = range(task.start, task.stop)
+        views = [self._renderer.render(sample, task.view, block) for sample in range(start, stop)]
         return RenderedBatch(
             task=task,
             start=start,
@@ -85,6 +89,13 @@ class _Chunks(NamedTuple):
     pixels: Future[bytes] | None
 
 
+class _Checked(NamedTuple):
+    """Mean row KL of some views of a batch."""
+
+    row_kl_nats: float
+    num_views: int
+
+
 class _Written(NamedTuple):
     num_views: int
     num_stored: int
@@ -96,17 +107,17 @@ class _ShardWriter:
     def __init__(self, out: Path, layout: StoreLayout) -> None:
         self._out, self._layout = out, layout
         self._writer: TaskWriter | None = None
-        self._quality: dict[str, float] = {}
+        self._checked: list[_Checked] = []
         self.nbytes = 0
         """Bytes of the tasks committed so far."""
 
-    def write(self, batch: RenderedBatch, chunks: list[_Chunks], row_kl_nats: float | None) -> _Written:
+    def write(self, batch: RenderedBatch, chunks: list[_Chunks], checked: _Checked | None) -> _Written:
         """Add a batch; open its task's shards before the first one, commit after the last one."""
         if self._writer is None:
             self._writer = TaskWriter(self._out, self._layout, batch.task)
-            self._quality = {}
-        if row_kl_nats is not None:
-            self._quality["row_kl_nats"] = row_kl_nats
+            self._checked = []
+        if checked is not None:
+            self._checked.append(checked)
         remaining = iter(chunks)
         for row, status in enumerate(batch.status_B.tolist()):
             chunk = next(remaining) if status == STORED else None
@@ -119,7 +130,10 @@ class _ShardWriter:
                 pixels_chunk=None if chunk is None or chunk.pixels is None else chunk.pixels.result(),
             )
         if batch.start + len(batch.status_B) == batch.task.stop:
-            self.nbytes += self._writer.commit(self._quality).nbytes
+            num_checked = sum(check.num_views for check in self._checked)
+            total_nats = fsum(check.row_kl_nats * check.num_views for check in self._checked)
+            quality = {"row_kl_nats": total_nats / num_checked} if num_checked else {}
+            self.nbytes += self._writer.commit(quality).nbytes
             self._writer = None
         return _Written(len(batch.status_B), len(chunks))
 
@@ -142,6 +156,7 @@ class TaskRunner:
     batch_size: int
     workers: int | None
     skip_bad: bool
+    expectation: Expectation
 
     def run_tasks(self, tasks: list[Task]) -> int:
         """Write the shards of `tasks` and commit each as it is finished.
@@ -161,6 +176,7 @@ class TaskRunner:
         done_views = all_views - sum(task.num_samples for task in tasks)
         waiting: deque[Future[_Written]] = deque()
         shards = _ShardWriter(self.out, self.layout)
+        watch = Watch(self.expectation)
         num_stored, start_s = 0, time.monotonic()
         with (
             Progress("build", total=all_views, unit="views", done=done_views) as progress,
@@ -177,8 +193,10 @@ class TaskRunner:
 
             try:
                 for batch in self._batches(tasks):
-                    quality, chunks = self._encode(capture, batch, compressors)
-                    waiting.append(writer.submit(shards.write, batch, chunks, quality))
+                    checked, chunks = self._encode(capture, batch, compressors)
+                    if checked is not None and (warning := watch.add(*checked)) is not None:
+                        progress.say(warning)
+                    waiting.append(writer.submit(shards.write, batch, chunks, checked))
                     if len(waiting) > _BATCHES_IN_FLIGHT:
                         num_stored += finish_oldest()
                 while waiting:
@@ -192,17 +210,25 @@ class TaskRunner:
         return num_stored
 
     def _batches(self, tasks: list[Task]) -> Iterator[RenderedBatch]:
-        batches = _RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
+        batches = RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
         workers = max(0, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
         return read_ahead(batches, range(len(batches)), workers=workers)
 
+    def _is_checked(self, batch: RenderedBatch) -> bool:
+        """Whether row KL is measured: in each task's first batch, and evenly spaced ones where there are few tasks."""
+        num_batches = -(-batch.task.num_samples // self.batch_size)
+        num_checks = -(-_LEAST_CHECKED_BATCHES // (self.layout.num_views * self.layout.num_blocks))
+        number = (batch.start - batch.task.start) // self.batch_size
+        return number * num_checks % num_batches < num_checks
+
     def _encode(
         self, capture: FactorCapture, batch: RenderedBatch, compressors: ThreadPoolExecutor
-    ) -> tuple[float | None, list[_Chunks]]:
+    ) -> tuple[_Checked | None, list[_Chunks]]:
         """Run the teacher on a batch; its codes are being compressed when this returns.
 
         Returns:
-            The row KL of one view where the batch opens its task, and the chunks of each stored view in order.
+            The row KL of a few views where the batch is one of those looked at, and the chunks of each stored view in
+            order.
         """
         stored = np.flatnonzero(batch.status_B == STORED)
         if not len(stored):
@@ -210,11 +236,12 @@ class TaskRunner:
         pixels_BHWC = batch.pixels_BHWC if len(stored) == len(batch.status_B) else batch.pixels_BHWC[stored]
         layers = self.run.factors(capture, pixels_BHWC)
         codes_BLTC = self.coder.encode(layers)
-        row_kl_nats = None
-        if batch.start == batch.task.start:
-            first = slice(0, 1)
-            row_kl_nats = mean_row_kl(self.coder, [layer.select(first) for layer in layers], codes_BLTC[first])
-        return row_kl_nats, [
+        checked = None
+        if self._is_checked(batch):
+            few = slice(0, min(_CHECKED_VIEWS, len(stored)))
+            layer_kl = layer_row_kl(self.coder, [layer.select(few) for layer in layers], codes_BLTC[few])
+            checked = _Checked(fmean(layer_kl), few.stop)
+        return checked, [
             _Chunks(
                 compressors.submit(encode_view, self.layout, codes_LTC),
                 None

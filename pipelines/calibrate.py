@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,17 +13,39 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture, find_blocks
-from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.attention.intercept import AttentionCall, AttentionIntercept
+from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.transfer import CachedFactors, TeacherFactors, attend_with_given
 from atcache.codecs import Codec, Coder, State
-from atcache.codecs.fidelity import row_kl
+from atcache.codecs.fidelity import mean_row_kl
 from atcache.precision import autocast
 from atcache.rendering import normalise_images
 from atcache.teachers import Teacher
 
+from .code_sizes import codes_nbytes, layer_nbytes
+
 _CHECKED_VIEWS = 4  # maps are formed for these, so few
-_FIDELITY_VIEWS = 8
+_HELD_BACK_SHARE = 8
+"""One view in so many is not fitted to: fidelity is measured on it."""
+_MAX_HELD_BACK = 32
+_HELD_BACK_NBYTES = 2**30
+"""Their attention is in memory at once: maps of many tokens allow few."""
+_INJECTED_VIEWS = 8
+_LAYER_VIEWS = 2  # each layer costs a forward of the teacher
+_CODES_NBYTES = 2**28
+"""Codes kept to measure how they compress."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCard:
+    """What the codec does to one layer, on held-back views."""
+
+    layer: int
+    nbytes: float
+    """Bytes a view."""
+    row_kl_nats: float
+    injected_error: float
+    """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,15 +58,24 @@ class Calibration:
     bias_LHQK: Tensor | None
     coder: Coder
     codes_BLTC: Tensor
-    """Codes of some calibration views, to measure how they compress."""
+    """Codes of calibration views, held-back ones first, to measure how they compress."""
     pixels_BHWC: Tensor
     """The same views, uint8."""
+    num_held_back: int
+    """Views that fidelity was measured on."""
     row_kl_nats: float
-    """Mean KL(A || decoded A) over rows, heads, layers of these views."""
+    """Mean KL(A || decoded A) over rows, heads, layers of the held-back views."""
+    layer_row_kl_nats: tuple[float, ...]
+    """The same of each kept layer."""
     injected_error: float
     """Relative error of the teacher's final features when it attends with decoded factors."""
     teacher_views_per_s: float
     """Speed of capture and encoding, without loading images."""
+
+    @property
+    def state_nbytes(self) -> int:
+        """What the fitted arrays take, once, before the store compresses them."""
+        return sum(array.numel() * array.element_size() for array in self.state.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -58,8 +90,8 @@ class TeacherRun:
         """The teacher's input, on its device."""
         return normalise_images(pixels_BHWC, self.teacher.input.mean, self.teacher.input.std, self.device)
 
-    def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerFactors]:
-        """The wanted layers' factors of a batch of views."""
+    def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerAttention]:
+        """The wanted layers' factors, or maps, of a batch of views."""
         with autocast(self.device, self.dtype):
             return capture(self.images(pixels_BHWC))
 
@@ -72,16 +104,19 @@ def calibrate(
     layers: Sequence[int] | None,
     heads: Sequence[int] | None,
     batch_size: int,
+    state: State | None = None,
 ) -> Calibration:
-    """Check the teacher's attention, fit the codec, and measure fidelity and speed.
+    """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
 
     Args:
         run: the teacher.
         codec: to be fitted.
-        pixels_NHWC: calibration views, uint8.
+        pixels_NHWC: calibration views, uint8. Every eighth is held back, or fewer where their attention is large; of
+            a single one, nothing is.
         layers: block indices to keep; None for all.
         heads: head indices to keep; None for all.
         batch_size: views a forward.
+        state: what the codec was fitted to before; None fits it now.
 
     Raises:
         UnsupportedAttentionError: the teacher's attention cannot be captured.
@@ -91,52 +126,135 @@ def calibrate(
     with autocast(run.device, run.dtype):
         check = check_capture(model, run.images(pixels_NHWC[:_CHECKED_VIEWS]), layers, heads)
     capture = FactorCapture(model, layers, heads)
-
-    def batches() -> Iterator[list[LayerFactors]]:
-        for start in range(0, len(pixels_NHWC), batch_size):
-            yield run.factors(capture, pixels_NHWC[start : start + batch_size])
-
-    state = codec.fit(check.geometry, batches())
+    is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
+    held_back_NHWC = pixels_NHWC[is_held_back_N]
+    fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
+    held_back = run.factors(capture, held_back_NHWC)
+    if state is None:
+        state = codec.fit(
+            check.geometry,
+            _Batches(run, capture, fitted_NHWC, batch_size),
+            held_back=held_back,
+            nbytes_per_view=codes_nbytes,
+        )
     coder = codec.coder(check.geometry, state, bias_LHQK=check.bias_LHQK, device=str(run.device))
-    start_s = time.monotonic()
-    codes_BLTC = coder.encode(run.factors(capture, pixels_NHWC[:batch_size])).cpu()
-    seconds = time.monotonic() - start_s
-    few_BHWC = pixels_NHWC[:_FIDELITY_VIEWS]
-    few_layers = run.factors(capture, few_BHWC)
-    few_codes_BLTC = coder.encode(few_layers)
+    codes_BLTC = coder.encode(held_back)
+    layer_kl = layer_row_kl(coder, held_back, codes_BLTC)
+    few = slice(0, _INJECTED_VIEWS)
+    decoded = CachedFactors(coder, codes_BLTC[few])
+    more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC)
     return Calibration(
         geometry=check.geometry,
         state=state,
         bias_LHQK=check.bias_LHQK,
         coder=coder,
-        codes_BLTC=codes_BLTC,
-        pixels_BHWC=pixels_NHWC[:batch_size],
-        row_kl_nats=mean_row_kl(coder, few_layers, few_codes_BLTC),
-        injected_error=_injected_error(run, few_BHWC, coder.geometry, CachedFactors(coder, few_codes_BLTC)),
-        teacher_views_per_s=len(codes_BLTC) / seconds,
+        codes_BLTC=torch.cat([codes_BLTC.cpu(), *more]),
+        pixels_BHWC=torch.cat([held_back_NHWC, fitted_NHWC[: sum(map(len, more))]]),
+        num_held_back=len(held_back_NHWC),
+        row_kl_nats=float(np.mean(layer_kl)),
+        layer_row_kl_nats=layer_kl,
+        injected_error=injected_error(run, held_back_NHWC[few], coder.geometry, decoded),
+        teacher_views_per_s=views_per_s,
     )
 
 
-def mean_row_kl(coder: Coder, layers: Sequence[LayerFactors], codes_BLTC: Tensor) -> float:
-    """Mean KL(A || decoded A), in nats, over all rows of all layers of a few views.
+def attention_nbytes(geometry: FactorGeometry) -> int:
+    """Bytes that a view's captured attention takes in memory, as float32."""
+    if geometry.kind == "maps":
+        return 2 * geometry.map_nbytes  # which are of float16
+    num_vectors = len(geometry.heads) + geometry.num_kv_heads
+    return 4 * len(geometry.layers) * num_vectors * geometry.tokens.num_tokens * geometry.head_dim
+
+
+def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
+    """Which of the calibration views the codec is not fitted to: is_held_back_N, bool, at least one, spread evenly.
+
+    Args:
+        num_views: calibration views.
+        view_nbytes: what the attention of one takes in memory.
+    """
+    is_held_back_N = torch.zeros(num_views, dtype=torch.bool)
+    candidates_N = torch.arange(num_views)[_HELD_BACK_SHARE // 2 :: _HELD_BACK_SHARE][:_MAX_HELD_BACK]
+    most = max(1, _HELD_BACK_NBYTES // view_nbytes)
+    is_held_back_N[candidates_N[:: -(-len(candidates_N) // most) or 1]] = True
+    if not bool(is_held_back_N.any()):
+        is_held_back_N[-1] = True
+    return is_held_back_N
+
+
+class _Batches:
+    """The teacher's attention on some views, batch by batch; computed anew each time it is iterated."""
+
+    def __init__(self, run: TeacherRun, capture: FactorCapture, pixels_NHWC: Tensor, batch_size: int) -> None:
+        self._run, self._capture = run, capture
+        self._parts: tuple[Tensor, ...] = torch.split(pixels_NHWC, batch_size)
+
+    def __iter__(self) -> Iterator[list[LayerAttention]]:
+        return (self._run.factors(self._capture, part) for part in self._parts)
+
+
+def _time_encoding(
+    run: TeacherRun,
+    capture: FactorCapture,
+    coder: Coder,
+    pixels_NHWC: Tensor,
+    batch_size: int,
+    first_BLTC: Tensor,
+) -> tuple[list[Tensor], float]:
+    """Codes of views beside those of `first_BLTC`, as many as may be kept, and views encoded a second."""
+    view_nbytes = first_BLTC[:1].numel() * first_BLTC.element_size()
+    num_views = min(len(pixels_NHWC), max(1, _CODES_NBYTES // max(1, view_nbytes) - len(first_BLTC)))
+    start_s = time.monotonic()
+    codes = [coder.encode(layers).cpu() for layers in _Batches(run, capture, pixels_NHWC[:num_views], batch_size)]
+    return codes, num_views / max(1e-9, time.monotonic() - start_s)
+
+
+def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...]:
+    """Mean KL(A || decoded A) of each kept layer, in nats, over all rows of some views.
 
     Args:
         coder: decodes.
-        layers: the factors as captured, one a stored layer.
-        codes_BLTC: what the coder made of them.
+        layers: the attention as captured, one a stored layer.
+        codes_BLTC: what the coder made of it.
     """
-    layer_means = [
-        float(row_kl(layer, coder.decode(position, codes_BLTC[:, position])).mean())
+    return tuple(
+        mean_row_kl(layer, lambda few, at=position: coder.decode(at, codes_BLTC[few, coder.code_layer(at)]))
         for position, layer in enumerate(layers)
+    )
+
+
+def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
+    """What the codec does to each layer: one short forward of the teacher a layer."""
+    coder, geometry = calibration.coder, calibration.geometry
+    held_back = slice(0, calibration.num_held_back)
+    nbytes_L = layer_nbytes(coder, calibration.codes_BLTC[held_back])
+    few = slice(0, min(_LAYER_VIEWS, calibration.num_held_back))
+    decoded = CachedFactors(coder, calibration.codes_BLTC[few].to(run.device))
+    return [
+        LayerCard(
+            layer=layer,
+            nbytes=nbytes_L[position],
+            row_kl_nats=calibration.layer_row_kl_nats[position],
+            injected_error=injected_error(
+                run, calibration.pixels_BHWC[few], dataclasses.replace(geometry, layers=(layer,)), decoded
+            ),
+        )
+        for position, layer in enumerate(geometry.layers)
     ]
-    return max(0.0, float(np.mean(layer_means)))
 
 
-def _injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometry, decoded: TeacherFactors) -> float:
-    """|features with decoded maps - features| / |features|, over the teacher's final tokens."""
+def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometry, decoded: TeacherFactors) -> float:
+    """|features with decoded maps - features| / |features|, over the teacher's final tokens.
+
+    Args:
+        run: the teacher.
+        pixels_BHWC: views, uint8.
+        geometry: of the decoded factors; other blocks and heads attend as they do.
+        decoded: gives each layer's factors for these views.
+    """
     images = run.images(pixels_BHWC)
 
-    def attend_with_decoded(call: AttentionCall) -> Tensor:
+    def attend_with_decoded(call: AttentionCall | MapCall) -> Tensor:
         if call.block not in geometry.layers:
             return call.run()
         return attend_with_given(call, decoded.layer(call.block), geometry.heads)

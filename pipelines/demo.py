@@ -49,7 +49,7 @@ class DemoConfig:
     """Students of each mode; more give the mean's spread."""
     pretrain: bool = False
     """Make the teacher afresh instead of taking the shipped one."""
-    codec: str = "int8"
+    codec: str = "transform"
     """How the teacher's factors are stored."""
 
     def __post_init__(self) -> None:
@@ -203,15 +203,16 @@ def _build(
     return build(building)
 
 
-def _run_folder(config: DemoConfig, mode: str, seed: int) -> Path:
-    return config.out / "runs" / f"{mode}-{seed}"
+def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | None) -> TrainConfig:
+    """How the demo trains a student: every mode alike.
 
-
-def _train_and_evaluate(
-    config: DemoConfig, mode: Mode, seed: int, weights: Path | None, announce: Callable[[str], None]
-) -> tuple[float, float]:
-    """Validation accuracy of one student, and the seconds its training took."""
-    training = TrainConfig(
+    Args:
+        config: whose `out` holds the training cache and will hold the run.
+        mode: what the student is given.
+        seed: of its initial weights, its labelled digits and their order.
+        weights: the teacher's, where it was made afresh; for finetune.
+    """
+    return TrainConfig(
         mode=mode,
         cache=config.out / "train.zarr",
         weights=weights if mode == "finetune" else None,
@@ -224,6 +225,17 @@ def _train_and_evaluate(
         drop_path=0.1,
         seed=seed,
     )
+
+
+def _run_folder(config: DemoConfig, mode: str, seed: int) -> Path:
+    return config.out / "runs" / f"{mode}-{seed}"
+
+
+def _train_and_evaluate(
+    config: DemoConfig, mode: Mode, seed: int, weights: Path | None, announce: Callable[[str], None]
+) -> tuple[float, float]:
+    """Validation accuracy of one student, and the seconds its training took."""
+    training = student_config(config, mode, seed, weights)
     announce(as_command("train", training))
     seconds = train(training).seconds
     evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")

@@ -77,16 +77,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     teacher = copied[0].teacher if copied else None
     if config.live_teacher and teacher is None:
         raise ConfigError("--live-teacher: none of these runs copies attention, so no teacher is needed. Leave it out.")
-    teachers = [record.teacher for record in copied if record.teacher is not None]
-    if len({(teacher.weights_sha256, teacher.geometry.heads) for teacher in teachers}) > 1:
-        raise ConfigError("the copying runs have different teachers or heads of it. Evaluate them one by one.")
-    layers = sorted({layer for record in copied for layer in record.layers})
-    live_teacher = teacher.start(config.weights, layers, device) if teacher and config.live_teacher else None
+    if len({record.teacher.weights_sha256 for record in copied if record.teacher is not None}) > 1:
+        raise ConfigError("the copying runs have different teachers. Evaluate them one by one.")
+    pairings = [record.pairing for record in copied if record.pairing is not None]
+    live_teacher = teacher.start(config.weights, pairings, device) if teacher and config.live_teacher else None
     data = open_validation(
         cache=config.cache,
         data=config.data,
         students=[student for student, _ in loaded],
-        layers=layers,
         teacher=teacher,
         live_teacher=live_teacher,
         batch_size=config.batch_size,

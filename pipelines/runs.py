@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atcache.attention.pairing import Pairing
 from atcache.errors import ConfigError
 from atcache.store.durable import replaced_whole
 from atcache.teachers import parse_model_name
@@ -30,8 +31,8 @@ class RunRecord:
     student: str
     """Its timm name with arguments."""
     num_classes: int
-    layers: tuple[int, ...]
-    """Blocks whose attention is transferred; empty for scratch and finetune."""
+    pairing: Pairing | None
+    """Which of a teacher's attention goes where in it; None for scratch and finetune."""
     teacher: TeacherRecord | None
     """Who its attention comes from; None for scratch and finetune."""
 
@@ -41,19 +42,22 @@ class RunRecord:
             "mode": self.mode,
             "student": self.student,
             "num_classes": self.num_classes,
-            "layers": list(self.layers),
+            "pairing": None if self.pairing is None else self.pairing.to_json(),
             "teacher": None if self.teacher is None else self.teacher.to_json(),
         }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RunRecord:
         """The record `to_json` came from."""
-        teacher = fields["teacher"]
-        values: dict[str, Any] = {
-            **fields,
-            "layers": tuple(fields["layers"]),
-            "teacher": None if teacher is None else TeacherRecord.from_json(teacher),
-        }
+        rest = dict(fields)
+        teacher = None if rest["teacher"] is None else TeacherRecord.from_json(rest["teacher"])
+        # Runs of the first versions say which layers were transferred; each went to its like, with all heads.
+        layers, pairing = rest.pop("layers", None), rest.pop("pairing", None)
+        if pairing is not None:
+            pairing = Pairing.from_json(pairing)
+        elif teacher is not None and layers is not None:
+            pairing = Pairing.equal(teacher.geometry, layers)
+        values: dict[str, Any] = {**rest, "pairing": pairing, "teacher": teacher}
         return cls(**values)
 
 
@@ -92,7 +96,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         parse_model_name(record.student),
         record.num_classes,
         geometry=None if record.teacher is None else record.teacher.geometry,
-        layers=record.layers,
+        pairing=record.pairing,
     )
     try:
         student.model.load_state_dict(safetensors_torch.load_file(folder / WEIGHTS_FILE))

@@ -10,16 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atcache.attention.capture import FactorCapture, find_blocks, parse_indices
+from atcache.attention.capture import FactorCapture, find_blocks
 from atcache.attention.factors import FactorGeometry
-from atcache.attention.transfer import (
-    CachedFactors,
-    CopyStudent,
-    DistilledStudent,
-    LiveFactors,
-    TeacherFactors,
-    check_student,
-)
+from atcache.attention.pairing import Pairing, TeacherFactors, check_student
+from atcache.attention.transfer import CachedFactors, CopyStudent, DistilledStudent, LiveFactors
 from atcache.cache import stored_coder
 from atcache.codecs import codec_from_json
 from atcache.errors import ConfigError
@@ -47,11 +41,16 @@ class Student:
     """The pixels' size and normalisation."""
     num_classes: int
     """Outputs of its head."""
+    pairing: Pairing | None = None
+    """What it is given of a teacher, and where; None for scratch and finetune."""
 
     def train_step(
         self, images: Tensor, label_B: Tensor, teacher: TeacherFactors | None, label_smoothing: float
     ) -> tuple[Tensor, Tensor | None]:
-        """The label loss, and the attention loss of a distilled student (None for the others), in nats."""
+        """The label loss, and the attention loss of a distilled student (None for the others), in nats.
+
+        `label_B` may also be probabilities (batch, class), for images that show two samples.
+        """
         attention_loss = None
         if self.mode == "distill":
             logits, attention_loss = self.module(images, teacher)
@@ -75,7 +74,7 @@ def make_student(
     num_classes: int,
     *,
     geometry: FactorGeometry | None,
-    layers: Sequence[int],
+    pairing: Pairing | None = None,
     drop_path: float = 0.0,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Student:
@@ -86,7 +85,7 @@ def make_student(
         name: its timm architecture.
         num_classes: outputs of its head.
         geometry: the teacher's; needed for copy and distill.
-        layers: blocks whose attention is transferred.
+        pairing: what of it is transferred, and where; None gives all to a student of the teacher's shape.
         drop_path: stochastic depth.
         weights: a state dict to begin with, for fine-tuning; the head stays fresh.
 
@@ -101,10 +100,11 @@ def make_student(
         raise ConfigError(f"mode {mode} needs the teacher's attention: give --cache.")
     capture = FactorCapture(model.eval())
     capture(torch.zeros(1, 3, config.height, config.width))
-    check_student(geometry, capture.geometry, layers, student_name=str(name))
+    pairing = pairing or Pairing.equal(geometry)
+    check_student(geometry, capture.geometry, pairing, student_name=str(name))
     wrapper = CopyStudent if mode == "copy" else DistilledStudent
-    module = wrapper(model, find_blocks(model), geometry, layers)
-    return Student(mode=mode, module=module, model=model, input=config, num_classes=num_classes)
+    module = wrapper(model, find_blocks(model), pairing)
+    return Student(mode=mode, module=module, model=model, input=config, num_classes=num_classes, pairing=pairing)
 
 
 def check_views_fit(student: Student, reader: CacheReader) -> None:
@@ -121,39 +121,35 @@ def check_views_fit(student: Student, reader: CacheReader) -> None:
         )
 
 
-def parse_layers(text: str | None, geometry: FactorGeometry) -> tuple[int, ...]:
-    """The blocks to transfer: those of `text`, or all the cache holds.
-
-    Raises:
-        ConfigError: the cache does not hold one of them.
-    """
-    if text is None:
-        return geometry.layers
-    layers = parse_indices(text, max(geometry.layers) + 1, what="layer")
-    if missing := sorted(set(layers) - set(geometry.layers)):
-        raise ConfigError(
-            f"layer {missing[0]} is not in the cache, which holds layers {', '.join(map(str, geometry.layers))}."
-        )
-    return layers
-
-
 class CacheTeacher:
     """Gives each batch its teacher's factors, decoded from the batch's codes."""
 
-    def __init__(self, reader: CacheReader, layers: Sequence[int], device: torch.device) -> None:
+    def __init__(self, reader: CacheReader, pairings: Sequence[Pairing], device: torch.device) -> None:
+        """Take a cache, and what students are given of it.
+
+        Raises:
+            ConfigError: a student is given q or k, and the cache's are in another basis than the teacher's.
+        """
+        layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
         self.geometry = FactorGeometry.from_json(reader.attributes["geometry"])
-        positions = [self.geometry.layers.index(layer) for layer in layers]
-        # One range of layers is one read; layers between the wanted ones come along.
-        self.positions = slice(min(positions), max(positions) + 1)
         self._device = device
         codec = codec_from_json(reader.attributes["codec"])
         self._coder = stored_coder(reader, codec, self.geometry, str(device))
+        code_layers = [self._coder.code_layer(self.geometry.layers.index(layer)) for layer in layers]
+        # One range of layers is one read; layers between the wanted ones come along.
+        self.code_layers = slice(min(code_layers), max(code_layers) + 1)
+        for pairing in pairings:
+            if pairing.what != "map" and not self._coder.factors_are_teachers:
+                raise ConfigError(
+                    f"--what {pairing.what} needs the teacher's own q and k, but codec {codec.name} of {reader.path} "
+                    "keeps no more of them than their maps. Leave --what out, or build with --codec int8 or exact."
+                )
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch that came with codes."""
         assert batch.codes_BLTC is not None, "batches for a cache's teacher are read with codes"
         codes_BLTC = batch.codes_BLTC.to(self._device, non_blocking=True)
-        return CachedFactors(self._coder, codes_BLTC, self.positions.start)
+        return CachedFactors(self._coder, codes_BLTC, self.code_layers.start)
 
 
 class LiveTeacher:
@@ -162,8 +158,9 @@ class LiveTeacher:
     def __init__(self, run: TeacherRun, heads: Sequence[int], layers: Sequence[int]) -> None:
         self._run = run
         self._capture = FactorCapture(run.teacher.model, layers, heads)
+        self._heads = tuple(heads)
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch's pixels."""
         layers = self._run.factors(self._capture, batch.pixels_BHWC)
-        return LiveFactors(dict(zip(self._capture.layers, layers, strict=True)))
+        return LiveFactors(dict(zip(self._capture.layers, layers, strict=True)), self._heads)

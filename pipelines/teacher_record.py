@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from atcache.attention.factors import FactorGeometry
+from atcache.attention.pairing import Pairing
 from atcache.errors import CacheMismatchError, CorruptCacheError
 from atcache.precision import resolve_precision
 from atcache.store.reader import CacheReader
-from atcache.teachers import load_teacher
+from atcache.teachers import Teacher, load_teacher
 
 from .calibrate import TeacherRun
 from .students import LiveTeacher
@@ -67,22 +68,32 @@ class TeacherRecord:
                 f"{reader.path}/zarr.json does not say what its teacher was ({error}). Was it written by atcache?"
             ) from error
 
-    def start(self, weights: Path | None, layers: Sequence[int], device: torch.device) -> LiveTeacher:
+    def start(self, weights: Path | None, pairings: Sequence[Pairing], device: torch.device) -> LiveTeacher:
         """The teacher itself, running.
 
         Args:
             weights: its weights; None takes timm's.
-            layers: blocks whose attention is wanted.
+            pairings: what students are given of it.
             device: where it runs.
 
         Raises:
             CacheMismatchError: these are other weights than the recorded ones.
         """
         teacher = load_teacher(self.name, weights=weights, device=device)
+        layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
+        heads = sorted({head for pairing in pairings for head in pairing.teacher_heads})
+        return LiveTeacher(self.run(teacher, device), heads, layers)
+
+    def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
+        """A loaded teacher as it ran when the cache was built.
+
+        Raises:
+            CacheMismatchError: it has other weights than the recorded ones.
+        """
         if teacher.weights_sha256 != self.weights_sha256:
             raise CacheMismatchError(
                 f"teacher {self.name} from {teacher.source} has weights of sha256 {teacher.weights_sha256[:12]}..., "
                 f"expected {self.weights_sha256[:12]}.... Give the --weights that the cache was built with."
             )
         dtype = resolve_precision({"float32": "fp32", "bfloat16": "bf16"}[self.precision], device)
-        return LiveTeacher(TeacherRun(teacher=teacher, device=device, dtype=dtype), self.geometry.heads, layers)
+        return TeacherRun(teacher=teacher, device=device, dtype=dtype)

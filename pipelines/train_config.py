@@ -6,10 +6,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atcache.attention.pairing import WHATS, What
 from atcache.errors import ConfigError
+from atcache.mixing import mix_policy
+from atcache.order import SHUFFLES, Shuffle
 from atcache.views import PolicyName
 
 from .students import MODES, Mode
+
+STREAM_FIELDS = (
+    "cache",
+    "data",
+    "val_cache",
+    "val_data",
+    "live_teacher",
+    "policy",
+    "mixup",
+    "cutmix",
+    "batch_size",
+    "subset",
+    "order_seed",
+    "shuffle",
+    "workers",
+    "keep_mib",
+    "device",
+    "precision",
+    "checkpoint_every",
+)
+"""What the students of a sweep must have in common."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +47,9 @@ class TrainConfig:
     """copy, distill, scratch or finetune."""
     out: Path
     """The run's folder; an unfinished run is continued."""
+    recipe: str | None = None
+    """The recipe these settings were taken from, by name or file. Read for one thing only: where a cache's views are
+    drawn otherwise than the recipe's, a note says so."""
     cache: Path | None = None
     """The training cache. scratch and finetune can do without, and then draw new views every epoch from `data`."""
     data: str | None = None
@@ -37,10 +64,23 @@ class TrainConfig:
     """The teacher's weights, for finetune and live_teacher; None takes timm's."""
     layers: str | None = None
     """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
+    heads: str | None = None
+    """Heads of them, such as "0,3"; the rest is free. None for all in the cache."""
+    layer_map: str | None = None
+    """For a student of other depth, instead of layers: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4"."""
+    head_map: str | None = None
+    """For a student with fewer heads, instead of heads: a teacher's head for each of its own, such as "0,2,5"."""
+    what: What = "map"
+    """map, qk, q or k. Copying q leaves the student its own k, and the other way round; distilling them is a mean
+    squared error. Copying qk is copying the map."""
     live_teacher: bool = False
     """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
     policy: PolicyName | None = None
     """How views are drawn without a cache; None for crop-flip. A cache has views of its own."""
+    mixup: float = 0.0
+    """Mixup without a cache: each view is blended with another sample's, by a share of Beta(mixup, mixup)."""
+    cutmix: float = 0.0
+    """CutMix without a cache: a box of another sample's view. With mixup too, either for half the views."""
     epochs: float = 100.0
     """Passes over the samples."""
     steps: int | None = None
@@ -67,6 +107,9 @@ class TrainConfig:
     """Learning rate of a block relative to the one above; None for equal ones."""
     drop_path: float = 0.0
     """Stochastic depth of the student."""
+    student_jitter: float = 0.0
+    """How far brightness, contrast and saturation of the student's images vary, anew at every step; 0.4 is 0.6..1.4.
+    Moves no token, so a cache's maps stay right."""
     label_smoothing: float = 0.0
     """Share of the label's probability spread over all classes."""
     clip_grad: float | None = None
@@ -76,7 +119,11 @@ class TrainConfig:
     attention_weight: float = 3.0
     """Weight of the distillation loss; 3 is the paper's."""
     seed: int = 0
-    """Of weights, order, dropout, subset, and views without a cache."""
+    """Of weights and dropout, and of the stream of batches where `order_seed` is None."""
+    order_seed: int | None = None
+    """Of the stream of batches: order, subset, and views without a cache. None takes `seed`."""
+    shuffle: Shuffle = "global"
+    """global, or block for disks that hate random reads: see `SampleOrder.shuffle`."""
     workers: int = 0
     """Processes that read ahead; 0 reads in this one."""
     keep_mib: int = 256
@@ -93,6 +140,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
+        if self.shuffle not in SHUFFLES:
+            raise ConfigError(f"shuffle={self.shuffle!r}: expected one of {', '.join(SHUFFLES)}.")
         self._check_numbers()
         if self.batch_size % self.accumulate:
             raise ConfigError(
@@ -109,19 +158,42 @@ class TrainConfig:
             )
         if self.cache is not None and self.policy is not None:
             raise ConfigError(f"policy={self.policy}: the views of {self.cache} are drawn already; leave --policy out.")
+        self._check_mixing()
         if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
             raise ConfigError(
                 f"weights are for finetune and --live-teacher: mode {self.mode} begins fresh and needs no teacher."
             )
-        if not transfers and (self.live_teacher or self.layers is not None):
-            option = "live_teacher" if self.live_teacher else "layers"
-            raise ConfigError(f"{option} is for copy and distill: mode {self.mode} uses no attention of a teacher.")
+        self._check_transfer(transfers)
+
+    def _check_mixing(self) -> None:
+        if mix_policy(self.mixup, self.cutmix) is None:
+            return
+        if self.cache is not None:
+            raise ConfigError(
+                f"mixup={self.mixup}, cutmix={self.cutmix}: the views of {self.cache} are drawn already, mixed or not; "
+                "leave --mixup and --cutmix out, and give them to `atcache build`."
+            )
+        if self.policy == "eval":
+            raise ConfigError("views of policy eval are never mixed: leave --mixup and --cutmix out.")
+
+    def _check_transfer(self, transfers: bool) -> None:
+        if self.what not in WHATS:
+            raise ConfigError(f"what={self.what!r}: expected one of {', '.join(WHATS)}.")
+        given = [name for name in ("live_teacher", "layers", "heads", "layer_map", "head_map") if getattr(self, name)]
+        given += ["what"] if self.what != "map" else []
+        if given and not transfers:
+            raise ConfigError(f"{given[0]} is for copy and distill: mode {self.mode} uses no attention of a teacher.")
+        for name, mapped in (("layers", "layer_map"), ("heads", "head_map")):
+            if name in given and mapped in given:
+                raise ConfigError(f"{name} and {mapped} both say which {name} are transferred; give one of them.")
 
     def _check_numbers(self) -> None:
         for name in ("epochs", "steps", "batch_size", "accumulate", "subset", "base_lr", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value}: expected more than 0.")
+        if self.order_seed is not None and self.order_seed < 0:
+            raise ConfigError(f"order_seed={self.order_seed}: expected 0 or more.")
         for name in ("min_lr", "warmup_epochs", "weight_decay", "attention_weight", "workers", "keep_mib", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
@@ -129,6 +201,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"{name}={value}: expected 0 or more, and less than 1.")
+        if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
+            raise ConfigError(
+                f"min_lr={self.min_lr} is over the learning rate {lr:.4g} (base_lr * batch_size / 256): it would rise. "
+                "Lower it; it is not scaled with the batch."
+            )
+        if not 0 <= self.student_jitter <= 1:
+            raise ConfigError(f"student_jitter={self.student_jitter}: expected 0 to 1, such as 0.4.")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ConfigError(f"clip_grad={self.clip_grad}: expected more than 0.")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -136,10 +215,21 @@ class TrainConfig:
         if self.validate_every < 0:
             raise ConfigError(f"validate_every={self.validate_every}: expected 0 or more.")
 
+    @property
+    def stream_seed(self) -> int:
+        """The seed of the stream of batches."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+    def stream(self) -> dict[str, Any]:
+        """What students that share one stream of batches must have in common: what it is made of, and where it runs."""
+        return {**{name: getattr(self, name) for name in STREAM_FIELDS}, "order_seed": self.stream_seed}
+
     def settings(self) -> dict[str, Any]:
         """What makes this run this run: not where things lie, where it runs, or how often it looks up."""
         fields = asdict(self)
-        places = ("out", "cache", "data", "val_cache", "val_data", "weights")
+        places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
         for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):
             del fields[name]
+        if self.stream_seed == self.seed:
+            fields["order_seed"] = None
         return fields

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from atcache.attention.pairing import Pairing
 from atcache.components import component_differences
-from atcache.errors import CacheMismatchError
-from atcache.loader import Views
+from atcache.errors import CacheMismatchError, ConfigError
+from atcache.loader import FreshViews, Views
+from atcache.mixing import mix_policy
 from atcache.order import SampleOrder, choose_subset
+from atcache.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.teachers import (
     InputConfig,
@@ -21,13 +25,16 @@ from atcache.teachers import (
     load_teacher,
     parse_model_name,
 )
+from atcache.views import ViewPolicy
 from atcache.weights import read_weights, tensors_sha256
 
+from .pairings import plan_pairing
+from .recipes import read_recipe, view_differences
 from .runs import RunRecord
-from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student, parse_layers
+from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
-from .validation import ValidationSet, open_cache_views, open_images, open_validation
+from .validation import ValidationSet, open_cache_views, open_validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -49,85 +56,149 @@ class TrainingData:
     """What the user should know before the run."""
 
 
-def open_training_data(config: TrainConfig, device: torch.device) -> TrainingData:
-    """Open and check all a run needs; the student's weights are drawn from torch's global generator.
+def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> list[TrainingData]:
+    """Open and check all that runs need; what they share is opened once.
+
+    Each run's weights are drawn from torch's global generator, seeded with the run's seed.
+
+    Args:
+        configs: runs that are equal in their `stream()`.
+        device: where the students run.
 
     Raises:
         AtcacheError: one of its children for each thing that does not fit.
     """
-    reader = None if config.cache is None else CacheReader(config.cache)
+    first = configs[0]
+    reader = None if first.cache is None else CacheReader(first.cache)
     cache_teacher = None if reader is None else TeacherRecord.of_cache(reader)
-    transfers = config.mode in ("copy", "distill")
-    layers = parse_layers(config.layers, cache_teacher.geometry) if transfers and cache_teacher else ()
-    name = _student_name(config, cache_teacher)
-    live_teacher = (
-        cache_teacher.start(config.weights, layers, device) if cache_teacher and config.live_teacher else None
-    )
+    plans = [_plan(config, cache_teacher) for config in configs]
+    if reader is None:
+        _check_one_size([plan.student for plan in plans])
+    pairings = [plan.pairing for plan in plans if plan.pairing is not None]
+    live_teacher: LiveTeacher | None = None
+    if cache_teacher is not None and first.live_teacher:
+        live_teacher = cache_teacher.start(first.weights, pairings, device)
     teacher: CacheTeacher | LiveTeacher | None = None
-    if reader is not None and transfers:
-        teacher = live_teacher or CacheTeacher(reader, layers, device)
-    views, label_S, eligible_S = _open_views(config, reader, teacher, name)
-    num_classes = int(label_S[eligible_S].max()) + 1
+    if reader is not None and pairings:
+        teacher = live_teacher or CacheTeacher(reader, pairings, device)
+    views, label_S, eligible_S, sample_S = _open_views(first, reader, teacher, plans[0].student)
+    order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
+    stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, live_teacher)
+    return [
+        _open_student(config, plan, stream, reader, cache_teacher, device)
+        for config, plan in zip(configs, plans, strict=True)
+    ]
+
+
+class _Plan(NamedTuple):
+    """What a run's student is, before it is made."""
+
+    student: ModelName
+    pairing: Pairing | None
+    """What it is given of the teacher, and where; None for scratch and finetune."""
+
+
+class _Stream(NamedTuple):
+    """What runs that are trained together share."""
+
+    views: Views
+    label_S: np.ndarray
+    order: SampleOrder
+    num_classes: int
+    teacher: CacheTeacher | LiveTeacher | None
+    live_teacher: LiveTeacher | None
+
+
+def _plan(config: TrainConfig, cache_teacher: TeacherRecord | None) -> _Plan:
+    transfers = config.mode in ("copy", "distill")
+    pairing = plan_pairing(config, cache_teacher.geometry) if transfers and cache_teacher else None
+    return _Plan(_student_name(config, cache_teacher), pairing)
+
+
+def _open_student(
+    config: TrainConfig,
+    plan: _Plan,
+    stream: _Stream,
+    reader: CacheReader | None,
+    cache_teacher: TeacherRecord | None,
+    device: torch.device,
+) -> TrainingData:
+    """One run's own part, with what it shares."""
     initial_weights = _initial_weights(config, cache_teacher)
+    torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
     student = make_student(
         config.mode,
-        name,
-        num_classes,
-        geometry=cache_teacher.geometry if transfers and cache_teacher else None,
-        layers=layers,
+        plan.student,
+        stream.num_classes,
+        geometry=cache_teacher.geometry if plan.pairing and cache_teacher else None,
+        pairing=plan.pairing,
         drop_path=config.drop_path,
         weights=initial_weights,
     )
     if reader is not None:
         check_views_fit(student, reader)
-    sample_S = eligible_S
-    if config.subset is not None:
-        sample_S = choose_subset(label_S, eligible_S, config.subset, config.seed)
-    validation = _validation(config, student, layers, cache_teacher, live_teacher, device)
+    validation = _validation(config, student, cache_teacher, stream.live_teacher, device)
+    views_identity = stream.views.identity
+    if plan.pairing is None and "codec" in views_identity:
+        views_identity["codec"] = None  # codes that are read for another student of the sweep
     return TrainingData(
         student=student,
-        views=views,
-        label_S=label_S,
-        order=SampleOrder(sample_S=sample_S, seed=config.seed, batch_size=config.batch_size),
-        teacher=teacher,
+        views=stream.views,
+        label_S=stream.label_S,
+        order=stream.order,
+        teacher=stream.teacher if plan.pairing else None,
         validation=validation,
         record=RunRecord(
             mode=config.mode,
-            student=str(name),
-            num_classes=num_classes,
-            layers=layers,
-            teacher=cache_teacher if transfers else None,
+            student=str(plan.student),
+            num_classes=stream.num_classes,
+            pairing=plan.pairing,
+            teacher=cache_teacher if plan.pairing else None,
         ),
         identity={
-            "views": views.identity,
+            "views": views_identity,
             "validation": None if validation is None else validation.views.identity,
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
-        notes=_notes(config, name, cache_teacher, transfers),
+        notes=_notes(config, plan, reader),
     )
 
 
 def _open_views(
     config: TrainConfig, reader: CacheReader | None, teacher: CacheTeacher | LiveTeacher | None, name: ModelName
-) -> tuple[Views, np.ndarray, np.ndarray]:
-    """The views to train on, the class of every row, and the rows that can be used."""
+) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
+    """The views to train on, the class of every row, the rows that can be used, and those that are."""
     keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
     if reader is None:
         assert config.data is not None, "checked by TrainConfig"
-        model_input = _input_of(name)
-        views, label_S = open_images(
-            config.data, model_input, config.policy or "crop-flip", config.seed, keep_nbytes=keep_nbytes
+        index = index_source(config.data)
+        eligible_S = np.flatnonzero(index.label_S >= 0)
+        sample_S = _choose(config, index.label_S, eligible_S)
+        mixing = mix_policy(config.mixup, config.cutmix)
+        policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
+        fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
+        return fresh, index.label_S, eligible_S, sample_S
+    if config.subset is not None and ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+        raise ConfigError(
+            f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose images "
+            "and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the subset's tars."
         )
-        return views, label_S, np.flatnonzero(label_S >= 0)
     reads_codes = isinstance(teacher, CacheTeacher)
     views, eligible_S = open_cache_views(
         reader,
         config.data,
         with_codes=reads_codes,
-        positions=teacher.positions if reads_codes else slice(None),
+        code_layers=teacher.code_layers if reads_codes else slice(None),
         keep_nbytes=keep_nbytes,
     )
-    return views, reader.labels_S, eligible_S
+    return views, reader.labels_S, eligible_S, _choose(config, reader.labels_S, eligible_S)
+
+
+def _choose(config: TrainConfig, label_S: np.ndarray, eligible_S: np.ndarray) -> np.ndarray:
+    """The rows to train on: all that can be used, or a subset of them."""
+    if config.subset is None:
+        return eligible_S
+    return choose_subset(label_S, eligible_S, config.subset, config.stream_seed)
 
 
 def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelName:
@@ -140,6 +211,18 @@ def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelNa
 def _input_of(name: ModelName) -> InputConfig:
     with torch.device("meta"):
         return input_config(create_student(name, 1))
+
+
+def _check_one_size(names: Sequence[ModelName]) -> None:
+    """Refuse students that would draw different views together."""
+    policies = [_input_of(name).view_policy("crop-flip", 0) for name in names]
+    for name, policy in zip(names, policies, strict=True):
+        if policy != policies[0]:
+            sizes = [f"{p.image_height} x {p.image_width}, {p.interpolation}" for p in (policies[0], policy)]
+            raise ConfigError(
+                f"students {names[0]} and {name} take different views ({sizes[0]}; {sizes[1]}). Without a cache the "
+                "students of a sweep share the views that are drawn: give one img_size, or train them one by one."
+            )
 
 
 def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict[str, torch.Tensor] | None:
@@ -162,7 +245,6 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
 def _validation(
     config: TrainConfig,
     student: Student,
-    layers: tuple[int, ...],
     cache_teacher: TeacherRecord | None,
     live_teacher: LiveTeacher | None,
     device: torch.device,
@@ -174,25 +256,45 @@ def _validation(
         cache=config.val_cache,
         data=config.val_data,
         students=[student],
-        layers=layers if copies else (),
         teacher=cache_teacher if copies else None,
         live_teacher=live_teacher if copies and config.val_cache is None else None,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.accumulate,  # what fits in memory in training fits here
         workers=config.workers,
         device=device,
     )
 
 
-def _notes(config: TrainConfig, name: ModelName, teacher: TeacherRecord | None, transfers: bool) -> tuple[str, ...]:
-    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
-    if not transfers or teacher is None or config.student is None:
+def _notes(config: TrainConfig, plan: _Plan, reader: CacheReader | None) -> tuple[str, ...]:
+    """What the user should know before the run."""
+    if reader is None:
         return ()
+    return tuple(filter(None, (_note_on_components(config, plan, reader), _note_on_views(config, reader))))
+
+
+def _note_on_components(config: TrainConfig, plan: _Plan, reader: CacheReader) -> str | None:
+    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
+    if plan.pairing is None or config.student is None:
+        return None
+    teacher = TeacherRecord.of_cache(reader)
     with torch.device("meta"):
-        models = [create_student(parse_model_name(teacher.name), 1), create_student(name, 1)]
+        models = [create_student(parse_model_name(teacher.name), 1), create_student(plan.student, 1)]
     differences = component_differences(*models)
     if not differences:
-        return ()
+        return None
     return (
         f"WARNING: the student's architecture differs from the teacher's: {' '.join(differences)} Attention transfer "
-        "is known to fail between such models; leave --student out to use the teacher's own architecture.",
+        "is known to fail between such models; leave --student out to use the teacher's own architecture."
+    )
+
+
+def _note_on_views(config: TrainConfig, reader: CacheReader) -> str | None:
+    """Say where a cache's views are not those of the recipe: they were fixed when it was built."""
+    if config.recipe is None:
+        return None
+    differences = view_differences(read_recipe(config.recipe)["build"], reader.attributes["views"]["policy"])
+    if not differences:
+        return None
+    return (
+        f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: {'; '.join(differences)}. "
+        f"A cache's views are fixed; `atcache build --recipe {config.recipe}` draws the recipe's."
     )

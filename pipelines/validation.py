@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atcache.attention.pairing import Pairing
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.loader import Batch, CachedViews, FreshViews, Views, validation_batches
 from atcache.precision import autocast
@@ -17,8 +18,9 @@ from atcache.rendering import STORED, normalise_images
 from atcache.source import Source, index_source, relocate
 from atcache.store.reader import CacheReader
 from atcache.teachers import InputConfig
-from atcache.views import PolicyName
+from atcache.views import ViewPolicy
 
+from .distributed import Ranks
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit
 from .teacher_record import TeacherRecord
 
@@ -49,15 +51,19 @@ class ValidationSet:
     batch_size: int
     workers: int
 
-    def batches(self) -> Iterator[Batch]:
-        """All usable samples once."""
+    def batches(self, ranks: Ranks = Ranks()) -> Iterator[Batch]:  # noqa: B008 - frozen
+        """This rank's share of all usable samples; the ranks' shares hold each sample once."""
         return validation_batches(
-            self.views, self.label_S, self.sample_S, batch_size=self.batch_size, workers=self.workers
+            self.views,
+            self.label_S,
+            self.sample_S[ranks.rank :: ranks.world_size],
+            batch_size=max(1, self.batch_size // ranks.world_size),
+            workers=self.workers,
         )
 
 
 def open_cache_views(
-    reader: CacheReader, data: str | None, *, with_codes: bool, positions: slice = slice(None), keep_nbytes: int = 0
+    reader: CacheReader, data: str | None, *, with_codes: bool, code_layers: slice = slice(None), keep_nbytes: int = 0
 ) -> tuple[CachedViews, np.ndarray]:
     """The views of a complete cache, and the rows that have a label and are stored in every view.
 
@@ -65,7 +71,7 @@ def open_cache_views(
         reader: the cache.
         data: where its tars are now; None for where they were.
         with_codes: whether codes are wanted.
-        positions: which stored layers.
+        code_layers: which rows of L.
         keep_nbytes: see `CachedViews`.
 
     Raises:
@@ -80,25 +86,21 @@ def open_cache_views(
     source = None
     if reader.layout.pixels is None:
         source = Source(reader.samples if data is None else relocate(reader.samples, data))
-    views = CachedViews(reader, source, with_codes=with_codes, positions=positions, keep_nbytes=keep_nbytes)
+    views = CachedViews(reader, source, with_codes=with_codes, code_layers=code_layers, keep_nbytes=keep_nbytes)
     usable_S = np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
     if not len(usable_S):
         raise SourceError(f"{reader.path} has no sample with a label and an image.")
     return views, usable_S
 
 
-def open_images(
-    data: str, config: InputConfig, policy: PolicyName, seed: int, *, keep_nbytes: int = 0
-) -> tuple[FreshViews, np.ndarray]:
-    """Views drawn from tars without a cache, and the labels of all their samples.
+def _open_images(data: str, config: InputConfig) -> tuple[FreshViews, np.ndarray]:
+    """The evaluation views of tars without a cache, and the labels of all their samples.
 
     Raises:
         SourceError: the tars cannot be used.
-        ConfigError: the policy is unknown.
     """
     index = index_source(data)
-    view_policy = config.view_policy(policy, seed)
-    return FreshViews(Source(index), view_policy, keep_nbytes=keep_nbytes), index.label_S
+    return FreshViews(Source(index), config.view_policy("eval", seed=0)), index.label_S
 
 
 def open_validation(
@@ -106,7 +108,6 @@ def open_validation(
     cache: Path | None,
     data: str | None,
     students: Sequence[Student],
-    layers: Sequence[int],
     teacher: TeacherRecord | None,
     live_teacher: LiveTeacher | None,
     batch_size: int,
@@ -119,7 +120,6 @@ def open_validation(
         cache: a validation cache; None draws `eval` views from `data`.
         data: the images, or where the cache's tars now are.
         students: whose inputs and classes must fit.
-        layers: blocks whose attention copying students are given; empty when none of them copies.
         teacher: who copying students learnt from; None when none of them copies.
         live_teacher: that teacher, running; instead of the cache's maps.
         batch_size: samples a batch.
@@ -131,25 +131,31 @@ def open_validation(
         CacheMismatchError: the cache does not hold the maps that copying students were trained with.
     """
     copies = teacher is not None
+    pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
     if cache is None:
         if copies and live_teacher is None:
             raise ConfigError(
                 "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
             )
         assert data is not None, "checked by the callers' configs"
-        views, label_S = open_images(data, students[0].input, policy="eval", seed=0)
+        views, label_S = _open_images(data, students[0].input)
         usable_S = np.flatnonzero(label_S >= 0)
         given: CacheTeacher | LiveTeacher | None = live_teacher
     else:
         reader = CacheReader(cache)
+        if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+            raise ConfigError(
+                f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
+                "validation cache with --policy eval."
+            )
         given = live_teacher
-        positions = slice(None)
+        code_layers = slice(None)
         if teacher is not None and live_teacher is None:
-            _check_maps_fit(reader, teacher, layers)
-            given = CacheTeacher(reader, layers, device)
-            positions = given.positions
+            _check_maps_fit(reader, teacher, pairings)
+            given = CacheTeacher(reader, pairings, device)
+            code_layers = given.code_layers
         views, usable_S = open_cache_views(
-            reader, data, with_codes=isinstance(given, CacheTeacher), positions=positions
+            reader, data, with_codes=isinstance(given, CacheTeacher), code_layers=code_layers
         )
         for student in students:
             check_views_fit(student, reader)
@@ -160,7 +166,7 @@ def open_validation(
     )
 
 
-def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, layers: Sequence[int]) -> None:
+def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Sequence[Pairing]) -> None:
     """Refuse a cache without the very maps that copying students were trained with."""
     theirs = TeacherRecord.of_cache(reader)
     if theirs.weights_sha256 != teacher.weights_sha256:
@@ -168,14 +174,15 @@ def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, layers: Sequenc
             f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
             f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
         )
-    if missing := sorted(set(layers) - set(theirs.geometry.layers)):
+    layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
+    if missing := sorted(layers - set(theirs.geometry.layers)):
         raise CacheMismatchError(
             f"{reader.path} has no maps of layer {missing[0]}, which the student copies. Build it with these --layers."
         )
-    if theirs.geometry.heads != teacher.geometry.heads:
+    heads = {head for pairing in pairings for head in pairing.teacher_heads}
+    if missing := sorted(heads - set(theirs.geometry.heads)):
         raise CacheMismatchError(
-            f"{reader.path} holds heads {theirs.geometry.heads}, the student copies heads {teacher.geometry.heads}. "
-            "Build the validation cache with the same --heads."
+            f"{reader.path} has no maps of head {missing[0]}, which the student copies. Build it with these --heads."
         )
 
 
@@ -196,17 +203,29 @@ def _check_students_fit(students: Sequence[Student], largest_label: int) -> None
         )
 
 
-def score_student(student: Student, data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
-    """The score of one student; its module is left in eval mode."""
-    return score_ensemble([student], data, device, dtype)
+def score_student(
+    student: Student,
+    data: ValidationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Score:
+    """The score of one student, the same on all ranks; its module is left in eval mode."""
+    return score_ensemble([student], data, device, dtype, ranks)
 
 
-def score_ensemble(students: Sequence[Student], data: ValidationSet, device: torch.device, dtype: torch.dtype) -> Score:
-    """The score of the mean of the students' probabilities (Li et al. 2024)."""
+def score_ensemble(
+    students: Sequence[Student],
+    data: ValidationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Score:
+    """The score of the mean of the students' probabilities (Li et al. 2024); each rank scores its share."""
     top1 = top5 = loss = num_samples = 0.0
     for student in students:
         student.module.eval()
-    for batch in data.batches():
+    for batch in data.batches(ranks):
         label_B = batch.label_B.to(device)
         probability_BC = _mean_probabilities(students, batch, data.teacher, device, dtype)
         ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
@@ -216,6 +235,8 @@ def score_ensemble(students: Sequence[Student], data: ValidationSet, device: tor
         of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
         loss -= float(of_label_B.log().sum())
         num_samples += len(label_B)
+    totals = torch.tensor([top1, top5, loss, num_samples], dtype=torch.float64, device=device)
+    top1, top5, loss, num_samples = ranks.sum(totals)
     return Score(
         top1=100 * top1 / num_samples,
         top5=100 * top5 / num_samples,

@@ -1,0 +1,194 @@
+"""`atcache plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..pipelines.plan import Plan
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--teacher", help="An alias such as mae-vit-l, or a timm name with arguments.")
+@click.option("--data", metavar="TARS", help="The images; some of them will do where their number is assumed.")
+@click.option(
+    "--out", type=_PATH, default=".", show_default=True, help="Where the cache would be: its disk is measured."
+)
+@click.option("--weights", type=_PATH, help="The teacher's weights; without it, timm's.")
+@click.option("--codec", "codecs", multiple=True, help="A codec setting to look at; repeat for several. [default: all]")
+@click.option(
+    "--policy",
+    type=click.Choice(["eval", "crop-flip", "randaug"]),
+    default="crop-flip",
+    show_default=True,
+    help="How views are drawn.",
+)
+@click.option("--mixup", default=0.0, help="Blend each view with another sample's; see build.")
+@click.option("--cutmix", default=0.0, help="Paste a box of another sample's view; see build.")
+@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
+@click.option("--views", default=1, show_default=True, help="Views of each sample.")
+@click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
+@click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
+@click.option(
+    "--pixels",
+    type=click.Choice(["replay", "store"]),
+    default="replay",
+    show_default=True,
+    help="store would keep the augmented images in the cache too.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["copy", "distill"]),
+    default="copy",
+    show_default=True,
+    help="What the student would do with the teacher's attention.",
+)
+@click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
+@click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples in one run.")
+@click.option("--runs", default=1, show_default=True, help="Training runs that would use the cache.")
+@click.option("--batch-size", default=32, show_default=True, help="Samples a step, and views a forward.")
+@click.option("--workers", type=int, help="Processes that would decode images; without it, one less than processors.")
+@click.option("--calibration-samples", default=256, show_default=True, help="Samples that sizes are measured on.")
+@options.device
+@options.precision
+@click.option(
+    "--assume",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Take a number as given instead of measuring it, for a machine that is not this one; repeat for several. "
+    "Names: samples, nbytes-per-view, teacher-img-per-s, student-img-per-s, encode-img-per-s, load-img-per-s, "
+    "disk-read-gb-per-s, disk-write-gb-per-s, disk-free-tb.",
+)
+def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
+    """Say what a cache would take, and whether it would pay.
+
+    Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and writes nothing.
+
+    Example:
+
+    \b
+        atcache plan --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out /data/in1k.zarr
+    """
+    from ..pipelines.plan import plan as run_plan
+    from ..pipelines.plan_config import PlanConfig
+
+    made = run_plan(PlanConfig(**config), say=lambda line: click.echo(f"{line} ...", err=True))
+    _print(made)
+    options.print_json(made.to_json())
+
+
+def _print(plan: Plan) -> None:
+    """The plan for a person, on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width of its own
+    console.print()
+    for line in _facts(plan):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(_cache_table(plan))
+    console.print(_training_table(plan))
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+    console.print()
+    console.print(plan.decision.sentence, style="bold", markup=False, soft_wrap=True)
+
+
+def _facts(plan: Plan) -> list[str]:
+    from ..pipelines.plan_verdict import number, size
+
+    machine, workload = plan.machine, plan.workload
+    loads = "" if machine.load_img_per_s is None else f"; loading images: {number(machine.load_img_per_s)} img/s"
+    runs = f"{workload.runs} run{'s' if workload.runs > 1 else ''}"
+    return [
+        f"{workload.num_samples:,} samples x {workload.num_views} view{'s' if workload.num_views > 1 else ''}; "
+        f"{runs} of {number(workload.epochs)} epochs, mode {plan.mode}",
+        f"teacher {plan.teacher or 'not named'}: {number(machine.teacher_img_per_s)} img/s"
+        f"{'' if plan.device is None else f' ({plan.device})'}{loads}",
+        f"disk of {plan.out}: writes {size(machine.write_nbytes_per_s)}/s, {size(machine.free_nbytes)} free",
+        *([f"assumed: {', '.join(plan.assumed)}"] if plan.assumed else []),
+    ]
+
+
+def _cache_table(plan: Plan) -> Table:
+    from ..pipelines.plan_verdict import duration, number, size
+
+    table = _table(
+        "What a cache would be", ["codec", "a view", "in all", "than float16 maps", "row KL", "features off"]
+    )
+    for heading in ("encodes", "build", "build waits for"):
+        table.add_column(heading, justify="right")
+    for one in plan.assessments:
+        cost = one.cost
+        against = "-" if cost.map_nbytes_per_view is None else _against(cost.map_nbytes_per_view / cost.nbytes_per_view)
+        table.add_row(
+            cost.codec or "assumed",
+            size(cost.nbytes_per_view),
+            size(one.total_nbytes),
+            against,
+            "-" if cost.row_kl_nats is None else f"{cost.row_kl_nats:.2g}",
+            "-" if cost.injected_error is None else f"{cost.injected_error:.2g}",
+            "-" if cost.encode_img_per_s is None else f"{number(cost.encode_img_per_s)} img/s",
+            duration(one.build_s),
+            one.build_limit,
+        )
+    return table
+
+
+def _against(times_smaller: float) -> str:
+    return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
+
+
+def _training_table(plan: Plan) -> Table:
+    from ..pipelines.plan_verdict import duration, number, size
+
+    headings = [
+        "training from",
+        "a step alone",
+        "needs",
+        "disk reads",
+        "one epoch",
+        "waits for",
+        "pays after",
+        "verdict",
+    ]
+    table = _table("What an epoch would take", headings)
+    decision, machine = plan.decision, plan.machine
+    live_step_s = 1 / machine.teacher_img_per_s + 1 / machine.student_img_per_s
+    if plan.scratch_img_per_s is not None:
+        table.add_row("no teacher", f"{number(plan.scratch_img_per_s)} img/s", *["-"] * 6)
+    table.add_row(
+        *("live teacher", f"{number(1 / live_step_s)} img/s", "-", "-"),
+        *(duration(decision.live_epoch_s), decision.live_limit, "-", "-"),
+    )
+    for one in plan.assessments:
+        cost = one.cost
+        pays = "-" if one.payback_epochs is None else f"{number(one.payback_epochs)} epochs"
+        table.add_row(
+            f"{cost.codec or 'assumed'} cache",
+            f"{number(cost.student_img_per_s)} img/s",
+            f"{size(one.needed_nbytes_per_s)}/s",
+            f"{size(cost.read_nbytes_per_s)}/s",
+            *(duration(one.epoch_s), one.epoch_limit, pays, one.verdict),
+        )
+    return table
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table

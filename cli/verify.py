@@ -1,0 +1,113 @@
+"""`atcache verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..pipelines.verify import VerifySummary
+    from ..pipelines.verify_files import Finding
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--data", metavar="TARS", help="Where the cache's tars now are, if they were moved.")
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Views whose pixels are compared with their hash, spread evenly.",
+)
+@click.option("--all", "all_views", is_flag=True, help="Compare the pixels of all views instead.")
+@click.option("--workers", type=int, help="Threads that read; without it, one a processor.")
+@click.option("--repair", is_flag=True, help="Make the next build redo just the damaged tasks.")
+@click.option("--teacher", help="Recompute views with this teacher, an alias or timm name: the one of the build.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The teacher's weights; without it, timm's.")
+@click.option(
+    "--teacher-sample",
+    default=32,
+    show_default=True,
+    help="Views that the teacher recomputes, spread evenly.",
+)
+@click.option(
+    "--threshold",
+    default=1.5,
+    show_default=True,
+    help="Times the recorded or target value that row KL and injected error may have.",
+)
+@options.device
+def verify(all_views: bool, sample: int, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
+    """Prove that a cache is whole, and with its teacher that it is faithful.
+
+    Reads every byte of it, and compares the images of some views with what the teacher saw. Each problem is one line
+    on stderr; the exit code is 1 if there is any, also after --repair.
+
+    Example:
+
+    \b
+        atcache verify in1k.zarr
+        atcache verify in1k.zarr --repair
+        atcache verify in1k.zarr --teacher mae-vit-l
+    """
+    from ..pipelines.verify import VerifyConfig
+    from ..pipelines.verify import verify as run_verify
+
+    def print_finding(finding: Finding) -> None:
+        click.echo(finding.message, err=True)
+
+    summary = run_verify(VerifyConfig(sample=None if all_views else sample, **config), on_finding=print_finding)
+    for line in (*(f"note: {note}" for note in summary.notes), *_closing_lines(summary, repair=config["repair"])):
+        click.echo(line, err=True)
+    options.print_json(summary.to_json())
+    if summary.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
+    lines: list[str] = []
+    fidelity = summary.fidelity
+    if fidelity is not None:
+        layers = ", ".join(f"{layer}: {kl:.2g}" for layer, kl in fidelity.layer_row_kl_nats.items())
+        lines += [
+            f"row KL {fidelity.row_kl_nats:.3g} nats over {fidelity.num_views} views (at most "
+            f"{fidelity.row_kl_limit_nats:.3g}), by layer {layers}",
+            f"features off by {fidelity.injected_error:.3g} with decoded maps (at most "
+            f"{fidelity.injected_error_limit:.3g})",
+        ]
+    looked_at = (
+        f"{summary.num_committed} of {summary.num_tasks} tasks, {summary.nbytes / 2**20:.1f} MiB; pixels of "
+        f"{summary.num_views} views"
+    )
+    if not summary.problems:
+        return [*lines, f"{summary.path} is {'whole' if summary.is_complete else 'whole as far as built'}: {looked_at}"]
+    tasks = {finding.task for finding in summary.problems if finding.task is not None}
+    num_others = sum(finding.task is None for finding in summary.problems)
+    lines.append(f"{summary.path}: {_count(len(summary.problems), 'problem')}; looked at {looked_at}")
+    if repair and not summary.is_metadata_whole:
+        lines.append("nothing was repaired: its zarr.json files are damaged, so what the tasks should be is not known")
+    elif repair and tasks:
+        lines.append(
+            f"deleted {_count(len(summary.repaired_tasks), 'commit record')}: type the same `atcache build` command "
+            f"again, it redoes just {_count(len(tasks), 'task')}"
+        )
+    elif tasks:
+        lines.append(
+            f"{_count(len(tasks), 'task')} can be redone: `atcache verify {summary.path} --repair`, then the same "
+            "`atcache build`"
+        )
+    if num_others:
+        lines.append(
+            f"{_count(num_others, 'problem')} in what a build does not write again: restore the files from a copy, or "
+            "build the cache anew"
+        )
+    return lines
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

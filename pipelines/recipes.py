@@ -1,0 +1,81 @@
+"""Recipes: settings of `train` and `build` in a TOML file that users can read, copy and change.
+
+Those of the papers come with the package. A file has the form of atcache.toml: a table a command, a key an option.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import atcache
+from atcache.errors import ConfigError
+
+FOLDER = Path(atcache.__file__).parent / "data" / "recipes"
+TABLES = ("train", "build")
+VIEW_FIELDS = ("policy", "mixup", "cutmix")
+"""Settings of [build] that a run without a cache, which draws views itself, follows too."""
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with the package."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: one of the package's by name, or the user's own by path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name in recipe_names():
+        return FOLDER / f"{name}.toml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    raise ConfigError(
+        f"recipe {name!r}: there is no such file, and no recipe of that name. There are "
+        f"{', '.join(recipe_names())}, in {FOLDER}."
+    )
+
+
+def read_recipe(name: str) -> dict[str, dict[str, Any]]:
+    """The settings of a recipe by command: "train" as fields of `TrainConfig`, "build" as those of `BuildConfig`.
+
+    Raises:
+        ConfigError: there is no such recipe, it is no TOML, or it holds other tables.
+    """
+    path = recipe_path(name)
+    try:
+        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    for table, settings in tables.items():
+        if table not in TABLES or not isinstance(settings, dict):
+            raise ConfigError(f"{path}: {table!r} is no table of a recipe; it has the tables [train] and [build].")
+    return {table: {key.replace("-", "_"): value for key, value in tables.get(table, {}).items()} for table in TABLES}
+
+
+def view_differences(wanted: Mapping[str, Any], policy: Mapping[str, Any]) -> list[str]:
+    """In what stored views differ from those a recipe asks for, one text a setting.
+
+    Args:
+        wanted: a recipe's "build" settings.
+        policy: the policy a cache records.
+
+    >>> view_differences({"policy": "randaug", "mixup": 0.8}, {"name": "crop-flip"})
+    ["policy is 'crop-flip', not 'randaug'", 'mixup is 0.0, not 0.8']
+    """
+    mixing: Mapping[str, Any] = policy.get("mixing") or {}
+    stored: dict[str, Any] = {
+        "policy": policy["name"],
+        "mixup": mixing.get("mixup_alpha", 0.0),
+        "cutmix": mixing.get("cutmix_alpha", 0.0),
+    }
+    return [
+        f"{name} is {stored[name]!r}, not {wanted[name]!r}"
+        for name in VIEW_FIELDS
+        if name in wanted and wanted[name] != stored[name]
+    ]

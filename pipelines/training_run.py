@@ -1,0 +1,367 @@
+"""One student being trained: its state, the step, and what is written to its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atcache.attention.pairing import TeacherFactors
+from atcache.errors import ConfigError, CorruptCacheError
+from atcache.jitter import draw_jitter, jitter_pixels
+from atcache.loader import Batch
+from atcache.order import step_seed
+from atcache.precision import autocast, resolve_precision
+from atcache.rendering import normalise_images
+from atcache.store.durable import encode_json, write_file
+
+from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from .distributed import Ranks
+from .metrics import MetricsLog, read_metrics
+from .optimisation import make_optimizer, make_scheduler
+from .progress import Progress
+from .runs import WEIGHTS_FILE, save_weights
+from .speed import Speed
+from .students import Student
+from .train_config import TrainConfig
+from .training_data import TrainingData
+from .validation import Score, score_student
+
+SUMMARY_FILE = "summary.json"
+LOG_EVERY = 10
+"""Steps between two lines of metrics."""
+_MUCH_OF_THE_START = 0.05
+"""Share of the first weights in the moving average from which on a note warns."""
+
+
+class DivergedError(ConfigError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """What a run came to."""
+
+    out: str
+    mode: str
+    steps: int
+    num_samples: int
+    loss: float
+    """The mean over the last tenth of the logged steps."""
+    validation: Score | None
+    """At the end; None without validation data."""
+    seconds: float
+    """Of this process."""
+    img_per_s: float
+    waited_for_data: float
+    """Share of the time spent waiting for batches."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
+        """The summary `to_json` came from."""
+        score = fields["validation"]
+        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
+        return cls(**values)
+
+
+def read_finished(folder: Path) -> TrainSummary | None:
+    """The summary of a finished run; None where the run is not finished.
+
+    Raises:
+        CorruptCacheError: the summary cannot be read.
+    """
+    file = folder / SUMMARY_FILE
+    if not ((folder / WEIGHTS_FILE).exists() and file.exists()):
+        return None
+    try:
+        return TrainSummary.from_json(json.loads(file.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run anew.") from error
+
+
+class TrainingRun:
+    """One run's changing state. Whoever holds the batches calls `begin`, then `take` for each, then `finish`.
+
+    Runs that are trained together know nothing of each other: every step seeds its own numbers.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    ) -> None:
+        from timm.utils.model_ema import ModelEmaV3
+
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks
+        self.dtype = resolve_precision(config.precision, device)
+        self.student: Student = data.student
+        self.student.module.to(device).train()
+        self.steps_per_epoch = len(data.order.sample_S) / config.batch_size
+        self.num_steps = config.steps or math.ceil(config.epochs * self.steps_per_epoch)
+        self.optimizer = make_optimizer(config, self.student.model, device)
+        self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
+        self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
+        self.checkpoint = config.out / CHECKPOINT_FILE
+        self._together: Student | None = None
+        """The student with its gradients averaged over the ranks, once there are gradients."""
+        self.step = 0
+        self.loss = math.nan
+        """The last logged one."""
+        self.validation: Score | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the run."""
+        decay = self.config.ema
+        if decay is None or decay**self.num_steps < _MUCH_OF_THE_START:
+            return self.data.notes
+        return (
+            *self.data.notes,
+            f"NOTE: --ema {decay} averages over about {round(1 / (1 - decay))} steps and the run has {self.num_steps}: "
+            f"{decay**self.num_steps:.0%} of what is validated and saved are the weights it began with. Lower --ema.",
+        )
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, where there is one."""
+        if not self.checkpoint.exists():
+            return
+        contents = load_checkpoint(self.checkpoint, self.device)
+        self.step = contents["step"]
+        self.student.module.load_state_dict(contents["module"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(contents["ema"])
+        self.scheduler.step_update(self.step)
+
+    def take(
+        self, batch: Batch, metrics: MetricsLog | None, progress: Progress | None, speed: Speed, name: str
+    ) -> None:
+        """Train on this rank's part of the current step's batch; log, validate and save when it is time.
+
+        Args:
+            batch: the part.
+            metrics: where numbers go; None on ranks that do not lead.
+            progress: where words go; None on ranks that do not lead.
+            speed: of this process.
+            name: what a line begins with.
+
+        Raises:
+            DivergedError: the loss is no number any more.
+        """
+        losses = self.train_step(batch)
+        validates = self.step == self.num_steps or self._validates_now()
+        logs = self.step % LOG_EVERY == 0 or self.step == self.num_steps
+        # A loss is looked at before its weights replace a good checkpoint.
+        if logs or validates or self._saves_now():
+            # Reading losses waits for the device, so it is not done at every step.
+            sums = self.ranks.sum(torch.stack(list(losses.values())).double())
+            values = {name: total / self.ranks.world_size for name, total in zip(losses, sums, strict=True)}
+            self.loss = values["loss"]
+            self._refuse_divergence()
+            if logs and metrics is not None:
+                metrics.write("train", self.step, {**values, "lr": self.lr(), **self._speed_of_all(speed)})
+        if validates:
+            self._validate(metrics, progress, name)
+        if self.step < self.num_steps and self._saves_now() and self.ranks.leads:
+            self._save()
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step; returns the losses of this rank's part of the batch."""
+        config = self.config
+        student = self._student_of_all_ranks(batch)
+        totals: dict[str, Tensor] = {}
+        parts = zip(
+            _cut(batch, config.accumulate), _chunks(self._draw(len(batch.label_B)), config.accumulate), strict=True
+        )
+        for number, (part, part_B3) in enumerate(parts, start=1):
+            # The student's alone: a live teacher sees the pixels as they are.
+            pixels_BHWC = part.pixels_BHWC.to(self.device, non_blocking=True)
+            pixels_BHWC = pixels_BHWC if part_B3 is None else jitter_pixels(pixels_BHWC, part_B3)
+            images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
+            given = None if self.data.teacher is None else self.data.teacher.factors(part)
+            targets = _targets(part, self.student.num_classes).to(self.device)
+            with self._gradients_stay_here(student, number < config.accumulate):
+                losses = self._losses(student, images, targets, given)
+                (losses["loss"] / config.accumulate).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach() / config.accumulate
+        if config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.student.module, step=self.step)
+        return totals
+
+    def _losses(
+        self, student: Student, images: Tensor, targets: Tensor, given: TeacherFactors | None
+    ) -> dict[str, Tensor]:
+        with autocast(self.device, self.dtype):
+            label_loss, attention_loss = student.train_step(images, targets, given, self.config.label_smoothing)
+        if attention_loss is None:
+            return {"label_loss": label_loss, "loss": label_loss}
+        loss = label_loss + self.config.attention_weight * attention_loss
+        return {"label_loss": label_loss, "loss": loss, "attention_loss": attention_loss}
+
+    def _draw(self, num_images: int) -> Tensor | None:
+        """Seed the step's random numbers, and draw the jitter of this rank's images, where it is wanted.
+
+        They do not depend on where a run was stopped, or on how it is validated.
+        """
+        seed = step_seed(self.config.seed, self.step)
+        torch.manual_seed(seed)
+        factors_B3 = None
+        if self.config.student_jitter:
+            # Drawn for the whole batch, so that cutting it changes nothing.
+            all_B3 = draw_jitter(self.config.student_jitter, num_images * self.ranks.world_size)
+            factors_B3 = all_B3[num_images * self.ranks.rank : num_images * (self.ranks.rank + 1)]
+        if self.ranks.rank:  # or all ranks would drop the same paths
+            torch.manual_seed(step_seed(seed, self.ranks.rank))
+        return factors_B3
+
+    def _student_of_all_ranks(self, batch: Batch) -> Student:
+        """The student to train: under several ranks one whose gradients become the mean over them."""
+        if self.ranks.is_alone:
+            return self.student
+        if self._together is None:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self._freeze_what_is_unused(batch)
+            module = DistributedDataParallel(self.student.module)
+            model = module if self.student.model is self.student.module else self.student.model
+            self._together = replace(self.student, module=module, model=model)
+        return self._together
+
+    def _freeze_what_is_unused(self, batch: Batch) -> None:
+        """Tell DDP which weights get no gradient, such as q and k of a copying CaiT: it would wait for it for ever."""
+        first: list[Any] = [None if tensor is None else tensor[:1] for tensor in batch]
+        sample = Batch(*first)
+        images = normalise_images(sample.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
+        given = None if self.data.teacher is None else self.data.teacher.factors(sample)
+        self.student.module.eval()
+        losses = self._losses(self.student, images, sample.label_B.to(self.device), given)
+        self.student.module.train()
+        weights = [weight for weight in self.student.module.parameters() if weight.requires_grad]
+        gradients = cast(
+            "Sequence[Tensor | None]", torch.autograd.grad(losses["loss"], weights, allow_unused=True)
+        )  # torch's type leaves the Nones out
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.requires_grad_(gradient is not None)
+
+    def _gradients_stay_here(self, student: Student, stay: bool) -> AbstractContextManager[None]:
+        """Where gradients are added up on each rank and not yet averaged, if they are to `stay`."""
+        no_sync = getattr(student.module, "no_sync", None)
+        return no_sync() if stay and no_sync is not None else nullcontext()
+
+    def _speed_of_all(self, speed: Speed) -> dict[str, float]:
+        """The speed of all ranks, where each is as fast as this one: they wait for each other."""
+        values = speed.values()
+        return {**values, "img_per_s": values["img_per_s"] * self.ranks.world_size}
+
+    def finish(self, speed: Speed) -> TrainSummary:
+        """Save the weights and the summary, and drop the checkpoint. For the leader alone."""
+        out = self.config.out
+        save_weights(out / WEIGHTS_FILE, self._evaluated_student().model)
+        logged = [row["loss"] for row in read_metrics(out, "train")]
+        last = logged[-max(1, len(logged) // 10) :]
+        summary = TrainSummary(
+            out=str(out),
+            mode=self.config.mode,
+            steps=self.num_steps,
+            num_samples=len(self.data.order.sample_S),
+            loss=sum(last) / len(last),
+            validation=self.validation,
+            seconds=speed.seconds,
+            **self._speed_of_all(speed),
+        )
+        write_file(out / SUMMARY_FILE, encode_json(summary.to_json()))
+        self.checkpoint.unlink(missing_ok=True)
+        return summary
+
+    def lr(self) -> float:
+        """The learning rate of the last block's weights: the highest under layer decay."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def _refuse_divergence(self) -> None:
+        if not math.isfinite(self.loss):
+            problem = f"the loss is {self.loss}. Lower --base-lr or give --clip-grad 1, in another --out."
+            self.ranks.refuse(DivergedError(f"step {self.step}: {problem}"))
+
+    def _validates_now(self) -> bool:
+        """Whether this step ends a stretch of `validate_every` epochs."""
+        if not self.config.validate_every:
+            return False
+        return self.step % max(1, round(self.config.validate_every * self.steps_per_epoch)) == 0
+
+    def _saves_now(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0 or self._validates_now()
+
+    def _validate(self, metrics: MetricsLog | None, progress: Progress | None, name: str) -> None:
+        if self.data.validation is None:
+            return
+        score = score_student(self._evaluated_student(), self.data.validation, self.device, self.dtype, self.ranks)
+        self.student.module.train()
+        self.validation = score
+        if metrics is None or progress is None:
+            return
+        metrics.write("validation", self.step, {"top1": score.top1, "top5": score.top5, "loss": score.loss})
+        epoch = self.step / self.steps_per_epoch
+        progress.say(
+            f"{name}epoch {epoch:.4g}: validation top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4g}"
+        )
+
+    def _evaluated_student(self) -> Student:
+        """The student that counts: the moving average where there is one."""
+        return self.student if self.ema is None else self.student.averaged(self.ema.module)
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.checkpoint,
+            {
+                "step": self.step,
+                "module": self.student.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+            },
+        )
+
+
+def _targets(batch: Batch, num_classes: int) -> Tensor:
+    """What to predict: classes, int64, or where views are mixed their probabilities, float32 (batch, class).
+
+    With label smoothing on top they are those of timm's `Mixup`, and the loss is its `SoftTargetCrossEntropy`.
+    """
+    if bool((batch.mix_share_B == 1).all()):
+        return batch.label_B
+    own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (batch.label_B, batch.mix_label_B))
+    share_B1 = batch.mix_share_B.unsqueeze(1)
+    return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC
+
+
+def _cut(batch: Batch, num_parts: int) -> Iterator[Batch]:
+    """A batch in equal parts."""
+    if num_parts == 1:
+        yield batch
+        return
+    for part in zip(*(_chunks(tensor, num_parts) for tensor in batch), strict=True):
+        yield Batch(*part)
+
+
+def _chunks(tensor: Tensor | None, num_parts: int) -> Sequence[Tensor | None]:
+    return num_parts * [None] if tensor is None else tensor.chunk(num_parts)
