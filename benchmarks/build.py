@@ -1,0 +1,249 @@
+"""What a build costs: against the teacher's plain forward, per view as datasets grow, and to open what came out.
+
+    python benchmarks/build.py speed --teacher NAME --data TARS [--weights FILE] [--codec int8 --codec transform]
+    python benchmarks/build.py growth
+    python benchmarks/build.py opening
+
+`speed`: views/s of the build's own tasks, and of the same teacher's plain fused forward on the same loader,
+interleaved in one run; then where the time of a view goes, each stage by itself. Without weights they are random, which
+suits speed, not fidelity. `growth`: the store's part of a build with made codes in place of a teacher, 1,000 to 100,000
+samples. `opening`: a cache of 1.3 million samples and 24 layers, in fresh processes. Machine noise is in the seconds;
+compare ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from build_growth import measure_growth, measure_opening
+
+from atcache.attention.capture import FactorCapture
+from atcache.codecs import parse_codec
+from atcache.pipelines.build_plan import plan_layout
+from atcache.pipelines.build_tasks import RenderedBatches, TaskRunner
+from atcache.pipelines.calibrate import Calibration, TeacherRun, calibrate, layer_row_kl
+from atcache.pipelines.fidelity_limits import Expectation
+from atcache.precision import autocast, resolve_device, resolve_precision
+from atcache.rendering import Renderer
+from atcache.source import Source, index_source
+from atcache.store.layout import StoreLayout
+from atcache.store.writer import TaskWriter, create_cache, encode_view
+from atcache.teachers import create_student, load_teacher, parse_model_name
+from atcache.views import ViewPolicy
+from atcache.worker_batches import read_ahead
+
+
+class Setup(NamedTuple):
+    """What all measurements of one codec share."""
+
+    run: TeacherRun
+    source: Source
+    policy: ViewPolicy
+    calibration: Calibration
+    layout: StoreLayout
+    batch_size: int
+    workers: int
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    options = _parse()
+    if options.what == "growth":
+        print_rows(measure_growth(options.samples))
+    elif options.what == "opening":
+        print_rows([measure_opening(options.num_samples)])
+    else:
+        print_rows(measure_speed(options))
+
+
+def print_rows(rows: list[dict[str, object]]) -> None:
+    """One line of JSON a row."""
+    for row in rows:
+        print(json.dumps(row))
+
+
+def measure_speed(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows: views/s of the plain forward and of builds, their ratios, and milliseconds of each stage."""
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        setups = {name: _setup(options, name, Path(folder)) for name in options.codec}
+        plain = next(iter(setups.values()))
+        seconds: dict[str, list[float]] = {name: [] for name in ("plain", *setups)}
+        for number in range(options.rounds + 1):
+            took = {"plain": _seconds(lambda: _run_plain(plain))}
+            for name, setup in setups.items():
+                took[name] = _seconds(lambda s=setup, o=Path(folder) / f"{name}-{number}.zarr": _run_build(s, o))
+            if number:  # the first round warms up
+                for name, value in took.items():
+                    seconds[name].append(value)
+        num_views = plain.layout.num_samples
+        for name, values in seconds.items():
+            ratio = statistics.median(p / b for p, b in zip(seconds["plain"], values, strict=True))
+            speed = num_views / statistics.median(values)
+            rows.append({"what": name, "views_per_s": round(speed, 2), "share_of_plain": round(ratio, 3)})
+        rows += [{"codec": name, "ms_a_view": _stages(setup, Path(folder))} for name, setup in setups.items()]
+    return rows
+
+
+def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
+    device = resolve_device(options.device)
+    weights = options.weights
+    if weights is None:
+        weights = folder / "random.pth"
+        if not weights.exists():
+            random = create_student(parse_model_name(options.teacher), num_classes=10).state_dict()
+            # Larger, for maps that are far from uniform: codes of nothing would compress to nothing.
+            torch.save({name: w * 6 if "qkv.weight" in name else w for name, w in random.items()}, weights)
+    run = TeacherRun(
+        teacher=load_teacher(options.teacher, weights=weights, device=device),
+        device=device,
+        dtype=resolve_precision(options.precision, device),
+    )
+    index = index_source(options.data)
+    stop = min(index.num_samples, options.views)
+    columns = {f"{name}_S": getattr(index, f"{name}_S")[:stop] for name in _COLUMNS}
+    source = Source(replace(index, **columns))
+    policy = run.teacher.input.view_policy("crop-flip", 0)
+    pixels = [Renderer(source, policy, skip_bad=False).render(s, 0).pixels_HWC for s in range(min(stop, 64))]
+    calibration = calibrate(
+        run,
+        parse_codec(codec_name),
+        torch.from_numpy(np.stack(pixels)),
+        layers=None,
+        heads=None,
+        batch_size=options.batch_size,
+    )
+    layout, _ = plan_layout(calibration, stop, 1, None, options.samples_per_shard, policy.parameter_names)
+    return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
+
+
+_COLUMNS = ("keys", "tar", "offset", "nbytes", "label", "problem")
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start_s
+
+
+def _batches(setup: Setup) -> RenderedBatches:
+    return RenderedBatches(setup.source, setup.policy, setup.layout.tasks(), setup.batch_size, skip_bad=False)
+
+
+def _plain_forward(setup: Setup, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), autocast(setup.run.device, setup.run.dtype):
+        return setup.run.teacher.model.forward_features(setup.run.images(pixels_BHWC))
+
+
+def _run_plain(setup: Setup) -> None:
+    batches = _batches(setup)
+    for batch in read_ahead(batches, range(len(batches)), workers=setup.workers):
+        _plain_forward(setup, batch.pixels_BHWC)
+
+
+def _run_build(setup: Setup, out: Path) -> None:
+    state = {name: tensor.cpu().numpy() for name, tensor in setup.calibration.state.items()}
+    create_cache(out, setup.layout, {}, setup.source.index, state)
+    runner = TaskRunner(
+        out=out,
+        layout=setup.layout,
+        source=setup.source,
+        policy=setup.policy,
+        run=setup.run,
+        coder=setup.calibration.coder,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+        skip_bad=False,
+        expectation=Expectation(row_kl_nats=1.0, is_target=True, limit_nats=float("inf")),
+    )
+    runner.run_tasks(list(setup.layout.tasks()))
+
+
+def _stages(setup: Setup, folder: Path) -> dict[str, float]:
+    """Milliseconds a view of each stage by itself, nothing overlapping: decode and compress are of one core."""
+    out = folder / "stages.zarr"
+    if out.exists():
+        shutil.rmtree(out)
+    state = {name: tensor.cpu().numpy() for name, tensor in setup.calibration.state.items()}
+    create_cache(out, setup.layout, {}, setup.source.index, state)
+    batches, coder = _batches(setup), setup.calibration.coder
+    capture = FactorCapture(setup.run.teacher.model, coder.geometry.layers, coder.geometry.heads)
+    total: dict[str, float] = {}
+    num_views = 0
+
+    def timed(stage: str, work: Callable[[], object]) -> object:
+        result: list[object] = []
+        total[stage] = total.get(stage, 0.0) + _seconds(lambda: result.append(work()))
+        return result[0]
+
+    writer: TaskWriter | None = None
+    for number in range(len(batches)):
+        batch = timed("render images", lambda n=number: batches[n])
+        timed("plain forward (for comparison)", lambda b=batch: _plain_forward(setup, b.pixels_BHWC))
+        layers = timed("forward with capture", lambda b=batch: setup.run.factors(capture, b.pixels_BHWC))
+        codes_BLTC = timed("encode", lambda a=layers: coder.encode(a))
+        if batch.start == batch.task.start:
+            few = [layer.select(slice(0, 4)) for layer in layers]
+            timed("KL check", lambda a=few, c=codes_BLTC[:4]: layer_row_kl(coder, a, c))
+            writer = timed("open, write, commit", lambda t=batch.task: TaskWriter(out, setup.layout, t))
+        codes = timed("copy to host", lambda c=codes_BLTC: c.cpu().numpy())
+        chunks = timed("compress", lambda c=codes: [encode_view(setup.layout, codes_LTC) for codes_LTC in c])
+        timed("open, write, commit", lambda b=batch, c=chunks, w=writer: _write(w, b, c))
+        num_views += len(codes)
+    return {stage: round(1e3 * value / num_views, 3) for stage, value in total.items()}
+
+
+def _write(writer: TaskWriter, batch, chunks: list[list[bytes]]) -> None:
+    for row, status in enumerate(batch.status_B):
+        writer.add(
+            batch.start + row,
+            status=int(status),
+            parameters_P=batch.parameters_BP[row],
+            pixel_hash=batch.pixel_hashes[row],
+            chunks=chunks[row],
+        )
+    if batch.start + len(batch.status_B) == batch.task.stop:
+        writer.commit({})
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    speed = commands.add_parser("speed")
+    speed.add_argument("--teacher", required=True)
+    speed.add_argument("--data", required=True)
+    speed.add_argument("--weights", type=Path)
+    speed.add_argument("--codec", action="append")
+    speed.add_argument("--views", type=int, default=256)
+    speed.add_argument("--rounds", type=int, default=3)
+    speed.add_argument("--batch-size", type=int, default=32)
+    speed.add_argument("--samples-per-shard", type=int, default=128)
+    speed.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 1))
+    speed.add_argument("--device", default="auto")
+    speed.add_argument("--precision", default="auto")
+    growth = commands.add_parser("growth")
+    growth.add_argument("--samples", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    opening = commands.add_parser("opening")
+    opening.add_argument("--num-samples", type=int, default=1_300_000)
+    options = parser.parse_args()
+    if options.what == "speed" and options.codec is None:
+        options.codec = ["int8", "transform"]
+    return options
+
+
+if __name__ == "__main__":
+    main()

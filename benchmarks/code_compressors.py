@@ -1,0 +1,145 @@
+"""What a cache's own codes take with other compressors, orders and integer widths, and how fast each is to read.
+
+    python benchmarks/code_compressors.py CACHE [--views 32]
+
+A chunk is compressed as the store would. "entropy" is the codes' order-0 entropy with one table a component, what an
+ideal coder without any context would need. Speeds are those of one thread; integers that a width cannot hold are
+clipped, which changes few of them and so their size by little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numcodecs import blosc, zstd
+
+import atcache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One way to make bytes of a chunk."""
+
+    name: str
+    by_component: bool
+    """All tokens of a component together; else all components of a token."""
+    dtype: str | None
+    """None for the cache's own."""
+    compress: Callable[[np.ndarray], bytes]
+    decompress: Callable[[bytes, np.ndarray], object]
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache")
+    parser.add_argument("--views", type=int, default=32)
+    options = parser.parse_args()
+    blosc.use_threads = False
+    cache = atcache.open(options.cache)
+    layout = cache.reader.layout
+    stored = np.flatnonzero(cache.reader.status_VS[0] == 1)
+    samples = stored[np.linspace(0, len(stored) - 1, min(len(stored), options.views)).astype(int)]
+    codes_BLTC = np.stack([cache.reader.read_codes(0, int(sample)) for sample in samples])
+    print(
+        f"{len(samples)} views of {options.cache}: codec {cache.codec.to_json()}, "
+        f"{layout.num_layers} x {layout.num_tokens} x {layout.num_components} {layout.codes_dtype}\n"
+    )
+    print("| stored as | bytes a view | compress ms a view | decompress ms a view |\n|---|--:|--:|--:|")
+    print(f"| entropy | {_entropy_nbytes(codes_BLTC):,.0f} | | |")
+    for candidate in _candidates():
+        print(_row(candidate, codes_BLTC, layout.layers_per_chunk))
+
+
+def _candidates() -> Iterator[Candidate]:
+    def shuffled(shuffle: int, level: int) -> Callable[[np.ndarray], bytes]:
+        return lambda chunk: blosc.compress(chunk, b"zstd", level, shuffle, 0)
+
+    for by_component in (False, True):
+        for name, shuffle in (("byte shuffle", blosc.SHUFFLE), ("bitshuffle", blosc.BITSHUFFLE)):
+            yield Candidate(
+                name=f"blosc zstd, {name}",
+                by_component=by_component,
+                dtype=None,
+                compress=shuffled(shuffle, 5),
+                decompress=blosc.decompress,
+            )
+        yield Candidate(
+            name="zstd",
+            by_component=by_component,
+            dtype=None,
+            compress=lambda chunk: zstd.compress(chunk, 1),
+            decompress=zstd.decompress,
+        )
+    for dtype in ("uint8", "int16"):
+        yield Candidate(
+            name=f"blosc zstd, byte shuffle, {dtype}",
+            by_component=True,
+            dtype=dtype,
+            compress=shuffled(blosc.SHUFFLE, 5),
+            decompress=blosc.decompress,
+        )
+    for level in (3, 9):
+        yield Candidate(
+            name=f"blosc zstd level {level}, byte shuffle",
+            by_component=True,
+            dtype=None,
+            compress=shuffled(blosc.SHUFFLE, level),
+            decompress=blosc.decompress,
+        )
+    try:
+        from pcodec import ChunkConfig, standalone
+    except ImportError:
+        return
+    yield Candidate(
+        name="pcodec",
+        by_component=True,
+        dtype="int16",
+        compress=lambda chunk: standalone.simple_compress(chunk.reshape(-1), ChunkConfig()),
+        decompress=lambda packed, out: standalone.simple_decompress_into(packed, out.reshape(-1)),
+    )
+
+
+def _row(candidate: Candidate, codes_BLTC: np.ndarray, layers_per_chunk: int) -> str:
+    dtype = np.dtype(candidate.dtype or codes_BLTC.dtype)
+    largest = np.iinfo(dtype).max
+    nbytes = 0
+    compress_s: list[float] = []
+    decompress_s: list[float] = []
+    for codes_LTC in codes_BLTC:
+        ordered = codes_LTC.swapaxes(1, 2) if candidate.by_component else codes_LTC
+        chunks = [
+            np.ascontiguousarray(chunk.clip(max=largest), dtype=dtype)
+            for chunk in np.split(ordered, len(ordered) // layers_per_chunk)
+        ]
+        start_s = time.perf_counter()
+        packed = [candidate.compress(chunk) for chunk in chunks]
+        middle_s = time.perf_counter()
+        unpacked = [np.empty_like(chunk) for chunk in chunks]
+        for part, out in zip(packed, unpacked, strict=True):
+            candidate.decompress(part, out)
+        decompress_s.append(time.perf_counter() - middle_s)
+        compress_s.append(middle_s - start_s)
+        assert all(np.array_equal(chunk, out) for chunk, out in zip(chunks, unpacked, strict=True)), candidate.name
+        nbytes += sum(map(len, packed))
+    order = "by component" if candidate.by_component else "by token"
+    times = f"{1e3 * statistics.median(compress_s):.3f} | {1e3 * statistics.median(decompress_s):.3f}"
+    return f"| {candidate.name}, {order} | {nbytes / len(codes_BLTC):,.0f} | {times} |"
+
+
+def _entropy_nbytes(codes_BLTC: np.ndarray) -> float:
+    bits = 0.0
+    for codes_BT in np.moveaxis(codes_BLTC, (1, 3), (0, 1)).reshape(-1, *codes_BLTC.shape[0:3:2]):
+        _, counts = np.unique(codes_BT, return_counts=True)
+        share = counts / counts.sum()
+        bits -= float((share * np.log2(share)).sum()) * codes_BT.size
+    return bits / 8 / len(codes_BLTC)
+
+
+if __name__ == "__main__":
+    main()

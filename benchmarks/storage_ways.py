@@ -1,0 +1,260 @@
+"""Ways to store a teacher's attention, measured alike: bytes as a cache would hold them, fidelity, speed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from map_compressors import FLOOR, MapCompressor
+from torch import Tensor
+
+from atcache.attention.capture import FactorCapture, find_blocks
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerMaps
+from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.transfer import CachedFactors, attend_with_given
+from atcache.codecs import Codec
+from atcache.codecs.fidelity import row_kl
+from atcache.pipelines.build_plan import plan_layout
+from atcache.pipelines.calibrate import TeacherRun, calibrate
+from atcache.precision import autocast
+from atcache.store.chunks import decompress_into
+from atcache.store.layout import plan_layers_per_chunk
+from atcache.store.writer import encode_view
+from atcache.views import PARAMETER_NAMES
+
+INDEX_NBYTES = 16
+"""Offset and length of a chunk in its shard's index."""
+_CHECKSUM_NBYTES = 4
+_CALIBRATION_BATCH = 32  # what `atcache build` takes unless told otherwise
+
+
+class Way(Protocol):
+    """One way to store the attention of views."""
+
+    name: str
+    family: str
+    """Settings of one method share it."""
+    is_codec: bool
+    """Whether it is one of atcache's codecs."""
+
+    def prepare(self, layers: Sequence[LayerAttention]) -> Any:
+        """What is encoded. Not timed: users of maps have maps, users of factors have factors."""
+
+    def encode(self, prepared: Any) -> list[list[list[bytes]]]:
+        """Per view, per chunk, the parts of its bytes."""
+
+    def decode(self, stored: list[list[list[bytes]]]) -> list[LayerAttention]:
+        """The attention of each layer, from the stored bytes alone."""
+
+    def chunk_nbytes(self, parts: list[bytes]) -> int:
+        """What a chunk takes in a cache, its checksum and its entry in the index included."""
+
+
+class CodecWay:
+    """A codec, fitted as a build fits it, stored as a build stores it."""
+
+    is_codec = True
+
+    def __init__(self, name: str, codec: Codec, run: TeacherRun, pixels_NHWC: Tensor) -> None:
+        # Targets are settings of one method; its other fields make it another one.
+        method = re.sub(r"target_kl=[^,]*,?", "", name).strip(":,")
+        self.name, self.family = name, method if name.startswith("transform") else name.partition(":")[0]
+        calibration = calibrate(run, codec, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
+        self._coder = calibration.coder
+        self._layout, _ = plan_layout(calibration, len(pixels_NHWC), 1, None, None, PARAMETER_NAMES)
+
+    def prepare(self, layers):
+        return list(layers)
+
+    def encode(self, prepared):
+        codes_BLTC = self._coder.encode(prepared).numpy()
+        return [[[chunk] for chunk in encode_view(self._layout, codes_LTC)] for codes_LTC in codes_BLTC]
+
+    def decode(self, stored):
+        layout, step = self._layout, self._layout.layers_per_chunk
+        # By its name, as a cache records it. Such chunks lie with all tokens of one component together.
+        is_transposed = layout.compressor.startswith("transpose")
+        sides = (layout.num_tokens, layout.num_components)
+        codes_BLxx = np.empty(
+            (len(stored), layout.num_layers, *(sides[::-1] if is_transposed else sides)), layout.codes_dtype
+        )
+        for codes_Lxx, chunks in zip(codes_BLxx, stored, strict=True):
+            for number, (chunk,) in enumerate(chunks):
+                target = codes_Lxx[number * step : (number + 1) * step].reshape(-1).view(np.uint8)
+                decompress_into(chunk, layout.compressor, target)
+        codes_BLTC = torch.from_numpy(codes_BLxx.swapaxes(2, 3) if is_transposed else codes_BLxx)
+        decoder = CachedFactors(self._coder, codes_BLTC)
+        return [decoder.layer(block) for block in self._coder.geometry.layers]
+
+    def chunk_nbytes(self, parts):
+        return sum(map(len, parts)) + INDEX_NBYTES  # the store's chunks end in their checksum already
+
+
+class MapWay:
+    """A compressor of maps, in chunks of as many layers as the store would put together."""
+
+    is_codec = False
+
+    def __init__(self, compressor: MapCompressor, geometry: FactorGeometry) -> None:
+        self.name, self.family = compressor.name, compressor.family
+        self._compressor = compressor
+        tokens = geometry.tokens.num_tokens
+        layer_nbytes = geometry.map_nbytes // len(geometry.layers)
+        self._step = plan_layers_per_chunk(layer_nbytes, len(geometry.layers))
+        self._chunk_shape = (self._step, len(geometry.heads), tokens, tokens)
+
+    def prepare(self, layers):
+        return torch.stack([layer.maps() for layer in layers], dim=1).numpy()
+
+    def encode(self, prepared):
+        starts = range(0, prepared.shape[1], self._step)
+        return [
+            [self._compressor.encode(attn_LHQK[start : start + self._step]) for start in starts]
+            for attn_LHQK in prepared
+        ]
+
+    def decode(self, stored):
+        views = [
+            np.concatenate([self._compressor.decode(parts, self._chunk_shape) for parts in chunks]) for chunks in stored
+        ]
+        return [LayerMaps(attn_BHQK=torch.from_numpy(np.stack(layer))) for layer in zip(*views, strict=True)]
+
+    def chunk_nbytes(self, parts):
+        return sum(map(len, parts)) + INDEX_NBYTES + _CHECKSUM_NBYTES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One way on the held-back views: a row of the table."""
+
+    name: str
+    family: str
+    is_codec: bool
+    nbytes_per_view: float
+    """Chunks with their checksums, and their entries in the index."""
+    times_smaller: float
+    """Than the same maps as float16, uncompressed."""
+    row_kl_nats: float
+    """Mean KL(A || decoded A) over all rows."""
+    row_kl_p99_nats: float
+    """99 % of the rows are below it."""
+    total_variation: float
+    """Half the mean absolute difference of rows, summed over keys."""
+    injected_error: float
+    """Relative error of the teacher's final features when it attends with decoded maps."""
+    top1_agreement: float | None
+    """Share of views with the same top class then; None where the teacher has no trained head."""
+    encode_views_per_s: float
+    encode_mb_per_s: float
+    """Megabytes of float16 maps a second, on one core."""
+    decode_views_per_s: float
+    decode_mb_per_s: float
+
+
+class Scales:
+    """Measures ways on the same held-back views, a few at a time.
+
+    Args:
+        run: the teacher.
+        geometry: of its factors.
+        pixels_NHWC: the held-back views, uint8.
+        batch_size: views whose maps are in memory at a time.
+        has_classes: whether the teacher has a trained head, so that its top class means something.
+    """
+
+    def __init__(
+        self, run: TeacherRun, geometry: FactorGeometry, pixels_NHWC: Tensor, batch_size: int, *, has_classes: bool
+    ) -> None:
+        self._run, self._geometry, self._has_classes = run, geometry, has_classes
+        self._batches = list(pixels_NHWC.split(batch_size))
+        self._num_views = len(pixels_NHWC)
+        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads)
+        self._own = [self._final(pixels_BHWC, None) for pixels_BHWC in self._batches]
+
+    def measure(self, way: Way) -> Measured:
+        """Encode, decode and compare every view."""
+        nbytes, encode_s, decode_s, same_top1 = 0, 0.0, 0.0, 0
+        squared_error = squared_norm = 0.0
+        row_kls: list[np.ndarray] = []
+        variations: list[float] = []
+        way.decode(way.encode(way.prepare(self._run.factors(self._capture, self._batches[0]))))  # warms up
+        for pixels_BHWC, (features, top1_B) in zip(self._batches, self._own, strict=True):
+            layers = self._run.factors(self._capture, pixels_BHWC)
+            prepared = way.prepare(layers)
+            start_s = time.perf_counter()
+            stored = way.encode(prepared)
+            encode_s += time.perf_counter() - start_s
+            start_s = time.perf_counter()
+            decoded = way.decode(stored)
+            decode_s += time.perf_counter() - start_s
+            nbytes += sum(way.chunk_nbytes(parts) for chunks in stored for parts in chunks)
+            for layer, back in zip(layers, decoded, strict=True):
+                positive = _without_zeros(back)
+                row_kls.append(row_kl(layer, positive).numpy().reshape(-1))
+                difference = layer.log_maps(torch.float64).exp() - positive.log_maps(torch.float64).exp()
+                variations.append(float(difference.abs().sum(-1).sum()) / 2)
+            injected, injected_top1_B = self._final(pixels_BHWC, dict(zip(self._geometry.layers, decoded, strict=True)))
+            squared_error += float((injected - features).square().sum())
+            squared_norm += float(features.square().sum())
+            if top1_B is not None and injected_top1_B is not None:
+                same_top1 += int((top1_B == injected_top1_B).sum())
+        row_kl_R = np.concatenate(row_kls)
+        nbytes_per_view = nbytes / self._num_views
+        map_megabytes = self._geometry.map_nbytes / 1e6
+        return Measured(
+            name=way.name,
+            family=way.family,
+            is_codec=way.is_codec,
+            nbytes_per_view=nbytes_per_view,
+            times_smaller=self._geometry.map_nbytes / nbytes_per_view,
+            row_kl_nats=max(0.0, float(row_kl_R.mean(dtype=np.float64))),
+            row_kl_p99_nats=max(0.0, float(np.percentile(row_kl_R, 99))),
+            total_variation=sum(variations) / len(row_kl_R),
+            injected_error=(squared_error / squared_norm) ** 0.5,
+            top1_agreement=None if self._own[0][1] is None else same_top1 / self._num_views,
+            encode_views_per_s=self._num_views / encode_s,
+            encode_mb_per_s=self._num_views * map_megabytes / encode_s,
+            decode_views_per_s=self._num_views / decode_s,
+            decode_mb_per_s=self._num_views * map_megabytes / decode_s,
+        )
+
+    def mean_map_kl(self, pixels_NHWC: Tensor) -> float:
+        """Mean row KL of the held-back views' maps from the mean map of these other views: what position explains."""
+        sums: list[Tensor] = [torch.zeros(()) for _ in self._geometry.layers]
+        for pixels_BHWC in pixels_NHWC.split(len(self._batches[0])):
+            layers = self._run.factors(self._capture, pixels_BHWC)
+            sums = [total + layer.maps().sum(dim=0) for total, layer in zip(sums, layers, strict=True)]
+        kls: list[float] = []
+        for pixels_BHWC in self._batches:
+            for layer, total in zip(self._run.factors(self._capture, pixels_BHWC), sums, strict=True):
+                mean = LayerMaps(attn_BHQK=(total / len(pixels_NHWC)).expand(len(pixels_BHWC), -1, -1, -1))
+                kls.append(float(row_kl(layer, _without_zeros(mean)).mean()))
+        return sum(kls) / len(kls)
+
+    def _final(self, pixels_BHWC: Tensor, decoded: Mapping[int, LayerAttention] | None) -> tuple[Tensor, Tensor | None]:
+        """The teacher's final features, and top classes if it has any; with decoded attention where it is given."""
+        model: Any = self._run.teacher.model
+
+        def attend(call: AttentionCall | MapCall) -> Tensor:
+            if decoded is None or call.block not in decoded:
+                return call.run()
+            return attend_with_given(call, decoded[call.block], self._geometry.heads)
+
+        with torch.inference_mode(), autocast(self._run.device, self._run.dtype):
+            with AttentionIntercept(find_blocks(model), attend):
+                features: Tensor = model.forward_features(self._run.images(pixels_BHWC))
+            top1_B = model.forward_head(features).argmax(-1) if self._has_classes else None
+        return features.float(), top1_B
+
+
+def _without_zeros(attention: LayerAttention) -> LayerAttention:
+    """Maps with zeros raised to `FLOOR`, so that KL is finite; factors as they are: softmax makes no zeros."""
+    if not isinstance(attention, LayerMaps):
+        return attention
+    attn_BHQK = attention.attn_BHQK.double().clamp_min(FLOOR)
+    return LayerMaps(attn_BHQK=attn_BHQK / attn_BHQK.sum(-1, keepdim=True))

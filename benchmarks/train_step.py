@@ -1,0 +1,386 @@
+"""One training step, forward, backward and AdamW, in every mode: from a cache, with a live teacher, from scratch.
+
+    python benchmarks/train_step.py [--geometry vit-b] [--batch-size 16] [--rounds 5] [--precision auto]
+    python benchmarks/train_step.py --memory [--tokens 197 577 1370]
+
+Steps are the product's: `TrainingRun.train_step`, codes decoded in it. The live teacher comes in two ways: "usual"
+forms maps in teacher and student, whose q, k and v are all projected, and leaves the rest to autograd; "ours" takes q
+and k from the teacher's fused forward. Teacher and students have random weights, the codes are of the teacher's own
+factors. transform's state has random values: fitting takes minutes and changes no speed. Its size does, and is that of
+`read.py` for ViT-B; --transform-components takes another.
+
+Ways take turns in each round; times are the median of the rounds. Memory is the most that tensors took during a step
+beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from atcache.attention.capture import FactorCapture, find_blocks, token_layout
+from atcache.attention.factors import FactorGeometry
+from atcache.attention.transfer import CachedFactors
+from atcache.codecs import Coder, parse_codec
+from atcache.loader import Batch
+from atcache.pipelines.calibrate import TeacherRun
+from atcache.pipelines.students import LiveTeacher, Mode, Student, make_student
+from atcache.pipelines.train_config import TrainConfig
+from atcache.pipelines.training_run import TrainingRun
+from atcache.precision import PRECISIONS, autocast, resolve_device, resolve_precision
+from atcache.teachers import Teacher, create_student, input_config, parse_model_name
+
+# timm name, width, depth, heads.
+GEOMETRIES = {
+    "vit-b": ("vit_base_patch16_224", 768, 12, 12),
+    "vit-l": ("vit_large_patch16_224", 1024, 24, 16),
+    "vit-b-2": ("vit_base_patch16_224", 768, 2, 12),
+    "tiny": ("vit_tiny_patch16_224", 64, 2, 2),
+}
+IMAGE_SIZES = {197: 224, 577: 384, 1370: 592}
+"""Pixels, at a patch size of 16, for so many tokens."""
+NUM_CLASSES = 1000
+
+
+class UsualAttention(nn.Module):
+    """A plain timm attention that forms its maps, or multiplies v by given ones, and leaves the rest to autograd."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+        self.given_BHQK: Tensor | None = None
+        self.attn_BHQK: Tensor | None = None
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        stock = self.stock
+        qkv = stock.qkv(x).reshape(*x.shape[:2], 3, stock.num_heads, stock.head_dim).permute(2, 0, 3, 1, 4)
+        q_BHTD, k_BHTD, v_BHTD = qkv.unbind(0)
+        attn_BHQK = self.given_BHQK
+        if attn_BHQK is None:
+            attn_BHQK = self.attn_BHQK = torch.softmax((q_BHTD * stock.scale) @ k_BHTD.mT, dim=-1)
+        return stock.proj((attn_BHQK.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2).flatten(2))
+
+
+def use_usual_attention(model: nn.Module) -> list[UsualAttention]:
+    """Replace the attention of each block; returns the replacements."""
+    attentions = []
+    for block in find_blocks(model):
+        block.attn = UsualAttention(block.attn)
+        attentions.append(block.attn)
+    return attentions
+
+
+class UsualStudent(nn.Module):
+    """What most code does: copying multiplies the teacher's maps by v, distilling compares both maps."""
+
+    def __init__(self, model: nn.Module, mode: Mode) -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+        self.attentions = use_usual_attention(model)
+
+    def forward(self, images: Tensor, teacher: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        if self.mode == "copy":
+            for attention, attn_BHQK in zip(self.attentions, teacher, strict=True):
+                attention.given_BHQK = attn_BHQK
+            return self.model(images)
+        logits = self.model(images)
+        losses = [
+            -(given.float() * attention.attn_BHQK.float().clamp(min=1e-30).log()).sum(-1).mean()
+            for attention, given in zip(self.attentions, teacher, strict=True)
+        ]
+        return logits, torch.stack(losses).mean()
+
+
+class UsualTeacher:
+    """Runs a teacher that forms its maps, and gives them."""
+
+    def __init__(self, run: TeacherRun) -> None:
+        self._run = run
+        self._attentions = use_usual_attention(run.teacher.model)
+
+    def factors(self, batch: Batch) -> list[Tensor]:
+        with torch.no_grad(), autocast(self._run.device, self._run.dtype):
+            self._run.teacher.model.forward_features(self._run.images(batch.pixels_BHWC))
+        maps = [attention.attn_BHQK for attention in self._attentions]
+        for attention in self._attentions:
+            attention.attn_BHQK = None
+        return maps
+
+
+class CodesTeacher:
+    """`CacheTeacher` without the folder: decodes a batch's codes."""
+
+    def __init__(self, coder: Coder, device: torch.device) -> None:
+        self._coder, self._device = coder, device
+
+    def factors(self, batch: Batch) -> CachedFactors:
+        return CachedFactors(self._coder, batch.codes_BLTC.to(self._device, non_blocking=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Way:
+    """One line of the table."""
+
+    name: str
+    width: int
+    """Of the student; 0 for the teacher's forward alone."""
+    step: Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Measured:
+    """What a way took."""
+
+    seconds: float
+    """Median over the rounds."""
+    peak_mib: float
+
+
+class Bench:
+    """Teachers, codes and one batch of random images, for one geometry and number of tokens."""
+
+    def __init__(self, options: argparse.Namespace, num_tokens: int) -> None:
+        self.timm_name, self.width, self.depth, self.heads = GEOMETRIES[options.geometry]
+        self.size = IMAGE_SIZES[num_tokens]
+        self.batch_size, self.precision = options.batch_size, options.precision
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_precision(options.precision, self.device)
+        torch.manual_seed(0)
+        self._pixels = torch.randint(0, 256, (self.batch_size, self.size, self.size, 3), dtype=torch.uint8)
+        self.fused = self._teacher_run()
+        capture = FactorCapture(self.fused.teacher.model)
+        layers = self.fused.factors(capture, self._pixels)
+        self.geometry = capture.geometry
+        self.live_teacher = LiveTeacher(self.fused, self.geometry.heads, self.geometry.layers)
+        self.usual_teacher = UsualTeacher(self._teacher_run())
+        self.batch = self._batch(None)
+        self._cached: dict[str, tuple[CodesTeacher, Batch]] = {}
+        for name in ("int8", "transform"):
+            codec = parse_codec(name)
+            state = random_state(self.geometry, options.transform_components) if name == "transform" else {}
+            coder = codec.coder(self.geometry, state, device=str(self.device))
+            codes_BLTC = coder.encode(layers).cpu()
+            # As the loader hands them over.
+            codes_BLTC = codes_BLTC.short() if codes_BLTC.dtype == torch.int32 else codes_BLTC
+            self._cached[name] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
+            if name == "transform":
+                self.transform_shape = tuple(state["mixing_LJC"].shape[1:])
+
+    def ways(self, width: int, modes: Sequence[Mode]) -> Iterator[Way]:
+        """Every way to train a student of this width in these modes; ways of one mode share weights and optimiser."""
+        for mode in modes:
+            ours = self._run(self._student(mode, width))
+            if mode == "scratch":
+                yield Way(name="scratch", width=width, step=self._step(ours, None, self.batch))
+                continue
+            for codec, (teacher, batch) in self._cached.items():
+                yield Way(name=f"{mode}, cache {codec}", width=width, step=self._step(ours, teacher, batch))
+            yield Way(name=f"{mode}, live ours", width=width, step=self._step(ours, self.live_teacher, self.batch))
+            usual = self._run(self._usual_student(mode, width))
+            yield Way(name=f"{mode}, live usual", width=width, step=self._step(usual, self.usual_teacher, self.batch))
+
+    def teacher_ways(self) -> Iterator[Way]:
+        """The teachers' forward passes alone."""
+        for name, teacher in (("usual", self.usual_teacher), ("ours", self.live_teacher)):
+            yield Way(name=f"teacher forward {name}", width=0, step=lambda teacher=teacher: teacher.factors(self.batch))
+
+    def _model_name(self, width: int) -> str:
+        return (
+            f"{self.timm_name}:img_size={self.size},embed_dim={width},depth={self.depth},num_heads={self.heads},"
+            "mean=(0.5,0.5,0.5),std=(0.5,0.5,0.5)"
+        )
+
+    def _teacher_run(self) -> TeacherRun:
+        torch.manual_seed(1)
+        name = parse_model_name(self._model_name(self.width))
+        model = create_student(name, 1).to(self.device).eval().requires_grad_(False)
+        teacher = Teacher(
+            model=model,
+            name=name,
+            source="random",
+            weights_sha256="",
+            licence=None,
+            input=input_config(model),
+            tokens=token_layout(model),
+            depth=self.depth,
+        )
+        return TeacherRun(teacher=teacher, device=self.device, dtype=self.dtype)
+
+    def _student(self, mode: Mode, width: int) -> Student:
+        torch.manual_seed(2)
+        return make_student(mode, parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=self.geometry)
+
+    def _usual_student(self, mode: Mode, width: int) -> Student:
+        torch.manual_seed(2)
+        plain = make_student("scratch", parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=None)
+        module = UsualStudent(plain.model, mode)
+        return Student(mode=mode, module=module, model=plain.model, input=plain.input, num_classes=NUM_CLASSES)
+
+    def _run(self, student: Student) -> TrainingRun:
+        config = TrainConfig(
+            mode=student.mode,
+            out=Path("unused"),
+            cache=Path("unused"),
+            batch_size=self.batch_size,
+            steps=10**6,
+            precision=self.precision,
+        )
+        # A step needs no more of the data than this.
+        data = SimpleNamespace(student=student, teacher=None, order=SimpleNamespace(sample_S=range(10**6)))
+        return TrainingRun(config, data, self.device)
+
+    def _batch(self, codes_BLTC: Tensor | None) -> Batch:
+        labels = torch.arange(self.batch_size) % NUM_CLASSES
+        batch = Batch(labels, self._pixels, labels, labels, torch.ones(self.batch_size), codes_BLTC)
+        if self.device.type != "cuda":
+            return batch
+        return Batch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
+
+    def _step(self, run: TrainingRun, teacher: object, batch: Batch) -> Callable[[], object]:
+        def step() -> object:
+            run.data.teacher = teacher
+            return run.train_step(batch)
+
+        return step
+
+
+def random_state(geometry: FactorGeometry, components: tuple[int, int] | None) -> dict[str, Tensor]:
+    """State of codec transform with J components a layer and C stored ones; None takes 384 of both for ViT-B."""
+    num_layers, num_tokens = len(geometry.layers), geometry.tokens.num_tokens
+    num_vectors = len(geometry.heads) + geometry.num_kv_heads
+    width = num_vectors * geometry.head_dim
+    per_layer, stored = components or (max(1, width // 4), max(1, width // 4))
+    # Columns of length 1 that are nearly orthogonal, as a fitted state's are.
+    mixing = torch.randn(num_layers * per_layer, stored) / (num_layers * per_layer) ** 0.5
+    return {
+        "step": torch.tensor([0.5]),
+        "basis_LJN": torch.randn(num_layers, per_layer, width) / width**0.5,
+        "mixing_LJC": mixing.view(num_layers, per_layer, stored),
+        "metric_LVDD": torch.eye(geometry.head_dim).expand(num_layers, num_vectors, -1, -1).contiguous(),
+        "mean_left_LTR": torch.randn(num_layers, num_tokens, min(64, num_tokens)) / 8,
+        "mean_right_LRN": torch.randn(num_layers, min(64, num_tokens), width),
+    }
+
+
+def peak_nbytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes tensors took during a step, beyond those that were there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    taken = most = 0
+    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        most = max(most, taken)
+    return most
+
+
+def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tuple[str, int], Measured]:
+    """Time all ways in turns, by (name, width); each way's first step warms up and is looked at for memory."""
+    for way in ways:
+        way.step()
+    peaks = [peak_nbytes(way.step, device) for way in ways]
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for way, times in zip(ways, seconds, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            way.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return {
+        (way.name, way.width): Measured(seconds=statistics.median(times), peak_mib=peak / 2**20)
+        for way, times, peak in zip(ways, seconds, peaks, strict=True)
+    }
+
+
+def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, modes: Sequence[Mode]) -> None:
+    """The table, then each ratio beside its bound."""
+    print("| student's width | way | img/s | ms | peak MiB |\n|---|---|---|---|---|")
+    for (name, width), row in measured.items():
+        img_per_s = batch_size / row.seconds
+        print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {1e3 * row.seconds:.0f} | {row.peak_mib:.0f} |")
+    print("\nThe bound is live / (live - teacher forward): a cache whose codes cost nothing.\n")
+    print("| student's width | cache | against | times as fast | bound |\n|---|---|---|---|---|")
+    widths = sorted({width for _, width in measured if width}, reverse=True)
+    for width in widths:
+        for mode in [mode for mode in modes if mode != "scratch"]:
+            for codec in ("int8", "transform"):
+                cached_s = measured[f"{mode}, cache {codec}", width].seconds
+                for kind in ("usual", "ours"):
+                    live_s = measured[f"{mode}, live {kind}", width].seconds
+                    rest_s = live_s - measured[f"teacher forward {kind}", 0].seconds
+                    bound = f"{live_s / rest_s:.2f}" if rest_s > 0 else "-"
+                    print(f"| {width} | {mode}, {codec} | live {kind} | {live_s / cached_s:.2f} | {bound} |")
+                if ("scratch", width) in measured:
+                    scratch_s = measured["scratch", width].seconds
+                    print(f"| {width} | {mode}, {codec} | scratch | {scratch_s / cached_s:.2f} | |")
+
+
+def print_memory(options: argparse.Namespace) -> None:
+    """Distillation's memory at several numbers of tokens: from a cache against the usual way."""
+    print("| tokens | usual MiB | cache int8 MiB | share | ms usual | ms cache |\n|---|---|---|---|---|---|")
+    for num_tokens in options.tokens:
+        bench = Bench(options, num_tokens)
+        found = measure(list(bench.ways(bench.width, ["distill"])), options.rounds, bench.device)
+        usual, cached = (found[f"distill, {way}", bench.width] for way in ("live usual", "cache int8"))
+        print(
+            f"| {num_tokens} | {usual.peak_mib:.0f} | {cached.peak_mib:.0f} | {cached.peak_mib / usual.peak_mib:.2f} | "
+            f"{1e3 * usual.seconds:.0f} | {1e3 * cached.seconds:.0f} |",
+            flush=True,
+        )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="vit-b")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--modes", nargs="+", choices=("scratch", "copy", "distill"), default=[])
+    parser.add_argument("--tokens", type=int, nargs="+", choices=IMAGE_SIZES, default=[197, 577, 1370])
+    parser.add_argument("--memory", action="store_true", help="print distillation's memory at each of --tokens instead")
+    parser.add_argument("--transform-components", type=int, nargs=2, metavar=("LAYER", "STORED"))
+    options = parser.parse_args(arguments)
+    options.modes = options.modes or ["scratch", "copy", "distill"]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = parse(arguments)
+    device = resolve_device(options.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    dtype = str(resolve_precision(options.precision, device)).removeprefix("torch.")
+    print(f"{options.geometry}, batch of {options.batch_size}, {dtype}, {where}, torch {torch.__version__}\n")
+    if options.memory:
+        print_memory(options)
+        return
+    bench = Bench(options, 197)
+    print("codec transform: {} components a layer, {} stored\n".format(*bench.transform_shape))
+    widths = (bench.width, bench.width // 2)
+    ways = [*bench.teacher_ways(), *(way for width in widths for way in bench.ways(width, options.modes))]
+    print_speeds(measure(ways, options.rounds, device), options.batch_size, options.modes)
+
+
+if __name__ == "__main__":
+    main()
