@@ -31,6 +31,8 @@ import atcache
 from atcache.attention.capture import FactorCapture
 from atcache.cli.main import cli
 from atcache.codecs import parse_codec
+from atcache.codecs.int8 import Int8Codec
+from atcache.codecs.transform import TransformCodec
 from atcache.errors import (
     BadImageError,
     CacheMismatchError,
@@ -41,6 +43,7 @@ from atcache.errors import (
     SourceError,
 )
 from atcache.pipelines.build import BuildConfig, build
+from atcache.pipelines.fidelity_limits import Expectation
 from atcache.rendering import normalise_images
 from atcache.store.layout import BLOSC, COMPRESSORS, ZSTD, Status
 from atcache.store.manifest import check_commit, list_commits, read_commits
@@ -51,6 +54,9 @@ from atcache.views import apply_view, draw_view
 # Processes that start in no time: their server has imported everything once, and knows nothing of pytest's threads.
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["__main__", "atcache.pipelines.build", "atcache.cache", "timm", "zarr", "dask.array"])
+
+
+MIXED = {"mixup": 0.8, "cutmix": 1.0}
 
 
 @pytest.fixture
@@ -175,10 +181,73 @@ def test_views_replay_bit_for_bit_in_other_processes_in_another_order(config):
             assert all(np.array_equal(image, expected[place]) for place, image in zip(order, images, strict=True))
 
 
-def test_workers_do_not_change_a_byte(config, tmp_path):
+@pytest.mark.parametrize("mixed", [{}, MIXED], ids=["plain", "mixed"])
+def test_workers_do_not_change_a_byte(config, tmp_path, mixed):
+    config = replace(config, **mixed)
     build(config)
     build(replace(config, workers=2, out=tmp_path / "two.zarr"))
     assert differences(tmp_path / "two.zarr", config.out) == []
+
+
+def test_the_teacher_attends_to_the_mixed_image_that_is_replayed(config):
+    build(replace(config, codec="exact:dtype=float32", views=2, **MIXED))
+    cache = atcache.open(config.out)
+    teacher = load_teacher(config.teacher, weights=config.weights)
+    capture = FactorCapture(teacher.model, None, None)
+    unmixed = replace(cache.policy, mixing=None)
+    num_mixed = 0
+    for view in range(2):
+        pixels = torch.from_numpy(np.stack([cache.image(sample, view) for sample in range(48)]))
+        images = normalise_images(pixels, teacher.input.mean, teacher.input.std, "cpu")
+        with torch.inference_mode():
+            layers = capture(images)
+        for layer, expected in enumerate(layers):
+            stored = cache.factors(layer=layer, view=view)
+            assert np.allclose(stored.q_VSHTD[0].compute(), expected.q_BHTD, rtol=1e-5, atol=1e-5)
+            assert np.allclose(stored.k_VSHTD[0].compute(), expected.k_BHTD, rtol=1e-5, atol=1e-5)
+        for sample in range(48):
+            source_image, key = cache.source.read_image(sample), cache.reader.samples.sample_key(sample)
+            alone = apply_view(source_image, draw_view(unmixed, key, view, 8, 8), unmixed)
+            num_mixed += not np.array_equal(alone, pixels[sample].numpy())
+    assert num_mixed > 80, "views that are not mixed would prove little"
+
+
+def test_a_view_says_who_is_mixed_in(config):
+    build(replace(config, **MIXED))
+    cache = atcache.open(config.out)
+    for sample in range(48):
+        view, parameters_P = cache.view(sample), cache.reader.parameters(0, sample)
+        assert view.share == parameters_P[-5]
+        assert view.partner == (sample + parameters_P[-6] if parameters_P[-6] else None)
+        assert view.partner is None or view.partner // 8 == sample // 8, "tasks are of 8 samples"
+    printed = CliRunner().invoke(cli, ["info", str(config.out)]).output
+    assert "crop-flip with mixup 0.8 and CutMix 1.0, seed 0" in printed
+
+
+def test_bad_samples_are_mixed_into_nobody(config, tmp_path):
+    samples = [{"png": picture(seed, kind="PNG"), "cls": b"%d" % seed} for seed in range(16)]
+    samples[3]["png"] = b"no image"
+    del samples[9]["cls"]
+    tar = write_tar(tmp_path / "some.tar", samples)
+    build(replace(config, data=str(tar), on_bad_image="skip", views=4, **MIXED))
+    cache = atcache.open(config.out)
+    partners = set()
+    for view in range(4):
+        assert np.flatnonzero(cache.reader.status_VS[view] != Status.STORED).tolist() == [3, 9]
+        for sample in set(range(16)) - {3, 9}:
+            partners.add(cache.view(sample, view).partner)  # replays, and so proves
+    assert {3, 9}.isdisjoint(partners)
+
+
+def test_mixing_that_cannot_be_is_refused_before_anything_is_written(config):
+    for fields, message in (
+        ({"policy": "eval", "mixup": 0.8}, "views of policy eval are never mixed"),
+        ({"mix_prob": 0.5}, r"mix_prob=0\.5 without mixup or cutmix"),
+        ({"cutmix": 1.0, "samples_per_shard": 1}, "a shard takes one sample only, so there is nobody to mix it with"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(replace(config, **fields))
+    assert not config.out.exists()
 
 
 @pytest.mark.parametrize(("images", "codec", "expected"), [("noise", "int8", ZSTD), ("digits", "exact", BLOSC)])
@@ -196,43 +265,123 @@ def test_codes_are_compressed_by_what_makes_them_smaller(config, tmp_path, image
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"codec": "exact"}, {"policy": "randaug", "views": 2}, {"policy": "eval", "pixels": "store"}],
-    ids=["int8", "exact", "two views", "pixels"],
+    [
+        {},
+        {"codec": "int8"},
+        {"codec": "exact"},
+        {"policy": "randaug", "views": 2},
+        {"policy": "eval", "pixels": "store"},
+    ],
+    ids=["transform", "int8", "exact", "two views", "pixels"],
 )
 def test_the_plan_tells_the_size_within_5_percent(config, fields):
     plans = []
     summary = build(replace(config, samples_per_shard=16, calibration_samples=12, **fields), plans.append)
     assert summary.complete is not None
-    written = sum(len(data) for name, data in files(config.out).items() if "/c/" in name and "samples/" not in name)
+    shards = re.compile(r"(attention/codes|pixels/rgb|views/\w+)/c/")
+    written = sum(len(data) for name, data in files(config.out).items() if shards.match(name))
     assert summary.complete["nbytes"] == written
     assert plans[0].nbytes_per_view == pytest.approx(written / summary.complete["num_stored"], rel=0.05)
     assert plans[0].remaining_nbytes == pytest.approx(written, rel=0.05)
     assert plans[0].map_nbytes_per_view == 2 * 2 * 2 * 17 * 17
 
 
-def test_the_quality_that_was_planned_is_the_quality_that_is_recorded(config):
-    summary = build(config)
+@pytest.mark.parametrize(("codec", "most_kl"), [("transform", 0.005), ("int8", 1e-3)])
+def test_the_quality_that_was_planned_is_the_quality_that_is_recorded(config, codec, most_kl, capsys):
+    summary = build(replace(config, codec=codec))
     assert summary.plan is not None
     assert summary.complete is not None
-    assert 0 < summary.plan.row_kl_nats < 1e-3
+    assert 0 < summary.plan.row_kl_nats < most_kl
     assert 0 < summary.plan.injected_error < 0.05
     recorded = summary.complete["quality"]["row_kl_nats"]
-    assert recorded["mean"] == pytest.approx(summary.plan.row_kl_nats, rel=1)
+    assert recorded["mean"] == pytest.approx(summary.plan.row_kl_nats, rel=0.5)
     assert recorded["mean"] <= recorded["max"]
+    assert (summary.row_kl_nats, summary.warning) == (recorded["mean"], None)
+    assert "Warning" not in capsys.readouterr().err
+
+
+def flat_then_textured(path: Path, num_flat: int, num_samples: int) -> Path:
+    """A tar whose first images are of one colour each and whose others are noise."""
+    samples = []
+    for number in range(num_samples):
+        png = io.BytesIO()
+        Image.new("RGB", (8, 8), (number, 100, 200)).save(png, format="PNG")
+        data = png.getvalue() if number < num_flat else picture(number, kind="PNG")
+        samples.append({"png": data, "cls": b"0"})
+    return write_tar(path, samples)
+
+
+WARNING = (
+    r"Warning: decoded maps have a row KL of [\d.e-]+ nats on average, over 1.5 times the 0.005 of the codec's target"
+)
+
+
+@pytest.mark.parametrize("samples_per_shard", [8, 48], ids=["many tasks", "one task"])
+def test_images_unlike_those_of_calibration_are_warned_of(config, tmp_path, samples_per_shard):
+    """One calibration sample is the first one, which is flat."""
+    tar = flat_then_textured(tmp_path / "unlike.tar", 12, 48)
+    config = replace(config, data=str(tar), samples_per_shard=samples_per_shard)
+    result = run_cli(config, calibration_samples="1")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["plan"]["row_kl_nats"] <= 0.005
+    assert record["row_kl_nats"] > 1.5 * 0.005
+    assert re.match(WARNING, record["warning"])
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 2, "once as soon as it shows, once at the end"
+    assert warnings[1] == record["warning"]
+    # Asked again, the finished cache is no better.
+    again = run_cli(config, calibration_samples="1")
+    assert json.loads(again.stdout)["warning"] == record["warning"]
+    assert [line for line in again.stderr.splitlines() if line.startswith("Warning")] == [record["warning"]]
+
+
+def test_calibration_that_saw_both_kinds_of_images_is_not_warned_of(config, tmp_path):
+    tar = flat_then_textured(tmp_path / "both.tar", 24, 48)
+    result = run_cli(replace(config, data=str(tar)))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["warning"] is None
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("codec", "row_kl_nats", "num_views", "sentence"),
+    [
+        (TransformCodec(target_kl=0.02), 0.031, 12, "KL of 0.031 nats on average, over 1.5 times the 0.02 of"),
+        (TransformCodec(target_kl=0.02), 0.029, 12, None),
+        (TransformCodec(target_kl=0.02), 0.031, 11, None),
+        (TransformCodec(target_nbytes=1000), 0.016, 12, "over 1.5 times the 0.01 measured in calibration"),
+        (Int8Codec(), 0.016, 12, "over 1.5 times the 0.01 measured in calibration"),
+        (Int8Codec(), 0.014, 12, None),
+        (Int8Codec(), float("nan"), 12, "KL of nan nats"),
+    ],
+)
+def test_the_limit_is_that_of_the_target_where_there_is_one(codec, row_kl_nats, num_views, sentence):
+    warning = Expectation.of(codec, 0.01, torch.float32).warn(row_kl_nats, num_views)
+    assert (warning is None) == (sentence is None)
+    assert warning is None or sentence in warning
+
+
+def test_next_to_nothing_is_no_reason_to_warn():
+    exact = parse_codec("exact")
+    assert Expectation.of(exact, 1e-9, torch.float32).warn(9e-7, 12) is None
+    assert Expectation.of(exact, 1e-9, torch.bfloat16).warn(1.9e-4, 12) is None
+    assert Expectation.of(exact, 1e-9, torch.float32).warn(2e-6, 12) is not None
 
 
 # Stopping and going on
 
 
 def test_a_build_killed_at_20_moments_equals_one_in_one_go(config, tmp_path):
-    config = replace(config, views=2, pixels="store", out=tmp_path / "whole.zarr")
+    config = replace(config, views=2, pixels="store", out=tmp_path / "whole.zarr", **MIXED)
     in_a_child(config)  # the first one also starts the server
     shutil.rmtree(config.out)
     start_s = time.monotonic()
     assert in_a_child(config) == 0
     whole_s = time.monotonic() - start_s
     moments, num_kills, num_partly_done, started = random.Random(0), 0, 0, 0
-    while num_kills < 20:
+    # Kills that hit no half-built cache would prove nothing; on a busy machine few of them do.
+    while num_kills < 20 or num_partly_done < 3:
         killed = replace(config, out=tmp_path / "killed" / f"{started}.zarr")
         exit_code = in_a_child(killed, kill_after_s=moments.uniform(0, whole_s))
         num_kills += exit_code == -signal.SIGKILL
@@ -241,7 +390,6 @@ def test_a_build_killed_at_20_moments_equals_one_in_one_go(config, tmp_path):
             assert differences(killed.out, config.out) == []
             started += 1
     build(killed)
-    assert num_partly_done >= 3, "kills that hit no half-built cache would prove nothing"
     for path in (tmp_path / "killed").iterdir():
         assert path.suffix == ".zarr", "temp folders are left"
         assert differences(path, config.out) == []
@@ -270,6 +418,8 @@ def test_ctrl_c_says_one_sentence_and_the_next_build_continues(config, tmp_path)
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests in the background may have had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while len(list_commits(config.out)) < 3 and process.poll() is None:
         time.sleep(0.01)
@@ -308,6 +458,7 @@ def test_a_dry_run_writes_nothing(config, tmp_path):
 
 
 def test_going_on_with_other_parameters_names_each_difference(config):
+    config = replace(config, codec="int8")
     build(config)
     before = files(config.out)
     other = replace(config, codec="exact", views=2, seed=1, layers="0", samples_per_shard=16, on_bad_image="skip")
@@ -372,6 +523,7 @@ def test_a_lost_shard_is_built_again_unasked(config, tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_stored(config, small_disk, tmp_path):
+    config = replace(config, codec="int8")  # the larger files
     whole = build(replace(config, out=tmp_path / "whole.zarr"))
     config = replace(config, out=small_disk / "cache.zarr")
     ballast = small_disk / "ballast"
@@ -408,6 +560,7 @@ def small_disk(tmp_path):
 
 
 def test_a_write_that_is_refused_loses_nothing_that_was_stored(config, tmp_path):
+    config = replace(config, codec="int8")  # the larger files
     build(config)
     shutil.copytree(config.out, tmp_path / "before.zarr")
     for task in (1, 3, 4):
@@ -431,8 +584,8 @@ def largest_file(*, nbytes: int):
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(config, small_disk):
-    with pytest.raises(DiskFullError, match=r"\d+ MiB are still to be written, 2 MiB are free.*smaller --codec"):
-        build(replace(config, out=small_disk / "cache.zarr", views=30))
+    with pytest.raises(DiskFullError, match=r"\d+ MiB are still to be written, 2 MiB are free.*smaller --budget or"):
+        build(replace(config, out=small_disk / "cache.zarr", views=30, codec="int8"))
     assert list(small_disk.iterdir()) == []
 
 

@@ -23,7 +23,7 @@ from atcache.cache import Cache
 from atcache.codecs import parse_codec
 from atcache.errors import CacheMismatchError, CacheMissError, CorruptCacheError, SourceError
 from atcache.lazy_layers import plan_sample_chunks
-from atcache.rendering import render_view
+from atcache.rendering import Renderer
 from atcache.source import SampleIndex, Source, index_source
 from atcache.stats import attention_entropy
 from atcache.store.layout import Status, StoreLayout
@@ -89,13 +89,14 @@ def build(path, tars, *, pixels=None, geometry=GEOMETRY, num_tasks=None, codec="
         "created_by": {"views": library_versions()},
     }
     create_cache(path, layout, attributes, index, {}, BIAS_LHQK.numpy())
+    renderer = Renderer(source, POLICY, skip_bad=False)
     for task in layout.tasks()[:num_tasks]:
         with TaskWriter(path, layout, task) as writer:
             for sample in range(task.start, task.stop):
                 if sample == BAD_SAMPLE:
                     writer.add(sample, status=Status.UNDECODABLE)
                     continue
-                view = render_view(source, POLICY, sample, task.view, skip_bad=False)
+                view = renderer.render(sample, task.view)
                 writer.add(
                     sample,
                     status=Status.STORED,
@@ -250,7 +251,7 @@ def test_to_xarray_names_axes_and_finds_heads_by_the_teachers_index(cache, expec
 def test_a_view_holds_what_the_teacher_saw_and_where_it_looked(cache, digits_tars, expected_LVSHQK):
     source = Source(index_source(digits_tars))
     view = cache.view(20, view=1)
-    assert np.array_equal(view.image, render_view(source, POLICY, 20, 1, skip_bad=False).pixels_HWC)
+    assert np.array_equal(view.image, Renderer(source, POLICY, skip_bad=False).render(20, 1).pixels_HWC)
     assert np.allclose(view.maps_LHQK, expected_LVSHQK[:, 1, 20], atol=1e-6)
     assert (view.sample, view.view, view.status) == (20, 1, Status.STORED)
     assert view.sample_key == "digits-0001.tar/digit-00020"

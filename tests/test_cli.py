@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -144,7 +145,9 @@ def test_our_bug_keeps_its_traceback(toy_process: list[str]):
 
 
 def test_interruption_says_that_nothing_is_lost(toy_process: list[str]):
-    process = subprocess.Popen([*toy_process, "--data", "slow"], stderr=subprocess.PIPE, text=True)
+    # Whoever runs the tests in the background may have had it ignored.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*toy_process, "--data", "slow"], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
     time.sleep(0.2)

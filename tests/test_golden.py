@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def expected(path: Path, what: str) -> np.ndarray:
 
 
 def test_each_format_has_caches_of_every_kind():
-    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels"]
+    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels", "logmap", "mixed", "transform"]
     for number in range(1, FORMAT + 1):
         assert sorted(path.stem for path in CACHES if path.parent.name == f"format-{number}") == kinds
 
@@ -48,6 +50,18 @@ def test_maps_are_what_they_were(path):
         assert np.isnan(cache.maps(layer=layer)[:, BAD_SAMPLE].compute()).all()
     assert np.allclose(attn_LVSHQK.sum(axis=-1), 1, atol=1e-5)
     assert attn_LVSHQK.max() > 0.3, "maps near uniform would prove little"
+
+
+@every_cache
+def test_the_documented_reader_gives_the_same_maps_without_atcache(path):
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert "atcache import" not in code
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for position, attn_VSHQK in enumerate(expected(path, "maps_LVSHQK")):
+        for row, sample in enumerate(MAPS_OF_SAMPLES):
+            assert np.allclose(names["read_maps"](path, 0, sample, position), attn_VSHQK[0, row], atol=1e-6, rtol=0)
 
 
 @every_cache
@@ -96,4 +110,4 @@ def test_a_bias_is_part_of_the_maps():
 
 
 def test_golden_caches_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 200_000
+    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 400_000

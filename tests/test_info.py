@@ -68,20 +68,62 @@ def show(*arguments: object):
 def test_text_says_what_a_cache_holds(cache, tiny_vit):
     result = show(cache)
     assert result.exit_code == 0, result.output
-    lines = {line[:10].strip(): line[11:] for line in result.stdout.splitlines()}
+    summary, _, _ = result.stdout.partition("\n\n")
+    lines = {line[:10].strip(): line[11:] for line in summary.splitlines()}
     assert list(lines) == [
-        *("cache", "teacher", "licence", "samples", "views", "attention", "codec", "size", "row KL", "state", "bad")
+        *("cache", "teacher", "licence", "samples", "views", "attention", "codec", "size"),
+        *("held back", "row KL", "state", "bad"),
     ]
     assert lines["cache"] == f"{cache} (format 1)"
     assert lines["teacher"].startswith("vit_tiny_patch16_224:")
     assert lines["samples"] == "20 x 2 views"
     assert lines["views"] == "crop-flip, seed 0, 8 x 8 pixels, replayed from the tars"
     assert lines["attention"] == "2 layers (0-1) x 2 heads (0-1) x 17 tokens"
-    assert lines["codec"] == "int8"
-    assert "x larger than float16 maps" in lines["size"]
+    assert lines["codec"] == "transform (basis all, dct True, positions True, target_kl 0.005)"
+    assert "than float16 maps" in lines["size"]
     assert "nats on average" in lines["row KL"]
     assert lines["state"] == "complete, 36 views stored"
     assert lines["bad"] == "4 views left out: 2 no label, 2 undecodable"
+
+
+@pytest.mark.parametrize("codec", ["transform", "int8"])
+def test_the_codecs_card_says_what_each_layer_takes_and_loses(tiny_cache, codec):
+    path = tiny_cache(codec=codec)
+    calibration = json.loads(show(path, "--json").stdout)["calibration"]
+    text = show(path).stdout
+    summary, _, card = text.partition("\n\n")
+    (held_back,) = [line[11:] for line in summary.splitlines() if line.startswith("held back")]
+    target = " (target 0.005)" if codec == "transform" else ""
+    assert held_back == (
+        f"row KL {calibration['row_kl_nats']:.2g} nats{target}, features off by {calibration['injected_error']:.2g} "
+        "with decoded maps; on 6 views before the build"
+    )
+    assert 0 < calibration["row_kl_nats"] < 0.0051
+    assert 0 < calibration["injected_error"] < 0.5
+    title, *rows = card.splitlines()
+    assert title.split("  ")[0].strip() == "layer"
+    assert [row.split() for row in rows] == [
+        [f"{layer}", f"{row['nbytes']:.0f}", f"{row['row_kl_nats']:.2g}", f"{row['injected_error']:.2g}"]
+        for layer, row in enumerate(calibration["layers"])
+    ]
+    assert len({len(line) for line in (title, *rows)}) == 1, "columns line up"
+    nbytes = json.loads(show(path, "--json").stdout)["codes_nbytes_per_view"]
+    # Shards have an index, too: 16 bytes a chunk.
+    assert sum(row["nbytes"] for row in calibration["layers"]) == pytest.approx(nbytes - 16, rel=0.1)
+
+
+def test_a_size_that_was_asked_for_is_shown_in_place_of_a_kl(tiny_cache):
+    text = show(tiny_cache(codec=None, target_mb_per_view=0.0005)).stdout
+    assert "target_nbytes 500)" in text
+    assert "(target" not in text.partition("held back")[2]
+
+
+def test_a_cache_that_recorded_less_is_shown_without_a_card():
+    old = Path(__file__).parent / "golden" / "format-1" / "int8-bias.zarr"
+    result = show(old)
+    assert result.exit_code == 0, result.output
+    assert "held back  row KL" in result.stdout
+    assert "\n\n" not in result.stdout
 
 
 def test_json_is_one_line_and_says_the_same(cache):

@@ -7,9 +7,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from atcache.attention import kernels
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerFactors, LayerMaps
 from atcache.attention.kernels import copy_attention
-from atcache.attention.losses import attention_distillation_loss
+from atcache.attention.losses import attention_distillation_loss, logits_distillation_loss
 from atcache.errors import AttentionShapeError
 
 
@@ -76,6 +76,29 @@ def test_distillation_equals_the_plain_formula_in_loss_and_gradients(student_bia
     torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
     for got, expected in zip(gradients(3 * loss, wanted), gradients(3 * plain, wanted), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.usefixtures("slice_nbytes")
+def test_given_maps_do_what_the_factors_they_come_from_do():
+    teacher, student = make_factors(0), make_factors(1, head_dim=6)
+    maps = LayerMaps(attn_BHQK=plain_maps(teacher).detach())
+    value = student.q_BHTD
+    for got, expected in (
+        (copy_attention(maps, value).sin().sum(), copy_attention(teacher, value).sin().sum()),
+        (attention_distillation_loss(maps, student), attention_distillation_loss(teacher, student)),
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(*(gradients(loss, value)[0] for loss in (got, expected)), rtol=0, atol=1e-14)
+
+
+def test_distillation_of_logits_is_that_of_the_factors_they_come_from():
+    teacher, student = make_factors(0, dtype=torch.float32), make_factors(1, dtype=torch.float32)
+    logits = student.scale * student.q_BHTD @ student.k_BHTD.mT
+    got, expected = logits_distillation_loss(teacher, logits), attention_distillation_loss(teacher, student)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(gradients(loss, student.q_BHTD)[0] for loss in (got, expected)))
+    with pytest.raises(AttentionShapeError, match=r"\(3, 2, 7\).*\(2, 2, 7\).*teacher's heads and tokens"):
+        logits_distillation_loss(teacher, logits[:2])
 
 
 def test_distillation_gradients_pass_gradcheck_with_grouped_keys():

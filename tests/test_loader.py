@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import multiprocessing
+import os
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atcache.errors import ConfigError
-from atcache.loader import CachedViews, FreshViews, Kept, training_batches, validation_batches
-from atcache.order import SampleOrder, choose_subset, epoch_permutation, step_seed
+from atcache.kept import Kept
+from atcache.loader import BatchStream, CachedViews, FreshViews, training_batches, validation_batches
+from atcache.mixing import NOT_MIXED, MixPolicy, mix_pixels, parse_mix
+from atcache.order import (
+    BLOCK_SAMPLES,
+    SHUFFLES,
+    WINDOW_BLOCKS,
+    SampleOrder,
+    choose_subset,
+    epoch_permutation,
+    step_seed,
+)
 from atcache.source import Source, index_source
+from atcache.stacking import Stack
 from atcache.store.reader import CacheReader
 from atcache.views import ViewPolicy, apply_view, draw_view
 
@@ -23,9 +39,9 @@ sample_sets = st.lists(st.integers(0, 10_000), min_size=1, max_size=60, unique=T
 seeds = st.integers(0, 2**63)
 
 
-@given(sample_S=sample_sets, seed=seeds, batch_size=st.integers(1, 90))
-def test_every_sample_comes_once_an_epoch_across_the_borders_of_batches(sample_S, seed, batch_size):
-    order = SampleOrder(sample_S=sample_S, seed=seed, batch_size=batch_size)
+@given(sample_S=sample_sets, seed=seeds, batch_size=st.integers(1, 90), shuffle=st.sampled_from(SHUFFLES))
+def test_every_sample_comes_once_an_epoch_across_the_borders_of_batches(sample_S, seed, batch_size, shuffle):
+    order = SampleOrder(sample_S=sample_S, seed=seed, batch_size=batch_size, shuffle=shuffle)
     num_steps = -(-3 * len(sample_S) // batch_size)
     batches = [order.batch(step) for step in range(num_steps)]
     assert {len(batch) for batch in batches} == {batch_size}
@@ -36,9 +52,15 @@ def test_every_sample_comes_once_an_epoch_across_the_borders_of_batches(sample_S
         assert sorted(sample for sample, _ in stretch) == sorted(sample_S)
 
 
-@given(sample_S=sample_sets, seed=seeds, batch_size=st.integers(1, 90), step=st.integers(0, 10**9))
-def test_a_batch_depends_on_its_step_alone(sample_S, seed, batch_size, step):
-    order, again = (SampleOrder(sample_S=sample_S, seed=seed, batch_size=batch_size) for _ in range(2))
+@given(
+    sample_S=sample_sets,
+    seed=seeds,
+    batch_size=st.integers(1, 90),
+    step=st.integers(0, 10**9),
+    shuffle=st.sampled_from(SHUFFLES),
+)
+def test_a_batch_depends_on_its_step_alone(sample_S, seed, batch_size, step, shuffle):
+    order, again = (SampleOrder(sample_S=sample_S, seed=seed, batch_size=batch_size, shuffle=shuffle) for _ in range(2))
     for other in range(3):
         order.batch(other)
     assert order.batch(step) == again.batch(step)
@@ -62,6 +84,59 @@ def test_orders_and_step_seeds_never_change():
         8249978818843933321,
         8673009375161035775,
     ]
+
+
+@given(
+    sample_S=sample_sets,
+    part=st.integers(1, 30),
+    num_ranks=st.integers(1, 4),
+    step=st.integers(0, 9),
+    shuffle=st.sampled_from(SHUFFLES),
+)
+def test_the_parts_of_all_ranks_are_the_batch_of_one_process(sample_S, part, num_ranks, step, shuffle):
+    whole = SampleOrder(sample_S=sample_S, seed=1, batch_size=part * num_ranks, shuffle=shuffle)
+    orders = [replace(whole, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    assert [pair for order in orders for pair in order.batch(step)] == whole.batch(step)
+    assert {place for order in orders for place in order.windows(step)} == set(whole.windows(step))
+    assert all(order.identity == whole.identity for order in orders)
+
+
+def test_block_orders_never_change():
+    order = SampleOrder(sample_S=np.arange(6) * BLOCK_SAMPLES // 2, seed=0, batch_size=6, shuffle="block")
+    assert [sample for sample, _ in order.batch(0)] == [16, 48, 64, 80, 0, 32]
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, num_samples=st.integers(1, 12_000), batch_size=st.integers(1, 3000), step=st.integers(0, 12))
+def test_a_window_is_whole_blocks_and_holds_what_its_steps_read(seed, num_samples, batch_size, step):
+    order = SampleOrder(sample_S=np.arange(7, 7 + num_samples), seed=seed, batch_size=batch_size, shuffle="block")
+    windows = {place: order.window_samples(*place) for place in order.windows(step)}
+    held = [(sample, epoch) for (epoch, _), samples in windows.items() for sample in samples.tolist()]
+    assert len(held) == len(set(held))
+    assert set(order.batch(step)) <= set(held)
+    for (epoch, window), samples in windows.items():
+        assert 0 < len(samples) <= BLOCK_SAMPLES * WINDOW_BLOCKS
+        assert np.all(np.diff(samples) > 0)
+        whole = np.isin(order.sample_S // BLOCK_SAMPLES, samples // BLOCK_SAMPLES)
+        assert np.array_equal(order.sample_S[whole], samples)
+        assert len(order.window_samples(epoch, window + 1000)) == 0
+    assert SampleOrder(sample_S=order.sample_S, seed=seed, batch_size=batch_size).windows(step) == []
+
+
+def test_blocks_are_far_apart_and_mixed_within_their_window():
+    order = SampleOrder(sample_S=np.arange(60_000), seed=5, batch_size=BLOCK_SAMPLES * WINDOW_BLOCKS, shuffle="block")
+    samples = np.array([sample for sample, _ in order.batch(0)])
+    assert len(set(samples // BLOCK_SAMPLES)) == WINDOW_BLOCKS
+    assert samples.max() - samples.min() > 50_000
+    # Neighbours in the order are of one block as often as by chance, one in 128 times.
+    assert np.mean(np.diff(samples // BLOCK_SAMPLES) == 0) < 0.02
+    other = SampleOrder(sample_S=np.arange(60_000), seed=6, batch_size=order.batch_size, shuffle="block")
+    assert set(samples.tolist()) != {sample for sample, _ in other.batch(0)}
+
+
+def test_an_unknown_shuffle_is_refused():
+    with pytest.raises(ConfigError, match="shuffle='rows': expected one of global, block"):
+        SampleOrder(sample_S=np.arange(3), seed=0, batch_size=2, shuffle="rows")
 
 
 @given(seed=seeds, step=st.integers(0, 10**9))
@@ -173,10 +248,134 @@ def test_replayed_and_stored_pixels_are_equal(tiny_cache):
 
 def test_a_range_of_layers_is_all_that_is_read(tiny_cache):
     views, _ = cached(tiny_cache(views=2))
-    second, _ = cached(tiny_cache(views=2), positions=slice(1, 2))
+    second, _ = cached(tiny_cache(views=2), code_layers=slice(1, 2))
     neither, _ = cached(tiny_cache(views=2), with_codes=False)
     assert np.array_equal(second.read(5, 1)[1], views.read(5, 1)[1][1:])
     assert neither.read(5, 1)[1] is None
+
+
+def stream_of(path, *, batch_size=20, num_steps=7, seed=3, shuffle="global", workers=0, **fields):
+    views, reader = cached(path, **fields)
+    order = SampleOrder(sample_S=np.arange(48), seed=seed, batch_size=batch_size, shuffle=shuffle)
+    return BatchStream(views, reader.labels_S, order, num_steps=num_steps, workers=workers)
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch_size=st.integers(1, 60), stops=st.lists(st.integers(1, 4), max_size=4), shuffle=st.sampled_from(SHUFFLES))
+def test_a_stream_stopped_anywhere_continues_with_the_same_samples(batch_size, stops, shuffle, tiny_cache):
+    fields = {"batch_size": batch_size, "num_steps": 9, "shuffle": shuffle}
+    path = tiny_cache(views=2, pixels="store")
+    whole = list(stream_of(path, **fields))
+    state, found = stream_of(path, **fields).state_dict(), []
+    for count in stops:
+        stream = stream_of(path, **fields)
+        stream.load_state_dict(json.loads(json.dumps(state)))
+        assert len(stream) == 9 - len(found)
+        found += itertools.islice(stream, count)
+        state = stream.state_dict()
+    last = stream_of(path, **fields)
+    last.load_state_dict(state)
+    assert_equal_batches(found + list(last), whole)
+
+
+def test_a_streams_state_is_behind_the_batch_in_hand_whatever_was_read_ahead(tiny_cache):
+    stream = stream_of(tiny_cache(views=2), workers=2)
+    iterator = iter(stream)
+    for step in range(3):
+        assert stream.state_dict()["step"] == step
+        next(iterator)
+    again = stream_of(tiny_cache(views=2))
+    again.load_state_dict(stream.state_dict())
+    assert_equal_batches(list(again), list(iterator))
+    assert len(stream) == 0
+
+
+def test_a_state_of_another_stream_is_refused(tiny_cache):
+    state = stream_of(tiny_cache(views=2)).state_dict()
+    with pytest.raises(ConfigError, match="another stream of batches: order differ in batch_size, shuffle"):
+        stream_of(tiny_cache(views=2), batch_size=21, shuffle="block").load_state_dict(state)
+    with pytest.raises(ConfigError, match="another stream of batches: views differ in num_views"):
+        stream_of(tiny_cache(views=1)).load_state_dict(state)
+    with pytest.raises(ConfigError, match="at step 7: this stream has 6 steps"):
+        stream_of(tiny_cache(views=2), num_steps=6).load_state_dict({**state, "step": 7})
+
+
+def test_block_shuffle_has_each_run_of_neighbours_read_ahead_once_an_epoch(tiny_cache, monkeypatch):
+    stream, asked = stream_of(tiny_cache(views=2, pixels="store"), shuffle="block", batch_size=12, num_steps=8), []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, *rest: asked.append((os.fstat(fd).st_ino, *rest)) or advise(fd, *rest)
+    )
+    list(stream)
+    for thread in threading.enumerate():
+        if thread.name == "atcache-expect":
+            thread.join()
+    # Two epochs, each of 48 samples in one window over three shards of codes and three of pixels.
+    assert len(asked) == len(set(asked)) == 12
+    assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
+    reader = CacheReader(tiny_cache(views=2, pixels="store"))
+    shards = [
+        reader.path / spec.shard_file(task)
+        for spec in (reader.layout.codes, reader.layout.rgb)
+        for task in reader.layout.tasks()
+    ]
+    indexes = {
+        file.stat().st_ino: spec
+        for spec in (reader.layout.codes, reader.layout.rgb)
+        for file in shards
+        if spec.name in str(file)
+    }
+    sizes = {file.stat().st_ino: file.stat().st_size for file in shards}
+    assert {(inode, 0, sizes[inode] - indexes[inode].index_nbytes) for inode in sizes} == {one[:3] for one in asked}
+
+
+integers = st.integers(-(2**31), 2**31 - 1) | st.integers(-(2**15), 2**15 - 1) | st.integers(0, 3)
+
+
+@given(
+    values=st.lists(st.lists(integers, min_size=6, max_size=6), min_size=1, max_size=5),
+    is_swapped=st.booleans(),
+    narrows=st.booleans(),
+)
+def test_a_stack_holds_its_rows_in_their_memory_order_narrow_where_all_fit(values, is_swapped, narrows):
+    rows = [np.array(row, np.int32).reshape(1, 3, 2) for row in values]
+    rows = [row.swapaxes(1, 2) if is_swapped else row for row in rows]
+    stack = Stack(len(rows), narrows=narrows)
+    for row in rows:
+        stack.add(row)
+    fits = narrows and all(-(2**15) <= value < 2**15 for row in values for value in row)
+    assert stack.tensor.dtype == (torch.int16 if fits else torch.int32)
+    assert np.array_equal(stack.tensor.numpy(), np.stack(rows))
+    assert stack.tensor.transpose(-1, -2).is_contiguous() or not is_swapped
+    assert stack.tensor.is_contiguous() or is_swapped
+
+
+def test_transforms_codes_travel_as_int16_in_their_memory_order_also_from_workers(start_method, tiny_cache):
+    views, reader = cached(tiny_cache(codec="transform"))
+    for workers in (0, 2):
+        for batch in batches(views, reader.labels_S, stop=3, workers=workers):
+            codes = np.stack([reader.read_codes(0, int(sample)) for sample in batch.sample_B])
+            assert (codes.dtype, batch.codes_BLTC.dtype) == (np.int32, torch.int16)
+            assert np.array_equal(batch.codes_BLTC.numpy(), codes)
+            one = reader.read_codes(0, 0)
+            assert np.argsort(batch.codes_BLTC.stride()[1:]).tolist() == np.argsort(one.strides).tolist()
+
+
+def test_bits_of_floats_are_not_narrowed(tiny_cache):
+    views, _ = cached(tiny_cache(codec="exact:dtype=float32"))
+    assert not views.codes_may_narrow
+    batch = next(iter(stream_of(tiny_cache(codec="exact:dtype=float32"))))
+    assert batch.codes_BLTC.dtype == torch.int32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning takes a GPU")
+def test_pinning_and_sending_keep_the_order_in_memory():
+    codes_BLTC = torch.arange(2 * 3 * 5 * 7, dtype=torch.int16).reshape(2, 3, 5, 7).transpose(2, 3)
+    pinned = codes_BLTC.pin_memory()
+    sent = pinned.to("cuda", non_blocking=True)
+    assert pinned.stride() == sent.stride() == codes_BLTC.stride()
+    assert torch.equal(sent.cpu(), codes_BLTC)
 
 
 @pytest.fixture(params=["fork", "spawn"])
@@ -210,6 +409,65 @@ def test_reading_leaves_torchs_global_generator_alone(tiny_cache):
     assert torch.equal(torch.rand(3), expected)
 
 
+# Views that show two samples
+
+MIXING = {"views": 2, "mixup": 0.8, "cutmix": 1.0, "mix_prob": 0.8}
+
+
+def test_a_mixed_batch_says_whose_labels_and_how_much_of_each(tiny_cache):
+    views, reader = cached(tiny_cache(**MIXING))
+    order = SampleOrder(sample_S=np.arange(48), seed=3, batch_size=20)
+    shares = []
+    for step, batch in enumerate(batches(views, reader.labels_S)):
+        for row, (sample, epoch) in enumerate(order.batch(step)):
+            mix = parse_mix(reader.parameters(epoch % 2, sample)[-6:], 8, 8)
+            # Blocks of this cache are of 20 samples.
+            assert sample // 20 == (sample + mix.partner) // 20
+            assert batch.label_B[row] == reader.labels_S[sample]
+            assert batch.mix_label_B[row] == reader.labels_S[sample + mix.partner]
+            assert float(batch.mix_share_B[row]) == mix.share
+            if mix.height:
+                assert mix.share == 1 - mix.height * mix.width / 64
+            shares.append(mix.share)
+    assert min(shares) < 0.1
+    assert max(shares) == 1
+
+
+def test_unmixed_batches_are_all_their_own(tiny_cache):
+    views, reader = cached(tiny_cache(views=2))
+    for batch in batches(views, reader.labels_S, stop=2):
+        assert batch.mix_share_B.tolist() == [1.0] * 20
+        assert torch.equal(batch.mix_label_B, batch.label_B)
+
+
+def test_mixed_views_are_the_same_replayed_stored_kept_and_from_workers(tiny_cache):
+    views, reader = cached(tiny_cache(**MIXING))
+    expected = batches(views, reader.labels_S)
+    stored, kept = cached(tiny_cache(**MIXING, pixels="store"))[0], cached(tiny_cache(**MIXING), keep_nbytes=10**9)[0]
+    for others, workers in ((stored, 0), (kept, 0), (kept, 2)):
+        assert_equal_batches(batches(others, reader.labels_S, workers=workers), expected)
+
+
+def test_fresh_views_are_mixed_with_the_samples_to_train_on(digits_tars):
+    mixing = MixPolicy(mixup_alpha=0.8, cutmix_alpha=1.0)
+    policy = ViewPolicy(name="crop-flip", seed=5, image_height=8, image_width=8, mixing=mixing)
+    source, partner_S = Source(index_source(digits_tars)), np.array([3, 11, 12, 40])
+    views, everyone = FreshViews(source, policy, partner_S=partner_S), FreshViews(source, policy)
+    kept, unmixed = FreshViews(source, policy, partner_S=partner_S, keep_nbytes=10**6), fresh(digits_tars)
+    partners, of_everyone = set(), set()
+    for epoch in range(40):
+        view = views.read(11, epoch)
+        partners.add(11 + view.mix.partner)
+        of_everyone.add(11 + everyone.read(11, epoch).mix.partner)
+        own_HWC, partner_HWC = (unmixed.read(row, epoch).pixels_HWC for row in (11, 11 + view.mix.partner))
+        assert np.array_equal(view.pixels_HWC, mix_pixels(own_HWC, partner_HWC, view.mix))
+        again = kept.read(11, epoch)
+        assert np.array_equal(again.pixels_HWC, view.pixels_HWC)
+        assert again.mix == view.mix
+    assert partners - {11} == {3, 12, 40}
+    assert len(of_everyone) > 15
+
+
 def fresh(digits_tars, name="crop-flip", **fields):
     policy = ViewPolicy(name=name, seed=5, image_height=8, image_width=8)
     return FreshViews(Source(index_source(digits_tars)), policy, **fields)
@@ -223,8 +481,8 @@ def test_fresh_views_differ_between_epochs_and_are_drawn_by_the_policy(digits_ta
     seen = []
     for epoch in (0, 1, 2, 1):
         parameters_P = draw_view(policy, source.index.sample_key(11), epoch, image.height, image.width)
-        pixels_HWC, codes = views.read(11, epoch)
-        assert codes is None
+        pixels_HWC, codes, mix = views.read(11, epoch)
+        assert (codes, mix) == (None, NOT_MIXED)
         assert np.array_equal(pixels_HWC, apply_view(image, parameters_P, policy))
         assert np.array_equal(kept.read(11, epoch)[0], pixels_HWC)
         seen.append(pixels_HWC.tobytes())

@@ -29,8 +29,9 @@ from atcache.errors import (
     DiskFullError,
 )
 from atcache.source import SampleIndex
+from atcache.stacking import Stack
 from atcache.store.durable import only_writer, sweep_partials
-from atcache.store.layout import BLOSC, ZSTD, Status, StoreLayout
+from atcache.store.layout import COMPRESSORS, Status, StoreLayout
 from atcache.store.manifest import check_commit, commit_path, read_commits
 from atcache.store.reader import CacheReader
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
@@ -135,7 +136,7 @@ def cache(pristine, tmp_path):
 # Reading back
 
 
-@pytest.mark.parametrize("compressor", [BLOSC, ZSTD])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32"])
 def test_codes_and_pixels_come_back_as_written(tmp_path, dtype, compressor):
     layout = replace(LAYOUT, codes_dtype=dtype, compressor=compressor)
@@ -155,25 +156,22 @@ def test_any_range_of_layers_comes_back(pristine):
             assert np.array_equal(reader.read_codes(1, 3, slice(start, stop)), codes[1, 3, start:stop])
 
 
-def test_codes_are_read_into_the_callers_array(pristine):
-    out = np.empty((2, 5, 24), np.int8)
-    assert CacheReader(pristine).read_codes(0, 0, slice(1, 3), out=out) is out
-    assert np.array_equal(out, draw_codes(LAYOUT)[0][0, 0, 1:3])
+def test_transposed_codes_stay_in_the_order_they_are_stored_in(tmp_path):
+    """Also in a batch: a copy that only reorders integers would cost as much as reading them."""
+    layout = replace(LAYOUT, codes_dtype="int16", compressor="transpose-blosc-zstd-shuffle")
+    reader, (codes, _) = CacheReader(build(tmp_path / "cache.zarr", layout)), draw_codes(layout)
+    stack = Stack(2)
+    for sample in (0, 1):
+        stack.add(reader.read_codes(0, sample, slice(1, 3)))
+    batch = stack.tensor.numpy()
+    assert np.array_equal(batch, codes[0, :2, 1:3])
+    assert batch.swapaxes(2, 3).flags.c_contiguous
 
 
-@pytest.mark.parametrize(
-    ("layers", "out", "message"),
-    [
-        (slice(0, 4, 2), None, "expected a range without step within 4 layers"),
-        (slice(3, 3), None, "expected a range"),
-        (None, np.empty((3, 5, 24), np.int8), r"out is int8 \(3, 5, 24\); expected contiguous int8 \(4, 5, 24\)"),
-        (None, np.empty((4, 5, 24), np.uint8), "out is uint8"),
-        (None, np.empty((4, 5, 48), np.int8)[..., ::2], "expected contiguous"),
-    ],
-)
-def test_what_cannot_be_read_into_is_refused(pristine, layers, out, message):
-    with pytest.raises(ConfigError, match=message):
-        CacheReader(pristine).read_codes(0, 0, layers, out=out)
+@pytest.mark.parametrize("layers", [slice(0, 4, 2), slice(3, 3)])
+def test_a_range_of_layers_with_steps_or_nothing_in_it_is_refused(pristine, layers):
+    with pytest.raises(ConfigError, match="expected a range without step within 4 layers"):
+        CacheReader(pristine).read_codes(0, 0, layers)
 
 
 def test_view_records_come_back(pristine):
@@ -281,6 +279,38 @@ def test_open_files_are_bounded_and_closed(tmp_path):
     assert len(list(descriptors.iterdir())) - before == 5
     del reader
     assert len(list(descriptors.iterdir())) == before
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_reading_into_memory_that_is_used_again_reads_the_same(compressor, tmp_path):
+    layout = replace(LAYOUT, compressor=compressor)
+    reader = CacheReader(build(tmp_path / "cache.zarr", layout))
+    for layers in (None, slice(1, 3), slice(1, 2)):
+        memory, pixels = reader.read_codes(1, 0, layers), reader.read_pixels(1, 0)
+        for view, sample in ((0, 1), (1, 9)):
+            expected = reader.read_codes(view, sample, layers)
+            assert reader.read_codes(view, sample, layers, out=memory) is memory
+            assert np.array_equal(memory, expected)
+            assert reader.read_pixels(view, sample, out=pixels) is pixels
+            assert np.array_equal(pixels, reader.read_pixels(view, sample))
+    with pytest.raises(ConfigError, match=r"out has shape .* read_codes returned for the same layers"):
+        reader.read_codes(0, 0, out=np.empty((1, 1, 1), layout.codes_dtype))
+    with pytest.raises(ConfigError, match=r"out has shape \(6, 7, 3\), int8: expected \(6, 7, 3\), uint8"):
+        reader.read_pixels(0, 0, out=np.empty((6, 7, 3), np.int8))
+
+
+def test_a_view_is_one_pread_of_codes_and_one_of_pixels(tmp_path, monkeypatch):
+    reader, preads = CacheReader(build(tmp_path / "cache.zarr")), []
+    pread = os.pread
+    for sample in (0, 9):
+        reader.read_codes(1, sample)  # opens the shards, which reads their indexes
+        reader.read_pixels(1, sample)
+    monkeypatch.setattr(os, "pread", lambda fd, nbytes, offset: preads.append(nbytes) or pread(fd, nbytes, offset))
+    for sample in (0, 9, 1):
+        codes_LTC, pixels_HWC = reader.read_codes(1, sample), reader.read_pixels(1, sample)
+        assert codes_LTC.shape[0] // reader.layout.layers_per_chunk > 1
+        assert pixels_HWC.shape == (6, 7, 3)
+    assert len(preads) == 6
 
 
 def test_a_forked_process_reads_with_what_its_parent_opened(pristine):
@@ -812,10 +842,10 @@ def test_chunks_in_any_order_are_read(cache):
 
 def test_reading_a_sample_takes_less_than_a_millisecond(pristine):
     reader = CacheReader(pristine)
-    out = reader.read_codes(0, 0)
+    reader.read_codes(0, 0)
     start = time.perf_counter()
     for _ in range(200):
-        reader.read_codes(0, 0, out=out)
+        reader.read_codes(0, 0)
     assert (time.perf_counter() - start) / 200 < 1e-3
 
 

@@ -13,7 +13,7 @@ import pytest
 import zarr
 
 from atcache.source import SampleIndex
-from atcache.store.layout import BLOSC, ZSTD, Status, StoreLayout
+from atcache.store.layout import BLOSC, COMPRESSORS, ZSTD, Status, StoreLayout
 from atcache.store.reader import CacheReader
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
 
@@ -21,7 +21,12 @@ BAD_SAMPLE = 5
 NUM_SAMPLES = 11
 
 
-@pytest.fixture(scope="module", params=[(BLOSC, "int8"), (BLOSC, "int16"), (ZSTD, "uint8"), (ZSTD, "int32")])
+TRANSPOSED = [(name, "int32") for name, how in COMPRESSORS.items() if how.is_transposed]
+
+
+@pytest.fixture(
+    scope="module", params=[(BLOSC, "int8"), (BLOSC, "int16"), (ZSTD, "uint8"), (ZSTD, "int32"), *TRANSPOSED]
+)
 def cache(request, tmp_path_factory):
     """A complete cache of random codes; its last shards stick out of the arrays, and one sample is bad."""
     compressor, codes_dtype = request.param

@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
+from atcache.loader import training_batches
 from atcache.pipelines.build import BuildConfig, build
 from atcache.pipelines.metrics import read_metrics
 from atcache.pipelines.students import MODES
-from atcache.pipelines.train import _Training, train
+from atcache.pipelines.train import train
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
+from atcache.pipelines.training_run import TrainingRun
 from atcache.store.manifest import commit_path
 from atcache.store.reader import CacheReader
 
@@ -58,10 +60,16 @@ def assert_equal_weights(config, other):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def training_of(config) -> _Training:
+def training_of(config) -> TrainingRun:
     """The state of a run before its first step."""
-    torch.manual_seed(config.seed)
-    return _Training(config, open_training_data(config, CPU), CPU)
+    (data,) = open_training_data([config], CPU)
+    return TrainingRun(config, data, CPU)
+
+
+def batches_of(run, stop_step=1):
+    """The first batches of a run's stream."""
+    data = run.data
+    return training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=stop_step, workers=0)
 
 
 def images_of(run, batch) -> torch.Tensor:
@@ -128,13 +136,13 @@ def test_layers_left_out_keep_their_own_attention(config_for):
     assert "blocks.1.attn.qkv.weight" in names
     both, upper = (training_of(config_for("distill", layers=layers)) for layers in (None, "1"))
     lower = training_of(config_for("distill", layers="0"))
-    attention_losses = [float(run._train_step(next(run._batches()))["attention_loss"]) for run in (both, lower, upper)]
+    attention_losses = [float(run.train_step(next(batches_of(run)))["attention_loss"]) for run in (both, lower, upper)]
     assert attention_losses[0] == pytest.approx(sum(attention_losses[1:]) / 2, rel=1e-5)
 
 
 def test_the_attention_weight_scales_the_attention_loss_alone(config_for):
     run = training_of(config_for("distill", attention_weight=0.5))
-    losses = run._train_step(next(run._batches()))
+    losses = run.train_step(next(batches_of(run)))
     assert float(losses["loss"]) == pytest.approx(float(losses["label_loss"]) + 0.5 * float(losses["attention_loss"]))
 
 
@@ -222,7 +230,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config_for):
         before = [p.detach().clone() for p in run.student.model.parameters()]
         for group in run.optimizer.param_groups:
             group["lr"] = 1.0
-        run._train_step(next(run._batches()))
+        run.train_step(next(batches_of(run)))
         grads.append([b - p.detach() for b, p in zip(before, run.student.model.parameters(), strict=True)])
     for whole, parts in zip(*grads, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
@@ -237,7 +245,16 @@ def test_layer_decay_gives_lower_blocks_lower_learning_rates(config_for):
     assert lr["blocks.0.attn.v.weight"] == pytest.approx(0.5 * lr["blocks.1.attn.v.weight"])
     assert lr["blocks.1.attn.v.weight"] == pytest.approx(0.5 * lr["head.weight"])
     assert lr["patch_embed.proj.weight"] == pytest.approx(0.25 * lr["blocks.1.attn.v.weight"])
-    assert run._lr() == lr["head.weight"]
+    assert run.lr() == lr["head.weight"]
+
+
+def test_the_end_of_the_cosine_decays_with_the_layers_too(config_for):
+    run = training_of(config_for("copy", layer_decay=0.5, min_lr=1e-4, steps=20))
+    run.scheduler.step_update(20)
+    names = {id(p): name for name, p in run.student.model.named_parameters()}
+    lr = {names[id(p)]: group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert lr["head.weight"] == pytest.approx(1e-4)
+    assert lr["blocks.0.attn.v.weight"] == pytest.approx(0.25e-4)
 
 
 def test_the_learning_rate_rises_and_falls_to_its_end(config_for):
@@ -265,8 +282,8 @@ def test_gradients_are_clipped_to_the_norm(config_for):
             config_for("scratch", clip_grad=clip_grad, optimizer="sgd", base_lr=1.0, weight_decay=0.0, warmup_epochs=0)
         )
         before = torch.nn.utils.parameters_to_vector(run.student.model.parameters()).detach().clone()
-        lr = run._lr()
-        run._train_step(next(run._batches()))
+        lr = run.lr()
+        run.train_step(next(batches_of(run)))
         after = torch.nn.utils.parameters_to_vector(run.student.model.parameters()).detach()
         moved.append(float((after - before).norm()) / lr)
     assert moved[0] > 0.1
@@ -277,14 +294,31 @@ def test_the_moving_average_is_what_is_saved_and_validated(config_for, digits_ta
     config = config_for("scratch", steps=3, ema=0.5)
     run = training_of(config)
     average = None
-    for number, batch in enumerate(run._batches()):
-        run._train_step(batch)
+    for number, batch in enumerate(batches_of(run, 3)):
+        run.train_step(batch)
         now = {name: tensor.clone() for name, tensor in run.student.model.state_dict().items()}
         average = now if number == 0 else {name: 0.5 * average[name] + 0.5 * now[name] for name in now}
     train(config)
     for name, tensor in weights_of(config).items():
         torch.testing.assert_close(tensor, average[name])
     assert not torch.allclose(average["head.weight"], now["head.weight"], atol=1e-4)
+
+
+def test_an_average_over_more_steps_than_the_run_has_is_warned_of(config_for, capsys):
+    config = config_for("scratch", ema=0.99, steps=20)
+    train(config)
+    expected = (
+        "NOTE: --ema 0.99 averages over about 100 steps and the run has 20: 82% of what is validated and saved are"
+    )
+    assert expected in capsys.readouterr().err
+    train(config_for("scratch", ema=0.8, steps=20))
+    assert "NOTE" not in capsys.readouterr().err
+
+
+def test_drop_path_rises_to_its_value_over_the_blocks(config_for):
+    for mode in MODES[:3]:
+        blocks = training_of(config_for(mode, drop_path=0.3)).student.model.blocks
+        assert [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks] == pytest.approx([0.0, 0.3])
 
 
 def test_a_finished_run_gives_its_summary_without_training(config_for):
@@ -369,23 +403,23 @@ def test_a_distilled_student_is_a_plain_timm_model(config_for):
 
 def test_label_smoothing_is_that_of_torch(config_for):
     run = training_of(config_for("scratch", label_smoothing=0.5))
-    batch = next(run._batches())
+    batch = next(batches_of(run))
     logits = run.student.model(images_of(run, batch)).detach()
     loss = torch.nn.functional.cross_entropy(logits, batch.label_B)
     towards_all = -torch.log_softmax(logits, 1).mean()
-    assert float(run._train_step(batch)["loss"]) == pytest.approx(float(0.5 * loss + 0.5 * towards_all), rel=1e-5)
+    assert float(run.train_step(batch)["loss"]) == pytest.approx(float(0.5 * loss + 0.5 * towards_all), rel=1e-5)
 
 
 def test_missing_components_are_warned_about(config_for, tiny_vit, capsys):
     config = config_for("distill", student=f"{tiny_vit},init_values=0.1", steps=1)
-    (note,) = open_training_data(config, CPU).notes
+    (note,) = open_training_data([config], CPU)[0].notes
     assert note.startswith("WARNING: the student's architecture differs from the teacher's: ")
     assert "LayerScale" in note
     assert note.endswith("leave --student out to use the teacher's own architecture.")
     train(config)
     assert note in capsys.readouterr().err
-    assert open_training_data(config_for("distill", student=tiny_vit), CPU).notes == ()
-    assert open_training_data(config_for("scratch", student=f"{tiny_vit},init_values=0.1"), CPU).notes == ()
+    others = config_for("distill", student=tiny_vit), config_for("scratch", student=f"{tiny_vit},init_values=0.1")
+    assert [open_training_data([other], CPU)[0].notes for other in others] == [(), ()]
 
 
 STUDENT = "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=32,depth=2,num_heads=2"
@@ -459,7 +493,7 @@ def test_validation_that_does_not_fit_the_student_is_refused(config_for, tiny_ca
         train(config_for("copy", val_cache=other))
     with pytest.raises(CacheMismatchError, match="has no maps of layer 0, which the student copies"):
         train(config_for("copy", val_cache=tiny_cache(policy="eval", layers="1")))
-    with pytest.raises(CacheMismatchError, match=r"holds heads \(1,\), the student copies heads \(0, 1\)"):
+    with pytest.raises(CacheMismatchError, match="has no maps of head 0, which the student copies"):
         train(config_for("copy", val_cache=tiny_cache(policy="eval", heads="1")))
     with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict: give a validation"):
         train(config_for("copy", val_data=str(digits_tars[0])))
@@ -494,6 +528,10 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
         ({"drop_path": -0.1}, "drop_path=-0.1: expected 0 or more, and less than 1"),
         ({"layer_decay": 1.5}, "layer_decay=1.5: expected more than 0, and at most 1"),
         ({"clip_grad": 0.0}, "clip_grad=0.0: expected more than 0"),
+        (
+            {"min_lr": 2e-3, "batch_size": 128},
+            r"min_lr=0\.002 is over the learning rate 0\.0005 .*: it would rise\. Lower",
+        ),
         ({"workers": -1}, "workers=-1: expected 0 or more"),
         ({"validate_every": -1.0}, "validate_every=-1.0: expected 0 or more"),
         ({"cache": None}, "mode copy needs the teacher's attention: give --cache"),
@@ -516,7 +554,7 @@ def test_an_optimizer_that_timm_does_not_know_is_refused(config_for):
 
 def test_every_field_of_the_config_is_an_option_of_the_command():
     options = {parameter.name for parameter in cli.get_command(None, "train").params}
-    assert options == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert options == {field.name for field in dataclasses.fields(TrainConfig)} | {"sweep"}
 
 
 def test_the_command_prints_the_summary(tiny_cache, tmp_path):

@@ -7,11 +7,16 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 
 from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.attention.intercept import AttentionIntercept
-from atcache.attention.transfer import CopyStudent, DistilledStudent, LiveFactors, ValueOnlyAttention, check_student
+from atcache.attention.intercept import AttentionCall, AttentionIntercept
+from atcache.attention.pairing import Pairing, check_student
+from atcache.attention.transfer import CopyStudent, DistilledStudent, LiveFactors, attend_with_one_factor
+from atcache.attention.value_only import ValueOnlyAttention
 from atcache.errors import TeacherError
 from atcache.tokens import TokenLayout
 
@@ -87,7 +92,7 @@ def test_copying_its_own_attention_changes_nothing_and_drops_q_and_k(kind, image
 
 def copy_student(model, layers, chosen, heads=None):
     own = copy.deepcopy(model)
-    return CopyStudent(own, own.blocks, geometry_of(layers, heads), chosen)
+    return CopyStudent(own, own.blocks, Pairing.equal(geometry_of(layers, heads), chosen))
 
 
 def test_every_remaining_parameter_of_a_copy_student_gets_a_gradient(images):
@@ -96,6 +101,86 @@ def test_every_remaining_parameter_of_a_copy_student_gets_a_gradient(images):
     student = copy_student(model, layers, (0, 1))
     student(images, teacher).square().sum().backward()
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
+
+
+class LinearOutputs(TorchFunctionMode):
+    """Widths of what linear layers return."""
+
+    def __init__(self):
+        super().__init__()
+        self.widths = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.widths.append(result.shape[-1])
+        return result
+
+
+def test_a_copy_student_projects_v_only(images):
+    model = make_model("vit_tiny_patch16_224", patch_size=8)
+    teacher, layers, _ = own_factors(model, images)
+    student = copy_student(model, layers, (0, 1))
+    with LinearOutputs() as copied:
+        student(images, teacher)
+    with LinearOutputs() as stock:
+        model(images)
+    assert stock.widths == [96, 32, 128, 32] * 2 + [5]
+    assert copied.widths == [32, 32, 128, 32] * 2 + [5]
+
+
+def kept_for_backward(run):
+    """Shapes of all that autograd keeps, of calls of our own included."""
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return shapes
+
+
+def test_neither_student_keeps_a_token_by_token_matrix(images):
+    model = make_model("vit_tiny_patch16_224", patch_size=8)
+    teacher, layers, _ = own_factors(model, images)
+    distilled = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    for student in (copy_student(model, layers, (0, 1)), distilled):
+        shapes = kept_for_backward(lambda student=student: student(images, teacher))
+        assert (3, 2, 17, 16) in shapes  # q, k or their gradients
+        assert not [shape for shape in shapes if shape[-2:] == (17, 17)]
+    # Materialised maps would be seen.
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert (6, 17, 17) in [(shape[0] * shape[1], *shape[2:]) if len(shape) == 4 else shape
+                           for shape in kept_for_backward(lambda: model(images))]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["copy", "distill"])
+def test_a_compiled_student_is_one_graph_for_all_batches_and_computes_the_same(mode, images):
+    # Traced, with the backward pass, but not made machine code: that takes minutes on a busy machine.
+    model, other = make_model("vit_tiny_patch16_224", patch_size=8), make_model("vit_tiny_patch16_224", 7, patch_size=8)
+    _, layers, _ = own_factors(other, images)
+    if mode == "copy":
+        student = copy_student(model, layers, (0, 1))
+    else:
+        student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(student, backend=counter)
+    for batch in (images, images.flip(0), 2 * images):
+        teacher, _, _ = own_factors(other, batch)
+        found = []
+        for run in (student, compiled):
+            student.zero_grad()
+            out = run(batch, teacher)
+            loss = out.square().mean() if mode == "copy" else out[0].square().mean() + out[1]
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in student.parameters())])
+        for one, other_one in zip(*found, strict=True):
+            torch.testing.assert_close(other_one, one, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_copy_uses_the_given_maps_not_its_own(images):
@@ -136,7 +221,7 @@ def test_a_distilled_student_is_the_timm_model_with_a_loss_beside_it(images):
     model, other = make_model("vit_tiny_patch16_224", patch_size=8), make_model("vit_tiny_patch16_224", 7, patch_size=8)
     teacher, teacher_layers, _ = own_factors(other, images)
     _, own_layers, expected_logits = own_factors(model, images)
-    student = DistilledStudent(model, model.blocks, geometry_of(teacher_layers), (0, 1))
+    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(teacher_layers)))
     logits, loss = student(images, teacher)
     torch.testing.assert_close(logits, expected_logits)
     expected = torch.stack(
@@ -179,5 +264,110 @@ def test_a_student_that_cannot_take_the_factors_is_refused_with_both_sides_named
         match=r"student small has 3 heads a layer, the teacher 2; 0 \+ 4x4 tokens, the teacher 1 \+ 4x4 tokens; "
         r"2 layers and so no layer 2.*leave --student out",
     ):
-        check_student(teacher, other, (0, 1, 2), student_name="small")
-    check_student(teacher, teacher, (0, 2), student_name="itself")
+        check_student(teacher, other, Pairing.equal(teacher), student_name="small")
+    check_student(teacher, teacher, Pairing.equal(teacher, (0, 2)), student_name="itself")
+
+
+VIT = "vit_tiny_patch16_224"
+
+
+def softmax_attention(q_BHTD, k_BHTD, value_BHTD, scale):
+    """Second opinion: attention by its formula."""
+    return torch.softmax(scale * q_BHTD @ k_BHTD.mT, dim=-1) @ value_BHTD
+
+
+@pytest.fixture
+def teacher_and_student(images):
+    model, other = make_model(VIT, patch_size=8), make_model(VIT, 7, patch_size=8)
+    teacher, layers, _ = own_factors(other, images * 3)
+    return teacher, layers, model
+
+
+@pytest.mark.parametrize("what", ["q", "k"])
+@pytest.mark.parametrize("heads", [(0, 1), (1,)])
+def test_copying_one_factor_leaves_the_student_its_own_other_one(what, heads, teacher_and_student, images):
+    _, layers, model = teacher_and_student
+
+    def by_the_formula(call):
+        q_BHTD, k_BHTD = call.query.clone(), call.key.clone()
+        for head in heads:
+            if what == "q":
+                q_BHTD[:, head] = layers[call.block].q_BHTD[:, head]
+            else:
+                k_BHTD[:, head] = layers[call.block].k_BHTD[:, head]
+        return softmax_attention(q_BHTD, k_BHTD, call.value, call.scale)
+
+    with AttentionIntercept(model.blocks, by_the_formula):
+        expected = model(images)
+    pairing = Pairing.equal(geometry_of(layers), heads=heads, what=what)
+    student = CopyStudent(model, model.blocks, pairing)
+    logits = student(images, LiveFactors(layers, heads=(0, 1)))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits.square().sum().backward()
+    q_grad, k_grad, v_grad = model.blocks[0].attn.qkv.weight.grad.view(3, 2, 16, -1).abs().sum((2, 3))
+    given, own = (q_grad, k_grad) if what == "q" else (k_grad, q_grad)
+    assert [bool(grad > 0) for grad in given] == [head not in heads for head in (0, 1)]
+    assert float(own.min()) > 0
+    assert float(v_grad.min()) > 0
+
+
+def test_copying_its_own_q_or_k_keeps_its_own_bias(images):
+    # BEiT's bias stays the student's own.
+    model = make_model("beitv2_base_patch16_224", patch_size=8)
+    teacher, layers, logits = own_factors(model, images)
+    for what in ("q", "k"):
+        student = CopyStudent(model, model.blocks, Pairing.equal(geometry_of(layers), what=what))
+        torch.testing.assert_close(student(images, teacher), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["q", "k", "qk"])
+def test_factors_are_distilled_by_their_mean_squared_error(what, teacher_and_student, images):
+    teacher, theirs, model = teacher_and_student
+    _, own, expected_logits = own_factors(model, images)
+    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(theirs), what=what))
+    logits, loss = student(images, teacher)
+    torch.testing.assert_close(logits, expected_logits)
+    errors = [
+        ((getattr(theirs[layer], f"{one}_BHTD") - getattr(own[layer], f"{one}_BHTD")) ** 2).mean()
+        for layer in (0, 1)
+        for one in what
+    ]
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    loss.backward()
+    q_grad, k_grad, v_grad = model.blocks[1].attn.qkv.weight.grad.view(3, -1).abs().sum(1)
+    assert (bool(q_grad > 0), bool(k_grad > 0), float(v_grad)) == ("q" in what, "k" in what, 0.0)
+
+
+def test_layers_and_heads_go_where_the_pairing_says(teacher_and_student, images):
+    _, layers, model = teacher_and_student
+    # The student's block 1 takes the teacher's block 0, with the heads the other way round.
+    pairing = Pairing(layers=((1, 0),), heads=((0, 1), (1, 0)), num_student_heads=2)
+    given = LayerFactors(q_BHTD=layers[0].q_BHTD.flip(1), k_BHTD=layers[0].k_BHTD.flip(1), scale=layers[0].scale).maps()
+    with AttentionIntercept(model.blocks, lambda call: given @ call.value if call.block == 1 else call.run()):
+        expected = model(images)
+    _, own, _ = own_factors(model, images)
+    loss = -(given * own[1].maps().log()).sum(-1).mean()
+    _, distilled = DistilledStudent(model, model.blocks, pairing)(images, LiveFactors(layers, heads=(0, 1)))
+    torch.testing.assert_close(distilled, loss)
+    student = CopyStudent(model, model.blocks, pairing)
+    torch.testing.assert_close(student(images, LiveFactors(layers, heads=(0, 1))), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["q", "k"])
+def test_one_given_factor_under_grouped_heads(what):
+    # Four heads of q share two of k and v; a given k is one for each head.
+    q_BHTD, own_k, own_v, given_q, given_k = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2, 4, 2))
+    call = AttentionCall(
+        block=0, query=q_BHTD, key=own_k, value=own_v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.3,
+        enable_gqa=True,
+    )  # fmt: skip
+    given = LayerFactors(q_BHTD=given_q, k_BHTD=given_k, scale=0.3)
+    k_BHTD, v_BHTD = own_k.repeat_interleave(2, 1), own_v.repeat_interleave(2, 1)
+    expected = {
+        "q": softmax_attention(given_q, k_BHTD, v_BHTD, 0.3),
+        "k": softmax_attention(q_BHTD, given_k.repeat_interleave(2, 1), v_BHTD, 0.3),
+    }
+    torch.testing.assert_close(attend_with_one_factor(call, given, range(4), what), expected[what])
+    some = attend_with_one_factor(call, given.select_heads((1, 3)), (1, 3), what)
+    torch.testing.assert_close(some[:, [1, 3]], expected[what][:, [1, 3]])
+    torch.testing.assert_close(some[:, [0, 2]], call.run()[:, [0, 2]])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atcache.errors import BadImageError, ConfigError, CorruptCacheError
+from atcache.mixing import MIXING_NAMES, MixPolicy
 from atcache.randaugment import OPERATIONS, level_argument
 from atcache.views import (
     INTERPOLATIONS,
@@ -331,6 +332,25 @@ def test_policies_survive_json(name):
         ViewPolicy.from_json({**fields, "spec": 2})
 
 
+def test_mixing_policies_survive_json_and_others_are_written_as_ever():
+    plain, mixed = policy(), policy(mixing=MixPolicy(mixup_alpha=0.8, cutmix_alpha=1.0, prob=0.5))
+    fields = json.loads(json.dumps(mixed.to_json()))
+    assert ViewPolicy.from_json(fields) == mixed
+    assert fields["mixing"] == {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "prob": 0.5, "switch_prob": 0.5}
+    # Who knows spec 1 only must refuse mixed views, and no others.
+    assert fields["spec"] == 2
+    assert {**fields, "spec": 1}.keys() - plain.to_json().keys() == {"mixing"}
+    with pytest.raises(ConfigError, match=r"views of spec 1 .* knows spec 2"):
+        ViewPolicy.from_json({**fields, "spec": 1})
+    assert (plain.parameter_names, mixed.parameter_names) == (PARAMETER_NAMES, PARAMETER_NAMES + MIXING_NAMES)
+
+
+def test_mixing_leaves_a_samples_own_view_as_it_is():
+    mixed = policy(mixing=MixPolicy(mixup_alpha=0.8))
+    for number in range(10):
+        assert np.array_equal(draw_view(mixed, f"k{number}", 1, 50, 60), draw_view(policy(), f"k{number}", 1, 50, 60))
+
+
 def test_impossible_policies_are_refused():
     for fields, message in (
         ({"name": "autoaug"}, "view policy 'autoaug': expected one of eval, crop-flip, randaug"),
@@ -338,6 +358,7 @@ def test_impossible_policies_are_refused():
         ({"seed": -1}, "seed -1"),
         ({"height": 0}, "views of 0 x 24"),
         ({"crop_pct": 1.1}, r"crop_pct 1\.1: expected more than 0, at most 1"),
+        ({"name": "eval", "mixing": MixPolicy(mixup_alpha=0.8)}, "views of policy eval are never mixed"),
     ):
         with pytest.raises(ConfigError, match=message):
             policy(**fields)

@@ -1,0 +1,264 @@
+"""Two processes under torchrun train what one process trains; one that dies takes the other along."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from atcache.cli.main import cli
+from atcache.errors import AtcacheError, ConfigError
+from atcache.loader import training_batches
+from atcache.order import SampleOrder
+from atcache.pipelines.distributed import Ranks
+from atcache.pipelines.metrics import read_metrics
+from atcache.pipelines.train import train, train_sweep
+from atcache.pipelines.train_config import TrainConfig
+from atcache.pipelines.training_data import open_training_data
+from atcache.pipelines.training_run import TrainingRun
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def config_for(tiny_cache, digits_tars, tmp_path):
+    """A function: folder, mode and fields -> the config of a short run, validated at its end."""
+
+    def config_for(name, mode, **fields) -> TrainConfig:
+        cache = tiny_cache(views=2)
+        val = {"val_cache": tiny_cache(policy="eval")} if mode == "copy" else {"val_data": str(digits_tars[2])}
+        common = {"cache": cache, "steps": 20, "batch_size": 24, "validate_every": 0, "warmup_epochs": 0.0}
+        place = {"device": "cpu", "precision": "fp32"}
+        return TrainConfig(mode=mode, out=tmp_path / name, **{**common, **val, **place, **fields})
+
+    return config_for
+
+
+def command_of(config) -> list[str]:
+    """The command line of what differs from the defaults."""
+    default = TrainConfig(mode=config.mode, out=config.out, cache=config.cache)
+    names = ["mode", "out", "cache"] + [
+        name
+        for name in TrainConfig.__dataclass_fields__
+        if getattr(config, name) != getattr(default, name) and name not in ("mode", "out", "cache")
+    ]
+    pairs = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in names]
+    return ["-m", "atcache.cli.main", "train", *(word for pair in pairs for word in pair)]
+
+
+def start(arguments) -> subprocess.Popen[str]:
+    """torchrun with two processes."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*TORCHRUN, *arguments], env=env, text=True, **pipes)
+
+
+def losses_of(config, kind="train"):
+    return [row["loss"] for row in read_metrics(config.out, kind)]
+
+
+def assert_close_weights(config, other):
+    ours, theirs = (load_file(c.out / "model.safetensors") for c in (config, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+WHOLE_RECIPE = {"accumulate": 2, "clip_grad": 1.0, "ema": 0.9, "layer_decay": 0.75, "student_jitter": 0.4}
+
+
+def test_torchrun_trains_what_one_process_trains(config_for):
+    one, two = (config_for(name, "copy", **WHOLE_RECIPE) for name in ("one", "two"))
+    expected = train(one)
+    process = start(command_of(two))
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    (line,) = stdout.splitlines()
+    summary = json.loads(line)
+    assert_same_run(two, one)
+    assert summary["validation"]["num_samples"] == expected.validation.num_samples
+    assert summary["validation"]["loss"] == pytest.approx(expected.validation.loss, rel=1e-4)
+    assert summary["validation"]["top1"] == pytest.approx(expected.validation.top1, abs=100 / 24)
+    assert stderr.count("20/20 steps") == 1
+    # What two have ended is ended for one too: it is the same run.
+    assert train(two).to_json() == summary
+
+
+def assert_same_run(config, other):
+    assert len(losses_of(config)) == config.steps // 10
+    assert losses_of(config) == pytest.approx(losses_of(other), rel=1e-5)
+    assert_close_weights(config, other)
+
+
+def test_distilling_in_two_processes_is_distilling_in_one(config_for):
+    one, two = (config_for(name, "distill", workers=1) for name in ("one", "two"))
+    train(one)
+    assert in_two_processes(partial(train, two)) == [0, 0]
+    assert_same_run(two, one)
+
+
+def test_each_rank_drops_paths_of_its_own_and_the_same_ones_again(config_for):
+    first, again, one = (config_for(name, "scratch", drop_path=0.5) for name in ("first", "again", "one"))
+    for config in (first, again):
+        assert in_two_processes(partial(train, config)) == [0, 0]
+    train(one)
+    assert losses_of(first) == losses_of(again)
+    assert losses_of(first) != pytest.approx(losses_of(one), rel=1e-5)
+
+
+def test_weights_that_get_no_gradient_are_not_waited_for(config_for, tiny_vit):
+    config = config_for("run", "scratch", student=f"{tiny_vit},class_token=True", steps=2)
+    (data,) = open_training_data([config], torch.device("cpu"))
+    run = TrainingRun(config, data, torch.device("cpu"), Ranks())
+    run.student.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    (batch,) = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=1, workers=0)
+    run._freeze_what_is_unused(batch)
+    assert [name for name, weight in run.student.model.named_parameters() if not weight.requires_grad] == ["unused"]
+
+
+def test_a_killed_process_ends_the_run_and_the_next_continues_it(config_for):
+    whole, killed = (config_for(name, "copy", steps=200, checkpoint_every=40) for name in ("whole", "killed"))
+    train(whole)
+    process = start(command_of(killed))
+    wait_for(killed.out / "checkpoint.pt", process)
+    (victim,) = [pid for pid in workers_of(process.pid) if rank_of(pid) == 1]
+    os.kill(victim, signal.SIGKILL)
+    start_s = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - start_s < 30
+    assert "SIGKILL" in stderr
+    assert not (killed.out / "model.safetensors").exists()
+    assert in_two_processes(partial(train, killed)) == [0, 0]
+    assert losses_of(killed) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+def wait_for(path, process):
+    stop_s = time.monotonic() + 90
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < stop_s
+        time.sleep(0.005)
+
+
+def workers_of(pid) -> list[int]:
+    """The processes that torchrun started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if rank_of(int(child)) is not None]
+
+
+def rank_of(pid) -> int | None:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    ranks = [variable.removeprefix("RANK=") for variable in variables if variable.startswith("RANK=")]
+    return int(ranks[0]) if ranks else None
+
+
+def in_two_processes(function) -> list[int | None]:
+    """Exit codes of two processes that call `function` as torchrun's would; forked, which spares them the imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_call_as, args=(rank, place, function)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _call_as(rank, place, function):
+    os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    try:
+        function()
+    except AtcacheError as error:
+        print("told:", error, file=sys.stderr, flush=True)
+        raise SystemExit(3) from error
+
+
+def test_an_error_in_the_folder_is_told_once_by_the_leader(config_for, capfd):
+    config = config_for("run", "copy")
+    config.out.mkdir()
+    (config.out / "run.json").write_text("{")
+    assert in_two_processes(partial(train, config)) == [3, 1]
+    error = capfd.readouterr().err
+    assert error.count("told:") == error.count("run.json is damaged") == 1
+
+
+def _fails_on_rank_1():
+    if Ranks.from_environment().rank == 1:
+        raise ConfigError("here is no cache.")
+
+
+def _all_try_and_one_fails():
+    ranks = Ranks.from_environment()
+    with ranks.connected(torch.device("cpu")):
+        ranks.on_all(_fails_on_rank_1)
+
+
+def _rank_1_leaves():
+    ranks = Ranks.from_environment()
+    with ranks.connected(torch.device("cpu")):
+        ranks.sum(torch.ones(1))
+        if ranks.rank == 1:
+            os._exit(7)
+        ranks.sum(torch.ones(1))
+
+
+def test_an_error_of_any_rank_is_told_by_the_leader(capfd):
+    assert in_two_processes(_all_try_and_one_fails) == [3, 1]
+    assert capfd.readouterr().err.count("told: here is no cache.") == 1
+
+
+def test_who_loses_the_other_process_says_so(capfd):
+    assert in_two_processes(_rank_1_leaves) == [3, 7]
+    assert "told: another process of this run has ended or does not answer" in capfd.readouterr().err
+
+
+@pytest.fixture
+def as_leader_of_two(monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("as_leader_of_two")
+def test_a_batch_that_ranks_cannot_share_is_refused(config_for):
+    with pytest.raises(ConfigError, match=r"batch_size=25 cannot be cut into equal parts for 2 processes\. Give a"):
+        train(config_for("odd", "copy", batch_size=25))
+    with pytest.raises(ConfigError, match=r"batch_size=9 .* 2 processes x accumulate=3\. Give a multiple of 6"):
+        train(config_for("nine", "copy", batch_size=9, accumulate=3))
+
+
+@pytest.mark.usefixtures("as_leader_of_two")
+def test_what_runs_in_one_process_is_refused_in_several(config_for, tmp_path):
+    done = CliRunner().invoke(cli, ["info", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "`atcache info` runs in one process and was started in 2: call it without torchrun." in done.stderr
+    with pytest.raises(ConfigError, match="`atcache train --sweep` runs in one process"):
+        train_sweep([config_for("run", "copy")])
+    with pytest.raises(ConfigError, match="device 'cuda:1' would be every process's: give auto, cpu or cuda"):
+        Ranks.from_environment().device_name("cuda:1")
+
+
+def test_the_ranks_parts_are_the_batch_of_one_process():
+    order = SampleOrder(sample_S=np.arange(10, 31), seed=3, batch_size=6)
+    parts = [replace(order, rank=rank, num_ranks=3) for rank in range(3)]
+    for step in range(9):
+        assert [pair for part in parts for pair in part.batch(step)] == order.batch(step)
+        assert [len(part.batch(step)) for part in parts] == [2, 2, 2]

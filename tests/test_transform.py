@@ -1,0 +1,291 @@
+"""Codec `transform`: it meets its target on views it was not fitted to, whatever they hold, and clips nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_factors import decode, make_factors, make_geometry, mean_row_kl
+
+from atcache.attention.factors import LayerFactors
+from atcache.codecs import parse_codec
+from atcache.codecs.fidelity import row_kl
+from atcache.codecs.grid_dct import GridDCT
+from atcache.codecs.search import find_step
+from atcache.codecs.transform_basis import kl_metric
+from atcache.errors import CodecError
+from atcache.store.chunks import compress
+from atcache.tokens import TokenLayout
+
+
+def smooth_factors(geometry, num_views, seed=0, size=2.0):
+    """Factors like a teacher's: few directions, shared by heads and layers, that vary slowly over the grid."""
+    shared = torch.Generator().manual_seed(7)
+    rank, width = 6, geometry.head_dim
+    num_tokens = geometry.tokens.num_tokens
+    distance = torch.arange(num_tokens).float()
+    smoothing = torch.softmax(-((distance[:, None] - distance) ** 2) / 8, dim=1)
+    hidden = torch.randn(num_views, num_tokens, rank, generator=torch.Generator().manual_seed(seed))
+    hidden = smoothing @ hidden + torch.randn(num_tokens, rank, generator=shared)
+
+    def draw(heads):
+        weights = torch.randn(heads, rank, width, generator=shared)
+        return torch.einsum("btr,hrd->bhtd", hidden, weights) * size
+
+    return [
+        LayerFactors(q_BHTD=draw(len(geometry.heads)), k_BHTD=draw(geometry.num_kv_heads), scale=geometry.scale)
+        for _ in geometry.layers
+    ]
+
+
+def fit(name, geometry, layers, **kwargs):
+    codec = parse_codec(name)
+    return codec.coder(geometry, codec.fit(geometry, [layers], **kwargs))
+
+
+def nbytes_per_view(codes_BLTC):
+    return float(np.mean([len(compress(view, "transpose-blosc-zstd-shuffle")) for view in codes_BLTC.numpy()]))
+
+
+@pytest.mark.parametrize("target", [0.0005, 0.005, 0.05])
+def test_the_target_is_met_on_views_it_was_not_fitted_to(target):
+    geometry = make_geometry(head_dim=16, grid=(6, 6), layers=(0, 1, 2))
+    coder = fit(
+        f"transform:target_kl={target}",
+        geometry,
+        smooth_factors(geometry, 48, seed=1),
+        held_back=smooth_factors(geometry, 8, seed=2),
+    )
+    others = smooth_factors(geometry, 8, seed=3)
+    assert 0.5 * target < mean_row_kl(coder, others, coder.encode(others)) < 1.2 * target
+
+
+def test_a_target_in_bytes_is_met_and_used_up():
+    geometry = make_geometry(head_dim=16, grid=(6, 6))
+    fitted, held_back = smooth_factors(geometry, 24, seed=1), smooth_factors(geometry, 4, seed=2)
+    kl = []
+    for target in (400, 800):
+        coder = fit(
+            f"transform:target_nbytes={target}",
+            geometry,
+            fitted,
+            held_back=held_back,
+            nbytes_per_view=nbytes_per_view,
+        )
+        codes_BLTC = coder.encode(held_back)
+        assert 0.9 * target < nbytes_per_view(codes_BLTC) <= target
+        kl.append(mean_row_kl(coder, held_back, codes_BLTC))
+    assert kl[1] < kl[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("target_kl=1e-15", "target_kl=1e-15 cannot be met"), ("target_nbytes=3", "target_nbytes=3 cannot be met")],
+)
+def test_a_target_that_cannot_be_met_is_told(target, message):
+    geometry = make_geometry()
+    layers = make_factors(geometry, batch=4)
+    with pytest.raises(CodecError, match=message):
+        fit(f"transform:{target}", geometry, layers, nbytes_per_view=nbytes_per_view)
+
+
+def test_more_bytes_than_the_finest_steps_take_are_no_error():
+    geometry = make_geometry()
+    layers = make_factors(geometry, batch=4)
+    coder = fit("transform:target_nbytes=10000000", geometry, layers, nbytes_per_view=nbytes_per_view)
+    assert mean_row_kl(coder, layers, coder.encode(layers)) < 1e-9
+
+
+def test_no_array_of_the_state_is_empty():
+    """Or the store could not keep it; also where there are no means to keep."""
+    geometry = make_geometry()
+    for name in ("transform", "transform:positions=False"):
+        state = parse_codec(name).fit(geometry, [make_factors(geometry)])
+        assert all(array.numel() for array in state.values())
+
+
+def test_state_that_does_not_fit_is_refused_by_name():
+    geometry = make_geometry()
+    codec = parse_codec("transform")
+    state = codec.fit(geometry, [make_factors(geometry)])
+    with pytest.raises(CodecError, match="its state lacks step"):
+        codec.coder(geometry, {name: array for name, array in state.items() if name != "step"})
+    with pytest.raises(CodecError, match=r"mean_left_LTR of its state has shape \(2, 6, .*expected \(2, 7, "):
+        codec.coder(geometry, {**state, "mean_left_LTR": state["mean_left_LTR"][:, 1:]})
+    with pytest.raises(CodecError, match="step of its state is nan"):
+        codec.coder(geometry, {**state, "step": torch.tensor([math.nan])})
+
+
+def test_a_target_in_bytes_needs_a_way_to_measure_them():
+    geometry = make_geometry()
+    with pytest.raises(CodecError, match="target_nbytes is met by measuring bytes"):
+        fit("transform:target_nbytes=1000", geometry, make_factors(geometry))
+
+
+def test_every_part_of_the_transform_pays_on_factors_that_have_something_in_common():
+    geometry = make_geometry(head_dim=16, grid=(8, 8), layers=(0, 1, 2))
+    fitted, held_back = smooth_factors(geometry, 24, seed=1), smooth_factors(geometry, 4, seed=2)
+
+    def size(name):
+        return nbytes_per_view(fit(name, geometry, fitted, held_back=held_back).encode(held_back))
+
+    whole, by_layer = size("transform"), size("transform:basis=layer")
+    assert whole < 0.6 * by_layer
+    assert by_layer < 0.6 * size("transform:basis=head")
+    assert whole < 0.97 * size("transform:positions=False")
+    assert whole < 0.97 * size("transform:dct=False")
+
+
+def test_the_metric_is_the_kl_of_small_errors():
+    """Against the divergence itself, of q alone and of k alone."""
+    geometry = make_geometry(num_heads=2, num_kv_heads=2, head_dim=8, grid=(5, 5), layers=(0,))
+    (layer,) = make_factors(geometry, batch=4, size=1.5)
+    metric_VDD = kl_metric(layer)
+    size = 1e-3
+    for vectors, which in ((slice(0, 2), "q_BHTD"), (slice(2, 4), "k_BHTD")):
+        measured = []
+        for seed in range(8):
+            noise = torch.randn(layer.q_BHTD.shape, generator=torch.Generator().manual_seed(seed)) * size
+            measured.append(row_kl(layer, replace(layer, **{which: getattr(layer, which) + noise})).sum((0, 2)))
+        # White noise of variance size^2 makes size^2 times the trace.
+        expected_H = metric_VDD[vectors].diagonal(dim1=1, dim2=2).sum(1) * size**2
+        assert torch.allclose(torch.stack(measured).mean(0).double(), expected_H, rtol=0.1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    constant_keys=st.booleans(),
+    dead_head=st.booleans(),
+    huge_token=st.sampled_from([1.0, 30.0, 1000.0]),
+    grid=st.sampled_from([(1, 1), (2, 3), (1, 7)]),
+    num_prefix=st.sampled_from([0, 1, 5]),
+)
+def test_extreme_factors_meet_the_target_too(constant_keys, dead_head, huge_token, grid, num_prefix):
+    geometry = make_geometry(grid=grid, prefix=num_prefix)
+    layers = make_factors(geometry, batch=6)
+    for layer in layers:
+        layer.q_BHTD[:, :, 0] *= huge_token
+        if constant_keys:
+            layer.k_BHTD[:] = layer.k_BHTD[:, :, :1]
+        if dead_head:
+            layer.k_BHTD[:, 1] = 0
+            layer.q_BHTD[:, 1] = 0
+    coder = fit("transform", geometry, layers)
+    assert mean_row_kl(coder, layers, coder.encode(layers)) <= 0.005
+
+
+@pytest.mark.parametrize("times", [1e3, 1e6])
+def test_a_token_far_larger_than_any_it_was_fitted_to_is_not_clipped(times):
+    """Only its direction counts then: its row looks at one key."""
+    geometry = make_geometry(head_dim=16, grid=(6, 6))
+    coder = fit("transform", geometry, smooth_factors(geometry, 48, seed=1))
+    others = smooth_factors(geometry, 2, seed=5)
+    for layer in others:
+        layer.q_BHTD[0, :, 3] *= times
+    codes_BLTC = coder.encode(others)
+    assert int(codes_BLTC.min()) >= 0
+    for position, layer in enumerate(others):
+        decoded = decode(coder, position, codes_BLTC)
+        given_HD, back_HD = layer.q_BHTD[0, :, 3], decoded.q_BHTD[0, :, 3]
+        products_given = given_HD.unsqueeze(1) @ layer.k_BHTD[0].mT
+        products_back = back_HD.unsqueeze(1) @ decoded.k_BHTD[0].mT
+        centred = [products - products.mean(-1, keepdim=True) for products in (products_given, products_back)]
+        assert float(torch.cosine_similarity(*(x.flatten() for x in centred), dim=0)) > 0.99
+
+
+def test_a_mask_is_part_of_what_the_codec_is_fitted_to():
+    geometry = make_geometry(head_dim=16, grid=(6, 6))
+    mask = torch.zeros(1, 1, 37, 37)
+    mask[..., 20:] = -math.inf
+    layers = [replace(layer, bias=mask) for layer in smooth_factors(geometry, 16)]
+    codec = parse_codec("transform")
+    state = codec.fit(geometry, [layers])
+    coder = codec.coder(geometry, state, bias_LHQK=mask.expand(2, 3, -1, -1))
+    assert mean_row_kl(coder, layers, coder.encode(layers)) <= 0.005
+    assert float(decode(coder, 0, coder.encode(layers)).maps()[..., 20:].max()) == 0
+
+
+def test_codes_are_the_same_on_every_run_and_unused_components_are_left_out():
+    geometry = make_geometry(head_dim=16, grid=(6, 6))
+    layers = smooth_factors(geometry, 16)
+    coders = [fit("transform", geometry, layers) for _ in range(2)]
+    codes = [coder.encode(layers) for coder in coders]
+    assert torch.equal(*codes)
+    assert bool((codes[0][..., -1] != 0).any())
+    assert coders[0].num_components < 2 * 6 * 16
+
+
+def test_components_belong_to_layers_in_parts_that_make_a_whole():
+    geometry = make_geometry(head_dim=16, grid=(6, 6), layers=(0, 3, 4))
+    shares_LC = fit("transform", geometry, smooth_factors(geometry, 16)).layer_shares_LC()
+    assert shares_LC.shape[0] == 3
+    assert torch.allclose(shares_LC.sum(0), torch.ones(()), atol=1e-4)
+
+
+def test_infinity_is_refused_by_layer():
+    geometry = make_geometry()
+    layers = make_factors(geometry)
+    coder = fit("transform", geometry, layers)
+    layers[1].k_BHTD[0, 0, 0, 0] = math.inf
+    with pytest.raises(CodecError, match="layer 2: a factor of size inf is no number"):
+        coder.encode(layers)
+    with pytest.raises(CodecError, match="layer 2: a factor is not finite"):
+        fit("transform", geometry, layers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("transform:target_kl=0", "target_kl=0, expected nats above 0"),
+        ("transform:target_nbytes=0", "target_nbytes=0, expected at least 1"),
+        ("transform:basis=heads", "basis='heads', expected all, layer or head"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(text, message):
+    with pytest.raises(CodecError, match=message):
+        parse_codec(text)
+
+
+@pytest.mark.parametrize(("height", "width", "num_prefix"), [(4, 4, 1), (3, 5, 0), (1, 1, 2), (7, 1, 5)])
+def test_the_grid_dct_is_the_cosine_sum_and_orthonormal(height, width, num_prefix):
+    tokens = TokenLayout(num_prefix_tokens=num_prefix, grid_height=height, grid_width=width)
+    dct = GridDCT(tokens, torch.device("cpu"))
+    values = torch.randn(2, tokens.num_tokens, 3, generator=torch.Generator().manual_seed(0))
+    coefficients = dct.forward(values)
+    assert torch.allclose(dct.inverse(coefficients), values, atol=1e-5)
+    assert torch.allclose(coefficients.norm(), values.norm(), rtol=1e-5)
+    assert torch.equal(coefficients[:, :num_prefix], values[:, :num_prefix])
+    patches = values[:, num_prefix:].view(2, height, width, 3)
+    order = sorted(itertools.product(range(height), range(width)), key=lambda place: (sum(place), place))
+    for number, (u, v) in enumerate(order):
+        weights = [
+            [
+                math.cos(math.pi * (i + 0.5) * u / height) * math.cos(math.pi * (j + 0.5) * v / width)
+                for j in range(width)
+            ]
+            for i in range(height)
+        ]
+        norm = math.sqrt((1 if u == 0 else 2) / height) * math.sqrt((1 if v == 0 else 2) / width)
+        expected = torch.einsum("bijc,ij->bc", patches, torch.tensor(weights)) * norm
+        assert torch.allclose(coefficients[:, num_prefix + number], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("power", "rises"), [(2.0, True), (1.3, True), (0.3, False), (0.8, False)])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 1e3])
+def test_the_search_finds_the_step_that_just_meets_the_target(power, rises, start):
+    def measure(step):
+        return step**power if rises else step**-power
+
+    step = find_step(measure, 0.01, start=start, rises=rises)
+    assert 0.95 * 0.01 < measure(step) <= 0.01
+
+
+def test_the_search_ends_where_nothing_changes_with_the_step():
+    assert find_step(lambda _: 0.0, 0.01, start=1.0, rises=True) > 0
+    assert find_step(lambda _: 5.0, 0.01, start=1.0, rises=False) > 0
