@@ -102,6 +102,9 @@ class Ranks:
     def connected(self, device: torch.device) -> Generator[None]:
         """The processes can talk to each other: by nccl from GPUs, by gloo from CPUs.
 
+        Nothing that averages gradients may outlive it: its threads end with it, or the interpreter's end finds one at
+        work now and then and the process aborts.
+
         Raises:
             ProcessLostError: another process has ended, so that this one cannot go on.
         """
@@ -110,6 +113,9 @@ class Ranks:
             return
         import torch
         import torch.distributed as dist
+
+        # Its functions' defaults hold the group that exists when it is first imported, for ever; so that is none.
+        import torch.distributed.nn
 
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -111,23 +111,31 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ranks.connected(device),
     ):
-        opened = ranks.on_all(lambda: open_training_data(configs, device))
-        ranks.check_equal(
-            [
-                (config.settings(), config.validate_every, config.checkpoint_every, data.identity)
-                for config, data in zip(configs, opened, strict=True)
-            ],
-            "the processes see different data or options. Give all the same files and options.",
-        )
-        results = ranks.on_leader(lambda: _begin(configs, opened))
-        runs = [
-            TrainingRun(config, data, device, ranks)
-            for config, data in zip(configs, opened, strict=True)
-            if config.out not in results
-        ]
-        if runs:
-            results |= _train_runs(runs, opened[0], alone=alone)
+        results = _train_connected(configs, ranks, device, alone=alone)
     return [results[config.out] for config in configs]
+
+
+def _train_connected(
+    configs: Sequence[TrainConfig], ranks: Ranks, device: torch.device, *, alone: bool
+) -> dict[Path, SweepResult]:
+    """What is in here lives as long as the ranks are connected."""
+    opened = ranks.on_all(lambda: open_training_data(configs, device))
+    ranks.check_equal(
+        [
+            (config.settings(), config.validate_every, config.checkpoint_every, data.identity)
+            for config, data in zip(configs, opened, strict=True)
+        ],
+        "the processes see different data or options. Give all the same files and options.",
+    )
+    results = ranks.on_leader(lambda: _begin(configs, opened))
+    runs = [
+        TrainingRun(config, data, device, ranks)
+        for config, data in zip(configs, opened, strict=True)
+        if config.out not in results
+    ]
+    if runs:
+        results |= _train_runs(runs, opened[0], alone=alone)
+    return results
 
 
 def _check_parts(config: TrainConfig, ranks: Ranks) -> None:
