@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from atcache.errors import AtcacheError, ConfigError
@@ -114,9 +115,8 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        # Its functions' defaults hold the group that exists when it is first imported, for ever; so that is none.
-        import torch.distributed.nn
-
+        # Its functions' defaults hold the group that exists when it is first imported, for ever: here that is none.
+        import_module("torch.distributed.nn")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
