@@ -26,8 +26,7 @@ DEFAULT_TARGET_KL = 0.005
 """Nats a row; `benchmarks/fidelity.py` measures what copy students lose at this and other targets."""
 
 _ROUNDING = 0.4
-"""Added to a magnitude before it is cut to an integer. Below 0.5, since most codes are 0 or 1 and zeros cost least:
-1 to 3 % fewer bytes at equal KL than rounding to the nearest."""
+"""Added to a magnitude before it is cut to an integer. Below 0.5, since most codes are 0 or 1 and zeros cost least."""
 
 _STATE = frozenset({"step", "basis_LJN", "mixing_LJC", "metric_LVDD", "mean_left_LTR", "mean_right_LRN"})
 _LARGEST_NUMBER = 2**30 - 1  # what fits in int32 with the sign in the lowest bit
