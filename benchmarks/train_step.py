@@ -9,7 +9,8 @@ and k from the teacher's fused forward. Teacher and students have random weights
 factors. transform's state has random values: fitting takes minutes and changes no speed. Its size does, and is that of
 `read.py` for ViT-B; --transform-components takes another.
 
-Ways take turns in each round; times are the median of the rounds. Memory is the most that tensors took during a step
+Ways take turns in each round; times are the median of the rounds. GFLOP are of matrix products and convolutions, as
+torch counts them: where nothing else took time, ways would be as fast as these are few. Memory is the most that tensors took during a step
 beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records it.
 """
 
@@ -26,6 +27,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.capture import FactorCapture, find_blocks, token_layout
 from atcache.attention.factors import FactorGeometry
@@ -143,6 +145,8 @@ class Measured:
     seconds: float
     """Median over the rounds."""
     peak_mib: float
+    gflop: float
+    """Of matrix products and convolutions."""
 
 
 class Bench:
@@ -290,11 +294,19 @@ def peak_nbytes(step: Callable[[], object], device: torch.device) -> int:
     return most
 
 
+def count_products(step: Callable[[], object]) -> int:
+    """Floating-point operations of a step's matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counted:
+        step()
+    return counted.get_total_flops()
+
+
 def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tuple[str, int], Measured]:
     """Time all ways in turns, by (name, width); each way's first step warms up and is looked at for memory."""
     for way in ways:
         way.step()
     peaks = [peak_nbytes(way.step, device) for way in ways]
+    products = [count_products(way.step) for way in ways]
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         for way, times in zip(ways, seconds, strict=True):
@@ -306,18 +318,20 @@ def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tupl
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return {
-        (way.name, way.width): Measured(seconds=statistics.median(times), peak_mib=peak / 2**20)
-        for way, times, peak in zip(ways, seconds, peaks, strict=True)
+        (way.name, way.width): Measured(seconds=statistics.median(times), peak_mib=peak / 2**20, gflop=flop / 1e9)
+        for way, times, peak, flop in zip(ways, seconds, peaks, products, strict=True)
     }
 
 
 def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, modes: Sequence[Mode]) -> None:
     """The table, then each ratio beside its bound."""
-    print("| student's width | way | img/s | ms | peak MiB |\n|---|---|---|---|---|")
+    print("| student's width | way | img/s | ms | GFLOP | peak MiB |\n|---|---|---|---|---|---|")
     for (name, width), row in measured.items():
         img_per_s = batch_size / row.seconds
-        print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {1e3 * row.seconds:.0f} | {row.peak_mib:.0f} |")
-    print("\nThe bound is live / (live - teacher forward): a cache whose codes cost nothing.\n")
+        ms = f"{1e3 * row.seconds:.0f}"
+        print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {ms} | {row.gflop:.4g} | {row.peak_mib:.0f} |")
+    print("\nAgainst live, the bound is live / (live - teacher forward): a cache whose codes cost nothing. Against scratch")
+    print("it is the ratio of the products.\n")
     print("| student's width | cache | against | times as fast | bound |\n|---|---|---|---|---|")
     widths = sorted({width for _, width in measured if width}, reverse=True)
     for width in widths:
@@ -330,8 +344,9 @@ def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, mod
                     bound = f"{live_s / rest_s:.2f}" if rest_s > 0 else "-"
                     print(f"| {width} | {mode}, {codec} | live {kind} | {live_s / cached_s:.2f} | {bound} |")
                 if ("scratch", width) in measured:
-                    scratch_s = measured["scratch", width].seconds
-                    print(f"| {width} | {mode}, {codec} | scratch | {scratch_s / cached_s:.2f} | |")
+                    scratch = measured["scratch", width]
+                    bound = scratch.gflop / measured[f"{mode}, cache {codec}", width].gflop
+                    print(f"| {width} | {mode}, {codec} | scratch | {scratch.seconds / cached_s:.2f} | {bound:.2f} |")
 
 
 def print_memory(options: argparse.Namespace) -> None:

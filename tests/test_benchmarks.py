@@ -196,7 +196,7 @@ class TestTrainStep:
 
         main(["--geometry", "tiny", "--batch-size", "1", "--rounds", "1", "--precision", "fp32", "--modes", "copy"])
         cells = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
-        ms = {(row[0], row[1]): float(row[3]) for row in cells if len(row) == 5 and row[3].isdigit()}
+        ms = {(row[0], row[1]): float(row[3]) for row in cells if len(row) == 6 and row[3].isdigit()}
         ways = ["copy, cache int8", "copy, cache transform", "copy, live ours", "copy, live usual"]
         assert list(ms) == [
             *(("-", f"teacher forward {kind}") for kind in ("usual", "ours")),
@@ -208,6 +208,12 @@ class TestTrainStep:
             mode, codec = cache.split(", ")
             cached_ms, live_ms = ms[width, f"{mode}, cache {codec}"], ms[width, f"{mode}, {live}"]
             assert (live_ms - 1) / (cached_ms + 1) < ratio < (live_ms + 1) / max(0.1, cached_ms - 1)
+
+    def test_products_are_counted_forward_and_backward(self):
+        from train_step import count_products
+
+        rows_RC, weights_CN = torch.ones(4, 8), torch.ones(8, 16, requires_grad=True)
+        assert count_products(lambda: (rows_RC @ weights_CN).sum().backward()) == 2 * 2 * 4 * 8 * 16
 
     @pytest.mark.parametrize("mode", ["copy", "distill"])
     def test_the_usual_way_computes_what_ours_does(self, mode):
