@@ -10,8 +10,9 @@ factors. transform's state has random values: fitting takes minutes and changes 
 `read.py` for ViT-B; --transform-components takes another.
 
 Ways take turns in each round; times are the median of the rounds. GFLOP are of matrix products and convolutions, as
-torch counts them: where nothing else took time, ways would be as fast as these are few. Memory is the most that tensors took during a step
-beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records it.
+torch counts them: where nothing else took time, ways would be as fast as these are few. Memory is the most that tensors
+took during a step beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records
+it.
 """
 
 from __future__ import annotations
@@ -330,8 +331,8 @@ def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, mod
         img_per_s = batch_size / row.seconds
         ms = f"{1e3 * row.seconds:.0f}"
         print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {ms} | {row.gflop:.4g} | {row.peak_mib:.0f} |")
-    print("\nAgainst live, the bound is live / (live - teacher forward): a cache whose codes cost nothing. Against scratch")
-    print("it is the ratio of the products.\n")
+    print("\nAgainst live, the bound is live / (live - teacher forward): a cache whose codes cost nothing.")
+    print("Against scratch it is the ratio of the products.\n")
     print("| student's width | cache | against | times as fast | bound |\n|---|---|---|---|---|")
     widths = sorted({width for _, width in measured if width}, reverse=True)
     for width in widths:

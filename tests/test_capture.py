@@ -306,6 +306,17 @@ def test_under_autocast_factors_come_in_the_type_attention_runs_in():
     assert geometry.num_model_heads == 3
 
 
+def test_under_autocast_maps_of_strong_heads_are_whole():
+    model = make("vit")
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight *= 8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_capture(model, some_images(model))
+        attn_BHQK = FactorCapture(model)(some_images(model))[0].maps()
+    assert attn_BHQK.dtype == torch.float32
+    assert torch.allclose(attn_BHQK.sum(-1), torch.ones(()), atol=1e-5)
+
+
 def test_weights_that_are_not_finite_are_noticed():
     model = make("vit")
     with torch.no_grad():

@@ -109,7 +109,9 @@ class LayerFactors:
         return torch.log_softmax(self._logits(dtype), dim=-1)
 
     def _logits(self, dtype: torch.dtype) -> Tensor:
-        logits_BHQK = (self.q_BHTD.to(dtype) * self.scale) @ self.repeated_k_BHTD().to(dtype).mT
+        # Under autocast the product would be rounded to its type, and rows of the map would not sum to 1.
+        with torch.autocast(self.q_BHTD.device.type, enabled=False):
+            logits_BHQK = (self.q_BHTD.to(dtype) * self.scale) @ self.repeated_k_BHTD().to(dtype).mT
         return logits_BHQK if self.bias is None else logits_BHQK + self.bias.to(dtype)
 
     def select(self, samples: slice) -> LayerFactors:
