@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from atcache.errors import BadImageError, SourceError
+from atcache.files import LocalFile, RangeFile
 from atcache.images import IMAGE_EXTENSIONS, decode_image
 from atcache.tar_samples import LABEL_EXTENSIONS, Problem, index_tar
 from atcache.tars import expand_tars
@@ -147,24 +148,17 @@ def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> Sam
     return replace(index, tars=tuple(found[path.name] for path in index.tars))
 
 
-class _OpenTar:
-    """A file descriptor that is closed with its last user, so that a tar may leave the LRU while a thread reads it."""
-
-    def __init__(self, path: Path, expected_nbytes: int) -> None:
-        self.fd = -1
-        try:
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise SourceError(f"{path} cannot be opened: {error.strerror}. Were the tars moved?") from error
-        nbytes = os.fstat(self.fd).st_size
-        if nbytes != expected_nbytes:
-            raise SourceError(
-                f"{path} has changed: {nbytes} bytes, {expected_nbytes} when it was indexed. Restore it or index again."
-            )
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+def _open_tar(path: Path, expected_nbytes: int) -> RangeFile:
+    try:
+        file = LocalFile(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be opened: {error.strerror}. Were the tars moved?") from error
+    if file.nbytes != expected_nbytes:
+        raise SourceError(
+            f"{path} has changed: {file.nbytes} bytes, {expected_nbytes} when it was indexed. Restore it or index "
+            "again."
+        )
+    return file
 
 
 class Source:
@@ -180,7 +174,7 @@ class Source:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenTar] = OrderedDict()
+        self._open: OrderedDict[int, RangeFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index}
@@ -208,8 +202,7 @@ class Source:
             raise BadImageError(f"{self.where(sample)} has no image to read ({problem}).")
         if offset < 0 or offset + nbytes > index.tar_nbytes[tar]:
             raise SourceError(f"{self.where(sample)}: the index points outside the tar. Index again.")
-        opened = self._tar(tar)  # held until the read is done: another thread may push it out of the LRU
-        data = os.pread(opened.fd, nbytes, offset)
+        data = self._tar(tar).pread(nbytes, offset)
         if len(data) != nbytes:
             raise SourceError(
                 f"{self.where(sample)}: {len(data)} of {nbytes} bytes could be read. Has the tar changed?"
@@ -224,13 +217,13 @@ class Source:
         """
         return decode_image(self.read_bytes(sample), where=self.where(sample))
 
-    def _tar(self, tar: int) -> _OpenTar:
+    def _tar(self, tar: int) -> RangeFile:
         if self._pid != os.getpid():
             self._reset()
         with self._lock:
             opened = self._open.get(tar)
             if opened is None:
-                opened = _OpenTar(self.index.tars[tar], self.index.tar_nbytes[tar])
+                opened = _open_tar(self.index.tars[tar], self.index.tar_nbytes[tar])
                 self._open[tar] = opened
                 if len(self._open) > _MAX_OPEN_TARS:
                     self._open.popitem(last=False)

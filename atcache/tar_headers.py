@@ -6,12 +6,12 @@ header, and reads extension headers of any size. Tests compare the two on every 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from atcache.errors import SourceError
+from atcache.files import RangeFile
 
 _BLOCK_NBYTES = 512
 _ZERO_BLOCK = bytes(_BLOCK_NBYTES)
@@ -53,52 +53,54 @@ class _Extension(NamedTuple):
     is_sparse: bool = False
 
 
-def read_members(path: Path) -> Iterator[TarMember]:
+def read_members(path: Path, file: RangeFile) -> Iterator[TarMember]:
     """The regular files of an uncompressed tar, in order; links, devices, and absolute or `..` names are left out.
+
+    Args:
+        path: the tar, for messages.
+        file: the same, open.
 
     Raises:
         DamagedTarError: after the last whole member, if the tar is truncated or damaged. A tar must end with a block of
             zeros and have nothing but zeros after it.
     """
-    with path.open("rb", buffering=0) as file:
-        fd, tar_nbytes = file.fileno(), os.fstat(file.fileno()).st_size
-        offset, extension = 0, _Extension()
-        while True:
-            # A header and the block after it in one call: labels then cost no further read.
-            blocks = os.pread(fd, 2 * _BLOCK_NBYTES, offset)
-            header = blocks[:_BLOCK_NBYTES]
-            if header == _ZERO_BLOCK:
-                if extension != _Extension():
-                    raise DamagedTarError(f"{path}: damaged at byte {offset}: a header is missing. Copy the tar again.")
-                return _check_end(path, fd, offset + _BLOCK_NBYTES, tar_nbytes)
-            _check_header(path, header, offset)
-            kind = header[156:157]
-            name = extension.name or _name(header)
-            nbytes = extension.nbytes
-            if nbytes is None:
-                nbytes = 0 if kind in _WITHOUT_DATA else _number(path, header[124:136], offset)
-            start = offset + _BLOCK_NBYTES
-            is_folder = kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/"))
-            stored_nbytes = 0 if is_folder else nbytes
-            if start + stored_nbytes > tar_nbytes:
-                raise DamagedTarError(
-                    f"{path}: truncated: the member at byte {offset} needs {start + stored_nbytes} bytes, "
-                    f"the file has {tar_nbytes}. Copy the tar again.",
-                    name if kind in _REGULAR else None,
-                )
-            offset = start + -(-stored_nbytes // _BLOCK_NBYTES) * _BLOCK_NBYTES
-            if kind in (b"x", b"X", b"g", b"L", b"K"):
-                extension = _extend(path, fd, kind, start, nbytes, extension)
-                continue
-            if kind == b"S":
-                raise DamagedTarError(
-                    f"{path}: a sparse member at byte {start}, which cannot be read in place. Make the tar again "
-                    "without sparse files.",
-                    name,
-                )
-            if kind in _REGULAR and not is_folder and not extension.is_sparse and _is_safe(name):
-                yield TarMember(name, start, nbytes, blocks[_BLOCK_NBYTES : _BLOCK_NBYTES + nbytes])
-            extension = _Extension()
+    offset, extension = 0, _Extension()
+    while True:
+        # A header and the block after it in one call: labels then cost no further read.
+        blocks = file.pread(2 * _BLOCK_NBYTES, offset)
+        header = blocks[:_BLOCK_NBYTES]
+        if header == _ZERO_BLOCK:
+            if extension != _Extension():
+                raise DamagedTarError(f"{path}: damaged at byte {offset}: a header is missing. Copy the tar again.")
+            return _check_end(path, file, offset + _BLOCK_NBYTES)
+        _check_header(path, header, offset)
+        kind = header[156:157]
+        name = extension.name or _name(header)
+        nbytes = extension.nbytes
+        if nbytes is None:
+            nbytes = 0 if kind in _WITHOUT_DATA else _number(path, header[124:136], offset)
+        start = offset + _BLOCK_NBYTES
+        is_folder = kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/"))
+        stored_nbytes = 0 if is_folder else nbytes
+        if start + stored_nbytes > file.nbytes:
+            raise DamagedTarError(
+                f"{path}: truncated: the member at byte {offset} needs {start + stored_nbytes} bytes, "
+                f"the file has {file.nbytes}. Copy the tar again.",
+                name if kind in _REGULAR else None,
+            )
+        offset = start + -(-stored_nbytes // _BLOCK_NBYTES) * _BLOCK_NBYTES
+        if kind in (b"x", b"X", b"g", b"L", b"K"):
+            extension = _extend(path, file, kind, start, nbytes, extension)
+            continue
+        if kind == b"S":
+            raise DamagedTarError(
+                f"{path}: a sparse member at byte {start}, which cannot be read in place. Make the tar again "
+                "without sparse files.",
+                name,
+            )
+        if kind in _REGULAR and not is_folder and not extension.is_sparse and _is_safe(name):
+            yield TarMember(name, start, nbytes, blocks[_BLOCK_NBYTES : _BLOCK_NBYTES + nbytes])
+        extension = _Extension()
 
 
 def _check_header(path: Path, header: bytes, offset: int) -> None:
@@ -153,14 +155,14 @@ def _is_safe(name: bytes) -> bool:
     return not name.startswith(b"/") and b"\0" not in name and (b".." not in name or b".." not in name.split(b"/"))
 
 
-def _extend(path: Path, fd: int, kind: bytes, start: int, nbytes: int, extension: _Extension) -> _Extension:
+def _extend(path: Path, file: RangeFile, kind: bytes, start: int, nbytes: int, extension: _Extension) -> _Extension:
     """`extension` with what the extension header at `start` adds."""
     if nbytes > _MAX_EXTENSION_NBYTES:
         raise DamagedTarError(
             f"{path}: an extension header of {nbytes} bytes at byte {start}, expected at most {_MAX_EXTENSION_NBYTES}. "
             "Make the tar again with shorter names."
         )
-    body = os.pread(fd, nbytes, start)
+    body = file.pread(nbytes, start)
     if kind == b"K":
         return extension
     if kind == b"L":
@@ -212,10 +214,10 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _check_end(path: Path, fd: int, offset: int, tar_nbytes: int) -> None:
+def _check_end(path: Path, file: RangeFile, offset: int) -> None:
     """Refuse all but a little zero padding after the end block: joined tars, or a download filled up with zeros."""
-    num_after = tar_nbytes - offset
-    if num_after > _MAX_PADDING_NBYTES or any(os.pread(fd, max(num_after, 0), offset)):
+    num_after = file.nbytes - offset
+    if num_after > _MAX_PADDING_NBYTES or any(file.pread(max(num_after, 0), offset)):
         raise DamagedTarError(
             f"{path}: damaged: {num_after} bytes follow the end block at byte {offset - _BLOCK_NBYTES}. Copy the tar "
             "again; if several tars were joined, split them, as every reader stops at the first end."

@@ -8,6 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from atcache.errors import SourceError
+from atcache.files import LocalFile
 from atcache.images import IMAGE_EXTENSIONS
 from atcache.tar_headers import DamagedTarError, TarMember, read_members
 
@@ -98,7 +99,8 @@ class _TarIndexer:
     """Groups one tar's members into samples and collects their rows."""
 
     def __init__(self, path: Path, *, labels_required: bool, raise_bad: bool) -> None:
-        self.rows = TarRows(path.stat().st_size)
+        self._file = LocalFile(path)
+        self.rows = TarRows(self._file.nbytes)
         self._path, self._labels_required, self._raise_bad = path, labels_required, raise_bad
         self._seen: set[bytes] = set()
         self._sample: _Sample | None = None
@@ -106,7 +108,7 @@ class _TarIndexer:
     def run(self) -> TarRows:
         """The tar's rows."""
         try:
-            for member in read_members(self._path):
+            for member in read_members(self._path, self._file):
                 key, extension = _split_name(member.name)
                 if key:
                     self._sample_of(key).add(extension, member)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from atcache.errors import BadImageError, SourceError
+from atcache.files import LocalFile
 from atcache.images import decode_image
 from atcache.source import Problem, SampleIndex, Source, expand_tars, index_source, relocate
 from atcache.tar_headers import read_members
@@ -106,7 +107,7 @@ def test_headers_read_as_tarfile_reads_them(tmp_path, format, members):
         return
     with tarfile.open(path, "r:") as tar:
         expected = [(info.name.encode(), info.offset_data, info.size) for info in tar if info.isreg()]
-    assert [tuple(found[:3]) for found in read_members(path)] == expected
+    assert [tuple(found[:3]) for found in read_members(path, LocalFile(path))] == expected
 
 
 def test_huge_sizes_in_base_256_are_understood(tmp_path):

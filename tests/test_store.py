@@ -319,7 +319,7 @@ import os, sys, threading
 from atcache.store.reader import CacheReader
 reader = CacheReader(sys.argv[1])
 expected = reader.read_codes(0, 5).tobytes()
-reader._lock.acquire()   # as if another thread was in the middle of it
+reader._shards._lock.acquire()   # as if another thread was in the middle of it
 child = os.fork()
 if child == 0:
     os._exit(0 if reader.read_codes(0, 5).tobytes() == expected and reader.status(0, 7) == 6 else 1)

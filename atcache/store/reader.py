@@ -6,9 +6,6 @@ training.
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,64 +13,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from atcache.errors import CacheMissError, ConfigError, CorruptCacheError
-from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into, use_single_threaded_blosc
+from atcache.store.chunks import EMPTY, DamagedChunkError, decompress_into, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
 from atcache.store.metadata import read_root
+from atcache.store.open_shards import MAX_OPEN_SHARDS, OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
 
 if TYPE_CHECKING:
     from atcache.source import SampleIndex
 
-# Bounds what a reader keeps: file descriptors, and indexes of some 100 KB each for a large teacher.
-MAX_OPEN_SHARDS = 384
-MAX_VIEW_BLOCKS = 128
-
 _NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
-
-# Chunks further apart than this are read one by one: another writer may have laid them out in another order.
-_MAX_GAP_NBYTES = 2**16
-
-
-class _OpenShard:
-    """A shard's file descriptor and checked index. Closed with its last user: eviction cannot hurt a reading thread."""
-
-    def __init__(self, file: Path, spec: ArraySpec) -> None:
-        self.fd = -1
-        self.fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        nbytes = os.fstat(self.fd).st_size
-        if nbytes < spec.index_nbytes:
-            raise DamagedChunkError(f"it has {nbytes} bytes, fewer than its index")
-        index = read_exactly(self.fd, spec.index_nbytes, nbytes - spec.index_nbytes)
-        self.index_N2 = decode_index(index, spec, nbytes)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
-    """`os.pread` that returns all or raises `DamagedChunkError`: it may stop early at 2 GiB, or at a signal."""
-    data = os.pread(fd, nbytes, offset)
-    while len(data) < nbytes:
-        more = os.pread(fd, nbytes - len(data), offset + len(data))
-        if not more:
-            raise DamagedChunkError("it ends early")
-        data += more
-    return data
-
-
-def _read_chunks(fd: int, ranges: list[list[int]]) -> list[bytes]:
-    """The chunks at these (offset, nbytes), in one `pread` unless they lie far apart."""
-    if len(ranges) == 1:
-        ((offset, nbytes),) = ranges
-        return [read_exactly(fd, nbytes, offset)]
-    start = min(offset for offset, _ in ranges)
-    nbytes = max(offset + nbytes for offset, nbytes in ranges) - start
-    if nbytes > sum(nbytes for _, nbytes in ranges) + _MAX_GAP_NBYTES:
-        return [read_exactly(fd, nbytes, offset) for offset, nbytes in ranges]
-    data = read_exactly(fd, nbytes, start)
-    return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
 
 
 class _SampleArray:
@@ -109,22 +59,15 @@ class CacheReader:
         """
         use_single_threaded_blosc()
         self.path = Path(path)
-        self.max_open_shards = max_open_shards
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
         self.attributes, self.layout = read_root(self.path)
         self._codes = _SampleArray(self.layout.codes)
         self._rgb = None if self.layout.rgb is None else _SampleArray(self.layout.rgb)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._shards: OrderedDict[tuple[str, int, int], _OpenShard] = OrderedDict()
-        self._view_blocks: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._shards = OpenShards(self.path, max_open_shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(CacheReader, max_open_shards=self.max_open_shards), (self.path,)
+        return partial(CacheReader, max_open_shards=self._shards.max_open), (self.path,)
 
     @property
     def is_complete(self) -> bool:
@@ -212,8 +155,6 @@ class CacheReader:
 
         Runs of neighbours become one long read each. Samples that are not there are passed over.
         """
-        if not hasattr(os, "posix_fadvise"):
-            return
         cuts = np.flatnonzero((np.diff(sample_S) > 1) | (np.diff(sample_S // self.layout.samples_per_shard) > 0)) + 1
         for array in filter(None, (self._codes, self._rgb)):
             for run in np.split(sample_S, cuts):
@@ -222,14 +163,9 @@ class CacheReader:
     def _expect_run(self, array: _SampleArray, view: int, run: np.ndarray) -> None:
         task = self.layout.task_of(view, int(run[0]))
         shard = self._shard(array.spec, task)
-        if shard is None:
-            return
-        first, stop = (int(row - task.start) * array.num_chunks_per_sample for row in (run[0], run[-1] + 1))
-        index_N2 = shard.index_N2[first:stop]
-        index_N2 = index_N2[index_N2[:, 0] != EMPTY]
-        if len(index_N2):
-            start, end = int(index_N2[:, 0].min()), int(index_N2.sum(axis=1).max())
-            os.posix_fadvise(shard.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        if shard is not None:
+            first, stop = (int(row - task.start) * array.num_chunks_per_sample for row in (run[0], run[-1] + 1))
+            shard.expect(first, stop)
 
     def parameters(self, view: int, sample: int) -> np.ndarray:
         """The drawn parameters of one view of one sample: parameters_P float32."""
@@ -288,27 +224,11 @@ class CacheReader:
                 f"sample {sample} is not in {self.path}: it has samples 0 to {layout.num_samples - 1}."
             )
 
-    def _shard(self, spec: ArraySpec, task: Task) -> _OpenShard | None:
-        """The open shard, or None if there is no such file: its task is not done."""
-        if self._pid != os.getpid():
-            self._reset()
-        key = (spec.name, task.view, task.block)
-        with self._lock:
-            shard = self._shards.get(key)
-            if shard is not None:
-                self._shards.move_to_end(key)
-                return shard
+    def _shard(self, spec: ArraySpec, task: Task) -> OpenShard | None:
         try:
-            shard = _OpenShard(self.path / spec.shard_file(task), spec)
-        except FileNotFoundError:
-            return None
+            return self._shards.get(spec, task)
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error)
-        with self._lock:
-            self._shards[key] = shard
-            if len(self._shards) > self.max_open_shards:
-                self._shards.popitem(last=False)
-        return shard
 
     def _read_into(
         self, stored: np.ndarray, array: _SampleArray, view: int, sample: int, first: int, stop: int
@@ -324,7 +244,7 @@ class CacheReader:
         if any(offset == _NO_CHUNK for offset, _ in ranges):
             self._raise_missing(spec, task, view, sample)
         try:
-            chunks = _read_chunks(shard.fd, ranges)
+            chunks = shard.read_chunks(ranges)
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error)
         out_bytes, nbytes = stored.reshape(-1).view(np.uint8), array.chunk_nbytes
@@ -343,33 +263,10 @@ class CacheReader:
         return block[sample - task.start]
 
     def _view_block(self, spec: ArraySpec, task: Task, *, keep: bool = True) -> np.ndarray | None:
-        """One shard of a views array, which is one chunk; None if its task is not done."""
-        if self._pid != os.getpid():
-            self._reset()
-        name = spec.shard_file(task)
-        with self._lock:
-            block = self._view_blocks.get(name)
-            if block is not None:
-                self._view_blocks.move_to_end(name)
-                return block
         try:
-            shard = _OpenShard(self.path / name, spec)
-            block = np.empty(spec.chunk_shape[1:], spec.dtype)
-            offset, nbytes = shard.index_N2[0].tolist()
-            if offset == EMPTY:
-                raise DamagedChunkError("its only chunk is missing")
-            data = read_exactly(shard.fd, nbytes, offset)
-            decompress_into(data, spec.compressor, block.reshape(-1).view(np.uint8))
-        except FileNotFoundError:
-            return None
+            return self._shards.view_block(spec, task, keep=keep)
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error)
-        if keep:
-            with self._lock:
-                self._view_blocks[name] = block
-                if len(self._view_blocks) > MAX_VIEW_BLOCKS:
-                    self._view_blocks.popitem(last=False)
-        return block
 
     def _raise_missing(self, spec: ArraySpec, task: Task, view: int, sample: int) -> NoReturn:
         """Say why a sample is not there; a shard that its commit record promises is not missing but lost."""

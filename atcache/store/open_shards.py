@@ -1,0 +1,138 @@
+"""Shards open for reading: their files and checked indexes, a bounded number of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from atcache.files import LocalFile
+from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
+from atcache.store.layout import ArraySpec, Task
+
+# Bounds what is kept: file descriptors, and indexes of some 100 KB each for a large teacher.
+MAX_OPEN_SHARDS = 384
+MAX_VIEW_BLOCKS = 128
+
+# Chunks further apart than this are read one by one: another writer may have laid them out in another order.
+_MAX_GAP_NBYTES = 2**16
+
+
+class OpenShard:
+    """A shard's file and checked index. Closed with its last user: eviction cannot hurt a reading thread."""
+
+    def __init__(self, path: Path, spec: ArraySpec) -> None:
+        """Open a shard.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedChunkError: its index cannot be used.
+        """
+        self.file = LocalFile(path)
+        nbytes = self.file.nbytes
+        if nbytes < spec.index_nbytes:
+            raise DamagedChunkError(f"it has {nbytes} bytes, fewer than its index")
+        self.index_N2 = decode_index(self._read(spec.index_nbytes, nbytes - spec.index_nbytes), spec, nbytes)
+
+    def read_chunks(self, ranges: list[list[int]]) -> list[bytes]:
+        """The chunks at these (offset, nbytes), in one `pread` unless they lie far apart.
+
+        Raises:
+            DamagedChunkError: the file ends early.
+        """
+        if len(ranges) == 1:
+            ((offset, nbytes),) = ranges
+            return [self._read(nbytes, offset)]
+        start = min(offset for offset, _ in ranges)
+        nbytes = max(offset + nbytes for offset, nbytes in ranges) - start
+        if nbytes > sum(nbytes for _, nbytes in ranges) + _MAX_GAP_NBYTES:
+            return [self._read(nbytes, offset) for offset, nbytes in ranges]
+        data = self._read(nbytes, start)
+        return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
+
+    def expect(self, first: int, stop: int) -> None:
+        """Have the chunks of these numbers read ahead of their use."""
+        index_N2 = self.index_N2[first:stop]
+        index_N2 = index_N2[index_N2[:, 0] != EMPTY]
+        if len(index_N2):
+            start, end = int(index_N2[:, 0].min()), int(index_N2.sum(axis=1).max())
+            self.file.expect(end - start, start)
+
+    def _read(self, nbytes: int, offset: int) -> bytes:
+        data = self.file.pread(nbytes, offset)
+        if len(data) < nbytes:
+            raise DamagedChunkError("it ends early")
+        return data
+
+
+class OpenShards:
+    """The shards of one cache. Threads may share it; a forked copy opens its own files."""
+
+    def __init__(self, path: Path, max_open: int) -> None:
+        self.max_open = max_open
+        self._path = path
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
+        self._blocks: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def get(self, spec: ArraySpec, task: Task) -> OpenShard | None:
+        """The open shard, or None if there is no such file: its task is not done.
+
+        Raises:
+            DamagedChunkError: its index cannot be used.
+        """
+        if self._pid != os.getpid():
+            self._reset()
+        key = (spec.name, task.view, task.block)
+        with self._lock:
+            shard = self._shards.get(key)
+            if shard is not None:
+                self._shards.move_to_end(key)
+                return shard
+        try:
+            shard = OpenShard(self._path / spec.shard_file(task), spec)
+        except FileNotFoundError:
+            return None
+        with self._lock:
+            self._shards[key] = shard
+            if len(self._shards) > self.max_open:
+                self._shards.popitem(last=False)
+        return shard
+
+    def view_block(self, spec: ArraySpec, task: Task, *, keep: bool = True) -> np.ndarray | None:
+        """One shard of a views array, which is one chunk; None if its task is not done.
+
+        Raises:
+            DamagedChunkError: it cannot be used.
+        """
+        if self._pid != os.getpid():
+            self._reset()
+        name = spec.shard_file(task)
+        with self._lock:
+            block = self._blocks.get(name)
+            if block is not None:
+                self._blocks.move_to_end(name)
+                return block
+        try:
+            shard = OpenShard(self._path / name, spec)
+        except FileNotFoundError:
+            return None
+        block = np.empty(spec.chunk_shape[1:], spec.dtype)
+        ranges: list[list[int]] = shard.index_N2[:1].tolist()
+        if ranges[0][0] == EMPTY:
+            raise DamagedChunkError("its only chunk is missing")
+        (data,) = shard.read_chunks(ranges)
+        decompress_into(data, spec.compressor, block.reshape(-1).view(np.uint8))
+        if keep:
+            with self._lock:
+                self._blocks[name] = block
+                if len(self._blocks) > MAX_VIEW_BLOCKS:
+                    self._blocks.popitem(last=False)
+        return block
