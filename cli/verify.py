@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from . import options
 
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     help="Times the recorded or target value that row KL and injected error may have.",
 )
 @options.device
-def verify(all_views: bool, sample: int, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
+@click.pass_context
+def verify(ctx: click.Context, all_views: bool, sample: int, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
     """Prove that a cache is whole, and with its teacher that it is faithful.
 
     Reads every byte of it, and compares the images of some views with what the teacher saw. Each problem is one line
@@ -57,6 +59,9 @@ def verify(all_views: bool, sample: int, **config: Any) -> None:  # noqa: ANN401
     """
     from ..pipelines.verify import VerifyConfig
     from ..pipelines.verify import verify as run_verify
+
+    if all_views and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--sample and --all both say how many views are compared; give one of them.")
 
     def print_finding(finding: Finding) -> None:
         click.echo(finding.message, err=True)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from atcache.store.manifest import delete_commits
 from .verify_files import Finding, Report, check_all_metadata, check_all_tasks
 from .verify_teacher import Fidelity, check_fidelity, open_teacher
 from .verify_views import check_views, spread_views
+
+_OF_THE_TEACHER = ("weights", "teacher_sample", "threshold", "device")
+"""Fields that nothing reads without a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +60,14 @@ class VerifyConfig:
                 raise ConfigError(f"{name}={value}: expected at least {least}.")
         if not self.threshold >= 1:
             raise ConfigError(f"threshold={self.threshold}: expected at least 1, times the recorded value.")
-        if self.weights is not None and self.teacher is None:
-            raise ConfigError(f"weights={self.weights}: nothing runs them. Give --teacher too, or leave them out.")
+        if self.teacher is None:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _OF_THE_TEACHER and value != field.default:
+                    raise ConfigError(
+                        f"{field.name}={value}: only for a comparison with the teacher. Give --teacher too, or leave "
+                        f"--{field.name.replace('_', '-')} out."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,7 +53,8 @@ def stored(tiny_cache, tmp_path) -> Path:
 
 
 def look(cache: Path, **fields) -> VerifySummary:
-    return verify(VerifyConfig(cache=cache, device="cpu", **fields))
+    place = {"device": "cpu"} if "teacher" in fields else {}
+    return verify(VerifyConfig(cache=cache, **{**place, **fields}))
 
 
 def messages(summary: VerifySummary) -> list[str]:
@@ -518,7 +519,10 @@ def test_another_teacher_is_refused(cache, tiny_vit, tiny_weights, tmp_path):
 
 def test_options_that_cannot_be_used_are_refused(cache):
     for fields, message in (
-        ({"weights": Path("w.pth")}, "nothing runs them. Give --teacher too"),
+        ({"weights": Path("w.pth")}, "weights=w.pth: only for a comparison with the teacher. Give --teacher too"),
+        ({"threshold": 2.0}, "threshold=2.0: only .* Give --teacher too, or leave --threshold out"),
+        ({"teacher_sample": 8}, "teacher_sample=8: only .* Give --teacher too, or leave --teacher-sample out"),
+        ({"device": "cpu"}, "device=cpu: only .* Give --teacher too, or leave --device out"),
         ({"sample": -1}, "sample=-1: expected at least 0"),
         ({"workers": 0}, "workers=0: expected at least 1"),
         ({"threshold": 0.5}, "threshold=0.5: expected at least 1"),
@@ -573,6 +577,12 @@ def test_the_command_says_that_all_is_well(cache):
     record = json.loads(result.stdout)
     assert (record["problems"], record["num_views"]) == ([], 5)
     assert result.stderr.splitlines()[-1].startswith(f"{cache} is whole: 6 of 6 tasks, ")
+
+
+def test_two_numbers_of_views_are_refused(cache):
+    done = run_cli(cache, "--all", "--sample", 3)
+    assert done.exit_code == 2
+    assert "--sample and --all both say how many views are compared" in done.stderr
 
 
 def test_the_command_lists_problems_repairs_and_says_what_to_type(cache):
