@@ -21,11 +21,12 @@ from atcache.store.reader import CacheReader
 # The numbers of the papers, once more: a typing mistake in a file has to be made twice to pass.
 PAPERS = {
     "copy-vit-l": {"mode": "copy", "epochs": 100, "base_lr": 1e-3, "layer_decay": 0.75, "weight_decay": 0.05,
-                   "beta2": 0.999, "drop_path": 0.0, "ema": 0.9999, "warmup_epochs": 5},
+                   "beta2": 0.999, "drop_path": 0.0, "ema": 0.9999, "warmup_epochs": 5, "batch_size": 2048},
     "distill-vit-l": {"mode": "distill", "epochs": 200, "base_lr": 1e-4, "layer_decay": 1.0, "weight_decay": 0.3,
-                      "beta2": 0.95, "drop_path": 0.2, "ema": 0.9999, "warmup_epochs": 20, "attention_weight": 3.0},
+                      "beta2": 0.95, "drop_path": 0.2, "ema": 0.9999, "warmup_epochs": 20, "attention_weight": 3.0,
+                      "min_lr": 1e-6, "batch_size": 2048},
     "finetune-vit-l": {"mode": "finetune", "epochs": 50, "base_lr": 1e-3, "layer_decay": 0.75, "weight_decay": 0.05,
-                       "beta2": 0.999, "drop_path": 0.2, "warmup_epochs": 5, "batch_size": 1024},
+                       "beta2": 0.999, "drop_path": 0.2, "warmup_epochs": 5, "batch_size": 1024, "min_lr": 1e-6},
     "scratch-vit-l": {"mode": "scratch", "epochs": 200, "base_lr": 1e-4, "weight_decay": 0.3, "beta2": 0.95,
                       "drop_path": 0.2, "ema": 0.9999, "warmup_epochs": 20, "batch_size": 4096},
 }  # fmt: skip
