@@ -102,7 +102,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
             *_notes(config, index, machine, measures),
             *disk_notes,
             *_memory_notes(config, assessments),
-            *_state_notes(measures, assessments),
+            *_state_notes(assessments),
         ),
         seconds=time.monotonic() - start_s,
     )
@@ -161,6 +161,7 @@ def _cost(config: PlanConfig, measured: CodecMeasures, read_nbytes_per_s: float)
         encode_img_per_s=assumed.encode_img_per_s or measured.encode_img_per_s,
         compress_img_per_s=measured.compress_img_per_s,
         unpack_img_per_s=measured.unpack_img_per_s,
+        state_nbytes=measured.state_nbytes,
         map_nbytes_per_view=measured.map_nbytes_per_view,
         row_kl_nats=measured.row_kl_nats,
         injected_error=measured.injected_error,
@@ -212,15 +213,13 @@ def _memory_notes(config: PlanConfig, assessments: Sequence[Assessment]) -> list
     ]
 
 
-def _state_notes(measures: Measures | None, assessments: Sequence[Assessment]) -> list[str]:
+def _state_notes(assessments: Sequence[Assessment]) -> list[str]:
     """Where what a codec keeps once is no small part of the cache."""
-    if measures is None:
-        return []
     return [
-        f"Codec {codec.codec} keeps {size(codec.state_nbytes)} of fitted state beside the views, once for however many "
-        "there are."
-        for codec, one in zip(measures.codecs, assessments, strict=True)
-        if codec.state_nbytes > _MUCH_STATE * one.total_nbytes
+        f"Codec {one.cost.codec} keeps {size(one.cost.state_nbytes)} of fitted state beside the views, once for however "
+        "many there are."
+        for one in assessments
+        if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes
     ]
 
 

@@ -74,6 +74,8 @@ class CodecCost:
     """By all threads together."""
     unpack_img_per_s: float | None = None
     """Decompressed by all workers together, stored pixels included."""
+    state_nbytes: int = 0
+    """What the codec was fitted to takes, once, however many views there are."""
     map_nbytes_per_view: int | None = None
     """The same maps as float16."""
     row_kl_nats: float | None = None
@@ -152,7 +154,7 @@ def assess(workload: Workload, machine: Machine, cost: CodecCost) -> Assessment:
         },
         shares_processors=machine.shares_processors,
     )
-    total_nbytes, build_s = cost.nbytes_per_view * num_views, view_s * num_views
+    total_nbytes, build_s = cost.state_nbytes + cost.nbytes_per_view * num_views, view_s * num_views
     epoch_s = sample_s * workload.num_samples
     saved_s = live_epoch(workload, machine)[0] - epoch_s
     payback_epochs = build_s / saved_s if saved_s > 0 else None
