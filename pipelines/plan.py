@@ -216,8 +216,8 @@ def _memory_notes(config: PlanConfig, assessments: Sequence[Assessment]) -> list
 def _state_notes(assessments: Sequence[Assessment]) -> list[str]:
     """Where what a codec keeps once is no small part of the cache."""
     return [
-        f"Codec {one.cost.codec} keeps {size(one.cost.state_nbytes)} of fitted state beside the views, once for however "
-        "many there are."
+        f"Codec {one.cost.codec} keeps {size(one.cost.state_nbytes)} of fitted state beside the views, once for "
+        "however many there are."
         for one in assessments
         if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes
     ]

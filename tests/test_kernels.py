@@ -130,6 +130,15 @@ def test_keys_masked_on_both_sides_leave_loss_and_gradients_finite():
     assert all(torch.isfinite(grad).all() for grad in gradients(loss, [student.q_BHTD, student.k_BHTD]))
 
 
+def test_maps_are_formed_in_their_own_type_also_under_autocast():
+    factors = make_factors(6, tokens=50, dtype=torch.float32)
+    expected = (factors.maps(), factors.log_maps(torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps, log_maps = factors.maps(), factors.log_maps(torch.float64)
+    assert torch.equal(maps, expected[0])
+    assert torch.equal(log_maps, expected[1])
+
+
 def test_students_of_other_token_counts_are_refused():
     with pytest.raises(AttentionShapeError, match=r"\(3, 2, 7\).*\(3, 2, 5\).*teacher's heads and tokens"):
         attention_distillation_loss(make_factors(0), make_factors(1, tokens=5))

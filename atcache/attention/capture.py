@@ -219,7 +219,8 @@ def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, va
     attn_BHQK = factors.maps()
     _check_rows(model, layer, attn_BHQK)
     groups = attn_BHQK.shape[1] // value.shape[1]
-    expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
+    with torch.autocast(value.device.type, enabled=False):
+        expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
     _check_output(model, layer, "softmax(scale q k^T + bias) v", expected, output)
 
 
