@@ -17,24 +17,35 @@ from .train_config import TrainConfig
 def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """timm's optimiser of this name; torch's own Adams in their fused form, which spares small models a tenth."""
     optim: Any = importlib.import_module("timm.optim")  # its functions are only partly typed
-    arguments: dict[str, Any] = {}
-    if "adam" in config.optimizer:
-        arguments["betas"] = (0.9, config.beta2)
-    if config.optimizer in ("adam", "adamw"):
-        arguments["fused"] = device.type in ("cpu", "cuda")
+    fused = {"fused": device.type in ("cpu", "cuda")} if config.optimizer in ("adam", "adamw") else {}
     try:
-        return optim.create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = optim.create_optimizer_v2(
             model,
             opt=config.optimizer,
             lr=config.base_lr * config.batch_size / 256,
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
-            **arguments,
+            **fused,
         )
     except ValueError as error:
         raise ConfigError(
             f"optimizer={config.optimizer!r}: {error}. timm.optim.list_optimizers() names all."
         ) from error
+    if config.beta2 is not None:
+        _set_beta2(optimizer, config.optimizer, config.beta2)
+    return optimizer
+
+
+def _set_beta2(optimizer: torch.optim.Optimizer, name: str, beta2: float) -> None:
+    """Give an optimiser with two betas another second one; what it has of its own differs from one to the next."""
+    for group in optimizer.param_groups:
+        betas = group.get("betas")
+        if betas is None or len(betas) != 2:
+            raise ConfigError(
+                f"beta2={beta2}: optimizer={name!r} does not have two betas. Leave --beta2 out, or take one that has, "
+                "such as adamw."
+            )
+        group["betas"] = (betas[0], beta2)
 
 
 def make_scheduler(

@@ -34,6 +34,7 @@ STREAM_FIELDS = (
     "checkpoint_every",
 )
 """What the students of a sweep must have in common."""
+_ATTENTION_WEIGHT = 3.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +102,8 @@ class TrainConfig:
     """Passes in which the learning rate rises from 0; never more than a tenth of the run."""
     weight_decay: float = 0.05
     """Not applied to biases and norms."""
-    beta2: float = 0.999
-    """Adam's second momentum."""
+    beta2: float | None = None
+    """The second of an optimiser's two betas, such as AdamW's; None for its own: AdamW's is 0.999."""
     layer_decay: float | None = None
     """Learning rate of a block relative to the one above; None for equal ones."""
     drop_path: float = 0.0
@@ -116,7 +117,7 @@ class TrainConfig:
     """Largest gradient norm."""
     ema: float | None = None
     """Decay of a moving average of the weights, which is then what is validated and saved."""
-    attention_weight: float = 3.0
+    attention_weight: float = _ATTENTION_WEIGHT
     """Weight of the distillation loss; 3 is the paper's."""
     seed: int = 0
     """Of weights and dropout, and of the stream of batches where `order_seed` is None."""
@@ -183,6 +184,11 @@ class TrainConfig:
         given += ["what"] if self.what != "map" else []
         if given and not transfers:
             raise ConfigError(f"{given[0]} is for copy and distill: mode {self.mode} uses no attention of a teacher.")
+        if self.mode != "distill" and self.attention_weight != _ATTENTION_WEIGHT:
+            raise ConfigError(
+                f"attention_weight={self.attention_weight}: mode {self.mode} has no attention loss to weigh. Leave "
+                "--attention-weight out, or use mode distill."
+            )
         for name, mapped in (("layers", "layer_map"), ("heads", "head_map")):
             if name in given and mapped in given:
                 raise ConfigError(f"{name} and {mapped} both say which {name} are transferred; give one of them.")
@@ -232,4 +238,6 @@ class TrainConfig:
             del fields[name]
         if self.stream_seed == self.seed:
             fields["order_seed"] = None
+        if self.beta2 is None:
+            fields["beta2"] = 0.999  # what runs of the first versions say; an optimiser's own is in its checkpoint
         return fields

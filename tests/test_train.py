@@ -540,6 +540,8 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
         ({"mode": "finetune", "layers": "0"}, "layers is for copy and distill: mode finetune uses"),
         ({"mode": "copy", "weights": Path("w")}, "weights are for finetune and --live-teacher: mode copy begins fresh"),
         ({"mode": "scratch", "policy": "eval"}, "policy=eval: the views of .* are drawn already"),
+        ({"attention_weight": 1.0}, r"attention_weight=1\.0: mode copy has no attention loss to weigh\. Leave"),
+        ({"beta2": 1.0}, r"beta2=1\.0: expected 0 or more, and less than 1"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(fields, message):
@@ -550,6 +552,21 @@ def test_values_that_cannot_be_used_are_refused(fields, message):
 def test_an_optimizer_that_timm_does_not_know_is_refused(config_for):
     with pytest.raises(ConfigError, match=r"optimizer='adamx': .*timm\.optim\.list_optimizers\(\) names all"):
         train(config_for("scratch", optimizer="adamx"))
+
+
+def test_beta2_reaches_every_optimizer_with_two_betas_and_is_refused_by_others(config_for):
+    def betas(**fields):
+        (betas,) = {group.get("betas") for group in training_of(config_for("scratch", **fields)).optimizer.param_groups}
+        return betas
+
+    assert betas() == (0.9, 0.999)
+    assert betas(beta2=0.95) == (0.9, 0.95)
+    assert betas(optimizer="lion") == (0.9, 0.99)
+    assert betas(optimizer="lion", beta2=0.95) == (0.9, 0.95)
+    assert betas(optimizer="sgd") is None
+    for name in ("sgd", "adan", "adafactor"):
+        with pytest.raises(ConfigError, match=rf"beta2=0\.95: optimizer='{name}' does not have two betas\. Leave"):
+            training_of(config_for("scratch", optimizer=name, beta2=0.95))
 
 
 def test_every_field_of_the_config_is_an_option_of_the_command():
