@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
+from atcache.precision import resolve_precision
 from atcache.store.durable import encode_json, replaced_whole, write_file
 
 from .differences import name_differences
@@ -42,6 +43,40 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run anew.") from error
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What `check_same_run` kept in `file`; None where no run was begun.
+
+    Raises:
+        CorruptCacheError: the record cannot be read.
+    """
+    if not file.exists():
+        return None
+    try:
+        stored: Any = json.loads(file.read_text())
+    except ValueError as error:
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {file.parent} to start anew.") from error
+    if not isinstance(stored, dict):
+        raise CorruptCacheError(f"{file} holds no record of a run. Delete {file.parent} to start anew.")
+    return cast("dict[str, Any]", stored)
+
+
+def settle_precision(asked: str, settings: object, device: torch.device) -> str:
+    """What a run computes in, "fp32" or "bf16".
+
+    Args:
+        asked: "auto" is what the run was begun with, wherever that was; else what the device is fast at.
+        settings: the run's, as recorded, a mapping; None for a new one.
+        device: where it runs now.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    begun_with = cast("dict[str, Any]", settings).get("precision") if isinstance(settings, dict) else None
+    if asked == "auto" and begun_with in ("fp32", "bf16"):
+        return begun_with
+    return "bf16" if resolve_precision(asked, device) == torch.bfloat16 else "fp32"
+
+
 def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
     """Keep what a run is in `file`, or refuse to go on with another one.
 
@@ -50,21 +85,27 @@ def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
         CorruptCacheError: the record in the folder cannot be read.
         ConfigError: a file is where the folder should be.
     """
-    folder = file.parent
-    if file.exists():
-        try:
-            stored: Any = json.loads(file.read_text())
-        except ValueError as error:
-            raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to start anew.") from error
-        if not isinstance(stored, dict):
-            raise CorruptCacheError(f"{file} holds no record of a run. Delete {folder} to start anew.")
-        stored = cast("dict[str, Any]", stored)
-        if differences := name_differences(stored, json.loads(encode_json(record))):
+    folder, stored = file.parent, read_record(file)
+    if stored is not None:
+        asked = json.loads(encode_json(record))
+        is_settled = not _settle(stored, asked)
+        if differences := name_differences(stored, asked):
             raise CacheMismatchError(
                 f"{folder} holds another run: {'; '.join(differences)}. Give another --out, or the same options."
             )
+        if not is_settled:
+            write_file(file, encode_json(record))
         return
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file is in the way of the output folder. Give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(file, encode_json(record))
+
+
+def _settle(stored: dict[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Take what is asked for where runs of the first versions say "auto", which could be anything; whether they do."""
+    settings, wanted = (record.get("settings", record) for record in (stored, asked))
+    if not isinstance(settings, dict) or settings.get("precision") != "auto":
+        return False
+    settings["precision"] = wanted.get("precision")
+    return True

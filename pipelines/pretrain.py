@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from atcache.teachers import create_student, input_config, parse_model_name
 from atcache.views import PolicyName
 from atcache.weights import read_weights, tensors_sha256
 
-from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, read_record, save_checkpoint, settle_precision
 from .metrics import METRICS_FILE, MetricsLog, read_metrics
 from .progress import Progress
 from .runs import WEIGHTS_FILE, save_weights
@@ -148,13 +148,15 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
         ConfigError: a value does not fit the model or the data, or the loss is no longer a number.
         CacheMismatchError: the folder holds a run of another config; the message names each difference.
     """
+    device = resolve_device(config.device)
+    begun = read_record(config.out / CONFIG_FILE)
+    config = replace(config, precision=settle_precision(config.precision, begun, device))
     index = index_source(config.data, labels="optional")
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
     check_same_run(config.out / CONFIG_FILE, record)
     if (config.out / WEIGHTS_FILE).exists():
         return _summary(config)
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
-    device = resolve_device(config.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _Run(config, Source(index), device).to_the_end()
     return _summary(config)

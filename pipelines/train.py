@@ -22,7 +22,7 @@ from atcache.loader import Batch, training_batches
 from atcache.precision import resolve_device
 from atcache.store.durable import write_file
 
-from .checkpoint import check_same_run
+from .checkpoint import check_same_run, read_record, settle_precision
 from .distributed import Ranks
 from .metrics import MetricsLog
 from .progress import Progress
@@ -106,6 +106,7 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
     ranks = Ranks.from_environment()
     _check_parts(configs[0], ranks)
     device = resolve_device(ranks.device_name(configs[0].device))
+    configs = [_settled(config, device) for config in configs]
     # What is drawn from torch's global generator must not disturb the caller's.
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -113,6 +114,12 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
     ):
         results = _train_connected(configs, ranks, device, alone=alone)
     return [results[config.out] for config in configs]
+
+
+def _settled(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with the precision that its run was begun with, or begins with now."""
+    begun = read_record(config.out / RUN_FILE) or {}
+    return replace(config, precision=settle_precision(config.precision, begun.get("settings"), device))
 
 
 def _train_connected(

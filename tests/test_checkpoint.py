@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
-from atcache.pipelines.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from atcache.pipelines.checkpoint import check_same_run, load_checkpoint, save_checkpoint, settle_precision
+from atcache.precision import resolve_precision
 from atcache.store.durable import partial_path
 
 CPU = torch.device("cpu")
@@ -84,6 +85,15 @@ def test_a_folder_belongs_to_one_run_and_every_difference_is_named(tmp_path):
     )
     with pytest.raises(CacheMismatchError, match=expected):
         check_same_run(file, other)
+
+
+def test_auto_is_the_precision_a_run_was_begun_in():
+    assert settle_precision("auto", {"precision": "fp32"}, CPU) == "fp32"
+    assert settle_precision("auto", {"precision": "bf16"}, CPU) == "bf16"
+    assert settle_precision("bf16", {"precision": "fp32"}, CPU) == "bf16"
+    here = {torch.float32: "fp32", torch.bfloat16: "bf16"}[resolve_precision("auto", CPU)]
+    for nothing_said in (None, {"precision": "auto"}, {}, []):
+        assert settle_precision("auto", nothing_said, CPU) == here
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):

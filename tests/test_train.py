@@ -336,6 +336,27 @@ def test_a_cache_that_was_moved_is_the_same_run(config_for, tiny_cache, tmp_path
     assert train(replace(config, cache=tmp_path / "moved.zarr")) == summary
 
 
+def test_a_run_keeps_the_precision_it_was_begun_in(config_for):
+    config = config_for("copy", steps=2)  # in fp32
+    summary = train(config)
+    assert train(replace(config, precision="auto")) == summary
+    with pytest.raises(CacheMismatchError, match=r"settings\.precision is 'fp32' there and 'bf16' here"):
+        train(replace(config, precision="bf16"))
+    begun = config_for("copy", steps=2, precision="auto")
+    train(begun)
+    assert recorded_precision(begun) in ("fp32", "bf16")
+    # Runs of the first versions did not say what "auto" was; they go on, and say it from then on.
+    file = config.out / "run.json"
+    file.write_text(file.read_text().replace('"precision": "fp32"', '"precision": "auto"'))
+    assert recorded_precision(config) == "auto"
+    assert train(config) == summary
+    assert recorded_precision(config) == "fp32"
+
+
+def recorded_precision(config) -> str:
+    return json.loads((config.out / "run.json").read_text())["settings"]["precision"]
+
+
 def test_other_settings_for_an_existing_run_are_refused_with_each_difference_named(config_for, tiny_cache):
     config = config_for("distill", steps=3)
     train(config)
