@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from atcache.batch import Batch, Codes
 from atcache.errors import AtcacheError, ConfigError
+from atcache.joined_views import JoinedViews
 from atcache.mixing import Mix
 from atcache.order import SampleOrder
 from atcache.sample_views import CachedViews, FreshViews, SampleView, Views
@@ -23,29 +24,14 @@ __all__ = [
     "Batch",
     "BatchStream",
     "CachedViews",
+    "Codes",
     "FreshViews",
+    "JoinedViews",
     "SampleView",
     "Views",
     "training_batches",
     "validation_batches",
 ]
-
-
-class Batch(NamedTuple):
-    """What one step takes, in host memory."""
-
-    sample_B: Tensor
-    """Rows of the source, int64."""
-    pixels_BHWC: Tensor
-    """Views, uint8."""
-    label_B: Tensor
-    """Classes, int64."""
-    mix_label_B: Tensor
-    """Classes of the samples mixed in, int64; the own one where none is."""
-    mix_share_B: Tensor
-    """Share of the own image, and so of `label_B`, float32 in 0..1; the rest is `mix_label_B`'s. 1 where not mixed."""
-    codes_BLTC: Tensor | None
-    """The teacher's codes of these views, int16 where a codec's int32 codes fit; None where they are not wanted."""
 
 
 class _Batches(Dataset[Batch]):
@@ -61,13 +47,18 @@ class _Batches(Dataset[Batch]):
             self._expect(order, number)
         pairs = order.batch(number) if isinstance(order, SampleOrder) else order[number]
         sample_B = np.array([sample for sample, _ in pairs], np.int64)
-        pixels, codes = Stack(len(pairs)), Stack(len(pairs), narrows=self._views.codes_may_narrow)
+        part_B = self._views.part_of(sample_B)
+        pixels = Stack(len(pairs))
+        codes = {
+            part: Stack(count, narrows=self._views.codes_may_narrow)
+            for part, count in enumerate(np.bincount(part_B).tolist())
+        }
         mixes: list[Mix] = []
-        for sample, epoch in pairs:
+        for part, (sample, epoch) in zip(part_B.tolist(), pairs, strict=True):
             view = self._views.read(sample, epoch)
             pixels.add(view.pixels_HWC)
             if view.codes_LTC is not None:
-                codes.add(view.codes_LTC)
+                codes[part].add(view.codes_LTC)
             mixes.append(view.mix)
         partner_B = sample_B + np.array([mix.partner for mix in mixes], np.int64)
         pixels_BHWC = pixels.tensor
@@ -78,7 +69,11 @@ class _Batches(Dataset[Batch]):
             label_B=torch.from_numpy(self._label_S[sample_B]),
             mix_label_B=torch.from_numpy(self._label_S[partner_B]),
             mix_share_B=torch.tensor([mix.share for mix in mixes], dtype=torch.float32),
-            codes_BLTC=codes.tensor,
+            codes=tuple(
+                Codes(part, np.flatnonzero(part_B == part), stack.tensor)
+                for part, stack in codes.items()
+                if stack.tensor is not None
+            ),
         )
 
     def _expect(self, order: SampleOrder, step: int) -> None:

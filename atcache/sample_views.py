@@ -35,6 +35,15 @@ class Views(Protocol):
         """What must be equal for another run's views to be these, as JSON."""
         ...
 
+    @property
+    def num_samples(self) -> int:
+        """Rows, with and without problems: samples are 0 .. num_samples - 1."""
+        ...
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """Which of several caches each sample lies in, int64 from 0: only codes of one cache are stacked."""
+        ...
+
     def read(self, sample: int, epoch: int) -> SampleView:
         """The view of `sample` that `epoch` uses."""
         ...
@@ -87,6 +96,15 @@ class CachedViews:
             "num_views": attributes["views"]["num_views"],
             "codec": attributes["codec"] if self._with_codes else None,
         }
+
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._reader.layout.num_samples
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`; all are of one part."""
+        return np.zeros(len(sample_B), np.int64)
 
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
@@ -146,6 +164,15 @@ class FreshViews:
         """See `Views.identity`."""
         return {"source": self._source.index.fingerprint, "policy": self._policy.to_json()}
 
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._source.index.num_samples
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`; all are of one part."""
+        return np.zeros(len(sample_B), np.int64)
+
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
         if self._policy.name == "eval":
@@ -177,7 +204,12 @@ class FreshViews:
 
 
 def _count_nbytes(view: SampleView) -> int:
-    return view.pixels_HWC.nbytes + (0 if view.codes_LTC is None else view.codes_LTC.nbytes)
+    return sum(_held_nbytes(array) for array in (view.pixels_HWC, view.codes_LTC) if array is not None)
+
+
+def _held_nbytes(array: np.ndarray) -> int:
+    """Memory that lives as long as the array: a cut of a chunk's layers holds the whole chunk."""
+    return array.base.nbytes if isinstance(array.base, np.ndarray) else array.nbytes
 
 
 def _count_image_nbytes(image: Image.Image) -> int:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,7 +35,7 @@ from atcache.attention.capture import FactorCapture, find_blocks, token_layout
 from atcache.attention.factors import FactorGeometry
 from atcache.attention.transfer import CachedFactors
 from atcache.codecs import Coder, parse_codec
-from atcache.loader import Batch
+from atcache.loader import Batch, Codes
 from atcache.pipelines.calibrate import TeacherRun
 from atcache.pipelines.students import LiveTeacher, Mode, Student, make_student
 from atcache.pipelines.train_config import TrainConfig
@@ -126,7 +127,8 @@ class CodesTeacher:
         self._coder, self._device = coder, device
 
     def factors(self, batch: Batch) -> CachedFactors:
-        return CachedFactors(self._coder, batch.codes_BLTC.to(self._device, non_blocking=True))
+        (codes,) = batch.codes
+        return CachedFactors(self._coder, codes.codes_BLTC.to(self._device, non_blocking=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -245,10 +247,9 @@ class Bench:
 
     def _batch(self, codes_BLTC: Tensor | None) -> Batch:
         labels = torch.arange(self.batch_size) % NUM_CLASSES
-        batch = Batch(labels, self._pixels, labels, labels, torch.ones(self.batch_size), codes_BLTC)
-        if self.device.type != "cuda":
-            return batch
-        return Batch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
+        codes = () if codes_BLTC is None else (Codes(0, np.arange(self.batch_size), codes_BLTC),)
+        batch = Batch(labels, self._pixels, labels, labels, torch.ones(self.batch_size), codes)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _step(self, run: TrainingRun, teacher: object, batch: Batch) -> Callable[[], object]:
         def step() -> object:

@@ -101,10 +101,9 @@ def _nearest(name: str, valid: Iterable[str]) -> str:
 def _checked(value: object, option: click.Option, command: click.Command, where: str) -> object:
     """`value`, if the option takes it; else an error that says what it takes."""
     wanted, accepted = _toml_type(option)
-    values = value if option.multiple or option.nargs != 1 else [value]
-    if not isinstance(values, list):
-        raise ConfigError(f"{where} = {value!r}, but --{_long(option)} takes a list, each of it {wanted}.")
-    for single in cast(list[object], values):
+    # One value is enough for an option that may come more than once, as it is on the command line.
+    values: list[object] = cast("list[object]", value) if option.multiple and isinstance(value, list) else [value]
+    for single in values:
         # To Python, True is also the number 1.
         if not isinstance(single, accepted) or (isinstance(single, bool) and accepted is not bool):
             raise ConfigError(f"{where} = {single!r}, but --{_long(option)} takes {wanted}.")
@@ -113,7 +112,7 @@ def _checked(value: object, option: click.Option, command: click.Command, where:
                 option.type.convert(single, option, click.Context(command))
             except click.BadParameter as error:
                 raise ConfigError(f"{where} = {single!r} cannot be used: {error.message.rstrip('.')}.") from error
-    return value
+    return values if option.multiple else values[0]
 
 
 def _toml_type(option: click.Option) -> tuple[str, type | tuple[type, ...]]:

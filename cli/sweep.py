@@ -53,8 +53,14 @@ def read_sweep(path: Path, command: click.Command) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"{where} name = {name!r} cannot be a folder's; use letters, digits, '-', '_' and '.'.")
         if name in sweep:
             raise ConfigError(f"{where} there is a student {name!r} already. Give it another name.")
-        sweep[name] = values
+        sweep[name] = _as_options(values, command)
     return sweep
+
+
+def _as_options(values: dict[str, Any], command: click.Command) -> dict[str, Any]:
+    """The values as the command line would give them: paths and tuples, not text and lists."""
+    options = {option.name: option for option in command.params}
+    return {name: options[name].type_cast_value(click.Context(command), value) for name, value in values.items()}
 
 
 def _default_name(values: dict[str, Any], number: int) -> str:

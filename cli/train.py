@@ -28,8 +28,18 @@ _PATH = click.Path(path_type=Path)
     help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
 @click.option("--out", required=True, type=_PATH, help="The run's folder; an unfinished run is continued.")
-@click.option("--cache", type=_PATH, help="The training cache; scratch and finetune can do with --data alone.")
-@click.option("--data", metavar="TARS", help="Where the cache's tars now are, or what to train on without a cache.")
+@click.option(
+    "--cache",
+    type=_PATH,
+    multiple=True,
+    help="The training cache; given more than once, all are one set of samples. scratch and finetune can do without.",
+)
+@click.option(
+    "--data",
+    metavar="TARS",
+    multiple=True,
+    help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
+)
 @click.option("--val-cache", type=_PATH, help="Validation views with maps; copying students need one to be validated.")
 @click.option("--val-data", metavar="TARS", help="Validation images, or where the validation cache's tars now are.")
 @click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
@@ -117,7 +127,7 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
 
 def _draw_as_the_recipe(ctx: click.Context, config: dict[str, Any]) -> None:
     """Without a cache views are drawn in training: then a recipe's views count, unless an option says otherwise."""
-    if config["recipe"] is None or config["cache"] is not None:
+    if config["recipe"] is None or config["cache"]:
         return
     from ..pipelines.recipes import VIEW_FIELDS, read_recipe
 

@@ -6,15 +6,22 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 
-def name_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+def name_differences(
+    stored: Mapping[str, Any], asked: Mapping[str, Any], places: tuple[str, str] = ("there", "here")
+) -> list[str]:
     """One text for each leaf of two JSON objects that is not equal in both, by its dotted name.
+
+    Args:
+        stored: the one object.
+        asked: the other.
+        places: where each of them is, in words.
 
     >>> name_differences({"codec": {"name": "int8"}, "seed": 0}, {"codec": {"name": "exact"}, "seed": 0})
     ["codec.name is 'int8' there and 'exact' here"]
     """
     there, here = dict(_flatten(stored)), dict(_flatten(asked))
     return [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        f"{name} is {there.get(name)!r} {places[0]} and {here.get(name)!r} {places[1]}"
         for name in sorted({*there, *here})
         if there.get(name) != here.get(name)
     ]

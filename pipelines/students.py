@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from atcache.attention.capture import FactorCapture, find_blocks
 from atcache.attention.factors import FactorGeometry
-from atcache.attention.pairing import Pairing, TeacherFactors, check_student
+from atcache.attention.joined import JoinedFactors
+from atcache.attention.pairing import Pairing, TeacherFactors, What, check_student
 from atcache.attention.transfer import CachedFactors, CopyStudent, DistilledStudent, LiveFactors
 from atcache.cache import stored_coder
-from atcache.codecs import codec_from_json
+from atcache.codecs import Coder, codec_from_json
 from atcache.errors import ConfigError
-from atcache.loader import Batch
+from atcache.loader import Batch, Codes
 from atcache.store.reader import CacheReader
 from atcache.teachers import InputConfig, ModelName, create_student, input_config
 from atcache.views import ViewPolicy
@@ -122,34 +123,50 @@ def check_views_fit(student: Student, reader: CacheReader) -> None:
 
 
 class CacheTeacher:
-    """Gives each batch its teacher's factors, decoded from the batch's codes."""
+    """Gives each batch its teacher's factors, decoded from the batch's codes, those of each cache by its own codec."""
 
-    def __init__(self, reader: CacheReader, pairings: Sequence[Pairing], device: torch.device) -> None:
-        """Take a cache, and what students are given of it.
+    def __init__(self, readers: Sequence[CacheReader], pairings: Sequence[Pairing], device: torch.device) -> None:
+        """Take the caches in the order of their rows, and what students are given of them.
 
         Raises:
-            ConfigError: a student is given q or k, and the cache's are in another basis than the teacher's.
+            ConfigError: a student is given q or k, and a cache's are in another basis than the teacher's.
         """
-        layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
-        self.geometry = FactorGeometry.from_json(reader.attributes["geometry"])
         self._device = device
-        codec = codec_from_json(reader.attributes["codec"])
-        self._coder = stored_coder(reader, codec, self.geometry, str(device))
-        code_layers = [self._coder.code_layer(self.geometry.layers.index(layer)) for layer in layers]
-        # One range of layers is one read; layers between the wanted ones come along.
-        self.code_layers = slice(min(code_layers), max(code_layers) + 1)
-        for pairing in pairings:
-            if pairing.what != "map" and not self._coder.factors_are_teachers:
-                raise ConfigError(
-                    f"--what {pairing.what} needs the teacher's own q and k, but codec {codec.name} of {reader.path} "
-                    "keeps no more of them than their maps. Leave --what out, or build with --codec int8 or exact."
-                )
+        layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
+        whats: set[What] = {pairing.what for pairing in pairings}
+        self._coders = [_coder(reader, whats - {"map"}, device) for reader in readers]
+        self.code_layers = tuple(_code_layers(coder, layers) for coder in self._coders)
+        """For each cache, the rows of L to read."""
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch that came with codes."""
-        assert batch.codes_BLTC is not None, "batches for a cache's teacher are read with codes"
-        codes_BLTC = batch.codes_BLTC.to(self._device, non_blocking=True)
-        return CachedFactors(self._coder, codes_BLTC, self.code_layers.start)
+        assert batch.codes, "batches for a cache's teacher are read with codes"
+        parts = [self._part(codes) for codes in batch.codes]
+        if len(parts) == 1:
+            return parts[0]
+        return JoinedFactors(parts, [torch.from_numpy(codes.row_B).to(self._device) for codes in batch.codes])
+
+    def _part(self, codes: Codes) -> CachedFactors:
+        codes_BLTC = codes.codes_BLTC.to(self._device, non_blocking=True)
+        return CachedFactors(self._coders[codes.part], codes_BLTC, self.code_layers[codes.part].start)
+
+
+def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Coder:
+    """A cache's coder, which must give the teacher's own `factors` where there are any."""
+    codec = codec_from_json(reader.attributes["codec"])
+    coder = stored_coder(reader, codec, FactorGeometry.from_json(reader.attributes["geometry"]), str(device))
+    if factors and not coder.factors_are_teachers:
+        raise ConfigError(
+            f"--what {min(factors)} needs the teacher's own q and k, but codec {codec.name} of {reader.path} keeps no "
+            "more of them than their maps. Leave --what out, or build with --codec int8 or exact."
+        )
+    return coder
+
+
+def _code_layers(coder: Coder, layers: Sequence[int]) -> slice:
+    """The rows of L that these blocks are decoded from. One range is one read; what is between them comes along."""
+    rows = [coder.code_layer(coder.geometry.layers.index(layer)) for layer in layers]
+    return slice(min(rows), max(rows) + 1)
 
 
 class LiveTeacher:

@@ -205,7 +205,7 @@ def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool)
                 progress.say(line)
         for step, batch in enumerate(speed.timed(_batches(runs, data, first_step, total)), start=first_step):
             if not alone:  # one journey to the device for all; a run alone may want it in parts
-                batch = _moved(batch, runs[0].device)
+                batch = batch.to(runs[0].device)
             for run in runs:
                 # A run whose checkpoint is of a later step joins when the stream gets there.
                 if run.step != step or run.config.out in results:
@@ -254,8 +254,3 @@ def _batches(runs: Sequence[TrainingRun], data: TrainingData, first_step: int, s
         stop_step=stop_step,
         workers=runs[0].config.workers,
     )
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    parts: list[Any] = [None if part is None else part.to(device, non_blocking=True) for part in batch]
-    return Batch(*parts)

@@ -51,10 +51,11 @@ class TrainConfig:
     recipe: str | None = None
     """The recipe these settings were taken from, by name or file. Read for one thing only: where a cache's views are
     drawn otherwise than the recipe's, a note says so."""
-    cache: Path | None = None
-    """The training cache. scratch and finetune can do without, and then draw new views every epoch from `data`."""
-    data: str | None = None
-    """The tars: where a cache's now are, or what to train on without one."""
+    cache: Path | tuple[Path, ...] | None = None
+    """The training cache, or several that are trained on as one: see `caches`. scratch and finetune can do without, and
+    then draw new views every epoch from `data`."""
+    data: str | tuple[str, ...] | None = None
+    """The tars: where the caches' now are, or what to train on without one."""
     val_cache: Path | None = None
     """Validation views with maps; what a copying student is validated on."""
     val_data: str | None = None
@@ -149,16 +150,18 @@ class TrainConfig:
                 f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts."
             )
         transfers = self.mode in ("copy", "distill")
-        if self.cache is None and transfers:
+        if not self.caches and transfers:
             raise ConfigError(
                 f"mode {self.mode} needs the teacher's attention: give --cache, made with `atcache build`."
             )
-        if self.cache is None and (self.data is None or self.student is None):
+        if not self.caches and (not self.data or self.student is None):
             raise ConfigError(
                 "without --cache, give --data and --student: there is nothing else to train on, and what."
             )
-        if self.cache is not None and self.policy is not None:
-            raise ConfigError(f"policy={self.policy}: the views of {self.cache} are drawn already; leave --policy out.")
+        if self.caches and self.policy is not None:
+            raise ConfigError(
+                f"policy={self.policy}: the views of {self.caches[0]} are drawn already; leave --policy out."
+            )
         self._check_mixing()
         if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
             raise ConfigError(
@@ -169,10 +172,10 @@ class TrainConfig:
     def _check_mixing(self) -> None:
         if mix_policy(self.mixup, self.cutmix) is None:
             return
-        if self.cache is not None:
+        if self.caches:
             raise ConfigError(
-                f"mixup={self.mixup}, cutmix={self.cutmix}: the views of {self.cache} are drawn already, mixed or not; "
-                "leave --mixup and --cutmix out, and give them to `atcache build`."
+                f"mixup={self.mixup}, cutmix={self.cutmix}: the views of {self.caches[0]} are drawn already, mixed or "
+                "not; leave --mixup and --cutmix out, and give them to `atcache build`."
             )
         if self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave --mixup and --cutmix out.")
@@ -222,13 +225,21 @@ class TrainConfig:
             raise ConfigError(f"validate_every={self.validate_every}: expected 0 or more.")
 
     @property
+    def caches(self) -> tuple[Path, ...]:
+        """The caches to train on, none or more. Their order is part of the run: rows are numbered through them."""
+        if self.cache is None:
+            return ()
+        return self.cache if isinstance(self.cache, tuple) else (self.cache,)
+
+    @property
     def stream_seed(self) -> int:
         """The seed of the stream of batches."""
         return self.seed if self.order_seed is None else self.order_seed
 
     def stream(self) -> dict[str, Any]:
         """What students that share one stream of batches must have in common: what it is made of, and where it runs."""
-        return {**{name: getattr(self, name) for name in STREAM_FIELDS}, "order_seed": self.stream_seed}
+        fields = {name: getattr(self, name) for name in STREAM_FIELDS}
+        return {**fields, "cache": self.caches, "order_seed": self.stream_seed}
 
     def settings(self) -> dict[str, Any]:
         """What makes this run this run: not where things lie, where it runs, or how often it looks up."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from atcache.attention.pairing import Pairing
-from atcache.components import component_differences
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.loader import FreshViews, Views
 from atcache.mixing import mix_policy
@@ -28,13 +27,14 @@ from atcache.teachers import (
 from atcache.views import ViewPolicy
 from atcache.weights import read_weights, tensors_sha256
 
+from .caches import open_caches, open_joined_views
 from .pairings import plan_pairing
-from .recipes import read_recipe, view_differences
 from .runs import RunRecord
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
-from .validation import ValidationSet, open_cache_views, open_validation
+from .training_notes import training_notes
+from .validation import ValidationSet, open_validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,23 +69,23 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
         AtcacheError: one of its children for each thing that does not fit.
     """
     first = configs[0]
-    reader = None if first.cache is None else CacheReader(first.cache)
-    cache_teacher = None if reader is None else TeacherRecord.of_cache(reader)
+    readers = open_caches(first.caches)
+    cache_teacher = TeacherRecord.of_cache(readers[0]) if readers else None
     plans = [_plan(config, cache_teacher) for config in configs]
-    if reader is None:
+    if not readers:
         _check_one_size([plan.student for plan in plans])
     pairings = [plan.pairing for plan in plans if plan.pairing is not None]
     live_teacher: LiveTeacher | None = None
     if cache_teacher is not None and first.live_teacher:
         live_teacher = cache_teacher.start(first.weights, pairings, device)
     teacher: CacheTeacher | LiveTeacher | None = None
-    if reader is not None and pairings:
-        teacher = live_teacher or CacheTeacher(reader, pairings, device)
-    views, label_S, eligible_S, sample_S = _open_views(first, reader, teacher, plans[0].student)
+    if readers and pairings:
+        teacher = live_teacher or CacheTeacher(readers, pairings, device)
+    views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
     order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
     stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, live_teacher)
     return [
-        _open_student(config, plan, stream, reader, cache_teacher, device)
+        _open_student(config, plan, stream, readers, cache_teacher, device)
         for config, plan in zip(configs, plans, strict=True)
     ]
 
@@ -119,7 +119,7 @@ def _open_student(
     config: TrainConfig,
     plan: _Plan,
     stream: _Stream,
-    reader: CacheReader | None,
+    readers: Sequence[CacheReader],
     cache_teacher: TeacherRecord | None,
     device: torch.device,
 ) -> TrainingData:
@@ -135,12 +135,12 @@ def _open_student(
         drop_path=config.drop_path,
         weights=initial_weights,
     )
-    if reader is not None:
-        check_views_fit(student, reader)
+    if readers:
+        check_views_fit(student, readers[0])
     validation = _validation(config, student, cache_teacher, stream.live_teacher, device)
     views_identity = stream.views.identity
-    if plan.pairing is None and "codec" in views_identity:
-        views_identity["codec"] = None  # codes that are read for another student of the sweep
+    if plan.pairing is None:  # codes may be read for another student of the sweep
+        views_identity = _without_codecs(views_identity)
     return TrainingData(
         student=student,
         views=stream.views,
@@ -160,17 +160,27 @@ def _open_student(
             "validation": None if validation is None else validation.views.identity,
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
-        notes=_notes(config, plan, reader),
+        notes=tuple(training_notes(config, plan.student, readers)),
     )
 
 
+def _without_codecs(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the same views, read without codes."""
+    if "joined" in identity:
+        return {"joined": {number: _without_codecs(part) for number, part in identity["joined"].items()}}
+    return {**identity, "codec": None} if "codec" in identity else identity
+
+
 def _open_views(
-    config: TrainConfig, reader: CacheReader | None, teacher: CacheTeacher | LiveTeacher | None, name: ModelName
+    config: TrainConfig,
+    readers: Sequence[CacheReader],
+    teacher: CacheTeacher | LiveTeacher | None,
+    name: ModelName,
 ) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
     """The views to train on, the class of every row, the rows that can be used, and those that are."""
     keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
-    if reader is None:
-        assert config.data is not None, "checked by TrainConfig"
+    if not readers:
+        assert config.data, "checked by TrainConfig"
         index = index_source(config.data)
         eligible_S = np.flatnonzero(index.label_S >= 0)
         sample_S = _choose(config, index.label_S, eligible_S)
@@ -178,20 +188,20 @@ def _open_views(
         policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
         fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
         return fresh, index.label_S, eligible_S, sample_S
-    if config.subset is not None and ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
-        raise ConfigError(
-            f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose images "
-            "and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the subset's tars."
-        )
-    reads_codes = isinstance(teacher, CacheTeacher)
-    views, eligible_S = open_cache_views(
-        reader,
-        config.data,
-        with_codes=reads_codes,
-        code_layers=teacher.code_layers if reads_codes else slice(None),
+    for reader in readers if config.subset is not None else ():
+        if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+            raise ConfigError(
+                f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose "
+                "images and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the "
+                "subset's tars."
+            )
+    views, label_S, eligible_S = open_joined_views(
+        readers,
+        config.data or None,
+        code_layers=teacher.code_layers if isinstance(teacher, CacheTeacher) else None,
         keep_nbytes=keep_nbytes,
     )
-    return views, reader.labels_S, eligible_S, _choose(config, reader.labels_S, eligible_S)
+    return views, label_S, eligible_S, _choose(config, label_S, eligible_S)
 
 
 def _choose(config: TrainConfig, label_S: np.ndarray, eligible_S: np.ndarray) -> np.ndarray:
@@ -261,40 +271,4 @@ def _validation(
         batch_size=config.batch_size // config.accumulate,  # what fits in memory in training fits here
         workers=config.workers,
         device=device,
-    )
-
-
-def _notes(config: TrainConfig, plan: _Plan, reader: CacheReader | None) -> tuple[str, ...]:
-    """What the user should know before the run."""
-    if reader is None:
-        return ()
-    return tuple(filter(None, (_note_on_components(config, plan, reader), _note_on_views(config, reader))))
-
-
-def _note_on_components(config: TrainConfig, plan: _Plan, reader: CacheReader) -> str | None:
-    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
-    if plan.pairing is None or config.student is None:
-        return None
-    teacher = TeacherRecord.of_cache(reader)
-    with torch.device("meta"):
-        models = [create_student(parse_model_name(teacher.name), 1), create_student(plan.student, 1)]
-    differences = component_differences(*models)
-    if not differences:
-        return None
-    return (
-        f"WARNING: the student's architecture differs from the teacher's: {' '.join(differences)} Attention transfer "
-        "is known to fail between such models; leave --student out to use the teacher's own architecture."
-    )
-
-
-def _note_on_views(config: TrainConfig, reader: CacheReader) -> str | None:
-    """Say where a cache's views are not those of the recipe: they were fixed when it was built."""
-    if config.recipe is None:
-        return None
-    differences = view_differences(read_recipe(config.recipe)["build"], reader.attributes["views"]["policy"])
-    if not differences:
-        return None
-    return (
-        f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: {'; '.join(differences)}. "
-        f"A cache's views are fixed; `atcache build --recipe {config.recipe}` draws the recipe's."
     )

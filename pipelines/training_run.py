@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -184,10 +184,9 @@ class TrainingRun:
         config = self.config
         student = self._student_of_all_ranks(batch)
         totals: dict[str, Tensor] = {}
-        parts = zip(
-            _cut(batch, config.accumulate), _chunks(self._draw(len(batch.label_B)), config.accumulate), strict=True
-        )
-        for number, (part, part_B3) in enumerate(parts, start=1):
+        jitter_B3 = self._draw(len(batch.label_B))
+        jitters = config.accumulate * [None] if jitter_B3 is None else jitter_B3.chunk(config.accumulate)
+        for number, (part, part_B3) in enumerate(zip(batch.cut(config.accumulate), jitters, strict=True), start=1):
             # The student's alone: a live teacher sees the pixels as they are.
             pixels_BHWC = part.pixels_BHWC.to(self.device, non_blocking=True)
             pixels_BHWC = pixels_BHWC if part_B3 is None else jitter_pixels(pixels_BHWC, part_B3)
@@ -250,8 +249,7 @@ class TrainingRun:
 
     def _freeze_what_is_unused(self, batch: Batch) -> None:
         """Tell DDP which weights get no gradient, such as q and k of a copying CaiT: it would wait for it for ever."""
-        first: list[Any] = [None if tensor is None else tensor[:1] for tensor in batch]
-        sample = Batch(*first)
+        sample = batch.rows(0, 1)
         images = normalise_images(sample.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
         given = None if self.data.teacher is None else self.data.teacher.factors(sample)
         self.student.module.eval()
@@ -352,16 +350,3 @@ def _targets(batch: Batch, num_classes: int) -> Tensor:
     own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (batch.label_B, batch.mix_label_B))
     share_B1 = batch.mix_share_B.unsqueeze(1)
     return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC
-
-
-def _cut(batch: Batch, num_parts: int) -> Iterator[Batch]:
-    """A batch in equal parts."""
-    if num_parts == 1:
-        yield batch
-        return
-    for part in zip(*(_chunks(tensor, num_parts) for tensor in batch), strict=True):
-        yield Batch(*part)
-
-
-def _chunks(tensor: Tensor | None, num_parts: int) -> Sequence[Tensor | None]:
-    return num_parts * [None] if tensor is None else tensor.chunk(num_parts)

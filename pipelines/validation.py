@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from atcache.attention.pairing import Pairing
-from atcache.errors import CacheMismatchError, ConfigError, SourceError
-from atcache.loader import Batch, CachedViews, FreshViews, Views, validation_batches
+from atcache.errors import CacheMismatchError, ConfigError
+from atcache.loader import Batch, FreshViews, Views, validation_batches
 from atcache.precision import autocast
-from atcache.rendering import STORED, normalise_images
-from atcache.source import Source, index_source, relocate
+from atcache.rendering import normalise_images
+from atcache.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.teachers import InputConfig
 from atcache.views import ViewPolicy
 
+from .caches import open_cache_views
 from .distributed import Ranks
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit
 from .teacher_record import TeacherRecord
@@ -60,37 +61,6 @@ class ValidationSet:
             batch_size=max(1, self.batch_size // ranks.world_size),
             workers=self.workers,
         )
-
-
-def open_cache_views(
-    reader: CacheReader, data: str | None, *, with_codes: bool, code_layers: slice = slice(None), keep_nbytes: int = 0
-) -> tuple[CachedViews, np.ndarray]:
-    """The views of a complete cache, and the rows that have a label and are stored in every view.
-
-    Args:
-        reader: the cache.
-        data: where its tars are now; None for where they were.
-        with_codes: whether codes are wanted.
-        code_layers: which rows of L.
-        keep_nbytes: see `CachedViews`.
-
-    Raises:
-        CacheMismatchError: the cache is not complete.
-        SourceError: the tars are not there, or no sample can be used.
-    """
-    if not reader.is_complete:
-        raise CacheMismatchError(
-            f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(reader.layout.tasks())} tasks are "
-            "missing. Run its `atcache build` command again."
-        )
-    source = None
-    if reader.layout.pixels is None:
-        source = Source(reader.samples if data is None else relocate(reader.samples, data))
-    views = CachedViews(reader, source, with_codes=with_codes, code_layers=code_layers, keep_nbytes=keep_nbytes)
-    usable_S = np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
-    if not len(usable_S):
-        raise SourceError(f"{reader.path} has no sample with a label and an image.")
-    return views, usable_S
 
 
 def _open_images(data: str, config: InputConfig) -> tuple[FreshViews, np.ndarray]:
@@ -152,8 +122,8 @@ def open_validation(
         code_layers = slice(None)
         if teacher is not None and live_teacher is None:
             _check_maps_fit(reader, teacher, pairings)
-            given = CacheTeacher(reader, pairings, device)
-            code_layers = given.code_layers
+            given = CacheTeacher([reader], pairings, device)
+            (code_layers,) = given.code_layers
         views, usable_S = open_cache_views(
             reader, data, with_codes=isinstance(given, CacheTeacher), code_layers=code_layers
         )

@@ -184,6 +184,11 @@ def test_file_gives_defaults_and_the_command_line_wins(toy: LazyGroup):
     assert json.loads(result.output) == {**from_file, "views": 7, "weights": None}
 
 
+def test_one_value_is_enough_for_an_option_that_may_come_more_than_once(toy: LazyGroup):
+    Path("atcache.toml").write_text('[build]\ndata = "a.tar"\nlayer = 12\n')
+    assert json.loads(CliRunner().invoke(toy, ["build"]).output)["layers"] == [12]
+
+
 def test_config_option_names_another_file(toy: LazyGroup):
     Path("atcache.toml").write_text('[build]\ndata = "a.tar"\n')
     Path("other.toml").write_text('[build]\ndata = "b.tar"\n')
@@ -216,7 +221,7 @@ def test_path_of_the_file_that_the_command_line_replaces_need_not_exist(toy: Laz
         ("[build]\nviews = true\n", "atcache.toml: [build] views = True, but --views takes a whole number."),
         ("[build]\nresume = 1\n", "atcache.toml: [build] resume = 1, but --resume takes true or false."),
         ("[build]\ndata = 1\n", "atcache.toml: [build] data = 1, but --data takes text in quotes."),
-        ("[build]\nlayer = 1\n", "[build] layer = 1, but --layer takes a list, each of it a whole number."),
+        ('[build]\nlayer = [1, "2"]\n', "[build] layer = '2', but --layer takes a whole number."),
         ("[build]\nkl-target = 1\nkl_target = 1\n", "kl_target is given twice, once spelled with '-' and once"),
         ('[build]\ncodec = "int4"\n', "atcache.toml: [build] codec = 'int4' cannot be used: "),
         ("[build]\nviews = 0\n", "atcache.toml: [build] views = 0 cannot be used: 0 is not in the range x>=1."),

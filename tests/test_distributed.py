@@ -123,6 +123,15 @@ def test_distilling_in_two_processes_is_distilling_in_one(config_for):
     assert_same_run(two, one)
 
 
+def test_two_processes_learn_from_several_caches_what_one_learns(config_for, tiny_cache, digits_tars):
+    parts = (str(digits_tars[0].parent / "digits-{0000..0001}.tar"), str(digits_tars[2]))
+    paths = tuple(tiny_cache(codec=codec, data=data) for codec, data in zip(("exact", "int8"), parts, strict=True))
+    one, two = (config_for(name, "copy", cache=paths, workers=1, shuffle="block") for name in ("one", "two"))
+    train(one)
+    assert in_two_processes(partial(train, two)) == [0, 0]
+    assert_same_run(two, one)
+
+
 def test_each_rank_drops_paths_of_its_own_and_the_same_ones_again(config_for):
     first, again, one = (config_for(name, "scratch", drop_path=0.5) for name in ("first", "again", "one"))
     for config in (first, again):

@@ -200,11 +200,23 @@ def batches(views, labels_S, *, first=0, stop=7, workers=0, seed=3):
     return list(training_batches(views, labels_S, order, first_step=first, stop_step=stop, workers=workers))
 
 
+def codes_of(batch):
+    """The codes of a batch from one cache."""
+    (codes,) = batch.codes
+    assert codes.part == 0
+    assert codes.row_B.tolist() == list(range(len(batch.label_B)))
+    return codes.codes_BLTC
+
+
 def assert_equal_batches(found, expected):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
-        for name in ours._fields:
+        for name in ours._fields[:-1]:
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for our_codes, their_codes in zip(ours.codes, theirs.codes, strict=True):
+            assert our_codes.part == their_codes.part
+            assert np.array_equal(our_codes.row_B, their_codes.row_B)
+            assert torch.equal(our_codes.codes_BLTC, their_codes.codes_BLTC)
 
 
 def test_a_batch_holds_each_samples_own_pixels_codes_and_label(tiny_cache):
@@ -214,7 +226,7 @@ def test_a_batch_holds_each_samples_own_pixels_codes_and_label(tiny_cache):
         for row, (sample, epoch) in enumerate(order.batch(step)):
             assert batch.sample_B[row] == sample
             assert batch.label_B[row] == reader.labels_S[sample]
-            assert np.array_equal(batch.codes_BLTC[row].numpy(), reader.read_codes(epoch % 2, sample))
+            assert np.array_equal(codes_of(batch)[row].numpy(), reader.read_codes(epoch % 2, sample))
             # Second opinion on the pixels: the view drawn again from its policy.
             source, policy = Source(reader.samples), ViewPolicy.from_json(reader.attributes["views"]["policy"])
             image, key = source.read_image(sample), source.index.sample_key(sample)
@@ -355,17 +367,17 @@ def test_transforms_codes_travel_as_int16_in_their_memory_order_also_from_worker
     for workers in (0, 2):
         for batch in batches(views, reader.labels_S, stop=3, workers=workers):
             codes = np.stack([reader.read_codes(0, int(sample)) for sample in batch.sample_B])
-            assert (codes.dtype, batch.codes_BLTC.dtype) == (np.int32, torch.int16)
-            assert np.array_equal(batch.codes_BLTC.numpy(), codes)
+            assert (codes.dtype, codes_of(batch).dtype) == (np.int32, torch.int16)
+            assert np.array_equal(codes_of(batch).numpy(), codes)
             one = reader.read_codes(0, 0)
-            assert np.argsort(batch.codes_BLTC.stride()[1:]).tolist() == np.argsort(one.strides).tolist()
+            assert np.argsort(codes_of(batch).stride()[1:]).tolist() == np.argsort(one.strides).tolist()
 
 
 def test_bits_of_floats_are_not_narrowed(tiny_cache):
     views, _ = cached(tiny_cache(codec="exact:dtype=float32"))
     assert not views.codes_may_narrow
     batch = next(iter(stream_of(tiny_cache(codec="exact:dtype=float32"))))
-    assert batch.codes_BLTC.dtype == torch.int32
+    assert codes_of(batch).dtype == torch.int32
 
 
 @pytest.mark.gpu

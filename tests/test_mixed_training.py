@@ -46,7 +46,6 @@ def batch_of(label_B, mix_label_B, mix_share_B) -> Batch:
         label_B=torch.tensor(label_B),
         mix_label_B=torch.tensor(mix_label_B),
         mix_share_B=torch.tensor(mix_share_B),
-        codes_BLTC=None,
     )
 
 

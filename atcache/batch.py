@@ -1,0 +1,68 @@
+"""A batch: what one step of training or validation takes, in parts where its samples lie in several caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """The teacher's codes of those samples of a batch that lie in one cache."""
+
+    part: int
+    """Which of the joined caches, from 0; 0 where there is one."""
+    row_B: np.ndarray
+    """Their rows in the batch, ascending int64. They stay in host memory, where batches are cut."""
+    codes_BLTC: Tensor
+    """Codes of their views, int16 where a codec's int32 codes fit; L, T and C are this cache's own."""
+
+
+class Batch(NamedTuple):
+    """What one step takes."""
+
+    sample_B: Tensor
+    """Rows of the source, int64."""
+    pixels_BHWC: Tensor
+    """Views, uint8."""
+    label_B: Tensor
+    """Classes, int64."""
+    mix_label_B: Tensor
+    """Classes of the samples mixed in, int64; the own one where none is."""
+    mix_share_B: Tensor
+    """Share of the own image, and so of `label_B`, float32 in 0..1; the rest is `mix_label_B`'s. 1 where not mixed."""
+    codes: tuple[Codes, ...] = ()
+    """The teacher's codes, by the caches that the samples lie in; empty where they are not wanted."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch where a GPU fetches it from without waiting; torch's `DataLoader` calls this."""
+        return self._changed(lambda tensor: tensor.pin_memory())
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        *tensors, codes = self
+        changed = tuple(part._replace(codes_BLTC=change(part.codes_BLTC)) for part in codes)
+        return Batch(*map(change, tensors), codes=changed)
+
+    def rows(self, first: int, stop: int) -> Batch:
+        """The rows first .. stop - 1 as a batch; views, not copies."""
+        *tensors, codes = self
+        parts: list[Codes] = []
+        for part in codes:
+            start, end = np.searchsorted(part.row_B, [first, stop]).tolist()
+            if start < end:
+                parts.append(Codes(part.part, part.row_B[start:end] - first, part.codes_BLTC[start:end]))
+        return Batch(*(tensor[first:stop] for tensor in tensors), codes=tuple(parts))
+
+    def cut(self, num_parts: int) -> list[Batch]:
+        """The batch in equal parts; its size is a multiple of `num_parts`."""
+        if num_parts == 1:
+            return [self]
+        size = len(self.label_B) // num_parts
+        return [self.rows(first, first + size) for first in range(0, num_parts * size, size)]

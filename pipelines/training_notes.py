@@ -1,0 +1,47 @@
+"""What a user should know before a run, where it is no reason to refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from atcache.components import component_differences
+from atcache.store.reader import CacheReader
+from atcache.teachers import ModelName, create_student, parse_model_name
+
+from .recipes import read_recipe, view_differences
+from .teacher_record import TeacherRecord
+from .train_config import TrainConfig
+
+
+def training_notes(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> Iterator[str]:
+    """Sentences on a run of this student from these caches, in the order of their weight.
+
+    Args:
+        config: the run.
+        student: its architecture.
+        readers: the caches, of one teacher; none for a run without.
+    """
+    if readers and config.mode in ("copy", "distill") and config.student is not None:
+        yield from _notes_on_components(student, TeacherRecord.of_cache(readers[0]))
+    if config.recipe is not None:
+        wanted = read_recipe(config.recipe)["build"]
+        for reader in readers:
+            if differences := view_differences(wanted, reader.attributes["views"]["policy"]):
+                yield (
+                    f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: "
+                    f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
+                    "draws the recipe's."
+                )
+
+
+def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:
+    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
+    with torch.device("meta"):
+        models = [create_student(parse_model_name(teacher.name), 1), create_student(student, 1)]
+    if differences := component_differences(*models):
+        yield (
+            f"WARNING: the student's architecture differs from the teacher's: {' '.join(differences)} Attention "
+            "transfer is known to fail between such models; leave --student out to use the teacher's own architecture."
+        )
