@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from build_growth import measure_growth, measure_opening
 
@@ -34,13 +33,13 @@ from atcache.codecs import parse_codec
 from atcache.pipelines.build_plan import plan_layout
 from atcache.pipelines.build_tasks import RenderedBatches, TaskRunner
 from atcache.pipelines.calibrate import Calibration, TeacherRun, calibrate, layer_row_kl
+from atcache.pipelines.calibration_views import render_calibration_views
 from atcache.pipelines.fidelity_limits import Expectation
-from atcache.precision import autocast, resolve_device, resolve_precision
-from atcache.rendering import Renderer
+from atcache.precision import autocast
 from atcache.source import Source, index_source
 from atcache.store.layout import StoreLayout
 from atcache.store.writer import TaskWriter, create_cache, encode_view
-from atcache.teachers import create_student, load_teacher, parse_model_name
+from atcache.teachers import create_student, parse_model_name
 from atcache.views import ViewPolicy
 from atcache.worker_batches import read_ahead
 
@@ -98,7 +97,6 @@ def measure_speed(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
-    device = resolve_device(options.device)
     weights = options.weights
     if weights is None:
         weights = folder / "random.pth"
@@ -106,26 +104,22 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
             random = create_student(parse_model_name(options.teacher), num_classes=10).state_dict()
             # Larger, for maps that are far from uniform: codes of nothing would compress to nothing.
             torch.save({name: w * 6 if "qkv.weight" in name else w for name, w in random.items()}, weights)
-    run = TeacherRun(
-        teacher=load_teacher(options.teacher, weights=weights, device=device),
-        device=device,
-        dtype=resolve_precision(options.precision, device),
-    )
+    run = TeacherRun.load(options.teacher, weights, device=options.device, precision=options.precision)
     index = index_source(options.data)
     stop = min(index.num_samples, options.views)
     columns = {f"{name}_S": getattr(index, f"{name}_S")[:stop] for name in _COLUMNS}
     source = Source(replace(index, **columns))
     policy = run.teacher.input.view_policy("crop-flip", 0)
-    pixels = [Renderer(source, policy, skip_bad=False).render(s, 0).pixels_HWC for s in range(min(stop, 64))]
+    views = render_calibration_views(source.index, policy, 64, skip_bad=False)
     calibration = calibrate(
         run,
         parse_codec(codec_name),
-        torch.from_numpy(np.stack(pixels)),
+        views.pixels_NHWC,
         layers=None,
         heads=None,
         batch_size=options.batch_size,
     )
-    layout, _ = plan_layout(calibration, stop, 1, None, options.samples_per_shard, policy.parameter_names)
+    layout, _ = plan_layout(calibration, views, stop, 1, None, options.samples_per_shard)
     return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
 
 

@@ -19,13 +19,12 @@ from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCa
 from atcache.attention.transfer import CachedFactors, attend_with_given
 from atcache.codecs import Codec
 from atcache.codecs.fidelity import row_kl
-from atcache.pipelines.build_plan import plan_layout
 from atcache.pipelines.calibrate import TeacherRun, calibrate
+from atcache.pipelines.code_sizes import plan_codes
 from atcache.precision import autocast
 from atcache.store.chunks import decompress_into
 from atcache.store.layout import plan_layers_per_chunk
 from atcache.store.writer import encode_view
-from atcache.views import PARAMETER_NAMES
 
 INDEX_NBYTES = 16
 """Offset and length of a chunk in its shard's index."""
@@ -66,7 +65,7 @@ class CodecWay:
         self.name, self.family = name, method if name.startswith("transform") else name.partition(":")[0]
         calibration = calibrate(run, codec, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
         self._coder = calibration.coder
-        self._layout, _ = plan_layout(calibration, len(pixels_NHWC), 1, None, None, PARAMETER_NAMES)
+        self._layout, _ = plan_codes(calibration.codes_BLTC.numpy())
 
     def prepare(self, layers):
         return list(layers)

@@ -18,17 +18,11 @@ from . import options
     "--out", required=True, type=click.Path(path_type=Path), help="The cache; an unfinished one is continued."
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="The teacher's weights; without it, timm's.")
-@click.option(
-    "--policy",
-    type=click.Choice(["eval", "crop-flip", "randaug"]),
-    default="crop-flip",
-    show_default=True,
-    help="How views are drawn; eval is for validation caches.",
-)
-@click.option("--mixup", default=0.0, help="Blend each view with another sample's; alpha of its share, such as 0.8.")
-@click.option("--cutmix", default=0.0, help="Paste a box of another sample's view; alpha of its area, such as 1.0.")
-@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
-@click.option("--views", default=1, show_default=True, help="Views of each sample.")
+@options.policy
+@options.mixup
+@options.cutmix
+@options.mix_prob
+@options.views
 @options.seed
 @click.option(
     "--codec", help="transform, int8, exact, exact:dtype=float32 or logmap; without it, what suits the teacher."
@@ -36,15 +30,9 @@ from . import options
 @click.option("--target-kl", type=float, help="Mean row KL to meet, in nats; codec transform's default is 0.005.")
 @click.option("--target-mb-per-view", type=float, help="Megabytes a view to meet, instead of a KL.")
 @click.option("--budget", metavar="BYTES", help="Bytes of all codes to meet, such as 2TB, instead of a KL.")
-@click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
-@click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
-@click.option(
-    "--pixels",
-    type=click.Choice(["replay", "store"]),
-    default="replay",
-    show_default=True,
-    help="store keeps the augmented images in the cache too.",
-)
+@options.layers
+@options.heads
+@options.pixels
 @click.option(
     "--on-bad-image",
     type=click.Choice(["raise", "skip"]),

@@ -34,6 +34,39 @@ precision = click.option(
 seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
 
 
+policy = click.option(
+    "--policy",
+    type=click.Choice(["eval", "crop-flip", "randaug"]),
+    default="crop-flip",
+    show_default=True,
+    help="How views are drawn; eval is for validation caches.",
+)
+
+mixup = click.option(
+    "--mixup", default=0.0, help="Blend each view with another sample's; alpha of its share, such as 0.8."
+)
+
+cutmix = click.option(
+    "--cutmix", default=0.0, help="Paste a box of another sample's view; alpha of its area, such as 1.0."
+)
+
+mix_prob = click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
+
+views = click.option("--views", default=1, show_default=True, help="Views of each sample.")
+
+layers = click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
+
+heads = click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
+
+pixels = click.option(
+    "--pixels",
+    type=click.Choice(["replay", "store"]),
+    default="replay",
+    show_default=True,
+    help="store keeps the augmented images in the cache too.",
+)
+
+
 def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str | None:
     """Make a recipe's settings the defaults of the command's other options, which are looked up after this one."""
     if name is not None and ctx.info_name is not None:

@@ -25,26 +25,14 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--weights", type=_PATH, help="The teacher's weights; without it, timm's.")
 @click.option("--codec", "codecs", multiple=True, help="A codec setting to look at; repeat for several. [default: all]")
-@click.option(
-    "--policy",
-    type=click.Choice(["eval", "crop-flip", "randaug"]),
-    default="crop-flip",
-    show_default=True,
-    help="How views are drawn.",
-)
-@click.option("--mixup", default=0.0, help="Blend each view with another sample's; see build.")
-@click.option("--cutmix", default=0.0, help="Paste a box of another sample's view; see build.")
-@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
-@click.option("--views", default=1, show_default=True, help="Views of each sample.")
-@click.option("--layers", help="Blocks to keep, such as 0-17; all without it.")
-@click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
-@click.option(
-    "--pixels",
-    type=click.Choice(["replay", "store"]),
-    default="replay",
-    show_default=True,
-    help="store would keep the augmented images in the cache too.",
-)
+@options.policy
+@options.mixup
+@options.cutmix
+@options.mix_prob
+@options.views
+@options.layers
+@options.heads
+@options.pixels
 @click.option(
     "--mode",
     type=click.Choice(["copy", "distill"]),

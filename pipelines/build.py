@@ -12,27 +12,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from atcache.attention.capture import parse_indices
 from atcache.cache import stored_coder
 from atcache.codecs import Codec
 from atcache.errors import ConfigError, DiskFullError
 from atcache.mixing import mix_policy
-from atcache.precision import resolve_device, resolve_precision
-from atcache.rendering import STORED, Renderer
-from atcache.source import SampleIndex, Source, index_source
+from atcache.source import Source, index_source
 from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
-from atcache.teachers import Teacher, load_teacher
-from atcache.views import PolicyName, ViewPolicy
+from atcache.views import PolicyName
 
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
 from .build_tasks import TaskRunner
 from .calibrate import TeacherRun, calibrate
+from .calibration_views import render_calibration_views
 from .choose_codec import CodecTarget, choose_codec
 from .fidelity_limits import Expectation
 
@@ -150,17 +145,12 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         AtcacheError: one of its children for each thing that does not fit; whatever was committed stays.
     """
     start_s = time.monotonic()
-    device = resolve_device(config.device)
     index = index_source(config.data, on_bad=config.on_bad_image)
-    run = TeacherRun(
-        teacher=load_teacher(config.teacher, weights=config.weights, device=device),
-        device=device,
-        dtype=resolve_precision(config.precision, device),
-    )
+    run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
     policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
     codec = choose_codec(config.codec, config.target, run.teacher.model, index.num_samples * config.views)
-    layers, heads = _selection(config, run.teacher)
+    layers, heads = run.select(config.layers, config.heads)
     identity = identify(
         run,
         index,
@@ -179,10 +169,11 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
                 config, None, existing.attributes["complete"], _expectation(existing, codec, run), 0, start_s
             )
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
+    views = render_calibration_views(index, policy, num_samples, skip_bad=config.on_bad_image == "skip")
     calibration = calibrate(
         run,
         codec,
-        _calibration_pixels(config, index, policy, num_samples),
+        views.pixels_NHWC,
         layers=layers,
         heads=heads,
         batch_size=config.batch_size,
@@ -191,7 +182,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
     )
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     new_layout, view_nbytes = plan_layout(
-        calibration, index.num_samples, config.views, pixel_shape, config.samples_per_shard, policy.parameter_names
+        calibration, views, index.num_samples, config.views, pixel_shape, config.samples_per_shard
     )
     layout = new_layout if existing is None else existing.layout
     if mixing is not None and layout.samples_per_shard == 1:
@@ -221,7 +212,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
             source=Source(index),
             policy=policy,
             run=run,
-            coder=stored_coder(created, codec, calibration.geometry, str(device)),
+            coder=stored_coder(created, codec, calibration.geometry, str(run.device)),
             batch_size=config.batch_size,
             workers=config.workers,
             skip_bad=config.on_bad_image == "skip",
@@ -248,7 +239,7 @@ def _summarise(
     row_kl_nats = None if complete is None else complete["quality"].get("row_kl_nats", {}).get("mean")
     warning = None
     if complete is not None and expectation is not None and row_kl_nats is not None:
-        warning = expectation.warn(row_kl_nats, complete["num_stored"])
+        warning = expectation.warn(row_kl_nats, complete.get("num_checked", complete["num_stored"]))
     return BuildSummary(
         out=str(config.out),
         plan=plan,
@@ -267,25 +258,3 @@ def _open_existing(out: Path) -> CacheReader | None:
     if not (out / "zarr.json").exists():
         raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
     return CacheReader(out)
-
-
-def _selection(config: BuildConfig, teacher: Teacher) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The block indices and the head indices to keep; None for all heads, whose number capture finds out."""
-    layers = tuple(range(teacher.depth))
-    if config.layers is not None:
-        layers = parse_indices(config.layers, teacher.depth, what="layer")
-    num_heads = getattr(teacher.model, "num_heads", 2**16)
-    return layers, None if config.heads is None else parse_indices(config.heads, num_heads, what="head")
-
-
-def _calibration_pixels(config: BuildConfig, index: SampleIndex, policy: ViewPolicy, num_samples: int) -> Tensor:
-    """Views of good samples spread evenly over the dataset, uint8."""
-    good = np.flatnonzero(index.problem_S == 0)
-    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
-    # Blocks are not known yet, so these are mixed with any sample: as good to calibrate on.
-    renderer = Renderer(Source(index), policy, skip_bad=config.on_bad_image == "skip")
-    views = [renderer.render(int(sample), 0) for sample in chosen]
-    pixels = [view.pixels_HWC for view in views if view.status == STORED]
-    if not pixels:
-        raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")
-    return torch.from_numpy(np.stack(pixels))

@@ -16,6 +16,7 @@ from atcache import __version__
 from atcache.codecs import Codec
 from atcache.errors import CacheMismatchError
 from atcache.source import SampleIndex
+from atcache.store.chunks import ChunkEncoder
 from atcache.store.layout import StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
 from atcache.store.reader import CacheReader
@@ -24,11 +25,11 @@ from atcache.teachers import Teacher
 from atcache.views import ViewPolicy, library_versions
 
 from .calibrate import Calibration, TeacherRun, layer_cards
+from .calibration_views import CalibrationViews
 from .code_sizes import plan_codes
 from .differences import name_differences
 
-# What a view takes beside codes and pixels: parameters, hash, status, its part of the shards' indexes.
-_VIEW_RECORD_NBYTES = 26
+_HASH_NBYTES = 8  # which do not compress; statuses, all alike, take next to nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,35 +147,43 @@ def check_same_cache(existing: CacheReader, identity: Mapping[str, Any], samples
 
 def plan_layout(
     calibration: Calibration,
+    views: CalibrationViews,
     num_samples: int,
     num_views: int,
     pixel_shape: tuple[int, int] | None,
     samples_per_shard: int | None,
-    parameter_names: tuple[str, ...],
 ) -> tuple[StoreLayout, int]:
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
     Args:
         calibration: its codes are compressed here with each compressor; the layout names the one that pays.
+        views: what it was made from: their parameters are compressed here, too.
         num_samples: rows of the source.
         num_views: views a sample.
         pixel_shape: (height, width) of stored images; None for none.
         samples_per_shard: as asked for; None for shards of about 256 MiB.
-        parameter_names: of the stored views.
     """
     layout, codes_nbytes = plan_codes(
         calibration.codes_BLTC.numpy(),
         num_views=num_views,
         num_samples=num_samples,
-        parameter_names=parameter_names,
+        parameter_names=views.parameter_names,
         pixels=pixel_shape,
     )
-    nbytes_per_view = _VIEW_RECORD_NBYTES + 16 * layout.codes.num_chunks_per_sample + round(codes_nbytes)
+    record_nbytes = _HASH_NBYTES + parameters_nbytes(views, layout)
+    nbytes_per_view = round(record_nbytes + 16 * layout.codes.num_chunks_per_sample + codes_nbytes)
     if pixel_shape is not None:
         nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
     if samples_per_shard is None:
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
+
+
+def parameters_nbytes(views: CalibrationViews, layout: StoreLayout) -> float:
+    """Bytes that the parameters of a view take in a shard of the calibration views."""
+    num_views = len(views.parameters_NP)
+    spec = replace(layout, num_samples=num_views, samples_per_shard=num_views).parameters
+    return len(ChunkEncoder(spec).encode(views.parameters_NP)) / num_views
 
 
 def _mean(values: list[int]) -> int:

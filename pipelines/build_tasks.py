@@ -133,7 +133,7 @@ class _ShardWriter:
             num_checked = sum(check.num_views for check in self._checked)
             total_nats = fsum(check.row_kl_nats * check.num_views for check in self._checked)
             quality = {"row_kl_nats": total_nats / num_checked} if num_checked else {}
-            self.nbytes += self._writer.commit(quality).nbytes
+            self.nbytes += self._writer.commit(quality, num_checked).nbytes
             self._writer = None
         return _Written(len(batch.status_B), len(chunks))
 

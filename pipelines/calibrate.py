@@ -6,21 +6,22 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atcache.attention.capture import FactorCapture, check_capture, find_blocks
+from atcache.attention.capture import FactorCapture, check_capture, find_blocks, parse_indices
 from atcache.attention.factors import FactorGeometry, LayerAttention
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.transfer import CachedFactors, TeacherFactors, attend_with_given
 from atcache.codecs import Codec, Coder, State
 from atcache.codecs.fidelity import mean_row_kl
-from atcache.precision import autocast
+from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
-from atcache.teachers import Teacher
+from atcache.teachers import Teacher, load_teacher
 
 from .code_sizes import codes_nbytes, layer_nbytes
 
@@ -85,6 +86,34 @@ class TeacherRun:
     teacher: Teacher
     device: torch.device
     dtype: torch.dtype
+
+    @classmethod
+    def load(cls, name: str, weights: Path | None, *, device: str, precision: str) -> Self:
+        """The teacher as a command's options name it.
+
+        Raises:
+            ConfigError: there is no such device or precision.
+            AtcacheError: what `load_teacher` raises.
+        """
+        place = resolve_device(device)
+        teacher = load_teacher(name, weights=weights, device=place)
+        return cls(teacher=teacher, device=place, dtype=resolve_precision(precision, place))
+
+    def select(self, layers: str | None, heads: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """The block indices and the head indices to keep; None for all heads, whose number capture finds out.
+
+        Args:
+            layers: as typed, such as "0-17"; None for all.
+            heads: as typed, such as "0,3"; None for all.
+
+        Raises:
+            ConfigError: they cannot be read, or the teacher does not have them.
+        """
+        num_heads = getattr(self.teacher.model, "num_heads", 2**16)
+        return (
+            parse_indices("all" if layers is None else layers, self.teacher.depth, what="layer"),
+            None if heads is None else parse_indices(heads, num_heads, what="head"),
+        )
 
     def images(self, pixels_BHWC: Tensor) -> Tensor:
         """The teacher's input, on its device."""

@@ -12,23 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atcache.attention.capture import FactorCapture, parse_indices
+from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry
 from atcache.attention.transfer import CachedFactors, LiveFactors, TeacherFactors
 from atcache.codecs import parse_codec
-from atcache.errors import ConfigError
 from atcache.mixing import mix_policy
-from atcache.precision import resolve_device, resolve_precision
-from atcache.rendering import STORED, Renderer
-from atcache.source import SampleIndex, Source
+from atcache.source import SampleIndex
 from atcache.store.chunks import decompress_into
 from atcache.store.layout import ZSTD, StoreLayout
 from atcache.store.writer import encode_pixels, encode_view
-from atcache.teachers import load_teacher
 from atcache.views import ViewPolicy
 
 from .build_plan import plan_layout
 from .calibrate import Calibration, TeacherRun, calibrate
+from .calibration_views import CalibrationViews, render_calibration_views
 from .plan_config import DEFAULT_CODECS, PlanConfig
 from .plan_steps import StudentSteps, seconds_a_call
 
@@ -113,7 +110,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
         teacher_img_per_s=teacher_img_per_s,
         student_img_per_s=student_img_per_s,
         scratch_img_per_s=scratch_img_per_s,
-        load_img_per_s=config.num_workers / bench.render_s if timed else None,
+        load_img_per_s=config.num_workers / bench.views.render_s if timed else None,
         shares_processors=timed and run.device.type == "cpu" and threads > (os.cpu_count() or 1),
         codecs=tuple(codecs),
     )
@@ -127,34 +124,26 @@ class _Bench:
     capture: FactorCapture
     """Has run once, so that its geometry is known."""
     policy: ViewPolicy
-    pixels_NHWC: Tensor
-    """All calibration views."""
+    views: CalibrationViews
     pixels_BHWC: Tensor
     """One batch of them."""
-    render_s: float
-    """Seconds a view takes to load in one process."""
 
 
 def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     assert config.teacher is not None, "checked by PlanConfig"
-    device = resolve_device(config.device)
-    teacher = load_teacher(config.teacher, weights=config.weights, device=device)
-    run = TeacherRun(teacher=teacher, device=device, dtype=resolve_precision(config.precision, device))
-    policy = teacher.input.view_policy(config.policy, 0, mix_policy(config.mixup, config.cutmix, config.mix_prob))
-    layers = None if config.layers is None else parse_indices(config.layers, teacher.depth, what="layer")
-    num_heads = getattr(teacher.model, "num_heads", 2**16)
-    heads = None if config.heads is None else parse_indices(config.heads, num_heads, what="head")
-    capture = FactorCapture(teacher.model, layers, heads)
-    pixels_NHWC, render_s = _render_some(config, index, policy)
-    pixels_BHWC = _to_length(pixels_NHWC, config.batch_size)
+    run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
+    mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+    policy = run.teacher.input.view_policy(config.policy, 0, mixing)
+    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads))
+    views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
+    pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
     return _Bench(
         run=run,
         capture=capture,
         policy=policy,
-        pixels_NHWC=pixels_NHWC,
+        views=views,
         pixels_BHWC=pixels_BHWC,
-        render_s=render_s,
     )
 
 
@@ -179,15 +168,13 @@ def _measure_codec(
     calibration = calibrate(
         run,
         parse_codec(text),
-        bench.pixels_NHWC,
+        bench.views.pixels_NHWC,
         layers=geometry.layers,
         heads=geometry.heads,
         batch_size=config.batch_size,
     )
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
-    layout, nbytes_per_view = plan_layout(
-        calibration, num_samples, config.views, pixel_shape, None, policy.parameter_names
-    )
+    layout, nbytes_per_view = plan_layout(calibration, bench.views, num_samples, config.views, pixel_shape, None)
     coder = calibration.coder
     encode_img_per_s = compress_img_per_s = unpack_img_per_s = None
     if timed:
@@ -241,23 +228,3 @@ def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Cal
         unpack_s.append(time.perf_counter() - middle_s)
     num_threads = os.cpu_count() or 1
     return num_threads / statistics.median(compress_s), config.num_workers / statistics.median(unpack_s)
-
-
-def _render_some(config: PlanConfig, index: SampleIndex, policy: ViewPolicy) -> tuple[Tensor, float]:
-    """The views a build would calibrate on, in its order; and the seconds one takes in one process."""
-    good = np.flatnonzero(index.problem_S == 0)
-    count = min(len(good), config.calibration_samples)
-    chosen = good[np.unique(np.linspace(0, len(good) - 1, count).astype(int))] if count else good
-    renderer = Renderer(Source(index), policy, skip_bad=True)
-    seconds: list[float] = []
-    pixels: list[np.ndarray] = []
-    for sample in chosen.tolist():
-        start_s = time.perf_counter()
-        view = renderer.render(sample, 0)
-        if view.status == STORED:
-            seconds.append(time.perf_counter() - start_s)
-            pixels.append(view.pixels_HWC)
-    if not pixels:
-        raise ConfigError(f"{config.data}: none of {len(chosen)} calibration images can be read. Check the data.")
-    # The first one also imports the decoder.
-    return torch.from_numpy(np.stack(pixels)), statistics.fmean(seconds[1:] or seconds)

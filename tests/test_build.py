@@ -271,8 +271,9 @@ def test_codes_are_compressed_by_what_makes_them_smaller(config, tmp_path, image
         {"codec": "exact"},
         {"policy": "randaug", "views": 2},
         {"policy": "eval", "pixels": "store"},
+        {"policy": "randaug", "codec": "transform:target_kl=0.1", **MIXED},
     ],
-    ids=["transform", "int8", "exact", "two views", "pixels"],
+    ids=["transform", "int8", "exact", "two views", "pixels", "mixed"],
 )
 def test_the_plan_tells_the_size_within_5_percent(config, fields):
     plans = []
@@ -296,6 +297,7 @@ def test_the_quality_that_was_planned_is_the_quality_that_is_recorded(config, co
     recorded = summary.complete["quality"]["row_kl_nats"]
     assert recorded["mean"] == pytest.approx(summary.plan.row_kl_nats, rel=0.5)
     assert recorded["mean"] <= recorded["max"]
+    assert summary.complete["num_checked"] == 6 * (3 + 2), "the first and the last batch of each task"
     assert (summary.row_kl_nats, summary.warning) == (recorded["mean"], None)
     assert "Warning" not in capsys.readouterr().err
 

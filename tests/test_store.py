@@ -32,7 +32,7 @@ from atcache.source import SampleIndex
 from atcache.stacking import Stack
 from atcache.store.durable import only_writer, sweep_partials
 from atcache.store.layout import COMPRESSORS, Status, StoreLayout
-from atcache.store.manifest import check_commit, commit_path, read_commits
+from atcache.store.manifest import check_commit, commit_path, read_commits, summarise_commits
 from atcache.store.reader import CacheReader
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
 
@@ -397,9 +397,22 @@ def test_finishing_twice_changes_nothing_and_gives_the_totals(cache):
     assert complete["nbytes"] == sum(sizes.values())
     assert complete["codes_nbytes"] == sum(size for (name, _), size in sizes.items() if name == "attention/codes")
     assert complete["num_tasks"] == 6
+    assert "num_checked" not in complete, "these records do not say"
     assert (complete["num_stored"], complete["num_bad"]) == (18, 2)
     # Blocks of 4, 3 (one is bad) and 2 samples with 0.25, 0.5 and 0.75.
     assert complete["quality"] == {"row_kl_nats": {"mean": (4 * 0.25 + 3 * 0.5 + 2 * 0.75) / 9, "max": 0.75}}
+
+
+def test_the_mean_is_weighted_by_the_views_that_were_looked_at(cache):
+    commits = [
+        replace(commit, quality={"row_kl_nats": nats}, num_checked=num_checked)
+        for commit, nats, num_checked in zip(read_commits(cache).values(), (0.1, 0.2, 0.9), (4, 4, 1), strict=False)
+    ]
+    said = summarise_commits(commits)
+    assert said["num_checked"] == 9
+    assert said["quality"]["row_kl_nats"]["mean"] == pytest.approx((4 * 0.1 + 4 * 0.2 + 0.9) / 9)
+    unsaid = summarise_commits([*commits[:2], replace(commits[2], num_checked=None)])
+    assert unsaid["quality"]["row_kl_nats"]["mean"] == pytest.approx((4 * 0.1 + 3 * 0.2 + 2 * 0.9) / 9)
 
 
 def test_an_unfinished_cache_says_what_is_missing(tmp_path):

@@ -46,6 +46,8 @@ class Commit:
     """Samples without, whose status says why."""
     quality: dict[str, Any]
     """Numbers the build measured on this task."""
+    num_checked: int | None = None
+    """Views they were measured on; None in records that do not say."""
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +68,7 @@ class Commit:
             "num_stored": self.num_stored,
             "num_bad": self.num_bad,
             "quality": self.quality,
+            **({} if self.num_checked is None else {"num_checked": self.num_checked}),
         }
 
     @classmethod
@@ -81,6 +84,7 @@ class Commit:
             num_stored=int(values["num_stored"]),
             num_bad=int(values["num_bad"]),
             quality=dict(values["quality"]),
+            num_checked=None if values.get("num_checked") is None else int(values["num_checked"]),
         )
 
 
@@ -234,6 +238,7 @@ def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
         commits: all of them, in task order: sums of floats depend on it.
     """
     commits = list(commits)
+    num_checked = [commit.num_checked for commit in commits if commit.num_checked is not None]
     return {
         "num_tasks": len(commits),
         "num_stored": sum(commit.num_stored for commit in commits),
@@ -241,16 +246,23 @@ def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
         "nbytes": sum(commit.nbytes for commit in commits),
         "codes_nbytes": sum(commit.codes_nbytes for commit in commits),
         "quality": summarise_quality(commits),
+        **({"num_checked": sum(num_checked)} if len(num_checked) == len(commits) else {}),
     }
 
 
 def summarise_quality(commits: Iterable[Commit]) -> dict[str, dict[str, float]]:
-    """Mean (weighted by stored samples) and maximum of each number in the commits' `quality`."""
+    """Mean and maximum of each number in the commits' `quality`.
+
+    The mean is weighted by the views that were looked at, or by the stored ones where a record does not say how many.
+    """
+    commits = list(commits)
+    all_say = all(commit.num_checked is not None for commit in commits)
     values: dict[str, list[tuple[float, int]]] = {}
     for commit in commits:
+        weight = (commit.num_checked if all_say else None) or commit.num_stored
         for name, value in commit.quality.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and commit.num_stored:
-                values.setdefault(name, []).append((float(value), commit.num_stored))
+            if isinstance(value, int | float) and not isinstance(value, bool) and weight:
+                values.setdefault(name, []).append((float(value), weight))
     return {
         name: {
             "mean": math.fsum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs),

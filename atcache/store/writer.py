@@ -221,11 +221,12 @@ class TaskWriter:
         self._num_stored += is_stored
         self._next_sample += 1
 
-    def commit(self, quality: Mapping[str, Any] | None = None) -> Commit:
+    def commit(self, quality: Mapping[str, Any] | None = None, num_checked: int | None = None) -> Commit:
         """Put the shards in place, durably, and record the task as finished.
 
         Args:
             quality: finite numbers measured on the task, by name.
+            num_checked: views they were measured on.
 
         Returns:
             The commit as recorded.
@@ -254,6 +255,7 @@ class TaskWriter:
                     num_stored=self._num_stored,
                     num_bad=self.task.num_samples - self._num_stored,
                     quality=dict(quality or {}),
+                    num_checked=num_checked,
                 )
                 write_commit(self._root, commit)
             finally:
