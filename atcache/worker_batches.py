@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar, cast
 
 import torch
@@ -30,13 +30,13 @@ class _ErrorsAsValues(Dataset[Batch | AtcacheError]):
 
 
 def read_ahead(
-    batches: Dataset[Batch], numbers: Sequence[int], *, workers: int, pin_memory: bool = False
+    batches: Dataset[Batch], numbers: Iterable[int], *, workers: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """The batches of these numbers, in order.
 
     Args:
         batches: number -> batch; forked or pickled to the workers.
-        numbers: which, in the order wanted.
+        numbers: which, in the order wanted; asked for as they are needed.
         workers: processes that read ahead, two batches each; 0 makes each batch here when it is asked for.
         pin_memory: put the batches where a GPU fetches them from without waiting.
 
@@ -47,7 +47,7 @@ def read_ahead(
         _ErrorsAsValues(batches),
         batch_size=None,
         sampler=numbers,
-        num_workers=min(workers, len(numbers)),
+        num_workers=min(workers, len(numbers)) if isinstance(numbers, Sized) else workers,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
         pin_memory=pin_memory,

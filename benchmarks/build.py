@@ -30,10 +30,12 @@ from build_growth import measure_growth, measure_opening
 
 from atcache.attention.capture import FactorCapture
 from atcache.codecs import parse_codec
+from atcache.pipelines.board import Board
 from atcache.pipelines.build_plan import plan_layout
 from atcache.pipelines.build_tasks import RenderedBatches, TaskRunner
 from atcache.pipelines.calibrate import Calibration, TeacherRun, calibrate, layer_row_kl
 from atcache.pipelines.calibration_views import render_calibration_views
+from atcache.pipelines.distributed import Ranks
 from atcache.pipelines.fidelity_limits import Expectation
 from atcache.precision import autocast
 from atcache.source import Source, index_source
@@ -161,10 +163,12 @@ def _run_build(setup: Setup, out: Path) -> None:
         coder=setup.calibration.coder,
         batch_size=setup.batch_size,
         workers=setup.workers,
+        threads=os.cpu_count() or 1,
         skip_bad=False,
         expectation=Expectation(row_kl_nats=1.0, is_target=True, limit_nats=float("inf")),
     )
-    runner.run_tasks(list(setup.layout.tasks()))
+    with Board.opened(Ranks()) as board:
+        runner.run_tasks(setup.layout.tasks(), board)
 
 
 def _stages(setup: Setup, folder: Path) -> dict[str, float]:

@@ -61,6 +61,7 @@ def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyw
     from ..pipelines.build import BuildConfig
     from ..pipelines.build import build as run_build
     from ..pipelines.build_plan import BuildPlan
+    from ..pipelines.distributed import Ranks
 
     def print_plan(plan: BuildPlan) -> None:
         ratio = plan.map_nbytes_per_view / plan.nbytes_per_view
@@ -77,7 +78,10 @@ def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyw
             err=True,
         )
 
-    summary = run_build(BuildConfig(**config), on_plan=print_plan)
+    ranks = Ranks.from_environment()
+    summary = run_build(ranks.refused_once(lambda: BuildConfig(**config)), on_plan=print_plan)
+    if not ranks.leads:
+        return
     if summary.complete is not None:
         click.echo(
             f"{summary.out} is complete: {summary.complete['num_stored']} views stored, "

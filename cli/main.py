@@ -178,7 +178,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     del config  # read by LazyGroup, once it is known for which command
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("atcache").setLevel(logging.INFO)
-    if ctx.invoked_subcommand not in (None, "train"):
+    if ctx.invoked_subcommand not in (None, "build", "train"):
         from ..pipelines.distributed import Ranks
 
         Ranks.from_environment().refuse_several(f"`atcache {ctx.invoked_subcommand}`")

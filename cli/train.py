@@ -120,8 +120,9 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
     elif config["mode"] is None:
         raise click.UsageError("Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one.")
     else:
-        summary = run_training(TrainConfig(**config))
-        if Ranks.from_environment().leads:
+        ranks = Ranks.from_environment()
+        summary = run_training(ranks.refused_once(lambda: TrainConfig(**config)))
+        if ranks.leads:
             options.print_json(summary.to_json())
 
 

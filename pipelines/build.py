@@ -2,34 +2,45 @@
 
 index -> calibrate -> plan -> create the cache -> run the tasks -> declare it complete. Typing the same command again
 continues where an earlier run stopped; typing another one for the same cache is refused.
+
+Of several processes one leads: it does all of this, and the others join it for the tasks, as if each continued the
+cache that it has created.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from atcache.attention.factors import FactorGeometry
 from atcache.cache import stored_coder
 from atcache.codecs import Codec
 from atcache.errors import ConfigError, DiskFullError
 from atcache.mixing import mix_policy
-from atcache.source import Source, index_source
+from atcache.source import SampleIndex, Source, index_source, relocate
 from atcache.store.durable import only_writer, sweep_partials
+from atcache.store.layout import StoreLayout, Task
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
-from atcache.views import PolicyName
+from atcache.views import PolicyName, ViewPolicy
 
+from .board import Board
 from .build_plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
+from .build_summary import BuildSummary
 from .build_tasks import TaskRunner
 from .calibrate import TeacherRun, calibrate
 from .calibration_views import render_calibration_views
 from .choose_codec import CodecTarget, choose_codec
+from .distributed import Ranks
 from .fidelity_limits import Expectation
+from .shared_folder import check_mark, marked, wait_for_commits
 
 _SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
 
@@ -108,35 +119,12 @@ class BuildConfig:
         return CodecTarget(kl=self.target_kl, mb_per_view=self.target_mb_per_view, budget=self.budget)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildSummary:
-    """What a build did."""
-
-    out: str
-    plan: BuildPlan | None
-    """None when the cache was complete already."""
-    complete: dict[str, Any] | None
-    """The totals of the finished cache; None after a dry run."""
-    num_built_views: int
-    """Views this run stored."""
-    row_kl_nats: float | None
-    """Mean row KL of decoded maps on some views of each task; None after a dry run."""
-    warning: str | None
-    """What is wrong with that, in a sentence; None where it is as it should be."""
-    seconds: float
-    """From the first look at the data to the end."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-
 def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: None) -> BuildSummary:
-    """Build a cache, or continue one.
+    """Build a cache, or continue one; under torchrun together with the other processes.
 
     Args:
         config: what to build.
-        on_plan: told the plan before anything is written.
+        on_plan: told the plan before anything is written, in the process that leads.
 
     Returns:
         What was planned and done. After a dry run nothing has been written.
@@ -144,38 +132,40 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
     Raises:
         AtcacheError: one of its children for each thing that does not fit; whatever was committed stays.
     """
+    ranks = Ranks.from_environment()
+    with Board.opened(ranks) as board:
+        config = replace(config, device=ranks.device_name(config.device))
+        if ranks.leads:
+            summary = _lead(config, ranks, board, on_plan)
+            board.publish("end", summary.to_json())
+            return summary
+        _join(config, ranks, board)
+        return BuildSummary.from_json(board.receive("end"))
+
+
+def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
     start_s = time.monotonic()
+    summarise = partial(BuildSummary.of, str(config.out))
     index = index_source(config.data, on_bad=config.on_bad_image)
-    run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
-    mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
-    policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
-    codec = choose_codec(config.codec, config.target, run.teacher.model, index.num_samples * config.views)
-    layers, heads = run.select(config.layers, config.heads)
-    identity = identify(
-        run,
-        index,
-        policy,
-        num_views=config.views,
-        pixels=config.pixels,
-        layers=layers,
-        heads=heads,
-        codec=codec,
-    )
+    wanted = _Wanted.of(config, index)
+    run, policy = wanted.run, wanted.policy
     existing = _open_existing(config.out)
     if existing is not None:
-        check_same_cache(existing, identity, config.samples_per_shard)
+        check_same_cache(existing, wanted.identity, config.samples_per_shard)
         if existing.is_complete:
-            return _summarise(
-                config, None, existing.attributes["complete"], _expectation(existing, codec, run), 0, start_s
+            return summarise(
+                seconds=time.monotonic() - start_s,
+                complete=existing.attributes["complete"],
+                expectation=wanted.expectation(existing),
             )
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
     views = render_calibration_views(index, policy, num_samples, skip_bad=config.on_bad_image == "skip")
     calibration = calibrate(
         run,
-        codec,
+        wanted.codec,
         views.pixels_NHWC,
-        layers=layers,
-        heads=heads,
+        layers=wanted.layers,
+        heads=wanted.heads,
         batch_size=config.batch_size,
         # A cache is continued with the state it has, so that all of it is coded alike.
         state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
@@ -185,13 +175,13 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         calibration, views, index.num_samples, config.views, pixel_shape, config.samples_per_shard
     )
     layout = new_layout if existing is None else existing.layout
-    if mixing is not None and layout.samples_per_shard == 1:
+    if policy.mixing is not None and layout.samples_per_shard == 1:
         raise ConfigError("a shard takes one sample only, so there is nobody to mix it with: raise samples_per_shard.")
     done = committed_tasks(config.out, layout) if existing is not None else set[str]()
     plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
     on_plan(plan)
     if config.dry_run:
-        return _summarise(config, plan, None, None, 0, start_s)
+        return summarise(seconds=time.monotonic() - start_s, plan=plan)
     if plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
         raise DiskFullError(
             f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
@@ -201,53 +191,95 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
-        create_cache(config.out, layout, describe_cache(identity, run, calibration), index, state, bias_LHQK)
+        create_cache(config.out, layout, describe_cache(wanted.identity, run, calibration), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
-        created = CacheReader(config.out)
-        expectation = _expectation(created, codec, run)
-        runner = TaskRunner(
-            out=config.out,
-            layout=layout,
-            source=Source(index),
-            policy=policy,
-            run=run,
-            coder=stored_coder(created, codec, calibration.geometry, str(run.device)),
-            batch_size=config.batch_size,
-            workers=config.workers,
-            skip_bad=config.on_bad_image == "skip",
-            expectation=expectation,
-        )
-        num_built = runner.run_tasks([task for task in layout.tasks() if task.name not in done])
+        cache = CacheReader(config.out)
+        to_do = [number for number, task in enumerate(layout.tasks()) if task.name not in done]
+        with marked(config.out) as mark:
+            board.publish("job", {"mark": mark, "to_do": to_do})
+            _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(layout, to_do), board)
+        wait_for_commits(config.out, layout)
         complete = finish_cache(config.out)
-    return _summarise(config, plan, complete, expectation, num_built, start_s)
-
-
-def _expectation(cache: CacheReader, codec: Codec, run: TeacherRun) -> Expectation:
-    """What the cache's views should have, by what was measured when it was begun."""
-    return Expectation.of(codec, float(cache.attributes["calibration"]["row_kl_nats"]), run.dtype)
-
-
-def _summarise(
-    config: BuildConfig,
-    plan: BuildPlan | None,
-    complete: dict[str, Any] | None,
-    expectation: Expectation | None,
-    num_built_views: int,
-    start_s: float,
-) -> BuildSummary:
-    row_kl_nats = None if complete is None else complete["quality"].get("row_kl_nats", {}).get("mean")
-    warning = None
-    if complete is not None and expectation is not None and row_kl_nats is not None:
-        warning = expectation.warn(row_kl_nats, complete.get("num_checked", complete["num_stored"]))
-    return BuildSummary(
-        out=str(config.out),
+    return summarise(
+        seconds=time.monotonic() - start_s,
         plan=plan,
         complete=complete,
-        num_built_views=num_built_views,
-        row_kl_nats=row_kl_nats,
-        warning=warning,
-        seconds=time.monotonic() - start_s,
+        expectation=wanted.expectation(cache),
+        num_built_views=board.total().num_stored,
+    )
+
+
+def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
+    """Do some of the tasks, if there are any: in a cache that the leader has created or opened, and so checked."""
+    if board.wait_for("job", "end") == "end":
+        return
+    job = board.receive("job")
+    check_mark(config.out, job["mark"])
+    cache = CacheReader(config.out)
+    index = relocate(cache.samples, config.data)
+    wanted = _Wanted.of(config, index)
+    check_same_cache(cache, wanted.identity, config.samples_per_shard)
+    _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(cache.layout, job["to_do"]), board)
+
+
+def _tasks(layout: StoreLayout, numbers: list[int]) -> list[Task]:
+    tasks = layout.tasks()
+    return [tasks[number] for number in numbers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Wanted:
+    """What a config means, with its teacher loaded."""
+
+    run: TeacherRun
+    policy: ViewPolicy
+    codec: Codec
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: BuildConfig, index: SampleIndex) -> _Wanted:
+        """Load the teacher, and choose all that does not need calibration."""
+        run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
+        mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+        policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
+        codec = choose_codec(config.codec, config.target, run.teacher.model, index.num_samples * config.views)
+        layers, heads = run.select(config.layers, config.heads)
+        identity = identify(
+            run,
+            index,
+            policy,
+            num_views=config.views,
+            pixels=config.pixels,
+            layers=layers,
+            heads=heads,
+            codec=codec,
+        )
+        return cls(run=run, policy=policy, codec=codec, layers=layers, heads=heads, identity=identity)
+
+    def expectation(self, cache: CacheReader) -> Expectation:
+        """What the cache's views should have, by what was measured when it was begun."""
+        calibrated_nats = float(cache.attributes["calibration"]["row_kl_nats"])
+        return Expectation.of(self.codec, calibrated_nats, self.run.dtype)
+
+
+def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheReader, index: SampleIndex) -> TaskRunner:
+    num_processors = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+    geometry = FactorGeometry.from_json(cache.attributes["geometry"])
+    return TaskRunner(
+        out=config.out,
+        layout=cache.layout,
+        source=Source(index),
+        policy=wanted.policy,
+        run=wanted.run,
+        coder=stored_coder(cache, wanted.codec, geometry, str(wanted.run.device)),
+        batch_size=config.batch_size,
+        workers=num_processors - 1 if config.workers is None else config.workers,
+        threads=num_processors,
+        skip_bad=config.on_bad_image == "skip",
+        expectation=wanted.expectation(cache),
     )
 
 

@@ -6,11 +6,11 @@ thread) -> commit. Queues between the stages are short, so memory is a few batch
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -31,6 +31,7 @@ from atcache.store.writer import TaskWriter, encode_pixels, encode_view
 from atcache.views import ViewPolicy
 from atcache.worker_batches import read_ahead
 
+from .board import Board, Counts
 from .calibrate import TeacherRun, layer_row_kl
 from .fidelity_limits import Expectation, Watch
 from .progress import Progress
@@ -59,14 +60,19 @@ class RenderedBatches(Dataset[RenderedBatch]):
         self, source: Source, policy: ViewPolicy, tasks: Iterable[Task], batch_size: int, *, skip_bad: bool
     ) -> None:
         self._renderer = Renderer(source, policy, skip_bad=skip_bad, keep_nbytes=_KEPT_NBYTES)
-        self._batches = [
-            (task, start, min(start + batch_size, task.stop))
-            for task in tasks
-            for start in range(task.start, task.stop, batch_size)
-        ]
+        self._batches: list[tuple[Task, int, int]] = []
+        self._numbers_of_tasks: list[range] = []
+        for task in tasks:
+            starts = range(task.start, task.stop, batch_size)
+            self._numbers_of_tasks.append(range(len(self._batches), len(self._batches) + len(starts)))
+            self._batches += [(task, start, min(start + batch_size, task.stop)) for start in starts]
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def numbers_of(self, task_number: int) -> range:
+        """The numbers of the batches of one of the tasks, by its place among them."""
+        return self._numbers_of_tasks[task_number]
 
     def __getitem__(self, number: int) -> RenderedBatch:
         task, start, stop = self._batches[number]
@@ -96,11 +102,6 @@ class _Checked(NamedTuple):
     num_views: int
 
 
-class _Written(NamedTuple):
-    num_views: int
-    num_stored: int
-
-
 class _ShardWriter:
     """Writes batches into their tasks' shards, in order; for one thread."""
 
@@ -108,16 +109,19 @@ class _ShardWriter:
         self._out, self._layout = out, layout
         self._writer: TaskWriter | None = None
         self._checked: list[_Checked] = []
-        self.nbytes = 0
-        """Bytes of the tasks committed so far."""
 
-    def write(self, batch: RenderedBatch, chunks: list[_Chunks], checked: _Checked | None) -> _Written:
-        """Add a batch; open its task's shards before the first one, commit after the last one."""
+    def write(self, batch: RenderedBatch, chunks: list[_Chunks], checked: _Checked | None) -> Counts:
+        """Add a batch; open its task's shards before the first one, commit after the last one.
+
+        Returns:
+            What was done now.
+        """
         if self._writer is None:
             self._writer = TaskWriter(self._out, self._layout, batch.task)
             self._checked = []
         if checked is not None:
             self._checked.append(checked)
+        nbytes = 0
         remaining = iter(chunks)
         for row, status in enumerate(batch.status_B.tolist()):
             chunk = next(remaining) if status == STORED else None
@@ -133,9 +137,15 @@ class _ShardWriter:
             num_checked = sum(check.num_views for check in self._checked)
             total_nats = fsum(check.row_kl_nats * check.num_views for check in self._checked)
             quality = {"row_kl_nats": total_nats / num_checked} if num_checked else {}
-            self.nbytes += self._writer.commit(quality, num_checked).nbytes
+            nbytes = self._writer.commit(quality, num_checked).nbytes
             self._writer = None
-        return _Written(len(batch.status_B), len(chunks))
+        return Counts(
+            num_views=len(batch.status_B),
+            num_stored=len(chunks),
+            nbytes=nbytes,
+            sum_nats=0.0 if checked is None else checked.row_kl_nats * checked.num_views,
+            num_checked=0 if checked is None else checked.num_views,
+        )
 
     def abort(self) -> None:
         """Remove the temp files of a task that was not committed."""
@@ -154,65 +164,87 @@ class TaskRunner:
     run: TeacherRun
     coder: Coder
     batch_size: int
-    workers: int | None
+    workers: int
+    """Processes that render."""
+    threads: int
+    """Threads that compress."""
     skip_bad: bool
     expectation: Expectation
 
-    def run_tasks(self, tasks: list[Task]) -> int:
-        """Write the shards of `tasks` and commit each as it is finished.
+    def run_tasks(self, tasks: list[Task], board: Board) -> None:
+        """Write the shards of those of `tasks` that no other process takes, and commit each as it is finished.
 
-        Returns:
-            How many views were stored.
+        The process that leads comes back when all are finished, and tells how far all have got.
+
+        Args:
+            tasks: the same in all processes.
+            board: where they meet; it says at the end what was done.
 
         Raises:
             BadImageError: an image cannot be read, and bad ones are not to be skipped.
             DiskFullError: no space is left; tasks committed before stay.
         """
-        if not tasks:
-            return 0
         geometry = self.coder.geometry
         capture = FactorCapture(self.run.teacher.model, geometry.layers, geometry.heads)
-        all_views = self.layout.num_views * self.layout.num_samples
-        done_views = all_views - sum(task.num_samples for task in tasks)
-        waiting: deque[Future[_Written]] = deque()
+        waiting: deque[Future[Counts]] = deque()
         shards = _ShardWriter(self.out, self.layout)
-        watch = Watch(self.expectation)
-        num_stored, start_s = 0, time.monotonic()
+        done = Counts()
         with (
-            Progress("build", total=all_views, unit="views", done=done_views) as progress,
-            ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compress") as compressors,
+            self._telling(tasks, board) as tell,
+            ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="compress") as compressors,
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer,
         ):
 
-            def finish_oldest() -> int:
-                written = waiting.popleft().result()
-                megabytes = shards.nbytes / 1e6
-                speed = megabytes / (time.monotonic() - start_s)
-                progress.advance(written.num_views, f"{megabytes:.4g} MB, {speed:.3g} MB/s")
-                return written.num_stored
+            def finish_oldest(done: Counts) -> Counts:
+                done += waiting.popleft().result()
+                board.report(done)
+                tell()
+                return done
 
             try:
-                for batch in self._batches(tasks):
+                for batch in self._batches(tasks, board):
+                    board.look()
                     checked, chunks = self._encode(capture, batch, compressors)
-                    if checked is not None and (warning := watch.add(*checked)) is not None:
-                        progress.say(warning)
                     waiting.append(writer.submit(shards.write, batch, chunks, checked))
                     if len(waiting) > _BATCHES_IN_FLIGHT:
-                        num_stored += finish_oldest()
+                        done = finish_oldest(done)
                 while waiting:
-                    num_stored += finish_oldest()
+                    done = finish_oldest(done)
+                board.finish(tell)
+                tell()
             except BaseException:
                 compressors.shutdown(wait=False, cancel_futures=True)
                 writer.shutdown(wait=True, cancel_futures=True)
                 raise
             finally:
                 shards.abort()
-        return num_stored
 
-    def _batches(self, tasks: list[Task]) -> Iterator[RenderedBatch]:
+    @contextmanager
+    def _telling(self, tasks: list[Task], board: Board) -> Generator[Callable[[], None]]:
+        """What to call now and then, so that the leader tells a person what all processes have done."""
+        if not board.leads:
+            yield lambda: None
+            return
+        watch, start_s = Watch(self.expectation), time.monotonic()
+        all_views = self.layout.num_views * self.layout.num_samples
+        done_views = all_views - sum(task.num_samples for task in tasks)
+        with Progress("build", total=all_views, unit="views", done=done_views) as progress:
+
+            def tell() -> None:
+                total = board.total()
+                speed = total.nbytes / 1e6 / (time.monotonic() - start_s)
+                news = done_views + total.num_views - progress.done
+                progress.advance(news, f"{total.nbytes / 1e6:.4g} MB, {speed:.3g} MB/s")
+                if (warning := watch.see(total.sum_nats, total.num_checked)) is not None:
+                    progress.say(warning)
+
+            yield tell
+
+    def _batches(self, tasks: list[Task], board: Board) -> Iterator[RenderedBatch]:
         batches = RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
-        workers = max(0, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
-        return read_ahead(batches, range(len(batches)), workers=workers)
+        # A task is claimed when its first batch is asked for: not much before it is worked on.
+        numbers = (number for claimed in board.claims(len(tasks)) for number in batches.numbers_of(claimed))
+        return read_ahead(batches, numbers, workers=min(self.workers, len(batches)))
 
     def _is_checked(self, batch: RenderedBatch) -> bool:
         """Whether row KL is measured: in each task's first batch, and evenly spaced ones where there are few tasks."""

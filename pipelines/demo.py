@@ -21,7 +21,8 @@ import torch
 from atcache.errors import ConfigError
 from atcache.store.durable import encode_json, write_file
 
-from .build import BuildConfig, BuildSummary, build
+from .build import BuildConfig, build
+from .build_summary import BuildSummary
 from .command_line import as_command
 from .evaluate import EvaluateConfig, evaluate
 from .picture import draw_maps

@@ -1,4 +1,4 @@
-"""Several processes that train one student together, as `torchrun` starts them."""
+"""Several processes that work together, as `torchrun` starts them; how those that train one student talk."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Ranks:
     """Processes in all."""
     local_rank: int = 0
     """Which process of this node, and so which GPU."""
+    local_world_size: int = 1
+    """Processes of this node, which share its processors."""
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -53,10 +55,11 @@ class Ranks:
             return cls()
         try:
             rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         except ValueError as error:
             values = ", ".join(f"{name}={os.environ[name]!r}" for name in names)
             raise ConfigError(f"{values}: expected whole numbers. Let torchrun set them, or unset them.") from error
-        return cls(rank=rank, world_size=world_size, local_rank=local_rank)
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
 
     @property
     def is_alone(self) -> bool:
@@ -79,7 +82,7 @@ class Ranks:
         self.refuse(
             ConfigError(
                 f"{command} runs in one process and was started in {self.world_size}: call it without torchrun. Only "
-                "`atcache train` of one student takes several."
+                "`atcache build` and `atcache train` of one student take several."
             )
         )
 
@@ -163,6 +166,17 @@ class Ranks:
             if problem is not None:
                 self.refuse(problem)
         return cast("Result", result)
+
+    def refused_once(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns, where all ranks call it alike and need nothing from each other.
+
+        Raises:
+            AtcacheError: what it raised, on the leader alone.
+        """
+        try:
+            return function()
+        except AtcacheError as error:
+            self.refuse(error)
 
     def check_equal(self, value: object, message: str) -> None:
         """Refuse to go on where `value` is not the same on every rank.

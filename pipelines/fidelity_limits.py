@@ -70,14 +70,11 @@ class Watch:
 
     def __init__(self, expectation: Expectation) -> None:
         self._expectation = expectation
-        self._sum_nats, self._num_views = 0.0, 0
         self._has_warned = False
 
-    def add(self, row_kl_nats: float, num_views: int) -> str | None:
-        """Count views; the warning, the first time that the mean of all gives one."""
-        self._sum_nats += row_kl_nats * num_views
-        self._num_views += num_views
-        warning = self._expectation.warn(self._sum_nats / self._num_views, self._num_views)
+    def see(self, sum_nats: float, num_views: int) -> str | None:
+        """The warning, the first time that the mean of so many views gives one."""
+        warning = self._expectation.warn(sum_nats / max(1, num_views), num_views)
         if warning is None or self._has_warned:
             return None
         self._has_warned = True

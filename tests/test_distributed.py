@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from processes import in_two_processes, rank_of, start, workers_of
 from safetensors.torch import load_file
 
 from atcache.cli.main import cli
-from atcache.errors import AtcacheError, ConfigError
+from atcache.errors import ConfigError
 from atcache.loader import training_batches
 from atcache.order import SampleOrder
 from atcache.pipelines.distributed import Ranks
@@ -30,8 +26,6 @@ from atcache.pipelines.train import train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
 from atcache.pipelines.training_run import TrainingRun
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
@@ -58,13 +52,6 @@ def options_of(config) -> list[str]:
     ]
     pairs = [(f"--{name.replace('_', '-')}", str(getattr(config, name))) for name in names]
     return ["train", *(word for pair in pairs for word in pair)]
-
-
-def start(arguments) -> subprocess.Popen[str]:
-    """torchrun with two processes."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*TORCHRUN, *arguments], env=env, text=True, **pipes)
 
 
 def losses_of(config, kind="train"):
@@ -174,43 +161,6 @@ def wait_for(path, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < stop_s
         time.sleep(0.005)
-
-
-def workers_of(pid) -> list[int]:
-    """The processes that torchrun started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if rank_of(int(child)) is not None]
-
-
-def rank_of(pid) -> int | None:
-    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    ranks = [variable.removeprefix("RANK=") for variable in variables if variable.startswith("RANK=")]
-    return int(ranks[0]) if ranks else None
-
-
-def in_two_processes(function) -> list[int | None]:
-    """Exit codes of two processes that call `function` as torchrun's would; forked, which spares them the imports."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_call_as, args=(rank, place, function)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    return [process.exitcode for process in processes]
-
-
-def _call_as(rank, place, function):
-    os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    try:
-        function()
-    except AtcacheError as error:
-        print("told:", error, file=sys.stderr, flush=True)
-        raise SystemExit(3) from error
 
 
 def test_an_error_in_the_folder_is_told_once_by_the_leader(config_for, capfd):
