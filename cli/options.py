@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -72,8 +72,14 @@ def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str
     if name is not None and ctx.info_name is not None:
         from ..pipelines.recipes import TABLES, recipe_path
 
-        settings = read_defaults(recipe_path(name), ctx.info_name, ctx.command, all_commands=TABLES)
-        ctx.default_map = {**(ctx.default_map or {}), **settings}
+        commands = cast(click.Group, ctx.find_root().command)
+        # Both tables: a run without a cache draws its views as [build] says.
+        settings = {
+            table: read_defaults(recipe_path(name), table, command, all_commands=TABLES)
+            for table in TABLES
+            if (command := commands.get_command(ctx, table)) is not None
+        }
+        ctx.default_map = {**(ctx.default_map or {}), **settings[ctx.info_name]}
     return name
 
 

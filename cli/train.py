@@ -65,6 +65,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--cutmix", default=0.0, help="Paste boxes of other views without a cache; alpha of the area, such as 1.0."
 )
+@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
 @click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples.")
 @click.option("--steps", type=int, help="Optimiser steps, instead of epochs.")
 @click.option("--batch-size", default=256, show_default=True, help="Samples an optimiser step.")
@@ -114,38 +115,42 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
     from ..pipelines.train import TrainConfig
     from ..pipelines.train import train as run_training
 
-    _draw_as_the_recipe(ctx, config)
+    drawn = _views_of_the_recipe(ctx, config["recipe"])
     if sweep is not None:
-        _train_sweep(sweep, ctx.command, config)
+        _train_sweep(sweep, ctx.command, config, drawn)
     elif config["mode"] is None:
         raise click.UsageError("Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one.")
     else:
         ranks = Ranks.from_environment()
-        summary = run_training(ranks.refused_once(lambda: TrainConfig(**config)))
+        chosen = config if config["cache"] else {**config, **drawn}
+        summary = run_training(ranks.refused_once(lambda: TrainConfig(**chosen)))
         if ranks.leads:
             options.print_json(summary.to_json())
 
 
-def _draw_as_the_recipe(ctx: click.Context, config: dict[str, Any]) -> None:
-    """Without a cache views are drawn in training: then a recipe's views count, unless an option says otherwise."""
-    if config["recipe"] is None or config["cache"]:
-        return
-    from ..pipelines.recipes import VIEW_FIELDS, read_recipe
+def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, Any]:
+    """How a run without a cache draws its views: as its recipe does, unless an option says otherwise."""
+    if recipe is None:
+        return {}
+    from ..pipelines.recipes import views_to_draw
 
-    wanted = read_recipe(config["recipe"])["build"]
-    for name in VIEW_FIELDS:
-        if name in wanted and ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            config[name] = wanted[name]
+    return {
+        name: value
+        for name, value in views_to_draw(recipe).items()
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE
+    }
 
 
-def _train_sweep(file: Path, command: click.Command, common: dict[str, Any]) -> None:
+def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], drawn: dict[str, Any]) -> None:
+    """Train the students of a file; those without a cache draw their views as `drawn`."""
     from ..pipelines.train import TrainConfig, train_sweep
 
     out: Path = common["out"]
     order_seed = common["seed"] if common["order_seed"] is None else common["order_seed"]
     configs: list[TrainConfig] = []
     for name, values in read_sweep(file, command).items():
-        student: dict[str, Any] = {**common, **values, "out": out / name, "order_seed": order_seed}
+        views = {} if values.get("cache", common["cache"]) else drawn
+        student: dict[str, Any] = {**common, **views, **values, "out": out / name, "order_seed": order_seed}
         if student["mode"] is None:
             raise ConfigError(f"{file}: student {name} has no mode. Give it one, or --mode for all.")
         configs.append(TrainConfig(**student))

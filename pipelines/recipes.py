@@ -15,7 +15,7 @@ from atcache.errors import ConfigError
 
 FOLDER = Path(atcache.__file__).parent / "data" / "recipes"
 TABLES = ("train", "build")
-VIEW_FIELDS = ("policy", "mixup", "cutmix")
+VIEW_FIELDS = ("policy", "mixup", "cutmix", "mix_prob")
 """Settings of [build] that a run without a cache, which draws views itself, follows too."""
 
 
@@ -58,6 +58,17 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
     return {table: {key.replace("-", "_"): value for key, value in tables.get(table, {}).items()} for table in TABLES}
 
 
+def views_to_draw(name: str) -> dict[str, Any]:
+    """How a run of a recipe draws views where it has no cache: as [build] says, unless [train] says otherwise.
+
+    Raises:
+        ConfigError: as `read_recipe`.
+    """
+    recipe = read_recipe(name)
+    wanted = {**recipe["build"], **recipe["train"]}
+    return {field: wanted[field] for field in VIEW_FIELDS if field in wanted}
+
+
 def view_differences(wanted: Mapping[str, Any], policy: Mapping[str, Any]) -> list[str]:
     """In what stored views differ from those a recipe asks for, one text a setting.
 
@@ -73,6 +84,7 @@ def view_differences(wanted: Mapping[str, Any], policy: Mapping[str, Any]) -> li
         "policy": policy["name"],
         "mixup": mixing.get("mixup_alpha", 0.0),
         "cutmix": mixing.get("cutmix_alpha", 0.0),
+        "mix_prob": mixing.get("prob", 1.0),
     }
     return [
         f"{name} is {stored[name]!r}, not {wanted[name]!r}"

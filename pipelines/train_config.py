@@ -23,6 +23,7 @@ STREAM_FIELDS = (
     "policy",
     "mixup",
     "cutmix",
+    "mix_prob",
     "batch_size",
     "subset",
     "order_seed",
@@ -83,6 +84,8 @@ class TrainConfig:
     """Mixup without a cache: each view is blended with another sample's, by a share of Beta(mixup, mixup)."""
     cutmix: float = 0.0
     """CutMix without a cache: a box of another sample's view. With mixup too, either for half the views."""
+    mix_prob: float = 1.0
+    """Share of the views that are mixed, where mixup or cutmix is given."""
     epochs: float = 100.0
     """Passes over the samples."""
     steps: int | None = None
@@ -170,13 +173,14 @@ class TrainConfig:
         self._check_transfer(transfers)
 
     def _check_mixing(self) -> None:
-        if mix_policy(self.mixup, self.cutmix) is None:
+        if not (self.mixup or self.cutmix or self.mix_prob != 1):
             return
         if self.caches:
             raise ConfigError(
-                f"mixup={self.mixup}, cutmix={self.cutmix}: the views of {self.caches[0]} are drawn already, mixed or "
-                "not; leave --mixup and --cutmix out, and give them to `atcache build`."
+                f"mixup={self.mixup}, cutmix={self.cutmix}, mix_prob={self.mix_prob}: the views of {self.caches[0]} "
+                "are drawn already, mixed or not; leave these options out, and give them to `atcache build`."
             )
+        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
         if self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave --mixup and --cutmix out.")
 
@@ -249,6 +253,8 @@ class TrainConfig:
             del fields[name]
         if self.stream_seed == self.seed:
             fields["order_seed"] = None
+        if self.mix_prob == 1:
+            del fields["mix_prob"]  # runs of the first versions have none
         if self.beta2 is None:
             fields["beta2"] = 0.999  # what runs of the first versions say; an optimiser's own is in its checkpoint
         return fields

@@ -184,7 +184,7 @@ def _open_views(
         index = index_source(config.data)
         eligible_S = np.flatnonzero(index.label_S >= 0)
         sample_S = _choose(config, index.label_S, eligible_S)
-        mixing = mix_policy(config.mixup, config.cutmix)
+        mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
         fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
         return fresh, index.label_S, eligible_S, sample_S

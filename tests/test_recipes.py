@@ -124,11 +124,40 @@ def test_a_run_without_a_cache_draws_the_recipes_views_itself(digits_tars, tiny_
     assert [policy["mixing"]["cutmix_alpha"] for policy in drawn] == [1.0, 1.0]
 
 
+def test_a_recipes_own_train_table_wins_over_its_build_table(digits_tars, tiny_vit, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[train]\nmode = "scratch"\nmixup = 0.3\n[build]\npolicy = "randaug"\nmixup = 0.8\nmix-prob = 0.5\n'
+    )
+    plain = ["train", "--recipe", recipe, "--data", digits_tars[0].parent, "--student", tiny_vit]
+    done = run(*plain, "--steps", "1", "--batch-size", "24", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    drawn = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["views"]["policy"]
+    assert (drawn["name"], drawn["mixing"]["mixup_alpha"], drawn["mixing"]["prob"]) == ("randaug", 0.3, 0.5)
+
+
+def test_a_sweep_of_a_recipe_may_say_itself_what_to_train_on(tiny_cache, digits_tars, tiny_vit, tmp_path):
+    def drawn(name, **student):
+        values = "\n".join(f"{key} = {json.dumps(str(value))}" for key, value in student.items())
+        (tmp_path / "sweep.toml").write_text(f'[[student]]\nname = "{name}"\nmode = "scratch"\n{values}\n')
+        common = ["--recipe", "scratch-vit-l", "--sweep", tmp_path / "sweep.toml", "--out", tmp_path]
+        done = run("train", *common, "--steps", "1", "--batch-size", "24")
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / name / "run.json").read_text())["data"]["views"]["policy"]["name"]
+
+    assert drawn("cached", cache=tiny_cache()) == "crop-flip"
+    tars = {"data": digits_tars[0].parent, "student": tiny_vit}
+    assert drawn("fresh", **tars) == "randaug"
+    assert drawn("own", **tars, policy="crop-flip") == "crop-flip"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[train]\nepoch = 3", r"mine.toml: [train] epoch is no option of 'atcache train'; did you mean epochs?"),
         ("[train]\nepochs = true", "mine.toml: [train] epochs = True, but --epochs takes a number."),
+        ('[build]\nmixup = "much"', "mine.toml: [build] mixup = 'much', but --mixup takes a number."),
+        ("[build]\nmixin = 0.8", "mine.toml: [build] mixin is no option of 'atcache build'; did you mean mix"),
         ("[eval]\nbatch-size = 3", "mine.toml: 'eval' is no command of atcache; there are build, train."),
         ("epochs = 3", "mine.toml: 'epochs' is no command"),
         ("[train", "mine.toml is not valid TOML"),
