@@ -243,7 +243,9 @@ class TrainConfig:
     def stream(self) -> dict[str, Any]:
         """What students that share one stream of batches must have in common: what it is made of, and where it runs."""
         fields = {name: getattr(self, name) for name in STREAM_FIELDS}
-        return {**fields, "cache": self.caches, "order_seed": self.stream_seed}
+        # A live teacher is one for all; without one, weights are what a student begins with, its own affair.
+        weights = self.weights if self.live_teacher else None
+        return {**fields, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
 
     def settings(self) -> dict[str, Any]:
         """What makes this run this run: not where things lie, where it runs, or how often it looks up."""

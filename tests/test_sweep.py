@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_a_student_that_diverges_is_given_up_and_the_others_go_on(config_for, tm
 def test_students_that_need_another_stream_are_refused(fields, message, config_for):
     with pytest.raises(ConfigError, match=message):
         train_sweep([config_for("a", "copy"), config_for("b", "copy", **fields)])
+
+
+def test_one_live_teacher_has_one_file_of_weights(config_for, tiny_weights):
+    live = {"live_teacher": True, "weights": tiny_weights}
+    students = [config_for("a", "copy", **live), config_for("b", "copy", **{**live, "weights": Path("other.pth")})]
+    with pytest.raises(
+        ConfigError, match=r"weights is .*tiny\.safetensors'\) for one student of the sweep and .*other"
+    ):
+        train_sweep(students)
 
 
 def test_students_without_a_cache_share_views_of_one_size(config_for, digits_tars, tiny_vit, tmp_path):
