@@ -29,8 +29,9 @@ from .progress import Progress
 from .runs import RUN_FILE
 from .speed import Speed
 from .train_config import TrainConfig
+from .train_summary import TrainSummary, read_finished
 from .training_data import TrainingData, open_training_data
-from .training_run import LOG_EVERY, DivergedError, TrainingRun, TrainSummary, read_finished
+from .training_run import LOG_EVERY, DivergedError, TrainingRun
 
 GIVEN_UP_FILE = "given-up.txt"
 """In the folder of a sweep's student whose loss was no number any more: why. Deleting the folder tries it anew."""

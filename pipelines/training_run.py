@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atcache.attention.pairing import TeacherFactors
-from atcache.errors import ConfigError, CorruptCacheError
+from atcache.errors import ConfigError
 from atcache.jitter import draw_jitter, jitter_pixels
 from atcache.loader import Batch
 from atcache.order import step_seed
@@ -32,10 +30,10 @@ from .runs import WEIGHTS_FILE, save_weights
 from .speed import Speed
 from .students import Student
 from .train_config import TrainConfig
+from .train_summary import SUMMARY_FILE, TrainSummary
 from .training_data import TrainingData
 from .validation import Score, score_student
 
-SUMMARY_FILE = "summary.json"
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
 _MUCH_OF_THE_START = 0.05
@@ -46,53 +44,8 @@ class DivergedError(ConfigError):
     """The loss is no number any more."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSummary:
-    """What a run came to."""
-
-    out: str
-    mode: str
-    steps: int
-    num_samples: int
-    loss: float
-    """The mean over the last tenth of the logged steps."""
-    validation: Score | None
-    """At the end; None without validation data."""
-    seconds: float
-    """Of this process."""
-    img_per_s: float
-    waited_for_data: float
-    """Share of the time spent waiting for batches."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
-        """The summary `to_json` came from."""
-        score = fields["validation"]
-        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
-        return cls(**values)
-
-
-def read_finished(folder: Path) -> TrainSummary | None:
-    """The summary of a finished run; None where the run is not finished.
-
-    Raises:
-        CorruptCacheError: the summary cannot be read.
-    """
-    file = folder / SUMMARY_FILE
-    if not ((folder / WEIGHTS_FILE).exists() and file.exists()):
-        return None
-    try:
-        return TrainSummary.from_json(json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run anew.") from error
-
-
 class TrainingRun:
-    """One run's changing state. Whoever holds the batches calls `begin`, then `take` for each, then `finish`.
+    """One run's changing state. Whoever holds the batches calls `restore`, then `take` for each, then `finish`.
 
     Runs that are trained together know nothing of each other: every step seeds its own numbers.
     """

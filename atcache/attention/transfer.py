@@ -35,7 +35,11 @@ __all__ = [
 
 
 class CachedFactors:
-    """Attention decoded from codes, each layer when it is asked for, so that one layer's floats live at a time."""
+    """Attention decoded from codes, each layer when it is asked for: no layer that nobody uses is decoded.
+
+    Nothing is kept here. What a student's backward pass needs of a layer, such as the q and k it copies, autograd keeps
+    until then.
+    """
 
     def __init__(self, coder: Coder, codes_BLTC: Tensor, first_code_layer: int = 0) -> None:
         """Take the codes of a batch, from `first_code_layer` of what the coder makes on."""

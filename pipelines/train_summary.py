@@ -1,0 +1,60 @@
+"""What a finished training run came to, kept in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atcache.errors import CorruptCacheError
+
+from .runs import WEIGHTS_FILE
+from .validation import Score
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """What a run came to."""
+
+    out: str
+    mode: str
+    steps: int
+    num_samples: int
+    loss: float
+    """The mean over the last tenth of the logged steps."""
+    validation: Score | None
+    """At the end; None without validation data."""
+    seconds: float
+    """Of this process."""
+    img_per_s: float
+    waited_for_data: float
+    """Share of the time spent waiting for batches."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
+        """The summary `to_json` came from."""
+        score = fields["validation"]
+        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
+        return cls(**values)
+
+
+def read_finished(folder: Path) -> TrainSummary | None:
+    """The summary of a finished run; None where the run is not finished.
+
+    Raises:
+        CorruptCacheError: the summary cannot be read.
+    """
+    file = folder / SUMMARY_FILE
+    if not ((folder / WEIGHTS_FILE).exists() and file.exists()):
+        return None
+    try:
+        return TrainSummary.from_json(json.loads(file.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run anew.") from error
