@@ -131,6 +131,8 @@ def open_validation(
             check_views_fit(student, reader)
         label_S = reader.labels_S
     _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
+    if cache is None:
+        _check_one_view(students)
     return ValidationSet(
         views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
     )
@@ -154,6 +156,18 @@ def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Seque
         raise CacheMismatchError(
             f"{reader.path} has no maps of head {missing[0]}, which the student copies. Build it with these --heads."
         )
+
+
+def _check_one_view(students: Sequence[Student]) -> None:
+    """Refuse students that would look at images in different views; each normalises its view in its own way."""
+    first = students[0].input
+    for other in (student.input for student in students):
+        if other.view_policy("eval", seed=0) != first.view_policy("eval", seed=0):
+            raise ConfigError(
+                f"the runs cannot be averaged on tars: they resize with {first.interpolation} and show "
+                f"{first.crop_pct:g} of an image, and {other.interpolation} and {other.crop_pct:g}. Give a validation "
+                "cache, whose views are the same for all, or evaluate them one by one."
+            )
 
 
 def _check_students_fit(students: Sequence[Student], largest_label: int) -> None:

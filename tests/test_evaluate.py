@@ -167,6 +167,20 @@ def test_labels_without_a_class_and_students_of_other_sizes_are_refused(runs, di
         evaluate(config_of(runs["scratch"][0], Path(nine.out), data=tars))
 
 
+def test_runs_that_see_other_views_of_the_tars_are_refused_and_share_a_caches(
+    runs, digits_tars, tiny_vit, val_cache, tmp_path
+):
+    tars = str(digits_tars[0].parent)
+    place = {"out": tmp_path / "cropped", "steps": 1, "batch_size": 24, "device": "cpu"}
+    cropped = train(TrainConfig(mode="scratch", data=tars, student=f"{tiny_vit},crop_pct=0.5", **place))
+    together = (runs["scratch"][0], Path(cropped.out))
+    with pytest.raises(
+        ConfigError, match=r"bicubic and show 0\.9 of an image, and bicubic and 0\.5\. Give a validation"
+    ):
+        evaluate(config_of(*together, data=tars))
+    assert evaluate(config_of(*together, cache=val_cache)).score.num_samples == 48
+
+
 def tar_of_labels(folder: Path, labels) -> Path:
     import io
 
