@@ -100,7 +100,12 @@ def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
 def logits_slice(
     q_BHTD: Tensor, k_BHTD: Tensor, bias: Tensor | None, scale: float, samples: slice, queries: slice
 ) -> Tensor:
-    """scale * q k^T + bias of one slice, in float32 or wider: a fresh tensor, free to be overwritten."""
+    """scale * q k^T + bias of one slice, in float32 or wider: a fresh tensor, free to be overwritten.
+
+    Of bf16 factors the product itself is formed in bf16, and so rounded to 8 bits before it is widened, as it is where
+    maps are materialised under autocast. Products of widened factors would be exact, and slower: they take no part in
+    what makes processors and GPUs fast at bf16.
+    """
     logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
     logits_BHQK = logits_BHQK.to(torch.promote_types(torch.float32, logits_BHQK.dtype)).mul_(scale)
     if bias is not None:
