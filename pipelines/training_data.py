@@ -30,6 +30,7 @@ from atcache.weights import read_weights, tensors_sha256
 from .caches import open_caches, open_joined_views
 from .pairings import plan_pairing
 from .runs import RunRecord
+from .shared_teacher import SharedTeacher
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
@@ -46,7 +47,7 @@ class TrainingData:
     label_S: np.ndarray
     """Class of every row of the source."""
     order: SampleOrder
-    teacher: CacheTeacher | LiveTeacher | None
+    teacher: CacheTeacher | LiveTeacher | SharedTeacher | None
     """Gives factors for the modes that transfer attention."""
     validation: ValidationSet | None
     record: RunRecord
@@ -83,7 +84,8 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
         teacher = live_teacher or CacheTeacher(readers, pairings, device)
     views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
     order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
-    stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, live_teacher)
+    shared = SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None
+    stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, shared, live_teacher)
     return [
         _open_student(config, plan, stream, readers, cache_teacher, device)
         for config, plan in zip(configs, plans, strict=True)
@@ -106,7 +108,14 @@ class _Stream(NamedTuple):
     order: SampleOrder
     num_classes: int
     teacher: CacheTeacher | LiveTeacher | None
+    shared_teacher: SharedTeacher | None
+    """The teacher for students that take whole batches together; None for a student alone."""
     live_teacher: LiveTeacher | None
+
+    def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
+        """What gives a run its factors."""
+        shares = config.accumulate == 1 and (config.mode == "copy" or self.live_teacher is not None)
+        return self.shared_teacher if self.shared_teacher is not None and shares else self.teacher
 
 
 def _plan(config: TrainConfig, cache_teacher: TeacherRecord | None) -> _Plan:
@@ -146,7 +155,7 @@ def _open_student(
         views=stream.views,
         label_S=stream.label_S,
         order=stream.order,
-        teacher=stream.teacher if plan.pairing else None,
+        teacher=stream.teacher_of(config) if plan.pairing else None,
         validation=validation,
         record=RunRecord(
             mode=config.mode,

@@ -251,3 +251,47 @@ def test_without_a_sweep_a_mode_is_needed(tmp_path):
     done = CliRunner().invoke(cli, ["train", "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
     assert "Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one." in done.stderr
+
+
+def test_what_a_batch_gives_students_that_copy_is_decoded_once(config_for):
+    configs = [
+        config_for("a", "copy"),
+        config_for("b", "copy", layers="0"),
+        config_for("c", "copy", accumulate=2),
+        config_for("d", "distill"),
+    ]
+    opened = open_training_data(configs, torch.device("cpu"))
+    first, second, in_parts, distilled = [data.teacher for data in opened]
+    assert first is second
+    assert in_parts is distilled is not first
+    data = opened[0]
+    stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=2, workers=0)
+    one, other = stream
+    assert first.factors(one).layer(0) is second.factors(one).layer(0)
+    assert torch.equal(first.factors(one).layer(1).q_BHTD, distilled.factors(one).layer(1).q_BHTD)
+    assert torch.equal(first.factors(other).layer(0).q_BHTD, distilled.factors(other).layer(0).q_BHTD)
+    (alone,) = open_training_data(configs[:1], torch.device("cpu"))
+    assert type(alone.teacher) is type(distilled)
+
+
+def test_a_live_teacher_runs_once_a_batch_for_all_students(config_for, tiny_weights, tmp_path):
+    live = {"live_teacher": True, "weights": tiny_weights, "cache": config_for("x", "copy").cache}
+    configs = [config_for(mode, mode, **live) for mode in ("copy", "distill")]
+    opened = open_training_data(configs, torch.device("cpu"))
+    data, runs = (
+        opened[0],
+        [TrainingRun(config, one, torch.device("cpu")) for config, one in zip(configs, opened, strict=True)],
+    )
+    ran = []
+    teacher = data.teacher._teacher._run.teacher.model
+    teacher.patch_embed.register_forward_hook(lambda *_: ran.append(1))
+    stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=3, workers=0)
+    for batch in stream:
+        for run in runs:
+            run.train_step(batch)
+    assert len(ran) == 3
+    train_sweep(configs)
+    for config in configs:
+        alone = replace(config, out=tmp_path / "alone" / config.out.name)
+        train(alone)
+        assert_same_run(config, alone)
