@@ -19,6 +19,7 @@ from atcache.store.reader import CacheReader
 if TYPE_CHECKING:
     import dask.array as da
     import xarray as xr
+    from torch import Tensor
 
     from atcache.attention.factors import FactorGeometry, LayerAttention
     from atcache.codecs import Codec, Coder
@@ -50,12 +51,14 @@ class View:
 
 
 class Factors(NamedTuple):
-    """q and k of one layer, lazy: maps are softmax(scale * q k^T + bias)."""
+    """q and k of one layer, and v where it is stored, lazy: maps are softmax(scale * q k^T + bias)."""
 
     q_VSHTD: da.Array
     k_VSHTD: da.Array
     scale: float
     bias_HQK: np.ndarray | None
+    v_VSHTD: da.Array | None = None
+    """None where the cache was not built to store v."""
 
 
 @final
@@ -153,7 +156,7 @@ class Cache:
         return xr.Dataset(columns, attrs={"tars": [str(tar) for tar in index.tars], "status": str(meanings)})
 
     def factors(self, layer: int, view: int | None = None) -> Factors:
-        """q and k of one layer as the codec gives them back, lazy.
+        """q and k of one layer, and v where it is stored, as the codec gives them back, lazy.
 
         A codec may keep fewer components than the teacher has, in another basis: only q k^T is the teacher's.
 
@@ -175,12 +178,12 @@ class Cache:
             )
         bias_HQK = None if example.bias is None else example.bias[0].numpy()
 
-        def lazy(kind: Kind, num_heads: int) -> da.Array:
-            tail = tuple(example.q_BHTD.shape[2:])
-            return as_dask(self._lazy_layer(kind, position, tuple(range(num_heads)), tail, views))
+        def lazy(kind: Kind, decoded_BHTD: Tensor) -> da.Array:
+            heads, tail = tuple(range(decoded_BHTD.shape[1])), tuple(decoded_BHTD.shape[2:])
+            return as_dask(self._lazy_layer(kind, position, heads, tail, views))
 
-        q_VSHTD, k_VSHTD = lazy("q", example.q_BHTD.shape[1]), lazy("k", example.k_BHTD.shape[1])
-        return Factors(q_VSHTD, k_VSHTD, example.scale, bias_HQK)
+        v_VSHTD = None if example.v_BHTD is None else lazy("v", example.v_BHTD)
+        return Factors(lazy("q", example.q_BHTD), lazy("k", example.k_BHTD), example.scale, bias_HQK, v_VSHTD)
 
     def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
         """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
@@ -296,6 +299,7 @@ class Cache:
             "created_by": self.attributes.get("created_by"),
             "layers": layers,
             "heads": heads,
+            "stores_v": bool(self.attributes["geometry"].get("v_head_dim")),
             "num_tokens": layout.num_tokens,
             "num_samples": layout.num_samples,
             "num_views": layout.num_views,

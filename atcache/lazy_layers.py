@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_CHUNK_NBYTES = 64 * 2**20
 """Decoded bytes of one dask chunk: many fit in memory at once, and each is worth a task."""
 
-Kind = Literal["maps", "q", "k"]
+Kind = Literal["maps", "q", "k", "v"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,7 +32,7 @@ class LazyLayer:
     position: int
     """Index into the stored layers."""
     kind: Kind
-    """"maps": attn_VSHQK. "q", "k": factors_VSHTD."""
+    """"maps": attn_VSHQK. "q", "k", "v": factors_VSHTD."""
     heads: tuple[int, ...]
     """Positions among the stored heads, of q's for maps."""
     shape: tuple[int, ...]
@@ -96,7 +96,9 @@ class LazyLayer:
         if self.kind == "maps":
             return layer.select_heads(heads).maps()
         assert isinstance(layer, LayerFactors), "Cache.factors refuses caches of maps"
-        return (layer.q_BHTD if self.kind == "q" else layer.k_BHTD)[:, heads].float()
+        factor_BHTD = {"q": layer.q_BHTD, "k": layer.k_BHTD, "v": layer.v_BHTD}[self.kind]
+        assert factor_BHTD is not None, "Cache.factors gives v only where it is stored"
+        return factor_BHTD[:, heads].float()
 
 
 def _numbers(item: Any, length: int) -> np.ndarray:  # noqa: ANN401 - numpy's

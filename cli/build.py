@@ -32,6 +32,7 @@ from . import options
 @click.option("--budget", metavar="BYTES", help="Bytes of all codes to meet, such as 2TB, instead of a KL.")
 @options.layers
 @options.heads
+@options.store
 @options.pixels
 @click.option(
     "--on-bad-image",
@@ -72,7 +73,8 @@ def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyw
             f"{plan.nbytes_per_view} bytes a view ({options.size_against_maps(ratio)}) and "
             f"{plan.state_nbytes / 2**20:.1f} MiB once; "
             f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"
-            f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps\n"
+            f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps"
+            f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}\n"
             f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
             f"{plan.num_tasks - plan.num_done_tasks} of {plan.num_tasks} tasks to do",
             err=True,

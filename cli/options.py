@@ -58,6 +58,12 @@ layers = click.option("--layers", help="Blocks to keep, such as 0-17; all withou
 
 heads = click.option("--heads", help="Heads to keep, such as 0,3; all without it.")
 
+store = click.option(
+    "--store",
+    type=click.Choice(["v"]),
+    help="v keeps the teacher's values too, for `train --what v`; codecs int8 (then the default) and exact.",
+)
+
 pixels = click.option(
     "--pixels",
     type=click.Choice(["replay", "store"]),

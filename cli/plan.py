@@ -32,6 +32,7 @@ _PATH = click.Path(path_type=Path)
 @options.views
 @options.layers
 @options.heads
+@options.store
 @options.pixels
 @click.option(
     "--mode",

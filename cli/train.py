@@ -50,10 +50,10 @@ _PATH = click.Path(path_type=Path)
 @click.option("--head-map", help="The teacher's head of each of the student's, for one with fewer, such as 0,2,5.")
 @click.option(
     "--what",
-    type=click.Choice(["map", "qk", "q", "k"]),
+    type=click.Choice(["map", "qk", "q", "k", "v", "qkv"]),
     default="map",
     show_default=True,
-    help="What is transferred; with q or k alone the student has its own other one.",
+    help="What is transferred; of q, k or v alone, the student has its own others. v needs build --store v.",
 )
 @click.option("--live-teacher", is_flag=True, help="Run the teacher in every step instead of reading its maps.")
 @click.option(

@@ -85,6 +85,8 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
             f"features off by {fidelity.injected_error:.3g} with decoded maps (at most "
             f"{fidelity.injected_error_limit:.3g})",
         ]
+        if fidelity.v_error is not None:
+            lines.append(f"v off by {fidelity.v_error:.3g} (at most {fidelity.v_error_limit:.3g})")
     looked_at = (
         f"{summary.num_committed} of {summary.num_tasks} tasks, {summary.nbytes / 2**20:.1f} MiB; pixels of "
         f"{summary.num_views} views"

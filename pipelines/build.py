@@ -70,7 +70,8 @@ class BuildConfig:
     seed: int = 0
     """Seed of the views."""
     codec: str | None = None
-    """How attention becomes integers; None takes transform, or logmap where the teacher hands over maps."""
+    """How attention becomes integers; None takes transform, int8 where v is stored too, or logmap where the teacher
+    hands over maps."""
     target_kl: float | None = None
     """Mean row KL, in nats, that codec transform is to meet; None for its default."""
     target_mb_per_view: float | None = None
@@ -81,6 +82,8 @@ class BuildConfig:
     """Block indices, such as "0-17"; None for all."""
     heads: str | None = None
     """Head indices, such as "0,3"; None for all."""
+    store: Literal["v"] | None = None
+    """`v` keeps the teacher's values beside q and k, for students that are given them; None keeps what maps need."""
     pixels: Literal["replay", "store"] = "replay"
     """`store` keeps the augmented images too: exact on any machine, and no JPEG decoding in training."""
     on_bad_image: Literal["raise", "skip"] = "raise"
@@ -112,6 +115,11 @@ class BuildConfig:
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
         self.target  # noqa: B018 - checks what it is made of
+
+    @property
+    def with_values(self) -> bool:
+        """Whether v is stored too."""
+        return self.store == "v"
 
     @property
     def target(self) -> CodecTarget:
@@ -169,6 +177,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
         batch_size=config.batch_size,
         # A cache is continued with the state it has, so that all of it is coded alike.
         state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
+        with_values=config.with_values,
     )
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     new_layout, view_nbytes = plan_layout(
@@ -245,7 +254,13 @@ class _Wanted:
         run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
-        codec = choose_codec(config.codec, config.target, run.teacher.model, index.num_samples * config.views)
+        codec = choose_codec(
+            config.codec,
+            config.target,
+            run.teacher.model,
+            index.num_samples * config.views,
+            with_values=config.with_values,
+        )
         layers, heads = run.select(config.layers, config.heads)
         identity = identify(
             run,
@@ -256,6 +271,7 @@ class _Wanted:
             layers=layers,
             heads=heads,
             codec=codec,
+            with_values=config.with_values,
         )
         return cls(run=run, policy=policy, codec=codec, layers=layers, heads=heads, identity=identity)
 

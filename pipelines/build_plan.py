@@ -61,6 +61,8 @@ class BuildPlan:
     """Mean row KL of decoded maps on the calibration views."""
     injected_error: float
     """Relative error of the teacher's features when it attends with decoded maps."""
+    v_error: float | None
+    """Relative error of decoded v on the calibration views; None where it is not stored."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
 
@@ -75,9 +77,11 @@ def identify(
     layers: tuple[int, ...],
     heads: tuple[int, ...] | None,
     codec: Codec,
+    with_values: bool,
 ) -> dict[str, Any]:
     """What two builds must agree in to be the same cache, as a JSON object."""
     teacher = run.teacher
+    selection = {"layers": list(layers), "heads": None if heads is None else list(heads)}
     return {
         "teacher": {
             "name": str(teacher.name),
@@ -87,7 +91,8 @@ def identify(
         },
         "source": {"fingerprint": index.fingerprint, "num_samples": index.num_samples},
         "views": {"policy": policy.to_json(), "num_views": num_views, "pixels": pixels},
-        "selection": {"layers": list(layers), "heads": None if heads is None else list(heads)},
+        # Caches from before v could be stored say nothing of it.
+        "selection": {**selection, "store": "v"} if with_values else selection,
         "codec": codec.to_json(),
     }
 
@@ -110,6 +115,7 @@ def describe_cache(identity: Mapping[str, Any], run: TeacherRun, calibration: Ca
             "num_held_back": calibration.num_held_back,
             "row_kl_nats": calibration.row_kl_nats,
             "injected_error": calibration.injected_error,
+            "v_error": calibration.v_error,
             "layers": [asdict(card) for card in layer_cards(run, calibration)],
         },
         "created_by": {
@@ -224,6 +230,7 @@ def plan_build(
         free_nbytes=_free_nbytes(out),
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
+        v_error=calibration.v_error,
         teacher_views_per_s=calibration.teacher_views_per_s,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from atcache.attention.capture import FactorCapture
+from atcache.attention.factors import LayerAttention
 from atcache.codecs import Coder
 from atcache.rendering import STORED, Renderer
 from atcache.source import Source
@@ -32,7 +33,7 @@ from atcache.views import ViewPolicy
 from atcache.worker_batches import read_ahead
 
 from .board import Board, Counts
-from .calibrate import TeacherRun, layer_row_kl
+from .calibrate import TeacherRun, layer_row_kl, layer_v_error
 from .fidelity_limits import Expectation, Watch
 from .progress import Progress
 
@@ -96,10 +97,11 @@ class _Chunks(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """Mean row KL of some views of a batch."""
+    """How far some views of a batch are from the teacher's once they are decoded."""
 
-    row_kl_nats: float
     num_views: int
+    quality: dict[str, float]
+    """`row_kl_nats`, their mean row KL, and where v is stored `v_error`, its relative error."""
 
 
 class _ShardWriter:
@@ -135,15 +137,13 @@ class _ShardWriter:
             )
         if batch.start + len(batch.status_B) == batch.task.stop:
             num_checked = sum(check.num_views for check in self._checked)
-            total_nats = fsum(check.row_kl_nats * check.num_views for check in self._checked)
-            quality = {"row_kl_nats": total_nats / num_checked} if num_checked else {}
-            nbytes = self._writer.commit(quality, num_checked).nbytes
+            nbytes = self._writer.commit(_mean_quality(self._checked), num_checked).nbytes
             self._writer = None
         return Counts(
             num_views=len(batch.status_B),
             num_stored=len(chunks),
             nbytes=nbytes,
-            sum_nats=0.0 if checked is None else checked.row_kl_nats * checked.num_views,
+            sum_nats=0.0 if checked is None else checked.quality["row_kl_nats"] * checked.num_views,
             num_checked=0 if checked is None else checked.num_views,
         )
 
@@ -185,7 +185,8 @@ class TaskRunner:
             DiskFullError: no space is left; tasks committed before stay.
         """
         geometry = self.coder.geometry
-        capture = FactorCapture(self.run.teacher.model, geometry.layers, geometry.heads)
+        with_values = geometry.v_head_dim > 0
+        capture = FactorCapture(self.run.teacher.model, geometry.layers, geometry.heads, with_values=with_values)
         waiting: deque[Future[Counts]] = deque()
         shards = _ShardWriter(self.out, self.layout)
         done = Counts()
@@ -259,7 +260,7 @@ class TaskRunner:
         """Run the teacher on a batch; its codes are being compressed when this returns.
 
         Returns:
-            The row KL of a few views where the batch is one of those looked at, and the chunks of each stored view in
+            The quality of a few views where the batch is one of those looked at, and the chunks of each stored view in
             order.
         """
         stored = np.flatnonzero(batch.status_B == STORED)
@@ -271,8 +272,7 @@ class TaskRunner:
         checked = None
         if self._is_checked(batch):
             few = slice(0, min(_CHECKED_VIEWS, len(stored)))
-            layer_kl = layer_row_kl(self.coder, [layer.select(few) for layer in layers], codes_BLTC[few])
-            checked = _Checked(fmean(layer_kl), few.stop)
+            checked = _Checked(few.stop, self._quality([layer.select(few) for layer in layers], codes_BLTC[few]))
         return checked, [
             _Chunks(
                 compressors.submit(encode_view, self.layout, codes_LTC),
@@ -282,3 +282,16 @@ class TaskRunner:
             )
             for codes_LTC, pixels_HWC in zip(codes_BLTC.cpu().numpy(), pixels_BHWC, strict=True)
         ]
+
+    def _quality(self, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> dict[str, float]:
+        """See `_Checked.quality`."""
+        quality = {"row_kl_nats": fmean(layer_row_kl(self.coder, layers, codes_BLTC))}
+        v_errors = layer_v_error(self.coder, layers, codes_BLTC)
+        return quality if v_errors is None else {**quality, "v_error": fmean(v_errors)}
+
+
+def _mean_quality(checks: Sequence[_Checked]) -> dict[str, float]:
+    """Each number's mean over the views that were looked at; empty where there are none."""
+    num_views = sum(check.num_views for check in checks)
+    names = checks[0].quality if checks else ()
+    return {name: fsum(check.quality[name] * check.num_views for check in checks) / num_views for name in names}

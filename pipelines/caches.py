@@ -54,6 +54,7 @@ def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
     """What is equal in all caches of one training."""
     record = TeacherRecord.of_cache(reader).to_json()
     del record["precision"]  # float32 and bfloat16 round the same maps
+    record["geometry"].pop("v_head_dim", None)  # who is given v asks each cache for it
     policy, images = reader.attributes["views"]["policy"], reader.attributes["teacher"].get("input", {})
     return {
         **record,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture, find_blocks, parse_indices
-from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.transfer import CachedFactors, TeacherFactors, attend_with_given
 from atcache.codecs import Codec, Coder, State
-from atcache.codecs.fidelity import mean_row_kl
+from atcache.codecs.fidelity import mean_row_kl, value_error
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.teachers import Teacher, load_teacher
@@ -47,6 +47,8 @@ class LayerCard:
     row_kl_nats: float
     injected_error: float
     """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
+    v_error: float | None
+    """Relative error of decoded v; None where it is not stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,8 +72,15 @@ class Calibration:
     """The same of each kept layer."""
     injected_error: float
     """Relative error of the teacher's final features when it attends with decoded factors."""
+    layer_v_error: tuple[float, ...] | None
+    """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None where v is not stored."""
     teacher_views_per_s: float
     """Speed of capture and encoding, without loading images."""
+
+    @property
+    def v_error(self) -> float | None:
+        """The mean of `layer_v_error`."""
+        return None if self.layer_v_error is None else float(np.mean(self.layer_v_error))
 
     @property
     def state_nbytes(self) -> int:
@@ -134,6 +143,7 @@ def calibrate(
     heads: Sequence[int] | None,
     batch_size: int,
     state: State | None = None,
+    with_values: bool = False,
 ) -> Calibration:
     """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
 
@@ -146,6 +156,7 @@ def calibrate(
         heads: head indices to keep; None for all.
         batch_size: views a forward.
         state: what the codec was fitted to before; None fits it now.
+        with_values: whether v is stored too.
 
     Raises:
         UnsupportedAttentionError: the teacher's attention cannot be captured.
@@ -153,8 +164,9 @@ def calibrate(
     """
     model = run.teacher.model
     with autocast(run.device, run.dtype):
-        check = check_capture(model, run.images(pixels_NHWC[:_CHECKED_VIEWS]), layers, heads)
-    capture = FactorCapture(model, layers, heads)
+        images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
+        check = check_capture(model, images, layers, heads, with_values=with_values)
+    capture = FactorCapture(model, layers, heads, with_values=with_values)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
@@ -183,6 +195,7 @@ def calibrate(
         row_kl_nats=float(np.mean(layer_kl)),
         layer_row_kl_nats=layer_kl,
         injected_error=injected_error(run, held_back_NHWC[few], coder.geometry, decoded),
+        layer_v_error=layer_v_error(coder, held_back, codes_BLTC),
         teacher_views_per_s=views_per_s,
     )
 
@@ -191,8 +204,9 @@ def attention_nbytes(geometry: FactorGeometry) -> int:
     """Bytes that a view's captured attention takes in memory, as float32."""
     if geometry.kind == "maps":
         return 2 * geometry.map_nbytes  # which are of float16
-    num_vectors = len(geometry.heads) + geometry.num_kv_heads
-    return 4 * len(geometry.layers) * num_vectors * geometry.tokens.num_tokens * geometry.head_dim
+    num_values = (len(geometry.heads) + geometry.num_kv_heads) * geometry.head_dim
+    num_values += geometry.num_kv_heads * geometry.v_head_dim
+    return 4 * len(geometry.layers) * geometry.tokens.num_tokens * num_values
 
 
 def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
@@ -252,6 +266,19 @@ def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Ten
     )
 
 
+def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...] | None:
+    """Relative error of each kept layer's decoded v, or None where v is not stored; arguments as `layer_row_kl`'s."""
+    if not coder.geometry.v_head_dim:
+        return None
+    errors: list[float] = []
+    for position, layer in enumerate(layers):
+        decoded = coder.decode(position, codes_BLTC[:, coder.code_layer(position)])
+        assert isinstance(layer, LayerFactors), "maps have no v"
+        assert isinstance(decoded, LayerFactors), "maps have no v"
+        errors.append(value_error(layer, decoded))
+    return tuple(errors)
+
+
 def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
     """What the codec does to each layer: one short forward of the teacher a layer."""
     coder, geometry = calibration.coder, calibration.geometry
@@ -267,6 +294,7 @@ def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
             injected_error=injected_error(
                 run, calibration.pixels_BHWC[few], dataclasses.replace(geometry, layers=(layer,)), decoded
             ),
+            v_error=None if calibration.layer_v_error is None else calibration.layer_v_error[position],
         )
         for position, layer in enumerate(geometry.layers)
     ]

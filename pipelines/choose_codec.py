@@ -60,22 +60,42 @@ def parse_nbytes(text: str) -> int:
     return nbytes
 
 
-def choose_codec(name: str | None, target: CodecTarget, model: nn.Module, num_views: int) -> Codec:
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a teacher whose v is not seen.
+
+    Raises:
+        ConfigError: it hands over maps.
+    """
+    if attention_kind(model) == "maps":
+        raise ConfigError(
+            "store=v: this teacher hands over maps, which are no softmax of one q k^T, and no v. Leave --store out."
+        )
+
+
+def choose_codec(
+    name: str | None, target: CodecTarget, model: nn.Module, num_views: int, *, with_values: bool = False
+) -> Codec:
     """The codec for a teacher.
 
     Args:
-        name: as a user named it; None takes `transform`, or `logmap` for teachers that hand over maps.
+        name: as a user named it; None takes `transform`, `int8` where v is stored too, or `logmap` for teachers that
+            hand over maps.
         target: for `transform`.
         model: the teacher.
         num_views: views that will be stored in all.
+        with_values: whether v is to be stored too.
 
     Raises:
-        CodecError: there is no such codec.
-        ConfigError: a target is given for a codec that has none.
+        CodecError: there is no such codec, or it keeps no v.
+        ConfigError: a target is given for a codec that has none, or v is wanted of a teacher that hands over maps.
     """
+    if with_values:
+        check_has_values(model)
     if name is None:
-        name = "logmap" if attention_kind(model) == "maps" else "transform"
+        name = "logmap" if attention_kind(model) == "maps" else "int8" if with_values else "transform"
     codec = parse_codec(name)
+    if with_values:
+        codec.refuse_values()
     nbytes = target.nbytes_per_view(num_views)
     if target.kl is None and nbytes is None:
         return codec

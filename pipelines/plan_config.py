@@ -132,6 +132,8 @@ class PlanConfig:
     """Block indices to keep; None for all."""
     heads: str | None = None
     """Head indices to keep; None for all."""
+    store: Literal["v"] | None = None
+    """`v` keeps the teacher's values too; codecs that cannot are not compared."""
     pixels: Literal["replay", "store"] = "replay"
     """`store` keeps the augmented images too."""
     mode: Literal["copy", "distill"] = "copy"
@@ -164,8 +166,9 @@ class PlanConfig:
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"workers={self.workers}: expected 0 or more.")
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
-        for codec in self.codecs:
-            parse_codec(codec)  # before anything takes long
+        for codec in map(parse_codec, self.codecs):  # before anything takes long
+            if self.store == "v":
+                codec.refuse_values()
         assumed = parse_assumptions(self.assume)
         object.__setattr__(self, "assumed", assumed)
         if assumed.nbytes_per_view is not None and len(self.codecs) > 1:

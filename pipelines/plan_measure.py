@@ -15,7 +15,7 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry
 from atcache.attention.transfer import CachedFactors, LiveFactors, TeacherFactors
-from atcache.codecs import parse_codec
+from atcache.codecs import CODECS, parse_codec
 from atcache.mixing import mix_policy
 from atcache.source import SampleIndex
 from atcache.store.chunks import decompress_into
@@ -26,6 +26,7 @@ from atcache.views import ViewPolicy
 from .build_plan import plan_layout
 from .calibrate import Calibration, TeacherRun, calibrate
 from .calibration_views import CalibrationViews, render_calibration_views
+from .choose_codec import check_has_values
 from .plan_config import DEFAULT_CODECS, PlanConfig
 from .plan_steps import StudentSteps, seconds_a_call
 
@@ -134,7 +135,10 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
     policy = run.teacher.input.view_policy(config.policy, 0, mixing)
-    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads))
+    with_values = config.store == "v"
+    if with_values:
+        check_has_values(run.teacher.model)
+    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads), with_values=with_values)
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
@@ -157,6 +161,8 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
     if config.codecs:
         return config.codecs
     defaults = DEFAULT_CODECS[geometry.kind]
+    if config.store == "v":
+        defaults = tuple(name for name in defaults if CODECS[name].keeps_values)
     return defaults if config.assumed.nbytes_per_view is None else defaults[:1]
 
 
@@ -172,6 +178,7 @@ def _measure_codec(
         layers=geometry.layers,
         heads=geometry.heads,
         batch_size=config.batch_size,
+        with_values=config.store == "v",
     )
     pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     layout, nbytes_per_view = plan_layout(calibration, bench.views, num_samples, config.views, pixel_shape, None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atcache.attention.capture import FactorCapture, find_blocks
 from atcache.attention.factors import FactorGeometry
 from atcache.attention.joined import JoinedFactors
-from atcache.attention.pairing import Pairing, TeacherFactors, What, check_student
+from atcache.attention.pairing import OF_VALUES, Pairing, TeacherFactors, What, check_student
 from atcache.attention.transfer import CachedFactors, CopyStudent, DistilledStudent, LiveFactors
 from atcache.cache import stored_coder
 from atcache.codecs import Coder, codec_from_json
@@ -99,9 +99,9 @@ def make_student(
         return Student(mode=mode, module=model, model=model, input=config, num_classes=num_classes)
     if geometry is None:
         raise ConfigError(f"mode {mode} needs the teacher's attention: give --cache.")
-    capture = FactorCapture(model.eval())
-    capture(torch.zeros(1, 3, config.height, config.width))
     pairing = pairing or Pairing.equal(geometry)
+    capture = FactorCapture(model.eval(), with_values=pairing.needs_values)
+    capture(torch.zeros(1, 3, config.height, config.width))
     check_student(geometry, capture.geometry, pairing, student_name=str(name))
     wrapper = CopyStudent if mode == "copy" else DistilledStudent
     module = wrapper(model, find_blocks(model), pairing)
@@ -129,7 +129,8 @@ class CacheTeacher:
         """Take the caches in the order of their rows, and what students are given of them.
 
         Raises:
-            ConfigError: a student is given q or k, and a cache's are in another basis than the teacher's.
+            ConfigError: a student is given q or k, and a cache's are in another basis than the teacher's; or v, and a
+                cache has none.
         """
         self._device = device
         layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
@@ -155,6 +156,11 @@ def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Cod
     """A cache's coder, which must give the teacher's own `factors` where there are any."""
     codec = codec_from_json(reader.attributes["codec"])
     coder = stored_coder(reader, codec, FactorGeometry.from_json(reader.attributes["geometry"]), str(device))
+    if (of_values := sorted(factors & OF_VALUES)) and not coder.geometry.v_head_dim:
+        raise ConfigError(
+            f"--what {of_values[0]} needs the teacher's v, which {reader.path} does not hold. Take another --what, or "
+            "build a cache with --store v."
+        )
     if factors and not coder.factors_are_teachers:
         raise ConfigError(
             f"--what {min(factors)} needs the teacher's own q and k, but codec {codec.name} of {reader.path} keeps no "
@@ -172,9 +178,11 @@ def _code_layers(coder: Coder, layers: Sequence[int]) -> slice:
 class LiveTeacher:
     """Gives each batch its teacher's factors by running the teacher: what a cache replaces, kept for comparison."""
 
-    def __init__(self, run: TeacherRun, heads: Sequence[int], layers: Sequence[int]) -> None:
+    def __init__(
+        self, run: TeacherRun, heads: Sequence[int], layers: Sequence[int], *, with_values: bool = False
+    ) -> None:
         self._run = run
-        self._capture = FactorCapture(run.teacher.model, layers, heads)
+        self._capture = FactorCapture(run.teacher.model, layers, heads, with_values=with_values)
         self._heads = tuple(heads)
 
     def factors(self, batch: Batch) -> TeacherFactors:

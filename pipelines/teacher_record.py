@@ -82,7 +82,8 @@ class TeacherRecord:
         teacher = load_teacher(self.name, weights=weights, device=device)
         layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
         heads = sorted({head for pairing in pairings for head in pairing.teacher_heads})
-        return LiveTeacher(self.run(teacher, device), heads, layers)
+        with_values = any(pairing.needs_values for pairing in pairings)
+        return LiveTeacher(self.run(teacher, device), heads, layers, with_values=with_values)
 
     def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
         """A loaded teacher as it ran when the cache was built.

@@ -74,8 +74,9 @@ class TrainConfig:
     head_map: str | None = None
     """For a student with fewer heads, instead of heads: a teacher's head for each of its own, such as "0,2,5"."""
     what: What = "map"
-    """map, qk, q or k. Copying q leaves the student its own k, and the other way round; distilling them is a mean
-    squared error. Copying qk is copying the map."""
+    """map, qk, q, k, v or qkv. Copying one of q, k and v leaves the student its own others; distilling them is a mean
+    squared error. Copying qk is copying the map, copying qkv the map and v. v needs a cache that was built to store
+    it, or a live teacher."""
     live_teacher: bool = False
     """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
     policy: PolicyName | None = None

@@ -17,7 +17,7 @@ from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError
 from atcache.rendering import STORED
 from atcache.teachers import ModelName, load_teacher, parse_model_name
 
-from .calibrate import TeacherRun, injected_error, layer_row_kl
+from .calibrate import TeacherRun, injected_error, layer_row_kl, layer_v_error
 from .differences import name_differences
 from .fidelity_limits import INJECTED_ERROR_FLOOR, ROW_KL_FLOOR_NATS, target_row_kl
 from .progress import Progress
@@ -53,6 +53,12 @@ class Fidelity:
     """What `row_kl_nats` may be; a single view may have ten times as much."""
     injected_error_limit: float
     """What `injected_error` may be."""
+    v_error: float | None
+    """Relative error of decoded v, the mean over layers and views; None where v is not stored."""
+    v_error_limit: float | None
+    """What `v_error` may be; a single view may have ten times as much."""
+    worst_v_error: float | None
+    """The largest of a view."""
 
 
 def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.device) -> TeacherRun:
@@ -116,6 +122,7 @@ def check_fidelity(
     compare = _Comparison(cache, run)
     measured: list[Place] = []
     row_kl_VL: list[tuple[float, ...]] = []
+    v_error_VL: list[tuple[float, ...]] = []
     squared_error = 0.0
     chosen = list(places)
     with Progress("teacher", total=len(chosen), unit="views") as progress:
@@ -123,8 +130,9 @@ def check_fidelity(
             batch = chosen[start : start + _VIEWS_A_FORWARD]
             views = [view for place in batch if (view := _read_view(cache, place, report)) is not None]
             if views:
-                row_kl_BL, error = compare(views)
+                row_kl_BL, v_error_BL, error = compare(views)
                 row_kl_VL += row_kl_BL
+                v_error_VL += v_error_BL
                 squared_error += len(views) * error**2
                 measured += [view.place for view in views]
             progress.advance(len(batch))
@@ -145,6 +153,9 @@ def check_fidelity(
         worst_shard=str(cache.path / cache.reader.layout.codes.shard_file(worst.task)),
         row_kl_limit_nats=limits.row_kl_nats,
         injected_error_limit=limits.injected_error,
+        v_error=float(np.mean(v_error_VL)) if v_error_VL else None,
+        v_error_limit=limits.v_error,
+        worst_v_error=float(np.mean(v_error_VL, axis=1).max()) if v_error_VL else None,
     )
     _judge(cache.path, fidelity, report)
     return fidelity
@@ -153,6 +164,7 @@ def check_fidelity(
 class _Limits(NamedTuple):
     row_kl_nats: float
     injected_error: float
+    v_error: float | None
 
 
 def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
@@ -161,6 +173,7 @@ def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
     try:
         recorded_kl = float(attributes["calibration"]["row_kl_nats"])
         recorded_error = float(attributes["calibration"]["injected_error"])
+        recorded_v_error = float(attributes["calibration"]["v_error"]) if cache.geometry.v_head_dim else None
         if attributes.get("complete") is not None:
             recorded_kl = max(recorded_kl, float(attributes["complete"]["quality"]["row_kl_nats"]["mean"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -172,6 +185,7 @@ def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
     return _Limits(
         row_kl_nats=max(threshold * (recorded_kl if target_kl is None else target_kl), ROW_KL_FLOOR_NATS[dtype]),
         injected_error=max(threshold * recorded_error, INJECTED_ERROR_FLOOR[dtype]),
+        v_error=None if recorded_v_error is None else max(threshold * recorded_v_error, INJECTED_ERROR_FLOOR[dtype]),
     )
 
 
@@ -199,19 +213,25 @@ class _Comparison:
     def __init__(self, cache: Cache, run: TeacherRun) -> None:
         self._run = run
         self._coder = stored_coder(cache.reader, cache.codec, cache.geometry, str(run.device))
-        self._capture = FactorCapture(run.teacher.model, cache.geometry.layers, cache.geometry.heads)
+        geometry = cache.geometry
+        self._capture = FactorCapture(
+            run.teacher.model, geometry.layers, geometry.heads, with_values=geometry.v_head_dim > 0
+        )
 
-    def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], float]:
-        """The mean row KL of each view and layer, and the injected error of the views together."""
+    def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]], float]:
+        """Each view's row KL and error of v by layer (none where v is not stored), and the views' injected error."""
         run, coder = self._run, self._coder
         pixels_BHWC = torch.from_numpy(np.stack([view.pixels_HWC for view in views]))
         codes_BLTC = torch.from_numpy(np.stack([view.codes_LTC for view in views])).to(run.device)
         layers = run.factors(self._capture, pixels_BHWC)
-        row_kl_BL = [
-            layer_row_kl(coder, [live.select(one) for live in layers], codes_BLTC[one])
-            for one in (slice(row, row + 1) for row in range(len(views)))
-        ]
-        return row_kl_BL, injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
+        row_kl_BL: list[tuple[float, ...]] = []
+        v_error_BL: list[tuple[float, ...]] = []
+        for one in (slice(row, row + 1) for row in range(len(views))):
+            live = [layer.select(one) for layer in layers]
+            row_kl_BL.append(layer_row_kl(coder, live, codes_BLTC[one]))
+            if (v_error_L := layer_v_error(coder, live, codes_BLTC[one])) is not None:
+                v_error_BL.append(v_error_L)
+        return row_kl_BL, v_error_BL, injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
 
 
 def _judge(path: Path, fidelity: Fidelity, report: Report) -> None:
@@ -229,4 +249,12 @@ def _judge(path: Path, fidelity: Fidelity, report: Report) -> None:
         report.add(
             f"{path}: with decoded maps the teacher's features are off by {fidelity.injected_error:.3g} on average "
             f"over {fidelity.num_views} views, the limit is {fidelity.injected_error_limit:.3g}."
+        )
+    if fidelity.v_error is None or fidelity.v_error_limit is None or fidelity.worst_v_error is None:
+        return
+    v_limit = fidelity.v_error_limit
+    if not (fidelity.v_error <= v_limit and fidelity.worst_v_error <= _TIMES_A_VIEW * v_limit):
+        report.add(
+            f"{path}: decoded v is off by {fidelity.v_error:.3g} on average over {fidelity.num_views} views, the limit "
+            f"is {v_limit:.3g}; in the worst view by {fidelity.worst_v_error:.3g}."
         )

@@ -9,7 +9,7 @@ from atcache.codecs.fidelity import row_kl
 from atcache.tokens import TokenLayout
 
 
-def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1, layers=(0, 2)):
+def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1, layers=(0, 2), v_head_dim=0):
     return FactorGeometry(
         layers=layers,
         heads=tuple(range(num_heads)),
@@ -18,6 +18,7 @@ def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1
         head_dim=head_dim,
         tokens=TokenLayout(num_prefix_tokens=prefix, grid_height=grid[0], grid_width=grid[1]),
         scale=head_dim**-0.5,
+        v_head_dim=v_head_dim,
     )
 
 
@@ -25,11 +26,17 @@ def make_factors(geometry, batch=2, seed=0, size=1.0):
     generator = torch.Generator().manual_seed(seed)
     tokens = geometry.tokens.num_tokens
 
-    def draw(heads):
-        return torch.randn(batch, heads, tokens, geometry.head_dim, generator=generator) * size
+    def draw(heads, width):
+        return torch.randn(batch, heads, tokens, width, generator=generator) * size
 
+    num_kv_heads, width, v_width = geometry.num_kv_heads, geometry.head_dim, geometry.v_head_dim
     return [
-        LayerFactors(q_BHTD=draw(len(geometry.heads)), k_BHTD=draw(geometry.num_kv_heads), scale=geometry.scale)
+        LayerFactors(
+            q_BHTD=draw(len(geometry.heads), width),
+            k_BHTD=draw(num_kv_heads, width),
+            scale=geometry.scale,
+            v_BHTD=draw(num_kv_heads, v_width) if v_width else None,
+        )
         for _ in geometry.layers
     ]
 

@@ -221,7 +221,8 @@ def test_a_layer_or_head_that_is_not_stored_is_a_miss_that_lists_those_that_are(
 
 
 def test_factors_give_the_maps_and_what_was_stored(cache, expected_LVSHQK):
-    q_VSHTD, k_VSHTD, scale, bias_HQK = cache.factors(layer=4)
+    q_VSHTD, k_VSHTD, scale, bias_HQK, v_VSHTD = cache.factors(layer=4)
+    assert v_VSHTD is None
     stored = draw_factors(48, BIAS_LHQK)[1][1]
     assert np.array_equal(q_VSHTD[1, 5].compute(), stored.q_BHTD[5].numpy())
     assert np.array_equal(k_VSHTD[1, 5].compute(), stored.k_BHTD[5].numpy())

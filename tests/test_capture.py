@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from atcache.attention.capture import FactorCapture, check_capture, find_blocks, parse_indices, token_layout
+from atcache.attention.factors import FactorGeometry
 from atcache.errors import ConfigError, UnsupportedAttentionError
 
 SIZE = 48
@@ -107,6 +109,39 @@ def test_a_model_given_its_captured_maps_gives_its_own_output(family):
             wrong = model(images)
     torch.testing.assert_close(given, expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(wrong, expected, atol=1e-3, rtol=1e-3)
+
+
+class GivenValues(TorchFunctionMode):
+    """Attention to given values instead of its own."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = iter(values)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            return func(query, key, next(self.values, value), *args[3:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_a_model_given_its_captured_values_gives_its_own_output(family):
+    model = make(family)
+    images = some_images(model)
+    geometry = check_capture(model, images, with_values=True).geometry
+    values = [layer.v_BHTD for layer in FactorCapture(model, with_values=True)(images)]
+    assert values[0].shape == (2, geometry.num_kv_heads, geometry.tokens.num_tokens, geometry.v_head_dim)
+    assert all(v_BHTD.untyped_storage().nbytes() == v_BHTD.numel() * 4 for v_BHTD in values)
+    with torch.no_grad():
+        expected = model(images)
+        with GivenValues(values):
+            given = model(images)
+        with GivenValues([v_BHTD.flip(1) for v_BHTD in values]):
+            wrong = model(images)
+    torch.testing.assert_close(given, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(wrong, expected, atol=1e-3, rtol=1e-3)
+    assert FactorCapture(model)(images)[0].v_BHTD is None
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -225,13 +260,13 @@ def test_boolean_and_causal_masks_become_biases(mask):
 
 
 class Grouped(torch.nn.Module):
-    """Four query heads on two key heads, grouped by the attention call itself."""
+    """Four query heads on two key heads, grouped by the attention call itself; values half as wide."""
 
     def forward(self, tokens, **_ignored):
         query = tokens.reshape(*tokens.shape[:2], 4, -1).transpose(1, 2)
-        key = query[:, :2] * 0.7
-        out = functional.scaled_dot_product_attention(query, key, key, enable_gqa=True, scale=0.5)
-        return out.transpose(1, 2).reshape(tokens.shape)
+        key, value = query[:, :2] * 0.7, query[:, 2:, :, ::2]
+        out = functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=0.5)
+        return out.repeat(1, 1, 1, 2).transpose(1, 2).reshape(tokens.shape)
 
 
 def test_grouped_key_heads_are_kept_once_and_repeated_for_chosen_heads():
@@ -247,6 +282,21 @@ def test_grouped_key_heads_are_kept_once_and_repeated_for_chosen_heads():
     assert chosen.geometry.num_kv_heads == 2
     assert chosen.geometry.heads == (1, 2)
     torch.testing.assert_close(factors.maps(), whole[:, [1, 2]])
+
+
+def test_grouped_values_are_kept_once_in_their_own_width():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=SIZE, depth=2, num_heads=4).eval()
+    for block in model.blocks:
+        block.attn = Grouped()
+    images = some_images(model)
+    geometry, _ = check_capture(model, images, with_values=True)
+    assert (geometry.num_kv_heads, geometry.head_dim, geometry.v_head_dim) == (2, 48, 24)
+    assert FactorGeometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
+    whole = FactorCapture(model, with_values=True)(images)[1]
+    chosen = FactorCapture(model, heads=[1, 2], with_values=True)(images)[1]
+    assert whole.v_BHTD.shape == (2, 2, 10, 24)
+    torch.testing.assert_close(chosen.v_BHTD, whole.v_BHTD)  # head 1 uses the first, head 2 the second
+    torch.testing.assert_close(whole.select_heads([3, 0]).v_BHTD, whole.v_BHTD.flip(1))
 
 
 def test_chosen_layers_and_heads_are_those_of_the_whole_capture():

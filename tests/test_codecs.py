@@ -13,7 +13,7 @@ from made_factors import decode, make_factors, make_geometry, mean_row_kl
 
 from atcache.attention.factors import LayerFactors, LayerMaps
 from atcache.codecs import codec_from_json, parse_codec
-from atcache.codecs.fidelity import row_kl
+from atcache.codecs.fidelity import row_kl, value_error
 from atcache.errors import CodecError
 
 CODEC_NAMES = ["exact", "exact:dtype=float32", "int8", "logmap", "logmap:bits=8", "transform"]
@@ -146,6 +146,51 @@ def test_codecs_of_q_and_k_refuse_maps_and_name_the_codec_that_takes_them(name):
     maps = make_maps(make_geometry())
     with pytest.raises(CodecError, match=f"codec {name} stores q and k, but .* Use --codec logmap"):
         make_coder(name, geometry, maps).encode(maps)
+
+
+# The most a component of v may be off, as a share of its vector's largest: half a step, and float16's rounding.
+V_BOUND = {"exact": 2**-11, "exact:dtype=float32": 0.0, "int8": 1 / 254 + 2**-11}
+
+
+@pytest.mark.parametrize("name", V_BOUND)
+class TestValues:
+    def test_they_come_back_within_the_stated_error_and_in_their_own_shape(self, name):
+        geometry = make_geometry(num_heads=4, num_kv_heads=2, v_head_dim=12)
+        layers = make_factors(geometry)
+        coder = make_coder(name, geometry, layers)
+        codes_BLTC = coder.encode(layers)
+        assert codes_BLTC.shape[3] == coder.num_components == {"int8": 6 * 10 + 2 * 14}.get(name, 6 * 8 + 2 * 12)
+        for position, layer in enumerate(layers):
+            decoded = decode(coder, position, codes_BLTC)
+            assert decoded.v_BHTD.shape == layer.v_BHTD.shape
+            error_BHTD = (decoded.v_BHTD - layer.v_BHTD).abs()
+            assert bool((error_BHTD <= V_BOUND[name] * layer.v_BHTD.abs().amax(-1, keepdim=True)).all())
+            assert value_error(layer, decoded) == pytest.approx(
+                float((decoded.v_BHTD - layer.v_BHTD).norm() / layer.v_BHTD.norm()), rel=1e-3
+            )
+
+    def test_they_lie_behind_q_and_k_whose_codes_they_leave_alone(self, name):
+        geometry = make_geometry(v_head_dim=8)
+        layers = make_factors(geometry)
+        coder = make_coder(name, geometry, layers)
+        alone = make_coder(name, replace(geometry, v_head_dim=0), layers)
+        codes_BLTC = alone.encode([replace(layer, v_BHTD=None) for layer in layers])
+        assert torch.equal(coder.encode(layers)[..., : alone.num_components], codes_BLTC)
+        assert decode(alone, 0, codes_BLTC).v_BHTD is None
+
+    def test_what_does_not_fit_is_named_by_layer(self, name):
+        geometry = make_geometry(v_head_dim=8)
+        layers = make_factors(geometry)
+        layers[1].v_BHTD[0, 0, 0, 0] = math.inf
+        with pytest.raises(CodecError, match="layer 2: a factor of size inf"):
+            make_coder(name, geometry, layers).encode(layers)
+
+
+@pytest.mark.parametrize("name", ["transform", "logmap"])
+def test_codecs_of_maps_refuse_values_and_name_those_that_take_them(name):
+    geometry = make_geometry(v_head_dim=8)
+    with pytest.raises(CodecError, match=f"codec {name} codes what the maps need, .* Use --codec int8 or exact"):
+        make_coder(name, geometry, make_factors(geometry))
 
 
 @pytest.mark.parametrize("bits", range(4, 9))

@@ -35,7 +35,7 @@ def expected(path: Path, what: str) -> np.ndarray:
 
 
 def test_each_format_has_caches_of_every_kind():
-    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels", "logmap", "mixed", "transform"]
+    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels", "logmap", "mixed", "transform", "values"]
     for number in range(1, FORMAT + 1):
         assert sorted(path.stem for path in CACHES if path.parent.name == f"format-{number}") == kinds
 
@@ -52,13 +52,19 @@ def test_maps_are_what_they_were(path):
     assert attn_LVSHQK.max() > 0.3, "maps near uniform would prove little"
 
 
-@every_cache
-def test_the_documented_reader_gives_the_same_maps_without_atcache(path):
+def documented_reader() -> dict[str, Any]:
+    """What the code in docs/format.md defines, by name."""
     page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert "atcache import" not in code
     names: dict[str, Any] = {}
     exec(code, names)
+    return names
+
+
+@every_cache
+def test_the_documented_reader_gives_the_same_maps_without_atcache(path):
+    names = documented_reader()
     for position, attn_VSHQK in enumerate(expected(path, "maps_LVSHQK")):
         for row, sample in enumerate(MAPS_OF_SAMPLES):
             assert np.allclose(names["read_maps"](path, 0, sample, position), attn_VSHQK[0, row], atol=1e-5, rtol=0)
@@ -102,6 +108,17 @@ def test_zarr_python_reads_the_same_codes(path):
             assert np.array_equal(reader.read_codes(view, sample), codes_VSLTC[view, sample])
 
 
+def test_values_are_what_they_were_and_the_documented_reader_gives_them():
+    for path in GOLDEN.glob("format-*/values.zarr"):
+        cache, reader = open_golden(path), documented_reader()
+        for position, v_VSHTD in enumerate(expected(path, "v_LVSHTD")):
+            decoded = cache.factors(layer=cache.geometry.layers[position]).v_VSHTD[:, list(MAPS_OF_SAMPLES)].compute()
+            assert np.array_equal(decoded, v_VSHTD)
+            for row, sample in enumerate(MAPS_OF_SAMPLES):
+                assert np.array_equal(reader["read_values"](path, 0, sample, position), v_VSHTD[0, row])
+        assert np.ptp(v_VSHTD) > 0.1
+
+
 def test_a_bias_is_part_of_the_maps():
     for path in GOLDEN.glob("format-*/int8-bias.zarr"):
         bias_LHQK = open_golden(path).reader.bias_LHQK
@@ -110,4 +127,4 @@ def test_a_bias_is_part_of_the_maps():
 
 
 def test_golden_caches_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 400_000
+    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 450_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -52,7 +53,9 @@ def own_factors(model, images):
     layers = {}
 
     def keep(call):
-        layers[call.block] = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
+        layers[call.block] = LayerFactors(
+            q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias(), v_BHTD=call.value
+        )
         return call.run()
 
     with torch.no_grad(), AttentionIntercept(model.blocks, keep):
@@ -90,17 +93,46 @@ def test_copying_its_own_attention_changes_nothing_and_drops_q_and_k(kind, image
     assert not [name for name, _ in student.named_parameters() if "qkv" in name or "q_proj" in name or "k_proj" in name]
 
 
-def copy_student(model, layers, chosen, heads=None):
+def copy_student(model, layers, chosen, heads=None, what="map"):
     own = copy.deepcopy(model)
-    return CopyStudent(own, own.blocks, Pairing.equal(geometry_of(layers, heads), chosen))
+    return CopyStudent(own, own.blocks, Pairing.equal(geometry_of(layers, heads), chosen, what=what))
 
 
-def test_every_remaining_parameter_of_a_copy_student_gets_a_gradient(images):
-    model = make_model("vit_tiny_patch16_224", patch_size=8)
-    teacher, layers, _ = own_factors(model, images)
-    student = copy_student(model, layers, (0, 1))
+@pytest.mark.parametrize("kind", VALUE_ONLY_MODELS)
+def test_copying_its_own_values_changes_nothing_and_drops_theirs_alone(kind, images):
+    name, kwargs = VALUE_ONLY_MODELS[kind]
+    model = make_model(name, **kwargs)
+    teacher, layers, logits = own_factors(model, images)
+    student = copy_student(model, layers, (0, 1), what="v")
+    torch.testing.assert_close(student(images, teacher), logits, rtol=1e-5, atol=1e-6)
+    own, theirs = (dict(m.blocks[0].attn.named_parameters()) for m in (student.model, model))
+    num_dropped = 32 * 32 + 32 * any(name in theirs for name in ("qkv.bias", "v_bias", "v_proj.bias"))
+    assert sum(p.numel() for p in theirs.values()) - sum(p.numel() for p in own.values()) == num_dropped
     student(images, teacher).square().sum().backward()
     assert [name for name, p in student.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", VALUE_ONLY_MODELS)
+def test_copying_its_own_map_and_values_leaves_what_comes_behind_them(kind, images):
+    name, kwargs = VALUE_ONLY_MODELS[kind]
+    model = make_model(name, **kwargs)
+    teacher, layers, logits = own_factors(model, images)
+    student = copy_student(model, layers, (0, 1), what="qkv")
+    torch.testing.assert_close(student(images, teacher), logits, rtol=1e-4, atol=1e-5)
+    kept = {name.split(".")[0] for name, _ in student.model.blocks[0].attn.named_parameters()}
+    assert "proj" in kept
+    assert kept <= {"proj", "norm", "gate"}
+
+
+@pytest.mark.parametrize("what", ["map", "v", "qkv"])
+def test_every_remaining_parameter_of_a_copy_student_gets_a_gradient(what, images):
+    model = make_model("vit_tiny_patch16_224", patch_size=8)
+    teacher, layers, _ = own_factors(model, images)
+    student = copy_student(model, layers, (0, 1), what=what)
+    student(images, teacher).square().sum().backward()
+    unused = [name for name, p in student.named_parameters() if p.grad is None]
+    # With map and v of a layer given, its first norm has nothing to normalise for.
+    assert unused == [f"model.blocks.{i}.norm1.{w}" for i in (0, 1) for w in ("weight", "bias")] * (what == "qkv")
 
 
 class LinearOutputs(TorchFunctionMode):
@@ -117,16 +149,17 @@ class LinearOutputs(TorchFunctionMode):
         return result
 
 
-def test_a_copy_student_projects_v_only(images):
+@pytest.mark.parametrize(("what", "expected"), [("map", [32]), ("v", [64]), ("qkv", [])])
+def test_a_copy_student_projects_only_what_it_is_not_given(what, expected, images):
     model = make_model("vit_tiny_patch16_224", patch_size=8)
     teacher, layers, _ = own_factors(model, images)
-    student = copy_student(model, layers, (0, 1))
+    student = copy_student(model, layers, (0, 1), what=what)
     with LinearOutputs() as copied:
         student(images, teacher)
     with LinearOutputs() as stock:
         model(images)
     assert stock.widths == [96, 32, 128, 32] * 2 + [5]
-    assert copied.widths == [32, 32, 128, 32] * 2 + [5]
+    assert copied.widths == [*expected, 32, 128, 32] * 2 + [5]
 
 
 def kept_for_backward(run):
@@ -157,13 +190,13 @@ def test_neither_student_keeps_a_token_by_token_matrix(images):
                            for shape in kept_for_backward(lambda: model(images))]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["copy", "distill"])
+@pytest.mark.parametrize("mode", ["copy", "copy v", "distill"])
 def test_a_compiled_student_is_one_graph_for_all_batches_and_computes_the_same(mode, images):
     # Traced, with the backward pass, but not made machine code: that takes minutes on a busy machine.
     model, other = make_model("vit_tiny_patch16_224", patch_size=8), make_model("vit_tiny_patch16_224", 7, patch_size=8)
     _, layers, _ = own_factors(other, images)
-    if mode == "copy":
-        student = copy_student(model, layers, (0, 1))
+    if mode != "distill":
+        student = copy_student(model, layers, (0, 1), what="map" if mode == "copy" else "v")
     else:
         student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
     torch.compiler.reset()
@@ -175,7 +208,7 @@ def test_a_compiled_student_is_one_graph_for_all_batches_and_computes_the_same(m
         for run in (student, compiled):
             student.zero_grad()
             out = run(batch, teacher)
-            loss = out.square().mean() if mode == "copy" else out[0].square().mean() + out[1]
+            loss = out[0].square().mean() + out[1] if mode == "distill" else out.square().mean()
             loss.backward()
             found.append([loss.detach(), *(p.grad for p in student.parameters())])
         for one, other_one in zip(*found, strict=True):
@@ -320,7 +353,38 @@ def test_copying_its_own_q_or_k_keeps_its_own_bias(images):
         torch.testing.assert_close(student(images, teacher), logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["q", "k", "qk"])
+@pytest.mark.parametrize("what", ["v", "qkv"])
+@pytest.mark.parametrize("heads", [(0, 1), (1,)])
+def test_copying_values_uses_the_given_ones_in_the_given_heads(what, heads, teacher_and_student, images):
+    _, layers, model = teacher_and_student
+
+    def by_the_formula(call):
+        q_BHTD, k_BHTD, v_BHTD = call.query.clone(), call.key.clone(), call.value.clone()
+        for own_BHTD, name in ((q_BHTD, "q"), (k_BHTD, "k"), (v_BHTD, "v")):
+            if name in what:
+                own_BHTD[:, list(heads)] = layers[call.block].repeated(name)[:, list(heads)]
+        return softmax_attention(q_BHTD, k_BHTD, v_BHTD, call.scale)
+
+    with AttentionIntercept(model.blocks, by_the_formula):
+        expected = model(images)
+    assert not torch.allclose(expected, model(images), atol=1e-3)
+    student = copy_student(model, layers, (0, 1), heads, what)
+    logits = student(images, LiveFactors(layers, heads=(0, 1)))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["v", "qkv"])
+def test_attention_inside_the_block_is_given_values_by_interception(what, images):
+    parallel = timm.models.vision_transformer.ParallelScalingBlock
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, patch_size=8, block_fn=parallel).eval()
+    teacher, layers, logits = own_factors(model, images)
+    student = copy_student(model, layers, (0, 1), what=what)
+    torch.testing.assert_close(student(images, teacher), logits, rtol=1e-4, atol=1e-5)
+    negative = LiveFactors({block: replace(layer, v_BHTD=-layer.v_BHTD) for block, layer in layers.items()})
+    assert not torch.allclose(student(images, negative), logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("what", ["q", "k", "qk", "v", "qkv"])
 def test_factors_are_distilled_by_their_mean_squared_error(what, teacher_and_student, images):
     teacher, theirs, model = teacher_and_student
     _, own, expected_logits = own_factors(model, images)
@@ -335,7 +399,7 @@ def test_factors_are_distilled_by_their_mean_squared_error(what, teacher_and_stu
     torch.testing.assert_close(loss, torch.stack(errors).mean())
     loss.backward()
     q_grad, k_grad, v_grad = model.blocks[1].attn.qkv.weight.grad.view(3, -1).abs().sum(1)
-    assert (bool(q_grad > 0), bool(k_grad > 0), float(v_grad)) == ("q" in what, "k" in what, 0.0)
+    assert [bool(grad > 0) for grad in (q_grad, k_grad, v_grad)] == [name in what for name in "qkv"]
 
 
 def test_layers_and_heads_go_where_the_pairing_says(teacher_and_student, images):

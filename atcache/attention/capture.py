@@ -1,4 +1,5 @@
-"""Seeing a model's factors: q and k as they arrive at `scaled_dot_product_attention`, for any plain timm ViT.
+"""Seeing a model's factors: q, k and, where wanted, v as they arrive at `scaled_dot_product_attention`, for any plain
+timm ViT.
 
 Interception happens at the call: q/k norms, rotary embeddings and biases of every family are already in, and the model
 keeps its fused attention, so no map is ever formed. Blocks whose heads exchange logits (CaiT's talking heads) have no
@@ -37,12 +38,17 @@ class CaptureCheck(NamedTuple):
 class FactorCapture:
     """Runs a model up to its last wanted layer and returns the factors, or maps, of the wanted layers.
 
-    Nothing stays on the model between calls, and nothing of v is kept, nor of a map where there are factors. One
-    object is for one thread.
+    Nothing stays on the model between calls, and nothing is kept of v unless it is wanted, nor of a map where there are
+    factors. One object is for one thread.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        *,
+        with_values: bool = False,
     ) -> None:
         """Choose what to capture.
 
@@ -50,6 +56,7 @@ class FactorCapture:
             model: a timm ViT; in eval mode, or at least without attention dropout.
             layers: block indices, ascending; all when None.
             heads: head indices, ascending, the same in each layer; all when None.
+            with_values: whether factors come with v.
 
         Raises:
             UnsupportedAttentionError: the model has no blocks, or is of a class that is known not to work.
@@ -62,6 +69,7 @@ class FactorCapture:
             layers=checked_indices(range(len(blocks)) if layers is None else layers, len(blocks), "layer"),
             heads=None if heads is None else tuple(heads),
             tokens=token_layout(model),
+            with_values=with_values,
         )
         self._geometry: FactorGeometry | None = None
 
@@ -120,6 +128,7 @@ class FactorCapture:
             tokens=self.request.tokens,
             scale=shape.scale,
             kind="maps" if isinstance(layers[0], LayerMaps) else "factors",
+            v_head_dim=shape.v_head_dim,
         )
 
 
@@ -129,14 +138,16 @@ class _Shape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
     scale: float
 
 
 def _shape_of(layer: LayerAttention) -> _Shape:
     num_heads = layer.shape_BHT[1]
     if isinstance(layer, LayerMaps):
-        return _Shape(num_heads, num_heads, 0, 1.0)
-    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], layer.scale)
+        return _Shape(num_heads, num_heads, 0, 0, 1.0)
+    v_head_dim = 0 if layer.v_BHTD is None else layer.v_BHTD.shape[3]
+    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], v_head_dim, layer.scale)
 
 
 def check_capture(
@@ -144,6 +155,8 @@ def check_capture(
     images: Tensor,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    *,
+    with_values: bool = False,
 ) -> CaptureCheck:
     """The geometry and the bias, after checking on one batch all that capture relies on.
 
@@ -156,11 +169,12 @@ def check_capture(
         images: normalised, shape (batch, 3, height, width). Two to four are enough: maps are formed here.
         layers: as in `FactorCapture`.
         heads: as in `FactorCapture`.
+        with_values: as in `FactorCapture`.
 
     Raises:
         UnsupportedAttentionError: one of these does not hold; the message says which, and of which layer.
     """
-    capture = FactorCapture(model, layers, heads)
+    capture = FactorCapture(model, layers, heads, with_values=with_values)
     layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
     if capture.geometry.kind == "maps":
         _check_mixed_maps(model, capture.request.blocks, capture.layers, images)
@@ -214,13 +228,12 @@ def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[
         )
 
 
-def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, value: Tensor, output: Tensor) -> None:
+def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, output: Tensor) -> None:
     """The model's own attention output must be maps @ v; this catches a wrong scale, bias or head order."""
     attn_BHQK = factors.maps()
     _check_rows(model, layer, attn_BHQK)
-    groups = attn_BHQK.shape[1] // value.shape[1]
-    with torch.autocast(value.device.type, enabled=False):
-        expected = attn_BHQK @ value.float().repeat_interleave(groups, dim=1)
+    with torch.autocast(attn_BHQK.device.type, enabled=False):
+        expected = attn_BHQK @ factors.repeated_v_BHTD().float()
     _check_output(model, layer, "softmax(scale q k^T + bias) v", expected, output)
 
 
@@ -245,10 +258,11 @@ def _check_output(model: nn.Module, layer: int, formula: str, expected: Tensor, 
 
 
 def _check_finite(model: nn.Module, layer: int, factors: LayerFactors) -> None:
-    if not bool(torch.isfinite(factors.q_BHTD).all() and torch.isfinite(factors.k_BHTD).all()):
-        raise UnsupportedAttentionError(
-            f"{model_label(model)}: q or k of layer {layer} is not finite. Try precision fp32."
-        )
+    for name, factor in (("q", factors.q_BHTD), ("k", factors.k_BHTD), ("v", factors.v_BHTD)):
+        if factor is not None and not bool(torch.isfinite(factor).all()):
+            raise UnsupportedAttentionError(
+                f"{model_label(model)}: {name} of layer {layer} is not finite. Try precision fp32."
+            )
 
 
 def _same_bias(one: Tensor | None, other: Tensor | None) -> bool:

@@ -40,6 +40,8 @@ class FactorGeometry:
     """What q k^T is multiplied by before the softmax, usually head_dim ** -0.5; 1 for maps."""
     kind: AttentionKind = "factors"
     """What the teacher hands over."""
+    v_head_dim: int = 0
+    """Components of v in a head, `num_kv_heads` heads; 0 where v is not kept."""
 
     @property
     def map_nbytes(self) -> int:
@@ -47,7 +49,7 @@ class FactorGeometry:
         return len(self.layers) * len(self.heads) * self.tokens.num_tokens**2 * 2
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object; `kind` only where it is not factors: older caches do not have it."""
+        """The fields as a JSON object; the last two only where they are not their defaults: older caches lack them."""
         fields: dict[str, Any] = {
             "layers": list(self.layers),
             "heads": list(self.heads),
@@ -57,7 +59,11 @@ class FactorGeometry:
             "tokens": self.tokens.to_json(),
             "scale": self.scale,
         }
-        return fields if self.kind == "factors" else {**fields, "kind": self.kind}
+        if self.kind != "factors":
+            fields["kind"] = self.kind
+        if self.v_head_dim:
+            fields["v_head_dim"] = self.v_head_dim
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> FactorGeometry:
@@ -82,12 +88,19 @@ class LayerFactors:
     """Multiplies q k^T."""
     bias: Tensor | None = None
     """Added to the logits: shape (1 or batch, 1 or head, token, token), float; None for none."""
+    v_BHTD: Tensor | None = None
+    """Values, of k's batch, heads and tokens, any head dim; no part of the map. None where they are not kept."""
 
     def __post_init__(self) -> None:
         if self.q_BHTD.ndim != 4 or self.k_BHTD.ndim != 4 or self.q_BHTD.shape[-2:] != self.k_BHTD.shape[-2:]:
             raise AttentionShapeError(
                 f"factors of shapes {tuple(self.q_BHTD.shape)} and {tuple(self.k_BHTD.shape)}: expected "
                 "(batch, head, token, head dim) for both, with equal tokens and head dim."
+            )
+        if self.v_BHTD is not None and (self.v_BHTD.ndim != 4 or self.v_BHTD.shape[:3] != self.k_BHTD.shape[:3]):
+            raise AttentionShapeError(
+                f"v of shape {tuple(self.v_BHTD.shape)} beside k of {tuple(self.k_BHTD.shape)}: expected (batch, head, "
+                "token, head dim), the first three equal."
             )
 
     @property
@@ -97,8 +110,27 @@ class LayerFactors:
 
     def repeated_k_BHTD(self) -> Tensor:
         """Keys with one head for every head of q: k itself, or repeated under grouped-query attention."""
-        groups = self.q_BHTD.shape[1] // self.k_BHTD.shape[1]
-        return self.k_BHTD if groups == 1 else self.k_BHTD.repeat_interleave(groups, dim=1)
+        return self._repeated(self.k_BHTD)
+
+    def repeated_v_BHTD(self) -> Tensor:
+        """Values with one head for every head of q, as `repeated_k_BHTD`.
+
+        Raises:
+            AttentionShapeError: v was not kept.
+        """
+        if self.v_BHTD is None:
+            raise AttentionShapeError("v is wanted, but these factors have q and k only. Capture or build with v.")
+        return self._repeated(self.v_BHTD)
+
+    def repeated(self, name: str) -> Tensor:
+        """The factor "q", "k" or "v" with one head for every head of q."""
+        if name == "q":
+            return self.q_BHTD
+        return self.repeated_k_BHTD() if name == "k" else self.repeated_v_BHTD()
+
+    def _repeated(self, grouped_BHTD: Tensor) -> Tensor:
+        groups = self.q_BHTD.shape[1] // grouped_BHTD.shape[1]
+        return grouped_BHTD if groups == 1 else grouped_BHTD.repeat_interleave(groups, dim=1)
 
     def maps(self) -> Tensor:
         """The maps, attn_BHQK float32: probabilities, rows along K sum to 1."""
@@ -122,16 +154,18 @@ class LayerFactors:
             k_BHTD=self.k_BHTD[samples],
             scale=self.scale,
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
+            v_BHTD=None if self.v_BHTD is None else self.v_BHTD[samples],
         )
 
     def select_heads(self, heads: Sequence[int]) -> LayerFactors:
-        """The factors of some heads of q, by position and in the order given; grouped keys are repeated."""
+        """The factors of some heads of q, by position and in the order given; grouped keys and values are repeated."""
         index = list(heads)
         return LayerFactors(
             q_BHTD=self.q_BHTD[:, index],
             k_BHTD=self.repeated_k_BHTD()[:, index],
             scale=self.scale,
             bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
+            v_BHTD=None if self.v_BHTD is None else self.repeated_v_BHTD()[:, index],
         )
 
 

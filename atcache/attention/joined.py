@@ -36,9 +36,13 @@ class JoinedFactors:
         if len(factors) < len(layers):
             return LayerMaps(attn_BHQK=self._joined([layer.maps() for layer in layers]))
         # The bias is the teacher's own, and so one for all. By name, since not all factors have all of them.
-        names = [field.name for field in fields(LayerFactors) if field.name.endswith("_BHTD")]
-        kept = [name for name in names if getattr(factors[0], name) is not None]
-        return replace(factors[0], **{name: self._joined([getattr(part, name) for part in factors]) for name in kept})
+        parts = {
+            field.name: [getattr(part, field.name) for part in factors]
+            for field in fields(LayerFactors)
+            if field.name.endswith("_BHTD")
+        }
+        joined = {name: None if any(part is None for part in of) else self._joined(of) for name, of in parts.items()}
+        return replace(factors[0], **joined)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Each part's rows in their places; under autocast some codecs decode to its type, others to float32."""

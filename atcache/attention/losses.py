@@ -8,7 +8,7 @@ the logits, two for the gradients of q and k, nothing recomputed in backward, no
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,26 +62,25 @@ def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Te
     return F.cross_entropy(logits_BHQK.float().flatten(0, 2), teacher.maps().flatten(0, 2))
 
 
-def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: Literal["qk", "q", "k"]) -> Tensor:
-    """Mean squared error of the student's q or k to the teacher's, or the mean of both: an ablation of the paper.
+def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: str) -> Tensor:
+    """Mean squared error of the student's factors to the teacher's: an ablation of the paper.
+
+    Each factor as it arrives at the attention call: behind q/k norm and rotary embedding, and v before any gate. Its
+    error is the mean over batch, heads, tokens and head dim; that of several factors is the mean of theirs.
 
     Args:
         teacher: the layer's factors, constants.
         student: the student's own factors of the same layer; same shapes.
-        what: which of the two; "qk" for both.
+        what: which of q, k and v, such as "q" or "qk".
 
     Returns:
         A float32 scalar.
 
     Raises:
-        AttentionShapeError: shapes differ.
+        AttentionShapeError: shapes differ, or v is wanted of factors without.
     """
     _check_shapes(teacher.shape_BHT, student.shape_BHT)
-    errors = {
-        "q": (student.q_BHTD, teacher.q_BHTD),
-        "k": (student.repeated_k_BHTD(), teacher.repeated_k_BHTD()),
-    }
-    losses = [F.mse_loss(own.float(), given.float()) for own, given in (errors[one] for one in what)]
+    losses = [F.mse_loss(student.repeated(one).float(), teacher.repeated(one).float()) for one in what]
     return torch.stack(losses).mean()
 
 

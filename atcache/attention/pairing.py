@@ -9,9 +9,11 @@ from typing import Any, Literal, Protocol, get_args
 from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
 from atcache.errors import ConfigError, TeacherError
 
-What = Literal["map", "qk", "q", "k"]
-"""The map; q and k; one of them, beside the student's own other one."""
+What = Literal["map", "qk", "q", "k", "v", "qkv"]
+"""The map; q and k; one of q, k and v, beside the student's own others; all three."""
 WHATS: tuple[What, ...] = get_args(What)
+OF_VALUES: frozenset[What] = frozenset({"v", "qkv"})
+"""Those that need v."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +70,11 @@ class Pairing:
         """Whether no head of the student is left free in these layers."""
         return len(self.heads) == self.num_student_heads
 
+    @property
+    def needs_values(self) -> bool:
+        """Whether v is transferred, alone or with others."""
+        return self.what in OF_VALUES
+
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return {
@@ -113,7 +120,7 @@ class PairedFactors:
         return attention if self._positions is None else attention.select_heads(self._positions)
 
     def factors(self, block: int) -> LayerFactors:
-        """The same, where q and k themselves are wanted.
+        """The same, where q, k or v themselves are wanted.
 
         Raises:
             ConfigError: the teacher's side has maps only.
@@ -121,7 +128,7 @@ class PairedFactors:
         attention = self.layer(block)
         if not isinstance(attention, LayerFactors):
             raise ConfigError(
-                "q and k are wanted, but only maps are there. Leave --what out, or take a cache with both."
+                "factors are wanted, but only maps are there. Leave --what out, or take a cache with q and k."
             )
         return attention
 
@@ -151,9 +158,16 @@ def check_student(geometry: FactorGeometry, student: FactorGeometry, pairing: Pa
     if "maps" in (geometry.kind, student.kind):
         whose = "teacher" if geometry.kind == "maps" else "student"
         raise TeacherError(
-            f"--what {pairing.what} is for q and k, but the {whose}'s maps are no softmax of one q k^T. Leave it out."
+            f"--what {pairing.what} is for factors, but the {whose}'s maps are no softmax of one q k^T. Leave it out."
         )
-    if (student.head_dim, student.scale) != (geometry.head_dim, geometry.scale):
+    # What a live teacher hands over is known only when it runs; v is as wide as q in all of timm's ViTs.
+    v_head_dim = geometry.v_head_dim or geometry.head_dim
+    if pairing.needs_values and student.v_head_dim != v_head_dim:
+        raise TeacherError(
+            f"student {student_name} has a v of {student.v_head_dim} components a head, the teacher of {v_head_dim}. "
+            f"--what {pairing.what} needs equal ones."
+        )
+    if pairing.what != "v" and (student.head_dim, student.scale) != (geometry.head_dim, geometry.scale):
         raise TeacherError(
             f"student {student_name} has heads of {student.head_dim} components (scale {student.scale:.4g}), the "
             f"teacher of {geometry.head_dim} ({geometry.scale:.4g}). --what {pairing.what} needs equal ones."

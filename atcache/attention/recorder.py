@@ -1,4 +1,4 @@
-"""One forward of a model under observation: which block runs, and with what q and k, or what maps, it attends."""
+"""One forward of a model under observation: which block runs, and with what q, k and v, or what maps, it attends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LastLayerSeen(Exception):
     """Ends a forward that has nothing more to show; `FactorCapture` catches it."""
 
 
-OnCall = Callable[[nn.Module, int, LayerFactors, Tensor, Tensor], None]
+OnCall = Callable[[nn.Module, int, LayerFactors, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,6 +41,8 @@ class CaptureRequest:
     """Heads that are wanted, ascending; None for all."""
     tokens: TokenLayout
     """The tokens every block must have."""
+    with_values: bool = False
+    """Whether v is wanted too."""
 
 
 class Recorder(TorchFunctionMode):
@@ -52,7 +54,7 @@ class Recorder(TorchFunctionMode):
         Args:
             request: the model, and what of it is wanted.
             stop_at_call: False lets the last block finish, so that a second attention call in it is seen.
-            on_call: called with model, layer, all heads' factors, v and the attention's output; not for maps.
+            on_call: called with model, layer, all heads' factors with v, and the attention's output; not for maps.
         """
         super().__init__()
         self.request = request
@@ -118,10 +120,12 @@ class Recorder(TorchFunctionMode):
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
         self._check_call(layer, num_tokens, call)
-        self._record(layer, call.query.shape[1], _factors_of(call, self.request.heads))
+        self._record(
+            layer, call.query.shape[1], _factors_of(call, self.request.heads, with_values=self.request.with_values)
+        )
         output = func(*args, **arguments)
         if self.on_call is not None:
-            self.on_call(self.request.model, layer, _factors_of(call, None), call.value, output)
+            self.on_call(self.request.model, layer, _factors_of(call, None, with_values=True), output)
         return output
 
     def _record_maps(self, call: MapCall, num_tokens: int) -> Tensor:
@@ -189,8 +193,9 @@ class Recorder(TorchFunctionMode):
         return list(self.attention.values())
 
 
-def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None) -> LayerFactors:
+def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_values: bool) -> LayerFactors:
     query, key = call.query.detach(), call.key.detach()
+    value = call.value.detach() if with_values else None
     if query.dtype != call.value.dtype:
         # Only autocast allows this: a q/k norm leaves float32, and the call itself casts to the type v has.
         query, key = query.to(call.value.dtype), key.to(call.value.dtype)
@@ -200,7 +205,9 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None) -> LayerFact
         index = torch.tensor(heads, device=query.device)
         whole_groups = len(heads) == query.shape[1]
         query = query.index_select(1, index)
-        key = key if whole_groups else key.index_select(1, index // groups)
+        if not whole_groups:
+            key = key.index_select(1, index // groups)
+            value = None if value is None else value.index_select(1, index // groups)
         if bias is not None and bias.shape[1] > 1:
             bias = bias.index_select(1, index)
     return LayerFactors(
@@ -208,11 +215,12 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None) -> LayerFact
         k_BHTD=_owning(key),
         scale=float(call.scale),
         bias=bias,
+        v_BHTD=None if value is None else _owning(value),
     )
 
 
 def _owning(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own size: q and k are mostly views that would keep v alive."""
+    """The tensor in storage of its own size: q, k and v are mostly views of one tensor that holds all three."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

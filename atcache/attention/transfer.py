@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.given import TakesGiven, can_give_values, give_values
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.kernels import copy_attention
 from atcache.attention.losses import (
@@ -74,13 +75,16 @@ class LiveFactors:
         return self._layers[block]
 
 
-def attend_with_given(call: AttentionCall | MapCall, given: LayerAttention, heads: Sequence[int]) -> Tensor:
+def attend_with_given(
+    call: AttentionCall | MapCall, given: LayerAttention, heads: Sequence[int], *, with_values: bool = False
+) -> Tensor:
     """What an attention call returns when some heads attend with what is given, and the others with their own.
 
     Args:
         call: the call, on any timm ViT.
         given: factors or maps of the heads `heads`.
         heads: indices, ascending, of the heads that are given; where that is all, the call itself is not made.
+        with_values: whether these heads attend to the given v too, and not to their own; for factors with v.
 
     Returns:
         Shape (batch, head, token, head dim), or maps for a `MapCall`; no gradient reaches q and k of the given heads.
@@ -92,44 +96,51 @@ def attend_with_given(call: AttentionCall | MapCall, given: LayerAttention, head
         attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
         return attn_BHQK
     values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
-    if len(heads) == values_BHTD.shape[1]:
-        return copy_attention(given, values_BHTD)
+    all_heads = len(heads) == values_BHTD.shape[1]
+    values_BHTD = values_BHTD if all_heads else values_BHTD[:, heads]
+    if with_values:
+        assert isinstance(given, LayerFactors), "PairedFactors.factors refuses maps"
+        values_BHTD = given.repeated_v_BHTD().to(values_BHTD.dtype)
+    attended_BHTD = copy_attention(given, values_BHTD)
+    if all_heads:
+        return attended_BHTD
     outputs_BHTD = call.run().clone()
-    outputs_BHTD[:, heads] = copy_attention(given, values_BHTD[:, heads])
+    outputs_BHTD[:, heads] = attended_BHTD
     return outputs_BHTD
 
 
 def attend_with_one_factor(call: AttentionCall, given: LayerFactors, heads: Sequence[int], what: What) -> Tensor:
-    """What an attention call returns when some heads attend with a given q and their own k, or the other way round.
+    """What an attention call returns when some heads attend with a given q, k or v and with their own others.
 
     Args:
         call: the call, on any timm ViT; its own bias stays.
         given: factors of the heads `heads`, of the call's head dim.
         heads: indices, ascending, of the heads that are given one.
-        what: "q" or "k", the one that is given.
+        what: "q", "k" or "v", the one that is given.
 
     Returns:
         Shape (batch, head, token, head dim); gradients reach what is not given.
     """
-    own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale)
-    factors = {"q": own.q_BHTD.clone(), "k": own.repeated_k_BHTD().clone()}
-    factors[what][:, list(heads)] = (given.q_BHTD if what == "q" else given.repeated_k_BHTD()).to(call.query.dtype)
-    value_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
-    return replace(call, query=factors["q"], key=factors["k"], value=value_BHTD, enable_gqa=False).run()
+    own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, v_BHTD=call.value)
+    factors = {one: own.repeated(one) for one in ("q", "k", "v")}
+    factors[what] = factors[what].clone()
+    factors[what][:, list(heads)] = given.repeated(what).to(factors[what].dtype)
+    return replace(call, query=factors["q"], key=factors["k"], value=factors["v"], enable_gqa=False).run()
 
 
 class CopyStudent(nn.Module):
     """A timm ViT whose chosen layers attend as the teacher does; it learns everything else.
 
-    Where all heads of a layer are given, its attention module is replaced by `ValueOnlyAttention`: the weights of q and
-    k are gone, from the forward and from the optimizer. Where only some heads are given, or the attention is not a
-    module of its own, the layer keeps its weights and the given heads' outputs are put in. Where only q is given, or
-    only k, the layer keeps its weights too, the unused third of them included.
+    Where all heads of a layer are given their maps, its attention module is replaced by `ValueOnlyAttention`: the
+    weights of q and k are gone, from the forward and from the optimizer, and those of v where v is given too. Where v
+    alone is given, the module keeps its q and k, and `GivenValues` takes the place of v's weights. Where only some
+    heads are given, or the attention is not a module of its own, the layer keeps its weights and what is given is put
+    in. Where only q is given, or only k, the layer keeps its weights too, the unused third of them included.
 
     Args:
         model: a timm ViT with fresh weights; changed in place.
         blocks: its transformer blocks.
-        pairing: what it is given, and where: maps (given by q and k together), q, or k.
+        pairing: what it is given, and where: maps (given by q and k together), q, k, v, or maps and v.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
@@ -137,15 +148,12 @@ class CopyStudent(nn.Module):
         self.model = model
         self._blocks = [blocks]  # in a list, or the blocks would be registered a second time
         self._pairing = pairing
-        self._value_only: dict[int, ValueOnlyAttention] = {}
-        replaceable = pairing.all_heads and pairing.what == "map"
+        self._takers: dict[int, TakesGiven] = {}
         for index in pairing.student_layers:
-            block = blocks[index]
-            attention = getattr(block, "attn", None)
-            if replaceable and isinstance(attention, nn.Module) and ValueOnlyAttention.can_replace(attention):
-                self._value_only[index] = ValueOnlyAttention(attention)
-                block.attn = self._value_only[index]
-        self._intercepted = frozenset(pairing.student_layers) - self._value_only.keys()
+            taker = _replace_weights(blocks[index], pairing.what) if pairing.all_heads else None
+            if taker is not None:
+                self._takers[index] = taker
+        self._intercepted = frozenset(pairing.student_layers) - self._takers.keys()
 
     def forward(self, images: Tensor, teacher: TeacherFactors) -> Tensor:
         """Class logits, shape (batch, class).
@@ -155,14 +163,14 @@ class CopyStudent(nn.Module):
             teacher: factors of the same views.
         """
         given = PairedFactors(teacher, self._pairing)
-        for index, attention in self._value_only.items():
-            attention.give(given, index)
+        for index, taker in self._takers.items():
+            taker.give(given, index)
         try:
             return self._run(images, given)
         finally:
             # Or a batch's factors would live until the next one's are here, and a moving average's for ever.
-            for attention in self._value_only.values():
-                attention.take_back()
+            for taker in self._takers.values():
+                taker.take_back()
 
     def _run(self, images: Tensor, given: PairedFactors) -> Tensor:
         """The model, with the given attention put in where no module takes it by itself."""
@@ -173,12 +181,27 @@ class CopyStudent(nn.Module):
             if call.block not in self._intercepted:
                 return call.run()
             heads, what = self._pairing.student_heads, self._pairing.what
-            if what in ("q", "k") and isinstance(call, AttentionCall):
+            if what in ("q", "k", "v") and isinstance(call, AttentionCall):
                 return attend_with_one_factor(call, given.factors(call.block), heads, what)
+            if what == "qkv":
+                return attend_with_given(call, given.factors(call.block), heads, with_values=True)
             return attend_with_given(call, given.layer(call.block), heads)
 
         with AttentionIntercept(self._blocks[0], put_in_given_heads):
             return self.model(images)
+
+
+def _replace_weights(block: nn.Module, what: What) -> TakesGiven | None:
+    """Put into a block what takes the given in place of the weights that would make it; None where it cannot be."""
+    attention = getattr(block, "attn", None)
+    if not isinstance(attention, nn.Module):
+        return None
+    if what in ("map", "qkv") and ValueOnlyAttention.can_replace(attention):
+        block.attn = ValueOnlyAttention(attention, own_values=what == "map")
+        return block.attn
+    if what == "v" and can_give_values(attention):
+        return give_values(attention)
+    return None
 
 
 class DistilledStudent(nn.Module):
@@ -189,8 +212,8 @@ class DistilledStudent(nn.Module):
     Args:
         model: a timm ViT.
         blocks: its transformer blocks.
-        pairing: what is distilled, and where; heads that are not in it stay free. "q", "k" and "qk" are distilled by
-            their mean squared error instead of the map's cross-entropy (Li et al. 2024's ablation).
+        pairing: what is distilled, and where; heads that are not in it stay free. "q", "k", "v", "qk" and "qkv" are
+            distilled by their mean squared error instead of the map's cross-entropy (Li et al. 2024's ablation).
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
@@ -224,7 +247,8 @@ class DistilledStudent(nn.Module):
         if isinstance(call, MapCall):
             logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
             return logits_distillation_loss(given.layer(call.block), logits_BHQK)
-        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
+        value_BHTD = call.value if self._pairing.needs_values else None
+        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias(), v_BHTD=value_BHTD)
         own = own if heads is None else own.select_heads(heads)
         if self._pairing.what == "map":
             return attention_distillation_loss(given.layer(call.block), own)

@@ -1,4 +1,4 @@
-"""What remains of an attention module when its map is given."""
+"""What remains of an attention module when its map is given, with or without its v."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from atcache.attention.given import TakesGiven, projected_dtype
 from atcache.attention.kernels import copy_attention, mixed_attention
-from atcache.attention.pairing import PairedFactors
 
 
-class ValueOnlyAttention(nn.Module):
+class ValueOnlyAttention(TakesGiven):
     """The rest of an attention module when q and k are given: value, norm, gate and output projections.
 
     timm's attention classes (`Attention`, `AttentionRope`, `EvaAttention`, BEiT's, `RelPosAttention`, CaiT's
     `TalkingHeadAttn`) differ in how they make q and k; what comes after is the same, but for the talking heads' mixing
-    behind the softmax, and is taken over from the replaced module, value weights included.
+    behind the softmax, and is taken over from the replaced module, value weights included, unless v is given too.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, *, own_values: bool = True) -> None:
         super().__init__()
         self.num_heads = cast("int", attention.num_heads)
-        self.v = _value_projection(attention)
+        self.v = _value_projection(attention) if own_values else None
         self.norm = _submodule(attention, "norm") or nn.Identity()
         self.gate = _submodule(attention, "gate")
         self.mix = _submodule(attention, "proj_w")
         self.proj = cast("nn.Linear", attention.proj)
         self.proj_drop = cast("nn.Module", attention.proj_drop)
-        self._given: tuple[PairedFactors, int] | None = None
 
     @staticmethod
     def can_replace(attention: nn.Module) -> bool:
@@ -36,23 +35,15 @@ class ValueOnlyAttention(nn.Module):
         split = isinstance(getattr(attention, "v_proj", None), nn.Linear)
         return (fused or split) and all(hasattr(attention, part) for part in ("num_heads", "proj", "proj_drop"))
 
-    def give(self, teacher: PairedFactors, block: int) -> None:
-        """Use what the teacher has for the student's `block` in the forward calls that follow."""
-        self._given = (teacher, block)
-
-    def take_back(self) -> None:
-        """Forget what `give` gave."""
-        self._given = None
-
     def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         """Attention output, shape (batch, token, dim). Rotary embeddings, masks and biases passed in are ignored."""
-        assert self._given is not None, "CopyStudent.forward gives the factors"
-        teacher, block = self._given
-        value_BHTD = self.v(x).view(*x.shape[:2], self._num_value_heads(), self._head_dim()).transpose(1, 2)
-        groups = self.num_heads // value_BHTD.shape[1]
-        if groups > 1:
-            value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
-        given = teacher.layer(block)
+        teacher, block = self.given()
+        if self.v is None:
+            given = teacher.factors(block)
+            value_BHTD = given.repeated_v_BHTD().to(projected_dtype(x))
+        else:
+            given = teacher.layer(block)
+            value_BHTD = self._own_values(self.v(x))
         if self.mix is None:
             attended_BHTD = copy_attention(given, value_BHTD)
         else:
@@ -62,11 +53,12 @@ class ValueOnlyAttention(nn.Module):
             attended_BTC = attended_BTC * self.gate(x).sigmoid()
         return cast("Tensor", self.proj_drop(self.proj(attended_BTC)))
 
-    def _head_dim(self) -> int:
-        return self.proj.in_features // self.num_heads
-
-    def _num_value_heads(self) -> int:
-        return self.v.out_features // self._head_dim()
+    def _own_values(self, value_BTC: Tensor) -> Tensor:
+        """Values by head, one for every head of q."""
+        head_dim = self.proj.in_features // self.num_heads
+        value_BHTD = value_BTC.view(*value_BTC.shape[:2], -1, head_dim).transpose(1, 2)
+        groups = self.num_heads // value_BHTD.shape[1]
+        return value_BHTD if groups == 1 else value_BHTD.repeat_interleave(groups, dim=1)
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -29,6 +29,8 @@ class Codec(ABC):
     """A codec's configuration. Two codecs with equal fields are the same codec."""
 
     name: ClassVar[str]
+    keeps_values: ClassVar[bool] = False
+    """Whether v can be stored beside q and k."""
 
     def to_json(self) -> dict[str, Any]:
         """The codec as a JSON object: its name and its fields."""
@@ -56,6 +58,18 @@ class Codec(ABC):
         """
         del geometry, batches, held_back, nbytes_per_view
         return {}
+
+    def refuse_values(self) -> None:
+        """Say that v is wanted in vain, where it is.
+
+        Raises:
+            CodecError: this codec keeps no v.
+        """
+        if not self.keeps_values:
+            raise CodecError(
+                f"codec {self.name} codes what the maps need, which v is no part of. Use --codec int8 or exact to "
+                "store v too."
+            )
 
     @abstractmethod
     def coder(
@@ -135,12 +149,23 @@ class Coder(ABC):
         """Vectors of head_dim a token has in a layer: q's heads and k's."""
         return len(self.geometry.heads) + self.geometry.num_kv_heads
 
-    def _join_BTND(self, layer: LayerFactors) -> Tensor:
-        """q's heads then k's, by token: shape (batch, token, head vectors, head dim)."""
-        return torch.cat([layer.q_BHTD, layer.k_BHTD], dim=1).transpose(1, 2)
+    @property
+    def _part_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(vectors, head dim) of q and k together, then of v where it is stored: what a token has in a layer."""
+        of_maps = (self._num_head_vectors, self.geometry.head_dim)
+        v_head_dim = self.geometry.v_head_dim
+        return (of_maps, (self.geometry.num_kv_heads, v_head_dim)) if v_head_dim else (of_maps,)
 
-    def _split(self, position: int, vectors_BTND: Tensor) -> LayerFactors:
-        """The inverse of `_join_BTND`, with the geometry's scale and this layer's bias."""
+    def _parts_BTND(self, layer: LayerFactors) -> tuple[Tensor, ...]:
+        """q's heads then k's, and v's where it is stored: each of shape (batch, token, vectors, head dim)."""
+        of_maps = torch.cat([layer.q_BHTD, layer.k_BHTD], dim=1).transpose(1, 2)
+        if not self.geometry.v_head_dim:
+            return (of_maps,)
+        assert layer.v_BHTD is not None, "captured as the geometry says"
+        return of_maps, layer.v_BHTD.transpose(1, 2)
+
+    def _split(self, position: int, vectors_BTND: Tensor, values_BTND: Tensor | None = None) -> LayerFactors:
+        """The inverse of `_parts_BTND`, with the geometry's scale and this layer's bias."""
         vectors_BNTD = vectors_BTND.transpose(1, 2)
         num_heads = len(self.geometry.heads)
         return LayerFactors(
@@ -148,6 +173,7 @@ class Coder(ABC):
             k_BHTD=vectors_BNTD[:, num_heads:],
             scale=self.geometry.scale,
             bias=self.bias(position),
+            v_BHTD=None if values_BTND is None else values_BTND.transpose(1, 2),
         )
 
 

@@ -21,6 +21,7 @@ class ExactCodec(Codec):
     """Factors rounded to a float type and stored bit for bit. The reference every other codec is compared with."""
 
     name: ClassVar[str] = "exact"
+    keeps_values: ClassVar[bool] = True
     dtype: Literal["float16", "float32"] = "float16"
     """float16 is what mixed-precision teachers compute in; float32 is for proofs and for factors beyond 65504."""
 
@@ -37,7 +38,8 @@ class ExactCodec(Codec):
 
 
 class ExactCoder(Coder):
-    """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim."""
+    """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim, and where v is stored
+    its heads * its head dim behind."""
 
     factors_are_teachers = True
 
@@ -45,23 +47,32 @@ class ExactCoder(Coder):
         super().__init__(geometry, bias_LHQK, device)
         self._float_dtype: torch.dtype = getattr(torch, codec.dtype)
         self.codes_dtype = _INTEGER_OF[codec.dtype]
-        self.num_components = self._num_head_vectors * geometry.head_dim
+        self._part_sizes = [num_vectors * width for num_vectors, width in self._part_shapes]
+        self.num_components = sum(self._part_sizes)
 
     def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """See `Coder.encode`."""
         codes: list[Tensor] = []
         for block, layer in zip(self.geometry.layers, only_factors(layers, "exact"), strict=True):
-            vectors_BTND = self._join_BTND(layer).to(self._float_dtype)
-            if not bool(torch.isfinite(vectors_BTND).all()):
-                largest = max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max()))
+            parts_BTND = self._parts_BTND(layer)
+            floats_BTC = torch.cat([part.flatten(2) for part in parts_BTND], dim=2).to(self._float_dtype)
+            if not bool(torch.isfinite(floats_BTC).all()):
+                largest = max(float(part.abs().max()) for part in parts_BTND)
                 raise CodecError(
                     f"layer {block}: a factor of size {largest:.4g} does not fit in {self._float_dtype}. "
                     "Build with --codec exact:dtype=float32 or --codec int8."
                 )
-            codes.append(vectors_BTND.flatten(2).view(self.codes_dtype))
+            codes.append(floats_BTC.view(self.codes_dtype))
         return torch.stack(codes, dim=1)
 
     def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode`."""
         floats_BTC = codes_BTC.contiguous().view(self._float_dtype).float()
-        return self._split(position, floats_BTC.view(*floats_BTC.shape[:2], -1, self.geometry.head_dim))
+        parts_BTC: tuple[Tensor, ...] = torch.split(floats_BTC, self._part_sizes, dim=2)
+        return self._split(
+            position,
+            *(
+                part_BTC.reshape(*part_BTC.shape[:2], *shape)
+                for part_BTC, shape in zip(parts_BTC, self._part_shapes, strict=True)
+            ),
+        )

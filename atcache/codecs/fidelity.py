@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import LayerAttention
+from atcache.attention.factors import LayerAttention, LayerFactors
 
 _MAP_NUMEL = 2**24
 """Elements of maps held at a time: 128 MiB in float64, a few times over."""
@@ -43,6 +43,20 @@ def mean_row_kl(teacher: LayerAttention, decoded: Callable[[slice], LayerAttenti
         kl_BHQ = row_kl(teacher.select(few), decoded(few))
         total += float(kl_BHQ.mean()) * len(kl_BHQ)
     return max(total / num_views, 0.0)  # in this order, what is no number stays so
+
+
+def value_error(teacher: LayerFactors, decoded: LayerFactors) -> float:
+    """|decoded v - v| / |v| over all values of a layer's views, which the row KL does not see.
+
+    Args:
+        teacher: the factors as captured, with v.
+        decoded: as a coder gives them back.
+    """
+    assert teacher.v_BHTD is not None, "asked for where v is stored"
+    assert decoded.v_BHTD is not None, "asked for where v is stored"
+    v_BHTD = teacher.v_BHTD.double()
+    squared_error, squared_norm = (decoded.v_BHTD.double() - v_BHTD).square().sum(), v_BHTD.square().sum()
+    return float((squared_error / squared_norm.clamp_min(1e-300)).sqrt())
 
 
 def slices_of_views(layer: LayerAttention, map_numel: int) -> Iterator[slice]:

@@ -19,9 +19,14 @@ _SCALE_NBYTES = 2  # a float16, stored as two int8 codes behind the vectors' cod
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Codec(Codec):
-    """Each q and k vector divided by its own absolute maximum: no calibration, nothing clipped."""
+    """Each vector of q, k and v divided by its own absolute maximum: no calibration, nothing clipped.
+
+    A component is off by half a step at most, 1/254 of its vector's largest, and a little more where float16 rounds the
+    scale down.
+    """
 
     name: ClassVar[str] = "int8"
+    keeps_values: ClassVar[bool] = True
 
     def coder(
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
@@ -32,15 +37,16 @@ class Int8Codec(Codec):
 
 
 class Int8Coder(Coder):
-    """value = code * scale. C = head vectors * head_dim codes, then head vectors * 2 bytes of float16 scales."""
+    """value = code * scale. C = head vectors * head_dim codes, then head vectors * 2 bytes of float16 scales: first
+    those of q and k, then those of v where it is stored."""
 
     factors_are_teachers = True
     codes_dtype = torch.int8
 
     def __init__(self, geometry: FactorGeometry, bias_LHQK: Tensor | None, device: str) -> None:
         super().__init__(geometry, bias_LHQK, device)
-        self._num_vector_codes = self._num_head_vectors * geometry.head_dim
-        self.num_components = self._num_vector_codes + self._num_head_vectors * _SCALE_NBYTES
+        self._part_sizes = [num_vectors * (width + _SCALE_NBYTES) for num_vectors, width in self._part_shapes]
+        self.num_components = sum(self._part_sizes)
 
     def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """See `Coder.encode`."""
@@ -51,7 +57,11 @@ class Int8Coder(Coder):
         )
 
     def _encode_layer(self, block: int, layer: LayerFactors) -> Tensor:
-        vectors_BTND = self._join_BTND(layer).float()
+        return torch.cat([self._quantise(block, part_BTND) for part_BTND in self._parts_BTND(layer)], dim=2)
+
+    def _quantise(self, block: int, vectors_BTND: Tensor) -> Tensor:
+        """Codes, then scales, of some vectors of each token."""
+        vectors_BTND = vectors_BTND.float()
         scale_BTN = (vectors_BTND.abs().amax(dim=-1) / _LARGEST_CODE).half()
         if not bool(torch.isfinite(scale_BTN).all()):
             raise CodecError(
@@ -66,6 +76,15 @@ class Int8Coder(Coder):
 
     def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode`."""
-        codes_BTND = codes_BTC[..., : self._num_vector_codes].reshape(*codes_BTC.shape[:2], -1, self.geometry.head_dim)
-        scale_BTN = codes_BTC[..., self._num_vector_codes :].contiguous().view(torch.float16)
-        return self._split(position, codes_BTND.float() * scale_BTN.float().unsqueeze(-1))
+        parts_BTC: tuple[Tensor, ...] = torch.split(codes_BTC, self._part_sizes, dim=2)
+        return self._split(
+            position,
+            *(_dequantise(part_BTC, *shape) for part_BTC, shape in zip(parts_BTC, self._part_shapes, strict=True)),
+        )
+
+
+def _dequantise(codes_BTC: Tensor, num_vectors: int, width: int) -> Tensor:
+    """The vectors of one part, float32."""
+    codes_BTND = codes_BTC[..., : num_vectors * width].reshape(*codes_BTC.shape[:2], num_vectors, width)
+    scale_BTN = codes_BTC[..., num_vectors * width :].contiguous().view(torch.float16)
+    return codes_BTND.float() * scale_BTN.float().unsqueeze(-1)

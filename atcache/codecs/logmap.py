@@ -42,6 +42,8 @@ class LogmapCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> LogmapCoder:
         """See `Codec.coder`."""
+        if geometry.v_head_dim:
+            self.refuse_values()
         del state
         return LogmapCoder(self, geometry, bias_LHQK, device)
 

@@ -89,6 +89,8 @@ class TransformCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> TransformCoder:
         """See `Codec.coder`."""
+        if geometry.v_head_dim:
+            self.refuse_values()
         return TransformCoder(self, geometry, state, bias_LHQK, device)
 
 

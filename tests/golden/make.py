@@ -31,6 +31,7 @@ CACHES = {
     "exact-part": {"teacher": VIT, "codec": "exact:dtype=float32", "policy": "eval", "layers": "1", "heads": "1"},
     "mixed": {"teacher": VIT, "codec": "int8", "policy": "randaug", "views": 2, "mixup": 0.8, "cutmix": 1.0},
     "logmap": {"teacher": CAIT, "codec": "logmap", "policy": "eval"},
+    "values": {"teacher": VIT, "codec": "int8", "policy": "eval", "store": "v"},
     "transform": {"teacher": REGISTERS, "codec": "transform", "policy": "crop-flip", "views": 2},
 }
 BAD_SAMPLE = 2
@@ -110,6 +111,10 @@ def main() -> None:
         images = [[cache.image(sample, view) for sample in good] for view in range(config.views)]
         np.save(WORKSHOP / f"{name}.maps_LVSHQK.npy", maps[:, :, [0, 5]])
         np.save(WORKSHOP / f"{name}.images_VSHWC.npy", np.stack(images))
+        values = [cache.factors(layer=layer).v_VSHTD for layer in cache.geometry.layers]
+        if values[0] is not None:
+            v_LVSHTD = np.stack([v_VSHTD.compute() for v_VSHTD in values])
+            np.save(WORKSHOP / f"{name}.v_LVSHTD.npy", v_LVSHTD[:, :, [0, 5]])
     for path in WORKSHOP.rglob("*"):
         copied = target / path.relative_to(WORKSHOP)
         if path.is_file() and not copied.exists():
