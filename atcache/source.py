@@ -143,7 +143,8 @@ def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> Sam
     if wrong:
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise SourceError(
-            f"{data} does not hold the tars that were indexed: {', '.join(wrong[:10])}{more}. Point to the same tars."
+            f"{data if isinstance(data, (str, Path)) else ', '.join(map(str, data))} does not hold the tars that were "
+            f"indexed: {', '.join(wrong[:10])}{more}. Point to the same tars."
         )
     return replace(index, tars=tuple(found[path.name] for path in index.tars))
 
