@@ -302,19 +302,27 @@ def test_factors_that_autocast_decodes_to_another_type_are_joined_as_float32(par
     torch.testing.assert_close(layer.q_BHTD, exact.q_BHTD, rtol=0.05, atol=0.1)
 
 
-def test_joined_factors_keep_bias_scale_and_grouped_keys():
+def test_joined_factors_keep_bias_scale_grouped_keys_and_values():
     torch.manual_seed(0)
     whole = LayerFactors(
-        q_BHTD=torch.randn(7, 4, 5, 3), k_BHTD=torch.randn(7, 2, 5, 3), scale=0.3, bias=torch.randn(1, 4, 5, 5)
+        q_BHTD=torch.randn(7, 4, 5, 3),
+        k_BHTD=torch.randn(7, 2, 5, 3),
+        v_BHTD=torch.randn(7, 2, 5, 6),
+        scale=0.3,
+        bias=torch.randn(1, 4, 5, 5),
     )
     row_B = [torch.tensor([1, 4, 6]), torch.tensor([0, 2, 3, 5])]
     parts = [
-        LiveFactors({2: replace(whole, q_BHTD=whole.q_BHTD[rows], k_BHTD=whole.k_BHTD[rows])}, (0, 1, 2, 3))
+        LiveFactors(
+            {2: replace(whole, **{name: getattr(whole, name)[rows] for name in ("q_BHTD", "k_BHTD", "v_BHTD")})},
+            (0, 1, 2, 3),
+        )
         for rows in row_B
     ]
     joined = JoinedFactors(parts, row_B)
     assert joined.heads == (0, 1, 2, 3)
     assert torch.equal(joined.layer(2).maps(), whole.maps())
+    assert torch.equal(joined.layer(2).v_BHTD, whole.v_BHTD)
 
 
 # Training
