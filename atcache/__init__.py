@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from atcache.cache import Cache
+    from atcache.location import Location
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "open"]
 
 
-def open(path: str | Path, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
+def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
     """The cache at `path`, opened for reading: metadata only, whatever its size. See `atcache.cache.Cache`.
 
     Args:
-        path: its folder.
+        path: its folder, or the URL of one.
         data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
     """
     from atcache.cache import Cache

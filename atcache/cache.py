@@ -12,6 +12,7 @@ import numpy as np
 
 from atcache.errors import CacheMissError, CodecError, CorruptCacheError
 from atcache.lazy_layers import Kind, LazyLayer, as_dask
+from atcache.location import Location
 from atcache.store.layout import Status, describe_status
 from atcache.store.manifest import read_commits, summarise_quality
 from atcache.store.reader import CacheReader
@@ -69,11 +70,11 @@ class Cache:
     NaN in arrays and a `CacheMissError` in single views. Threads may share one; pickled copies open their own files.
     """
 
-    def __init__(self, path: Path | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
+    def __init__(self, path: Location | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
         """Open a cache.
 
         Args:
-            path: its folder.
+            path: its folder, or the URL of one.
             data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
         """
         self.reader = CacheReader(path)
@@ -89,8 +90,8 @@ class Cache:
         )
 
     @property
-    def path(self) -> Path:
-        """The cache's folder."""
+    def path(self) -> Location:
+        """The cache's folder or URL."""
         return self.reader.path
 
     @property
@@ -404,7 +405,7 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
         raise CorruptCacheError(f"{reader.path}/attention/state: {error} Restore it from a copy.") from error
 
 
-def _reopen(path: Path, data: str | Path | Sequence[str | Path] | None) -> Cache:
+def _reopen(path: Location, data: str | Path | Sequence[str | Path] | None) -> Cache:
     return Cache(path, data=data)
 
 

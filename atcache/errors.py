@@ -56,3 +56,10 @@ class CacheMissError(AtcacheError, KeyError):
 
 class DiskFullError(AtcacheError, OSError):
     """No space is left, or would be; what was stored before stays valid."""
+
+
+class RemoteError(AtcacheError):
+    """A server cannot be read, or what it has changed meanwhile; the message names the URL.
+
+    No OSError: code that takes one for a damaged or missing local file must let this pass.
+    """

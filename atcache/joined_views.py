@@ -52,6 +52,11 @@ class JoinedViews:
         part = bisect_right(self._stops, sample)
         return self._parts[part].read(sample - self._starts[part], epoch)
 
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return any(part.is_remote for part in self._parts)
+
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`; each part is told of its own."""
         part_S = self.part_of(sample_S)

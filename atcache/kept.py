@@ -18,6 +18,9 @@ class Kept(Generic[Value]):
         self._free_nbytes = budget_nbytes
         self._values: dict[Hashable, Value] = {}
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def get(self, key: Hashable, read: Callable[[], Value], count_nbytes: Callable[[Value], int]) -> Value:
         """The value of `key`, read if it is not kept."""
         value = self._values.get(key)

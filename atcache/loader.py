@@ -47,6 +47,9 @@ class _Batches(Dataset[Batch]):
             self._expect(order, number)
         pairs = order.batch(number) if isinstance(order, SampleOrder) else order[number]
         sample_B = np.array([sample for sample, _ in pairs], np.int64)
+        if self._views.is_remote:
+            for epoch in {epoch for _, epoch in pairs}:
+                self._views.expect(np.unique([sample for sample, its_epoch in pairs if its_epoch == epoch]), epoch)
         part_B = self._views.part_of(sample_B)
         pixels = Stack(len(pairs))
         codes = {

@@ -48,8 +48,13 @@ class Views(Protocol):
         """The view of `sample` that `epoch` uses."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading asks a server, so that the samples of a batch are best asked for together."""
+        ...
+
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
-        """Told which samples, ascending, will be read soon; may have the disk read them ahead."""
+        """Told which samples, ascending, will be read soon; may have them read or fetched ahead."""
         ...
 
     @property
@@ -113,7 +118,18 @@ class CachedViews:
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`."""
-        self._reader.expect(epoch % self._reader.layout.num_views, sample_S)
+        view = epoch % self._reader.layout.num_views
+        if self.is_remote:
+            sample_S = np.array([row for row in sample_S.tolist() if (view, row) not in self._kept], np.int64)
+        if len(sample_S):
+            self._reader.expect(view, sample_S, codes=self._with_codes)
+        if self._source is not None:
+            self._source.expect(sample_S)
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return self._reader.is_remote or (self._source is not None and self._source.is_remote)
 
     @property
     def codes_may_narrow(self) -> bool:
@@ -188,7 +204,16 @@ class FreshViews:
         return SampleView(pixels_HWC, None, mix)
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
-        """See `Views.expect`. Does nothing: tars are read as they come."""
+        """See `Views.expect`."""
+        del epoch
+        if self.is_remote:
+            kept = self._kept_views if self._policy.name == "eval" else self._kept_images
+            self._source.expect(np.array([row for row in sample_S.tolist() if row not in kept], np.int64))
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return self._source.is_remote
 
     @property
     def codes_may_narrow(self) -> bool:

@@ -8,16 +8,18 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from atcache.errors import BadImageError, SourceError
-from atcache.files import LocalFile, RangeFile
+from atcache.files import RangeFile, open_file
 from atcache.images import IMAGE_EXTENSIONS, decode_image
+from atcache.location import Location, Url
 from atcache.tar_samples import LABEL_EXTENSIONS, Problem, index_tar
 from atcache.tars import expand_tars
 
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _MAX_OPEN_TARS = 64
+_NUM_REQUESTS = 16
 _COLUMN_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 
 
@@ -44,8 +47,8 @@ _COLUMN_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label":
 class SampleIndex:
     """Where every sample lies: one row a sample, in tar order."""
 
-    tars: tuple[Path, ...]
-    """The tars, each with a basename of its own."""
+    tars: tuple[Location, ...]
+    """The tars, local or remote, each with a basename of its own."""
     tar_nbytes: tuple[int, ...]
     """Their sizes when they were indexed."""
     keys_S: np.ndarray[Any, Any]
@@ -60,6 +63,8 @@ class SampleIndex:
     """Class, int64; -1 where there is none."""
     problem_S: np.ndarray[Any, Any]
     """A `Problem`, uint8."""
+    tar_versions: tuple[str, ...] = ()
+    """What servers called the tars' content when they were indexed, see `RangeFile.version`; empty for not known."""
 
     @property
     def num_samples(self) -> int:
@@ -111,11 +116,13 @@ def index_source(
     """
     tars = expand_tars(data)
     tar_nbytes: list[int] = []
+    tar_versions: list[str] = []
     # Arrays tar by tar: lists of a million Python numbers would take twice the memory.
     columns: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ("key", *_COLUMN_DTYPES)}
     for number, path in enumerate(tars):
         part = index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise")
         tar_nbytes.append(part.tar_nbytes)
+        tar_versions.append(part.tar_version)
         columns["key"].append(np.array(part.keys, dtype="S"))
         values = {"offset": part.offsets, "nbytes": part.nbytes, "label": part.labels, "problem": part.problems}
         values["tar"] = [number] * len(part.keys)
@@ -124,7 +131,9 @@ def index_source(
     whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     keys_S = whole.pop("key")
     fields = {f"{name}_S": column for name, column in whole.items()}
-    return SampleIndex(tars=tars, tar_nbytes=tuple(tar_nbytes), keys_S=keys_S, **fields)
+    return SampleIndex(
+        tars=tars, tar_nbytes=tuple(tar_nbytes), keys_S=keys_S, tar_versions=tuple(tar_versions), **fields
+    )
 
 
 def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> SampleIndex:
@@ -134,24 +143,43 @@ def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> Sam
         SourceError: naming the tars that are missing or of another size.
     """
     found = {path.name: path for path in expand_tars(data)}
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:  # servers take their time
+        stamps = list(pool.map(_stamp, [found.get(path.name) for path in index.tars]))
     wrong: list[str] = []
-    for path, nbytes in zip(index.tars, index.tar_nbytes, strict=True):
-        if path.name not in found:
+    for path, nbytes, stamp in zip(index.tars, index.tar_nbytes, stamps, strict=True):
+        if stamp is None:
             wrong.append(f"{path.name} is missing")
-        elif (now_nbytes := found[path.name].stat().st_size) != nbytes:
-            wrong.append(f"{path.name} has {now_nbytes} bytes instead of {nbytes}")
+        elif stamp.nbytes != nbytes:
+            wrong.append(f"{path.name} has {stamp.nbytes} bytes instead of {nbytes}")
     if wrong:
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise SourceError(
             f"{data if isinstance(data, (str, Path)) else ', '.join(map(str, data))} does not hold the tars that were "
             f"indexed: {', '.join(wrong[:10])}{more}. Point to the same tars."
         )
-    return replace(index, tars=tuple(found[path.name] for path in index.tars))
+    versions = tuple(stamp.version for stamp in stamps if stamp is not None)
+    return replace(index, tars=tuple(found[path.name] for path in index.tars), tar_versions=versions)
 
 
-def _open_tar(path: Path, expected_nbytes: int) -> RangeFile:
+class _Stamp(NamedTuple):
+    """What tells whether a file is still the same."""
+
+    nbytes: int
+    version: str
+
+
+def _stamp(path: Location | None) -> _Stamp | None:
+    """None where there is no such file."""
     try:
-        file = LocalFile(path)
+        file = None if path is None else open_file(path)
+    except FileNotFoundError:
+        return None
+    return None if file is None else _Stamp(file.nbytes, file.version)
+
+
+def _open_tar(path: Location, expected_nbytes: int, expected_version: str) -> RangeFile:
+    try:
+        file = open_file(path)
     except OSError as error:
         raise SourceError(f"{path} cannot be opened: {error.strerror}. Were the tars moved?") from error
     if file.nbytes != expected_nbytes:
@@ -159,6 +187,8 @@ def _open_tar(path: Path, expected_nbytes: int) -> RangeFile:
             f"{path} has changed: {file.nbytes} bytes, {expected_nbytes} when it was indexed. Restore it or index "
             "again."
         )
+    if expected_version and file.version != expected_version:
+        raise SourceError(f"{path} has changed on the server since it was indexed. Start again.")
     return file
 
 
@@ -210,6 +240,18 @@ class Source:
             )
         return data
 
+    @cached_property
+    def is_remote(self) -> bool:
+        """Whether reading asks a server."""
+        return any(isinstance(tar, Url) for tar in self.index.tars)
+
+    def expect(self, sample_S: np.ndarray) -> None:
+        """Have these samples fetched ahead of their use, where their tars are remote; does not wait for them."""
+        index = self.index
+        if self.is_remote:
+            for sample in sample_S[index.nbytes_S[sample_S] > 0].tolist():
+                self._tar(int(index.tar_S[sample])).expect(int(index.nbytes_S[sample]), int(index.offset_S[sample]))
+
     def read_image(self, sample: int) -> Image:
         """The image, decoded to RGB; see `decode_image`.
 
@@ -224,7 +266,8 @@ class Source:
         with self._lock:
             opened = self._open.get(tar)
             if opened is None:
-                opened = _open_tar(self.index.tars[tar], self.index.tar_nbytes[tar])
+                versions = self.index.tar_versions
+                opened = _open_tar(self.index.tars[tar], self.index.tar_nbytes[tar], versions[tar] if versions else "")
                 self._open[tar] = opened
                 if len(self._open) > _MAX_OPEN_TARS:
                     self._open.popitem(last=False)

@@ -7,11 +7,11 @@ header, and reads extension headers of any size. Tests compare the two on every 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from atcache.errors import SourceError
 from atcache.files import RangeFile
+from atcache.location import Location
 
 _BLOCK_NBYTES = 512
 _ZERO_BLOCK = bytes(_BLOCK_NBYTES)
@@ -53,7 +53,7 @@ class _Extension(NamedTuple):
     is_sparse: bool = False
 
 
-def read_members(path: Path, file: RangeFile) -> Iterator[TarMember]:
+def read_members(path: Location, file: RangeFile) -> Iterator[TarMember]:
     """The regular files of an uncompressed tar, in order; links, devices, and absolute or `..` names are left out.
 
     Args:
@@ -103,7 +103,7 @@ def read_members(path: Path, file: RangeFile) -> Iterator[TarMember]:
         extension = _Extension()
 
 
-def _check_header(path: Path, header: bytes, offset: int) -> None:
+def _check_header(path: Location, header: bytes, offset: int) -> None:
     if offset == 0 and header.startswith(_COMPRESSED_MAGIC):
         raise DamagedTarError(f"{path} is compressed. Decompress it first: samples are read in place.")
     if len(header) < _BLOCK_NBYTES:
@@ -132,7 +132,7 @@ def _octal(field: bytes) -> int:
     return int(text or b"0", 8)
 
 
-def _number(path: Path, field: bytes, offset: int) -> int:
+def _number(path: Location, field: bytes, offset: int) -> int:
     """A size field: octal, or GNU's base 256 for sizes from 8 GiB."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
@@ -155,7 +155,7 @@ def _is_safe(name: bytes) -> bool:
     return not name.startswith(b"/") and b"\0" not in name and (b".." not in name or b".." not in name.split(b"/"))
 
 
-def _extend(path: Path, file: RangeFile, kind: bytes, start: int, nbytes: int, extension: _Extension) -> _Extension:
+def _extend(path: Location, file: RangeFile, kind: bytes, start: int, nbytes: int, extension: _Extension) -> _Extension:
     """`extension` with what the extension header at `start` adds."""
     if nbytes > _MAX_EXTENSION_NBYTES:
         raise DamagedTarError(
@@ -214,7 +214,7 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _check_end(path: Path, file: RangeFile, offset: int) -> None:
+def _check_end(path: Location, file: RangeFile, offset: int) -> None:
     """Refuse all but a little zero padding after the end block: joined tars, or a download filled up with zeros."""
     num_after = file.nbytes - offset
     if num_after > _MAX_PADDING_NBYTES or any(file.pread(max(num_after, 0), offset)):

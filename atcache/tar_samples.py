@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 
 from atcache.errors import SourceError
-from atcache.files import LocalFile
+from atcache.files import open_file
 from atcache.images import IMAGE_EXTENSIONS
+from atcache.location import Location
 from atcache.tar_headers import DamagedTarError, TarMember, read_members
 
 LABEL_EXTENSIONS = (".cls",)
@@ -36,6 +36,8 @@ class TarRows:
     """One tar's part of a `SampleIndex`; a column's values stand in the order of the samples."""
 
     tar_nbytes: int
+    tar_version: str
+    """See `RangeFile.version`."""
     keys: list[bytes] = field(default_factory=list[bytes])
     offsets: list[int] = field(default_factory=list[int])
     nbytes: list[int] = field(default_factory=list[int])
@@ -98,9 +100,12 @@ class _Sample:
 class _TarIndexer:
     """Groups one tar's members into samples and collects their rows."""
 
-    def __init__(self, path: Path, *, labels_required: bool, raise_bad: bool) -> None:
-        self._file = LocalFile(path)
-        self.rows = TarRows(self._file.nbytes)
+    def __init__(self, path: Location, *, labels_required: bool, raise_bad: bool) -> None:
+        try:
+            self._file = open_file(path)
+        except FileNotFoundError as error:
+            raise SourceError(f"{path} does not exist. Check the pattern.") from error
+        self.rows = TarRows(self._file.nbytes, self._file.version)
         self._path, self._labels_required, self._raise_bad = path, labels_required, raise_bad
         self._seen: set[bytes] = set()
         self._sample: _Sample | None = None
@@ -179,13 +184,13 @@ def _is_utf8(key: bytes) -> bool:
     return True
 
 
-def _check_key(path: Path, key: bytes) -> None:
+def _check_key(path: Location, key: bytes) -> None:
     if len(key) > _MAX_KEY_NBYTES:
         raise SourceError(f"{path}: a key of {len(key)} bytes ({key[:40]!r}...), expected at most {_MAX_KEY_NBYTES}.")
     if not _is_utf8(key):
         raise SourceError(f"{path}: key {key!r} is not UTF-8. Rename the member.")
 
 
-def index_tar(path: Path, *, labels_required: bool, raise_bad: bool) -> TarRows:
+def index_tar(path: Location, *, labels_required: bool, raise_bad: bool) -> TarRows:
     """The rows of one tar; see `atcache.source.index_source`."""
     return _TarIndexer(path, labels_required=labels_required, raise_bad=raise_bad).run()

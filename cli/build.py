@@ -14,9 +14,7 @@ from . import options
 @options.recipe
 @click.option("--teacher", required=True, help="An alias such as mae-vit-l, or a timm name with arguments.")
 @options.data
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The cache; an unfinished one is continued."
-)
+@click.option("--out", required=True, type=options.OUT, help="The cache; an unfinished one is continued.")
 @click.option("--weights", type=click.Path(path_type=Path), help="The teacher's weights; without it, timm's.")
 @options.policy
 @options.mixup

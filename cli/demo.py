@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import options
+
 if TYPE_CHECKING:
     from ..pipelines.demo import DemoSummary
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=options.OUT,
     default=Path("atcache-demo"),
     show_default=True,
     help="Folder for tars, caches, runs, a picture of maps and the commands.",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import click
 
 import atcache
+from atcache.location import Location
 
 from . import options
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=options.LOCATION)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON instead.")
-def info(cache: Path, as_json: bool) -> None:
+def info(cache: Location, as_json: bool) -> None:
     """Say what a cache holds, and what is missing.
 
     Reads metadata only, whatever the cache's size; a cache that is being built may be looked at.
@@ -25,7 +25,7 @@ def info(cache: Path, as_json: bool) -> None:
 
     \b
         atcache info in1k.zarr
-        atcache info in1k.zarr --json
+        atcache info https://data.example.org/in1k.zarr --json
     """
     opened = atcache.open(cache)
     about = {**opened.describe(), "calibration": opened.attributes.get("calibration")}

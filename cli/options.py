@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import click
 
+from atcache.errors import ConfigError
+from atcache.location import Location, looks_like_url, parse_location
+
 from .defaults import read_defaults
+
+
+class LocationType(click.ParamType[Location]):
+    """A path, or a URL of a server that is read."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:  # noqa: ANN401 - click's
+        try:
+            return parse_location(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+class OutType(click.Path):
+    """A path to write to; URLs are refused, since a server's files are only read."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
+        if isinstance(value, str) and looks_like_url(value):
+            self.fail(
+                f"{value!r} is a URL, and servers are only read. Write to a folder and copy it there.", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
+LOCATION = LocationType()
+OUT = OutType(path_type=Path)
 
 data = click.option(
     "--data",
     required=True,
     metavar="TARS",
-    help="The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar.",
+    help="The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; "
+    "or URLs of any of these (http, https, s3, gs, az).",
 )
 
 device = click.option(

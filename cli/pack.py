@@ -21,7 +21,7 @@ from . import options
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=options.OUT,
     help="Folder for the tars and classes.txt.",
 )
 @click.option("--name", help="What the tars are called: NAME-000000.tar.  [default: the image folder's name]")

@@ -21,7 +21,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--teacher", help="An alias such as mae-vit-l, or a timm name with arguments.")
 @click.option("--data", metavar="TARS", help="The images; some of them will do where their number is assumed.")
 @click.option(
-    "--out", type=_PATH, default=".", show_default=True, help="Where the cache would be: its disk is measured."
+    "--out", type=options.OUT, default=".", show_default=True, help="Where the cache would be: its disk is measured."
 )
 @click.option("--weights", type=_PATH, help="The teacher's weights; without it, timm's.")
 @click.option("--codec", "codecs", multiple=True, help="A codec setting to look at; repeat for several. [default: all]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from . import options
 @click.command()
 @click.option("--model", required=True, metavar="NAME", help="A timm model, with arguments after a colon.")
 @options.data
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for weights, config and metrics.")
+@click.option("--out", required=True, type=options.OUT, help="Folder for weights, config and metrics.")
 @click.option("--steps", type=click.IntRange(min=1), default=20_000, show_default=True, help="Optimiser steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Images a step.")
 @click.option("--base-lr", type=float, default=1.5e-4, show_default=True, help="Learning rate for 256 images a step.")

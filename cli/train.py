@@ -27,12 +27,12 @@ _PATH = click.Path(path_type=Path)
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
-@click.option("--out", required=True, type=_PATH, help="The run's folder; an unfinished run is continued.")
+@click.option("--out", required=True, type=options.OUT, help="The run's folder; an unfinished run is continued.")
 @click.option(
     "--cache",
-    type=_PATH,
+    type=options.LOCATION,
     multiple=True,
-    help="The training cache; given more than once, all are one set of samples. scratch and finetune can do without.",
+    help="The training cache or its URL; several are one set of samples. scratch and finetune can do without.",
 )
 @click.option(
     "--data",
@@ -40,7 +40,9 @@ _PATH = click.Path(path_type=Path)
     multiple=True,
     help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
 )
-@click.option("--val-cache", type=_PATH, help="Validation views with maps; copying students need one to be validated.")
+@click.option(
+    "--val-cache", type=options.LOCATION, help="Validation views with maps; copying students need one to be validated."
+)
 @click.option("--val-data", metavar="TARS", help="Validation images, or where the validation cache's tars now are.")
 @click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
 @click.option("--weights", type=_PATH, help="The teacher's weights, for finetune and --live-teacher.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=options.LOCATION)
 @click.option("--data", metavar="TARS", help="Where the cache's tars now are, if they were moved.")
 @click.option(
     "--sample",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atcache.errors import CacheMismatchError, SourceError
 from atcache.loader import CachedViews, JoinedViews, Views
+from atcache.location import Location
 from atcache.rendering import STORED
 from atcache.source import SampleIndex, Source, relocate
 from atcache.store.reader import CacheReader
@@ -19,7 +19,7 @@ from .differences import name_differences
 from .teacher_record import TeacherRecord
 
 
-def open_caches(paths: Sequence[Path]) -> tuple[CacheReader, ...]:
+def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
     """Caches to train on together: of one teacher and one size of views, and each of samples of its own.
 
     Codecs, their fitted state, and how and how often views were drawn may differ.

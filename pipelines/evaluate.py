@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atcache.errors import ConfigError
+from atcache.location import Location
 from atcache.precision import resolve_device, resolve_precision
 
 from .runs import load_run
@@ -20,7 +21,7 @@ class EvaluateConfig:
 
     runs: tuple[Path, ...]
     """Folders of finished runs; several are an ensemble."""
-    cache: Path | None = None
+    cache: Location | None = None
     """A validation cache; copying students take their maps from it."""
     data: str | None = None
     """Validation images, or where the cache's tars now are."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from atcache.attention.pairing import WHATS, What
 from atcache.errors import ConfigError
+from atcache.location import Location
 from atcache.mixing import mix_policy
 from atcache.order import SHUFFLES, Shuffle
 from atcache.views import PolicyName
@@ -52,12 +53,12 @@ class TrainConfig:
     recipe: str | None = None
     """The recipe these settings were taken from, by name or file. Read for one thing only: where a cache's views are
     drawn otherwise than the recipe's, a note says so."""
-    cache: Path | tuple[Path, ...] | None = None
+    cache: Location | tuple[Location, ...] | None = None
     """The training cache, or several that are trained on as one: see `caches`. scratch and finetune can do without, and
     then draw new views every epoch from `data`."""
     data: str | tuple[str, ...] | None = None
     """The tars: where the caches' now are, or what to train on without one."""
-    val_cache: Path | None = None
+    val_cache: Location | None = None
     """Validation views with maps; what a copying student is validated on."""
     val_data: str | None = None
     """Validation images, or where the validation cache's tars now are."""
@@ -230,7 +231,7 @@ class TrainConfig:
             raise ConfigError(f"validate_every={self.validate_every}: expected 0 or more.")
 
     @property
-    def caches(self) -> tuple[Path, ...]:
+    def caches(self) -> tuple[Location, ...]:
         """The caches to train on, none or more. Their order is part of the run: rows are numbered through them."""
         if self.cache is None:
             return ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from atcache.attention.pairing import Pairing
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.loader import Batch, FreshViews, Views, validation_batches
+from atcache.location import Location
 from atcache.precision import autocast
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
@@ -75,7 +75,7 @@ def _open_images(data: str, config: InputConfig) -> tuple[FreshViews, np.ndarray
 
 def open_validation(
     *,
-    cache: Path | None,
+    cache: Location | None,
     data: str | None,
     students: Sequence[Student],
     teacher: TeacherRecord | None,

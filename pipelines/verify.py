@@ -16,6 +16,7 @@ from typing import Any
 
 from atcache.cache import Cache
 from atcache.errors import ConfigError
+from atcache.location import Location, Url
 from atcache.precision import resolve_device
 from atcache.store.durable import only_writer
 from atcache.store.manifest import delete_commits
@@ -32,7 +33,7 @@ _OF_THE_TEACHER = ("weights", "teacher_sample", "threshold", "device")
 class VerifyConfig:
     """What `atcache verify` was asked for."""
 
-    cache: Path
+    cache: Location
     """The cache, complete or not."""
     data: str | None = None
     """Where the tars are now; None for where they were at build time."""
@@ -58,6 +59,8 @@ class VerifyConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value}: expected at least {least}.")
+        if self.repair and isinstance(self.cache, Url):
+            raise ConfigError(f"repair: {self.cache} is on a server, and only local caches are written. Repair a copy.")
         if not self.threshold >= 1:
             raise ConfigError(f"threshold={self.threshold}: expected at least 1, times the recorded value.")
         if self.teacher is None:
@@ -129,7 +132,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
     repaired: list[str] = []
     num_threads = config.workers or os.cpu_count() or 1
     # From the first look to the deletion, so that what is deleted is what was judged.
-    with only_writer(cache.path) if config.repair else nullcontext():
+    with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
         metadata = check_all_metadata(cache, report)
         checked = check_all_tasks(cache, num_threads, report)
         num_views = check_views(cache, checked.whole, config.sample, num_threads, report)
@@ -137,7 +140,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
         if run is not None and metadata.is_decodable:
             places = spread_views(checked.whole, config.teacher_sample)
             fidelity = check_fidelity(cache, run, places, config.threshold, report)
-        if config.repair and metadata.is_whole:
+        if config.repair and metadata.is_whole and isinstance(cache.path, Path):
             repaired = delete_commits(cache.path, report.damaged_tasks)
     return VerifySummary(
         path=str(cache.path),

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -14,9 +13,10 @@ import torch
 
 from atcache.cache import Cache
 from atcache.errors import AtcacheError, CorruptCacheError
+from atcache.location import Location
 from atcache.store.audit import check_metadata, check_tables, find_strays
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import COMMITS, Commit, check_commit, list_commits, read_commit, summarise_commits
+from atcache.store.manifest import COMMITS, Commit, check_commit, read_commit, summarise_commits
 
 from .progress import Progress
 from .teacher_record import TeacherRecord
@@ -141,16 +141,16 @@ class CheckedTasks(NamedTuple):
 def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTasks:
     """Read every byte of each committed task; compare totals and the list of files."""
     path, layout = cache.path, cache.reader.layout
-    committed = list_commits(path)
+    committed = cache.reader.committed_tasks()
     tasks = {task.name: task for task in layout.tasks()}
     is_finished = cache.attributes.get("complete") is not None
     notes = find_strays(path, layout, committed)
     for name in sorted(committed - tasks.keys()):
-        report.add(f"{path / COMMITS / name}.json is for a task that this cache does not have.", name)
+        report.add(f"{path / COMMITS}/{name}.json is for a task that this cache does not have.", name)
     missing = sorted(tasks.keys() - committed)
     if is_finished:
         for name in missing:
-            report.add(f"{path / COMMITS / name}.json is missing, though the cache was finished.", name)
+            report.add(f"{path / COMMITS}/{name}.json is missing, though the cache was finished.", name)
     elif missing:
         notes.append(f"{path}: {len(missing)} of {len(tasks)} tasks are not built yet, the first is {missing[0]}.")
     names = sorted(tasks.keys() & committed)
@@ -173,7 +173,7 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
     return CheckedTasks(whole, len(committed), nbytes, is_finished and committed == tasks.keys(), notes)
 
 
-def _check_task(path: Path, name: str, layout: StoreLayout) -> tuple[Commit | None, list[str]]:
+def _check_task(path: Location, name: str, layout: StoreLayout) -> tuple[Commit | None, list[str]]:
     try:
         commit = read_commit(path, name)
     except CorruptCacheError as error:

@@ -14,6 +14,7 @@ from atcache.attention.capture import FactorCapture
 from atcache.attention.transfer import CachedFactors
 from atcache.cache import Cache, stored_coder
 from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError
+from atcache.location import Location
 from atcache.rendering import STORED
 from atcache.teachers import ModelName, load_teacher, parse_model_name
 
@@ -234,7 +235,7 @@ class _Comparison:
         return row_kl_BL, v_error_BL, injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
 
 
-def _judge(path: Path, fidelity: Fidelity, report: Report) -> None:
+def _judge(path: Location, fidelity: Fidelity, report: Report) -> None:
     kl, limit = fidelity.row_kl_nats, fidelity.row_kl_limit_nats
     # Not "is it over": a KL that is no number must not pass.
     if not (kl <= limit and fidelity.worst_row_kl_nats <= _TIMES_A_VIEW * limit):

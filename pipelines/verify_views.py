@@ -10,6 +10,7 @@ import numpy as np
 
 from atcache.cache import Cache
 from atcache.errors import AtcacheError, CorruptCacheError
+from atcache.files import open_file
 from atcache.rendering import STORED
 from atcache.store.layout import Task
 from atcache.views import pixel_hash
@@ -77,7 +78,7 @@ def _check_tars(cache: Cache, report: Report) -> frozenset[int]:
     index, unusable = cache.source.index, set[int]()
     for number, (tar, nbytes) in enumerate(zip(index.tars, index.tar_nbytes, strict=True)):
         try:
-            found = tar.stat().st_size
+            found = open_file(tar).nbytes
         except OSError as error:
             report.add(f"{tar} cannot be read: {error.strerror}. If the tars were moved, say where to with --data.")
         else:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from atcache.errors import CorruptCacheError
+from atcache.files import file_exists, list_files, read_file
+from atcache.location import Location, Url
 from atcache.store.durable import is_partial
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
 from atcache.store.manifest import COMMIT_NAME, COMMITS
-from atcache.store.metadata import load_root, split_root
+from atcache.store.metadata import consolidated_copies, list_arrays, load_root, split_root
 from atcache.store.seal import seal_holds
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
 
-def check_metadata(path: Path) -> list[str]:
+def check_metadata(path: Location) -> list[str]:
     """What is wrong with the zarr.json files, which all else depends on.
 
     The root's attributes carry a checksum, a finished cache's other files have a copy in the root's, and arrays must
@@ -39,7 +39,7 @@ def check_metadata(path: Path) -> list[str]:
     copies: dict[str, Any] | None = {}
     if ours.get("complete") is not None:
         expected["consolidated_metadata"] = {"kind": "inline", "must_understand": False}
-        copies = _consolidated(root)
+        copies = consolidated_copies(root)
     problems += [f"{file}: {text}." for text in _differences(root, expected)]
     if copies is None:
         problems.append(f"{file} lacks the copies of the other zarr.json files that a finished cache has.")
@@ -50,22 +50,15 @@ def check_metadata(path: Path) -> list[str]:
     return problems
 
 
-def _consolidated(root: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The copies of all nodes' metadata that the root of a finished cache has, by name; None where it has none."""
-    consolidated: Any = root.get("consolidated_metadata")
-    copies: Any = cast("dict[str, Any]", consolidated).get("metadata") if isinstance(consolidated, dict) else None
-    return cast("dict[str, Any]", copies) if isinstance(copies, dict) else None
-
-
 def _group_names(layout: StoreLayout) -> list[str]:
     pixels = ["pixels"] if layout.pixels is not None else []
     return ["attention", "attention/state", COMMITS, "samples", "views", *pixels]
 
 
-def _check_node(path: Path, name: str, spec: ArraySpec | None, copy: object) -> list[str]:
-    file = path / name / "zarr.json"
+def _check_node(path: Location, name: str, spec: ArraySpec | None, copy: object) -> list[str]:
+    file = path / f"{name}/zarr.json"
     try:
-        found: Any = json.loads(file.read_bytes())
+        found: Any = json.loads(read_file(file))
     except FileNotFoundError:
         return [f"{file} is missing" + (f", though {path}/zarr.json lists it." if copy is not None else ".")]
     except (OSError, ValueError) as error:
@@ -125,7 +118,7 @@ def _differences(found: object, expected: object, where: str = "") -> Iterator[s
         yield f"{where} is {found!r}, expected {expected!r}"
 
 
-def check_tables(path: Path, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
+def check_tables(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
     """What is wrong with the sample table, the codec's state and the teacher's bias: what no task writes."""
     problems = [problem for name in _sample_arrays() for problem in check_array(path, name)]
     if not problems:
@@ -133,14 +126,14 @@ def check_tables(path: Path, attributes: Mapping[str, Any], layout: StoreLayout)
     return problems + [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
 
 
-def _check_fingerprint(path: Path, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
+def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
     try:
         index = read_samples(path, layout.num_samples)
     except CorruptCacheError as error:
         return [str(error)]
     source: Any = attributes.get("source")
-    table: Any = json.loads((path / "samples" / "zarr.json").read_bytes())["attributes"]
-    recorded: dict[Path, Any] = {path / "samples" / "zarr.json": table.get("fingerprint")}
+    table: Any = json.loads(read_file(path / "samples/zarr.json"))["attributes"]
+    recorded: dict[Location, Any] = {path / "samples/zarr.json": table.get("fingerprint")}
     if isinstance(source, dict):  # what `create_cache` makes without a build need not have one
         recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
     return [
@@ -155,13 +148,13 @@ def _sample_arrays() -> list[str]:
     return [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
 
 
-def _extra_arrays(path: Path) -> list[str]:
+def _extra_arrays(path: Location) -> list[str]:
     """Names of the arrays of the codec's state, and of the bias, that are there."""
-    folders = [*(path / "attention" / "state").glob("*/"), path / "attention" / "bias"]
-    return sorted(folder.relative_to(path).as_posix() for folder in folders if folder.is_dir())
+    state = [f"attention/state/{name}" for name in list_arrays(path, "attention/state")]
+    return ["attention/bias", *state] if file_exists(path / "attention/bias/zarr.json") else state
 
 
-def find_strays(path: Path, layout: StoreLayout, committed: set[str]) -> list[str]:
+def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> list[str]:
     """Files that are no part of the cache, and shards of uncommitted tasks, a sentence each. They do no harm.
 
     Args:
@@ -172,20 +165,21 @@ def find_strays(path: Path, layout: StoreLayout, committed: set[str]) -> list[st
     known = _known_files(path, layout)
     strays: list[str] = []
     uncommitted: set[str] = set()
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            file = Path(folder) / name
-            relative = file.relative_to(path).as_posix()
-            if relative in known or (file.parent == path / COMMITS and COMMIT_NAME.fullmatch(name)):
-                continue
-            task = _task_of_shard(relative, layout)
-            if task is not None:
-                uncommitted |= {task.name} - committed
-            elif is_partial(name):
-                strays.append(f"{file} was left by a writer that was stopped; the next build removes it.")
-            else:
-                strays.append(f"{file} is no part of the cache.")
+    if isinstance(path, Url) and not path.can_list:
+        return [
+            f"{path} is on a web server, which cannot list: files that are no part of the cache are not looked for."
+        ]
+    for relative in list_files(path):
+        folder, _, name = relative.rpartition("/")
+        if relative in known or (folder == COMMITS and COMMIT_NAME.fullmatch(name)):
+            continue
+        task = _task_of_shard(relative, layout)
+        if task is not None:
+            uncommitted |= {task.name} - committed
+        elif is_partial(name):
+            strays.append(f"{path / relative} was left by a writer that was stopped; the next build removes it.")
+        else:
+            strays.append(f"{path / relative} is no part of the cache.")
     if uncommitted:
         strays.append(
             f"{path} has shards without commit record, from {min(uncommitted)} on ({len(uncommitted)} in all); "
@@ -194,7 +188,7 @@ def find_strays(path: Path, layout: StoreLayout, committed: set[str]) -> list[st
     return strays
 
 
-def _known_files(path: Path, layout: StoreLayout) -> set[str]:
+def _known_files(path: Location, layout: StoreLayout) -> set[str]:
     """The files of a cache beside shards and commit records, by their paths in it."""
     known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
     known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}

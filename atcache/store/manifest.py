@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 
 from atcache.errors import CorruptCacheError
+from atcache.files import list_files, read_file
+from atcache.location import Location, parse_location
 from atcache.store.durable import encode_json, fsync_path, write_file
 from atcache.store.layout import ArraySpec, Status, StoreLayout, Task
 from atcache.store.seal import seal, seal_holds
@@ -88,14 +90,22 @@ class Commit:
         )
 
 
-def commit_path(path: Path | str, task: Task) -> Path:
+@overload
+def commit_path(path: Path, task: Task) -> Path: ...
+
+
+@overload
+def commit_path(path: Location, task: Task) -> Location: ...
+
+
+def commit_path(path: Location, task: Task) -> Location:
     """Where a task's commit record lies."""
-    return Path(path) / COMMITS / f"{task.name}.json"
+    return path / f"{COMMITS}/{task.name}.json"
 
 
 def write_commit(path: Path | str, commit: Commit) -> None:
     """Record a task as finished, durably. Its shards must be durable already."""
-    write_file(commit_path(path, commit.task), encode_json(seal(commit.to_json())))
+    write_file(commit_path(Path(path), commit.task), encode_json(seal(commit.to_json())))
 
 
 def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
@@ -120,23 +130,25 @@ def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
     return deleted
 
 
-def list_commits(path: Path | str) -> set[str]:
-    """Names of the committed tasks, from the folder's listing alone."""
-    folder = Path(path) / COMMITS
-    if not folder.is_dir():
-        return set()
-    return {entry.name.removesuffix(".json") for entry in folder.iterdir() if COMMIT_NAME.fullmatch(entry.name)}
+def list_commits(path: Location | str) -> set[str]:
+    """Names of the committed tasks, from the folder's listing alone.
+
+    Raises:
+        RemoteError: a web server, which cannot list.
+    """
+    names = list_files(parse_location(path) / COMMITS)
+    return {name.removesuffix(".json") for name in names if COMMIT_NAME.fullmatch(name)}
 
 
-def read_commit(path: Path | str, name: str) -> Commit:
+def read_commit(path: Location | str, name: str) -> Commit:
     """One commit record.
 
     Raises:
         CorruptCacheError: it cannot be read, or is another task's.
     """
-    file = Path(path) / COMMITS / f"{name}.json"
+    file = parse_location(path) / f"{COMMITS}/{name}.json"
     try:
-        commit = Commit.from_json(json.loads(file.read_bytes()))
+        commit = Commit.from_json(json.loads(read_file(file)))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(
             f"{file} is no commit record ({type(error).__name__}: {error}). Delete it and run the same "
@@ -149,20 +161,20 @@ def read_commit(path: Path | str, name: str) -> Commit:
     return commit
 
 
-def read_commits(path: Path | str) -> dict[str, Commit]:
+def read_commits(path: Location | str) -> dict[str, Commit]:
     """All commit records by task name, in task order."""
     commits = sorted((read_commit(path, name) for name in list_commits(path)), key=lambda commit: commit.task)
     return {commit.task.name: commit for commit in commits}
 
 
-def check_commit(path: Path | str, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
+def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
     """What is wrong with a committed task, one sentence each; empty when it can be trusted.
 
     Looks at the size and the index of every shard. With `deep` also at every byte: the record's own checksum, the whole
     files' checksums, every chunk's, that each decompresses to its size, and that status, chunks and counts agree.
     Memory is one chunk.
     """
-    path, task = Path(path), commit.task
+    task = commit.task
     if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
         return [f"{commit_path(path, task)} is for {task}, which is no task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
@@ -189,15 +201,15 @@ def check_commit(path: Path | str, commit: Commit, layout: StoreLayout, *, deep:
     return problems
 
 
-def _record_seal_holds(path: Path, task: Task) -> bool:
+def _record_seal_holds(path: Location, task: Task) -> bool:
     try:
-        record: Any = json.loads(commit_path(path, task).read_bytes())
+        record: Any = json.loads(read_file(commit_path(path, task)))
     except (OSError, ValueError):  # it changed since it was read
         return False
     return isinstance(record, dict) and seal_holds(cast("dict[str, Any]", record))
 
 
-def _check_counts(path: Path, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
+def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
     """Statuses that a finished task cannot have, and counts in the record that are not those of the statuses."""
     task, file = commit.task, path / layout.status.shard_file(commit.task)
     rows_S, padding_S = status_S[: task.num_samples], status_S[task.num_samples :]
@@ -214,7 +226,9 @@ def _check_counts(path: Path, commit: Commit, layout: StoreLayout, status_S: np.
     return problems
 
 
-def _check_presence(path: Path, spec: ArraySpec, task: Task, check: ShardCheck, is_stored_S: np.ndarray) -> str | None:
+def _check_presence(
+    path: Location, spec: ArraySpec, task: Task, check: ShardCheck, is_stored_S: np.ndarray
+) -> str | None:
     """A shard that lacks what the statuses say is stored, or has what they say is not."""
     if check.is_there_N is None:
         return None  # its damage is named already

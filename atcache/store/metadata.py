@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
+from atcache.files import list_files, read_file
+from atcache.location import Location, Url, parse_location
 from atcache.store.layout import FORMAT, StoreLayout
 
 ATTRIBUTES = "atcache"
 """The key of the root group's attributes that holds everything of ours."""
 
 
-def read_root(path: Path | str) -> tuple[dict[str, Any], StoreLayout]:
+def read_root(path: Location | str) -> tuple[dict[str, Any], StoreLayout]:
     """A cache's `attributes["atcache"]` and its layout.
 
     Raises:
@@ -22,14 +24,15 @@ def read_root(path: Path | str) -> tuple[dict[str, Any], StoreLayout]:
         CorruptCacheError: its metadata cannot be understood.
         CacheMismatchError: it has another format number.
     """
-    return split_root(Path(path), load_root(Path(path)))
+    path = parse_location(path)
+    return split_root(path, load_root(path))
 
 
-def load_root(path: Path) -> dict[str, Any]:
+def load_root(path: Location) -> dict[str, Any]:
     """The cache's own zarr.json as it is; see `read_root` for the errors."""
     file = path / "zarr.json"
     try:
-        root: Any = json.loads(file.read_bytes())
+        root: Any = json.loads(read_file(file))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissError(f"{path} is no cache: {file} does not exist. Make one with `atcache build`.") from error
     except (OSError, ValueError) as error:
@@ -39,7 +42,7 @@ def load_root(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", root)
 
 
-def split_root(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, Any], StoreLayout]:
+def split_root(path: Location, root: Mapping[str, Any]) -> tuple[dict[str, Any], StoreLayout]:
     """What `read_root` returns, from what `load_root` returned."""
     attributes: Any = root.get("attributes")
     ours: Any = cast("dict[str, Any]", attributes).get(ATTRIBUTES) if isinstance(attributes, dict) else None
@@ -55,6 +58,24 @@ def split_root(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, Any], Sto
         return ours, StoreLayout.from_json(ours["layout"])
     except (KeyError, TypeError, ConfigError) as error:
         raise CorruptCacheError(f"the layout in {path}/zarr.json cannot be used: {error}") from error
+
+
+def consolidated_copies(root: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The copies of all nodes' metadata that the root of a finished cache has, by name; None where it has none."""
+    consolidated: Any = root.get("consolidated_metadata")
+    copies: Any = cast("dict[str, Any]", consolidated).get("metadata") if isinstance(consolidated, dict) else None
+    return cast("dict[str, Any]", copies) if isinstance(copies, dict) else None
+
+
+def list_arrays(path: Location, group: str) -> list[str]:
+    """Names of the arrays in a group of a cache, in order; from the root's copies of metadata where they are remote."""
+    if isinstance(path, Url) and (copies := consolidated_copies(load_root(path))) is not None:
+        files = [f"{name.removeprefix(f'{group}/')}/zarr.json" for name in copies if name.startswith(f"{group}/")]
+    else:
+        files = list_files(path / group)
+    return sorted(
+        name.removesuffix("/zarr.json") for name in files if name.count("/") == 1 and name.endswith("/zarr.json")
+    )
 
 
 def collect_metadata(folder: Path, prefix: str = "") -> dict[str, Any]:

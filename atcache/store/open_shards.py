@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from atcache.files import LocalFile
+from atcache.files import RangeFile, open_file
+from atcache.location import Location
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec, Task
 
@@ -24,25 +25,49 @@ _MAX_GAP_NBYTES = 2**16
 class OpenShard:
     """A shard's file and checked index. Closed with its last user: eviction cannot hurt a reading thread."""
 
-    def __init__(self, path: Path, spec: ArraySpec) -> None:
-        """Open a shard.
+    def __init__(self, file: RangeFile, spec: ArraySpec) -> None:
+        """Read its index.
 
         Raises:
-            FileNotFoundError: there is none.
-            DamagedChunkError: its index cannot be used.
+            DamagedChunkError: the index cannot be used.
         """
-        self.file = LocalFile(path)
+        self.file = file
         nbytes = self.file.nbytes
         if nbytes < spec.index_nbytes:
             raise DamagedChunkError(f"it has {nbytes} bytes, fewer than its index")
-        self.index_N2 = decode_index(self._read(spec.index_nbytes, nbytes - spec.index_nbytes), spec, nbytes)
+        self.index_N2 = self._read_index(spec)
 
-    def read_chunks(self, ranges: list[list[int]]) -> list[bytes]:
-        """The chunks at these (offset, nbytes), in one `pread` unless they lie far apart.
+    def _read_index(self, spec: ArraySpec) -> np.ndarray:
+        offset = self.file.nbytes - spec.index_nbytes
+        try:
+            return decode_index(self._read(spec.index_nbytes, offset), spec, self.file.nbytes)
+        except DamagedChunkError:
+            if not self.file.forget(spec.index_nbytes, offset):
+                raise
+        return decode_index(self._read(spec.index_nbytes, offset), spec, self.file.nbytes)
+
+    def read_into(self, ranges: list[list[int]], spec: ArraySpec, out_bytes: np.ndarray) -> None:
+        """The chunks at these (offset, nbytes), decompressed one behind another; see `decompress_into`.
+
+        What is damaged in a copy that is kept of a remote shard is fetched once again.
 
         Raises:
-            DamagedChunkError: the file ends early.
+            DamagedChunkError: the file ends early, or a chunk is damaged.
         """
+        try:
+            self._read_into(ranges, spec, out_bytes)
+        except DamagedChunkError:
+            if not any([self.file.forget(nbytes, offset) for offset, nbytes in ranges]):
+                raise
+            self._read_into(ranges, spec, out_bytes)
+
+    def _read_into(self, ranges: list[list[int]], spec: ArraySpec, out_bytes: np.ndarray) -> None:
+        nbytes = out_bytes.nbytes // len(ranges)
+        for number, encoded in enumerate(self._read_chunks(ranges)):
+            decompress_into(encoded, spec.compressor, out_bytes[number * nbytes : (number + 1) * nbytes])
+
+    def _read_chunks(self, ranges: list[list[int]]) -> list[bytes]:
+        """The chunks at these (offset, nbytes), in one `pread` unless they lie far apart."""
         if len(ranges) == 1:
             ((offset, nbytes),) = ranges
             return [self._read(nbytes, offset)]
@@ -71,7 +96,7 @@ class OpenShard:
 class OpenShards:
     """The shards of one cache. Threads may share it; a forked copy opens its own files."""
 
-    def __init__(self, path: Path, max_open: int) -> None:
+    def __init__(self, path: Location, max_open: int) -> None:
         self.max_open = max_open
         self._path = path
         self._reset()
@@ -81,6 +106,20 @@ class OpenShards:
         self._lock = threading.Lock()
         self._shards: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
         self._blocks: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._remote_files: dict[str, RangeFile] = {}
+
+    def _file(self, name: str) -> RangeFile:
+        """A file of the cache. Remote ones hold nothing open, and are kept: opening one again would ask the server."""
+        if isinstance(self._path, Path):
+            return open_file(self._path / name)
+        file = self._remote_files.get(name)
+        if file is None:
+            file = self._remote_files[name] = open_file(self._path / name)
+        return file
+
+    def is_open(self, spec: ArraySpec, task: Task) -> bool:
+        """Whether a shard is kept open, or the block of a views array in memory."""
+        return (spec.name, task.view, task.block) in self._shards or spec.shard_file(task) in self._blocks
 
     def get(self, spec: ArraySpec, task: Task) -> OpenShard | None:
         """The open shard, or None if there is no such file: its task is not done.
@@ -97,7 +136,7 @@ class OpenShards:
                 self._shards.move_to_end(key)
                 return shard
         try:
-            shard = OpenShard(self._path / spec.shard_file(task), spec)
+            shard = OpenShard(self._file(spec.shard_file(task)), spec)
         except FileNotFoundError:
             return None
         with self._lock:
@@ -121,15 +160,14 @@ class OpenShards:
                 self._blocks.move_to_end(name)
                 return block
         try:
-            shard = OpenShard(self._path / name, spec)
+            shard = OpenShard(self._file(name), spec)
         except FileNotFoundError:
             return None
         block = np.empty(spec.chunk_shape[1:], spec.dtype)
         ranges: list[list[int]] = shard.index_N2[:1].tolist()
         if ranges[0][0] == EMPTY:
             raise DamagedChunkError("its only chunk is missing")
-        (data,) = shard.read_chunks(ranges)
-        decompress_into(data, spec.compressor, block.reshape(-1).view(np.uint8))
+        shard.read_into(ranges, spec, block.reshape(-1).view(np.uint8))
         if keep:
             with self._lock:
                 self._blocks[name] = block

@@ -6,14 +6,18 @@ training.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
-from atcache.errors import CacheMissError, ConfigError, CorruptCacheError
-from atcache.store.chunks import EMPTY, DamagedChunkError, decompress_into, use_single_threaded_blosc
+from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
+from atcache.files import file_exists
+from atcache.location import Location, Url, parse_location
+from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
 from atcache.store.metadata import read_root
@@ -23,6 +27,10 @@ from atcache.store.tables import read_array, read_samples, read_state
 if TYPE_CHECKING:
     from atcache.source import SampleIndex
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_NUM_REQUESTS = 16
 _NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
 
 
@@ -32,7 +40,6 @@ class _SampleArray:
     def __init__(self, spec: ArraySpec) -> None:
         self.spec = spec
         self.num_chunks_per_sample = spec.num_chunks_per_sample
-        self.chunk_nbytes = spec.chunk_nbytes
         *_, first, second = spec.chunk_shape
         self.is_transposed = COMPRESSORS[spec.compressor].is_transposed
         self.stored_sides = (second, first) if self.is_transposed else (first, second)
@@ -45,23 +52,28 @@ class CacheReader:
     a task is seen once its shards are in place, except that `status_VS` and `samples` keep what they first read.
     """
 
-    def __init__(self, path: Path | str, *, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
+    def __init__(self, path: Location | str, *, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
         """Open a cache. Reads one small file, whatever the cache's size.
 
         Args:
-            path: its folder.
+            path: its folder, or the URL of one.
             max_open_shards: file descriptors and indexes kept; lower it where many processes share a limit.
 
         Raises:
             CacheMissError: there is none at `path`.
-            CacheMismatchError: it has another format number.
+            CacheMismatchError: it has another format number, or is on a web server and not complete.
             CorruptCacheError: its metadata is damaged.
         """
         use_single_threaded_blosc()
-        self.path = Path(path)
+        self.path = parse_location(path)
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
         self.attributes, self.layout = read_root(self.path)
+        if not self._can_list and self.attributes.get("complete") is None:
+            raise CacheMismatchError(
+                f"{self.path} is not complete, and a web server cannot list what is there. Finish its build before "
+                "it is served, or read it from a folder or an object store."
+            )
         self._codes = _SampleArray(self.layout.codes)
         self._rgb = None if self.layout.rgb is None else _SampleArray(self.layout.rgb)
         self._shards = OpenShards(self.path, max_open_shards)
@@ -70,15 +82,28 @@ class CacheReader:
         return partial(CacheReader, max_open_shards=self._shards.max_open), (self.path,)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether reading asks a server."""
+        return isinstance(self.path, Url)
+
+    @property
     def is_complete(self) -> bool:
         """Whether the build finished, and no commit record was deleted since to have its task redone."""
         layout = self.layout
         num_tasks = layout.num_views * layout.num_blocks
-        return self.attributes.get("complete") is not None and len(list_commits(self.path)) == num_tasks
+        return self.attributes.get("complete") is not None and len(self.committed_tasks()) == num_tasks
+
+    @property
+    def _can_list(self) -> bool:
+        return not isinstance(self.path, Url) or self.path.can_list
+
+    def committed_tasks(self) -> set[str]:
+        """Names of the tasks with a commit record; on a web server, of all, since the cache is complete."""
+        return list_commits(self.path) if self._can_list else {task.name for task in self.layout.tasks()}
 
     def missing_tasks(self) -> list[Task]:
         """Tasks without commit record, from one folder listing."""
-        committed = list_commits(self.path)
+        committed = self.committed_tasks()
         return [task for task in self.layout.tasks() if task.name not in committed]
 
     def read_codes(
@@ -150,15 +175,39 @@ class CacheReader:
         self._read_into(pixels_HWC, array, view, sample, 0, 1)
         return pixels_HWC
 
-    def expect(self, view: int, sample_S: np.ndarray) -> None:
-        """Ask the system to read these samples, ascending, from the disk ahead of their use; returns at once.
+    def expect(self, view: int, sample_S: np.ndarray, *, codes: bool = True) -> None:
+        """Have these samples, ascending, read from the disk or fetched ahead of their use; does not wait for them.
 
         Runs of neighbours become one long read each. Samples that are not there are passed over.
+
+        Args:
+            view: of all of them.
+            sample_S: which.
+            codes: whether their codes are wanted, and not only their pixels.
         """
         cuts = np.flatnonzero((np.diff(sample_S) > 1) | (np.diff(sample_S // self.layout.samples_per_shard) > 0)) + 1
-        for array in filter(None, (self._codes, self._rgb)):
-            for run in np.split(sample_S, cuts):
+        wanted = [array for array in (self._codes if codes else None, self._rgb) if array is not None]
+        runs = np.split(sample_S, cuts)
+        if self.is_remote:
+            tasks = {self.layout.task_of(view, int(run[0])) for run in runs}
+            self._open_together([array.spec for array in wanted], tasks)
+        for array in wanted:
+            for run in runs:
                 self._expect_run(array, view, run)
+
+    def _open_together(self, specs: Sequence[ArraySpec], tasks: Iterable[Task]) -> None:
+        """Open the shards of these tasks, and read what a replay of their views needs, several at once."""
+        layout = self.layout
+        small = [layout.parameters, layout.pixel_hash] if layout.pixels is None else []
+        places = [(spec, task) for task in tasks for spec in (*specs, *small) if not self._shards.is_open(spec, task)]
+        self._map(lambda place: (self._view_block if place[0] in small else self._shard)(*place), places)
+
+    def _map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """The results in order; of a remote cache, several at once, since each waits for a server."""
+        if not self.is_remote or len(items) < 2:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            return list(pool.map(work, items))
 
     def _expect_run(self, array: _SampleArray, view: int, run: np.ndarray) -> None:
         task = self.layout.task_of(view, int(run[0]))
@@ -186,8 +235,9 @@ class CacheReader:
         """All statuses, uint8 of shape (view, sample), read-only. The first use reads one small file a task."""
         layout = self.layout
         status_VS = np.zeros((layout.num_views, layout.num_samples), np.uint8)
-        for task in layout.tasks():
-            block_S = self._view_block(layout.status, task, keep=False)
+        tasks = layout.tasks()
+        blocks = self._map(lambda task: self._view_block(layout.status, task, keep=False), tasks)
+        for task, block_S in zip(tasks, blocks, strict=True):
             if block_S is not None:
                 status_VS[task.view, task.start : task.stop] = block_S[: task.num_samples]
         status_VS.flags.writeable = False
@@ -211,7 +261,7 @@ class CacheReader:
     @cached_property
     def bias_LHQK(self) -> np.ndarray | None:
         """The teacher's bias for the stored layers and heads, float32; None when it has none."""
-        if not (self.path / "attention" / "bias" / "zarr.json").exists():
+        if not file_exists(self.path / "attention/bias/zarr.json"):
             return None
         return read_array(self.path, "attention/bias")
 
@@ -244,13 +294,7 @@ class CacheReader:
         if any(offset == _NO_CHUNK for offset, _ in ranges):
             self._raise_missing(spec, task, view, sample)
         try:
-            chunks = shard.read_chunks(ranges)
-        except DamagedChunkError as error:
-            self._raise_damaged(spec, task, error)
-        out_bytes, nbytes = stored.reshape(-1).view(np.uint8), array.chunk_nbytes
-        try:
-            for number, encoded in enumerate(chunks):
-                decompress_into(encoded, spec.compressor, out_bytes[number * nbytes : (number + 1) * nbytes])
+            shard.read_into(ranges, spec, stored.reshape(-1).view(np.uint8))
         except DamagedChunkError as error:
             self._raise_damaged(spec, task, error, sample)
 
@@ -271,7 +315,7 @@ class CacheReader:
     def _raise_missing(self, spec: ArraySpec, task: Task, view: int, sample: int) -> NoReturn:
         """Say why a sample is not there; a shard that its commit record promises is not missing but lost."""
         status = self.status(view, sample)
-        if status in (Status.PENDING, Status.STORED) and commit_path(self.path, task).exists():
+        if status in (Status.PENDING, Status.STORED) and file_exists(commit_path(self.path, task)):
             self._raise_damaged(spec, task, DamagedChunkError(f"it lacks sample {sample}, which was committed"), sample)
         advice = " Run the same `atcache build` command again to continue." if status == Status.PENDING else ""
         raise CacheMissError(
@@ -281,7 +325,10 @@ class CacheReader:
 
     def _raise_damaged(self, spec: ArraySpec, task: Task, error: Exception, sample: int | None = None) -> NoReturn:
         chunk = "" if sample is None else f", sample {sample}"
-        raise CorruptCacheError(
-            f"{self.path / spec.shard_file(task)}{chunk} is damaged: {error}. Delete "
-            f"{commit_path(self.path, task)} and run the same `atcache build` command again: only this task is redone."
-        ) from error
+        advice = (
+            f"Delete {commit_path(self.path, task)} and run the same `atcache build` command again: only this task is "
+            "redone."
+            if isinstance(self.path, Path)
+            else "It is so on the server: copy it there again."
+        )
+        raise CorruptCacheError(f"{self.path / spec.shard_file(task)}{chunk} is damaged: {error}. {advice}") from error

@@ -5,16 +5,15 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from atcache.files import RangeFile, open_file
+from atcache.location import Location
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec
 
 _GAP_BLOCK_NBYTES = 2**22
-_READ_AHEAD_NBYTES = 2**20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +29,7 @@ class ShardCheck:
 
 
 def check_shard(
-    file: Path, spec: ArraySpec, nbytes: int, crc32: int, *, first_sample: int = 0, deep: bool = False
+    file: Location, spec: ArraySpec, nbytes: int, crc32: int, *, first_sample: int = 0, deep: bool = False
 ) -> ShardCheck:
     """What is wrong with a shard.
 
@@ -44,30 +43,37 @@ def check_shard(
     """
     check = ShardCheck()
     try:
-        found_nbytes = file.stat().st_size
-        if found_nbytes != nbytes:
-            check.problem = f"{file} has {found_nbytes} bytes, {nbytes} were committed."
+        shard = open_file(file)
+        if shard.nbytes != nbytes:
+            check.problem = f"{file} has {shard.nbytes} bytes, {nbytes} were committed."
             return check
-        with file.open("rb", buffering=_READ_AHEAD_NBYTES) as shard:
-            shard.seek(max(0, nbytes - spec.index_nbytes))
-            index_N2 = decode_index(shard.read(), spec, nbytes)
-            check.is_there_N = index_N2[:, 0] != EMPTY
-            if deep:
-                damaged, found_crc32 = _read_all(shard, index_N2, spec, nbytes, check)
-                if damaged:
-                    check.problem = f"{file} is damaged: {_describe(damaged, spec, first_sample)}."
-                elif found_crc32 != crc32:
-                    check.problem = f"{file} is damaged: its checksum is not the committed one."
-    except DamagedChunkError as error:
-        check.problem = f"{file} is damaged: {error}."
+        reason = _look(shard, spec, crc32 if deep else None, first_sample, check)
+        if reason is not None and shard.forget(nbytes, 0):  # perhaps only a copy of a remote file is damaged
+            reason = _look(shard, spec, crc32 if deep else None, first_sample, check)
+        if reason is not None:
+            check.problem = f"{file} is damaged: {reason}."
     except OSError as error:
         check.problem = f"{file} cannot be read: {error.strerror}."
     return check
 
 
-def _read_all(
-    shard: BinaryIO, index_N2: np.ndarray, spec: ArraySpec, nbytes: int, check: ShardCheck
-) -> tuple[dict[int, str], int]:
+def _look(shard: RangeFile, spec: ArraySpec, crc32: int | None, first_sample: int, check: ShardCheck) -> str | None:
+    """How a shard of the right size is damaged, if it is; with a checksum, every byte of it is looked at."""
+    try:
+        start = max(0, shard.nbytes - spec.index_nbytes)
+        index_N2 = decode_index(shard.pread(shard.nbytes - start, start), spec, shard.nbytes)
+    except DamagedChunkError as error:
+        return str(error)
+    check.is_there_N = index_N2[:, 0] != EMPTY
+    if crc32 is None:
+        return None
+    damaged, found_crc32 = _read_all(shard, index_N2, spec, check)
+    if damaged:
+        return _describe(damaged, spec, first_sample)
+    return None if found_crc32 == crc32 else "its checksum is not the committed one"
+
+
+def _read_all(shard: RangeFile, index_N2: np.ndarray, spec: ArraySpec, check: ShardCheck) -> tuple[dict[int, str], int]:
     """The damaged chunks by number, each with what is wrong, and the crc32 of the file. Reads each byte once."""
     damaged: dict[int, str] = {}
     check.content = np.empty(spec.chunk_nbytes, np.uint8)
@@ -78,21 +84,19 @@ def _read_all(
         if offset == EMPTY:
             break  # these sort last
         crc32 = _skip(shard, position, offset, crc32)
-        shard.seek(offset)
-        data = shard.read(length)
+        data = shard.pread(length, offset)
         crc32 = zlib.crc32(memoryview(data)[max(0, position - offset) :], crc32)
         position = max(position, offset + length)
         try:
             decompress_into(data, spec.compressor, check.content)
         except DamagedChunkError as error:
             damaged[number] = str(error)
-    return damaged, _skip(shard, position, nbytes, crc32)
+    return damaged, _skip(shard, position, shard.nbytes, crc32)
 
 
-def _skip(shard: BinaryIO, position: int, stop: int, crc32: int) -> int:
+def _skip(shard: RangeFile, position: int, stop: int, crc32: int) -> int:
     """The crc32 with the bytes from `position` to `stop`, if any, taken in."""
-    shard.seek(position)
-    while position < stop and (block := shard.read(min(_GAP_BLOCK_NBYTES, stop - position))):
+    while position < stop and (block := shard.pread(min(_GAP_BLOCK_NBYTES, stop - position), position)):
         crc32 = zlib.crc32(block, crc32)
         position += len(block)
     return crc32

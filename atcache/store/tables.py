@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atcache.errors import ConfigError, CorruptCacheError
+from atcache.files import read_file
+from atcache.location import Location, parse_location
 from atcache.store.chunks import ZSTD_LEVEL, DamagedChunkError, decompress_into
 from atcache.store.durable import encode_json
 from atcache.store.layout import MAX_CHUNK_NBYTES, ZSTD
+from atcache.store.metadata import list_arrays
 
 if TYPE_CHECKING:
     from atcache.source import SampleIndex
@@ -78,7 +81,7 @@ def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tupl
     array[...] = values
 
 
-def read_array(root: Path, name: str) -> np.ndarray:
+def read_array(root: Location, name: str) -> np.ndarray:
     """An array `write_array` wrote, whole.
 
     Raises:
@@ -98,7 +101,7 @@ def read_array(root: Path, name: str) -> np.ndarray:
     return values
 
 
-def check_array(root: Path, name: str) -> list[str]:
+def check_array(root: Location, name: str) -> list[str]:
     """What is wrong with the files of an array `write_array` wrote, a sentence each; empty when all can be read."""
     folder, problems = root / name, list[str]()
     try:
@@ -113,7 +116,7 @@ def check_array(root: Path, name: str) -> list[str]:
     return problems
 
 
-def array_files(root: Path, name: str) -> set[str]:
+def array_files(root: Location, name: str) -> set[str]:
     """The files an array `write_array` wrote consists of, by their paths in the cache; only its zarr.json is read.
 
     Raises:
@@ -123,12 +126,12 @@ def array_files(root: Path, name: str) -> set[str]:
     return {f"{name}/zarr.json", *chunks}
 
 
-def _read_chunk(folder: Path, info: _ArrayInfo, place: tuple[int, ...]) -> np.ndarray:
+def _read_chunk(folder: Location, info: _ArrayInfo, place: tuple[int, ...]) -> np.ndarray:
     """One whole chunk; the rows that stick out of the array are padding."""
-    file = folder.joinpath("c", *[str(number) for number in place])
+    file = folder / "/".join(["c", *map(str, place)])
     chunk = np.empty(info.chunk_shape, info.dtype)
     try:
-        decompress_into(file.read_bytes(), ZSTD, chunk.reshape(-1).view(np.uint8))
+        decompress_into(read_file(file), ZSTD, chunk.reshape(-1).view(np.uint8))
     except (DamagedChunkError, OSError) as error:
         raise CorruptCacheError(
             f"{file} is damaged: {error}. It was written when the cache was created; restore it from a copy, or "
@@ -137,10 +140,10 @@ def _read_chunk(folder: Path, info: _ArrayInfo, place: tuple[int, ...]) -> np.nd
     return chunk
 
 
-def _read_info(folder: Path) -> _ArrayInfo:
+def _read_info(folder: Location) -> _ArrayInfo:
     file = folder / "zarr.json"
     try:
-        metadata = json.loads(file.read_bytes())
+        metadata = json.loads(read_file(file))
         info = _ArrayInfo(
             shape=tuple(int(side) for side in metadata["shape"]),
             chunk_shape=tuple(int(side) for side in metadata["chunk_grid"]["configuration"]["chunk_shape"]),
@@ -189,16 +192,16 @@ def write_samples(root: Path, index: SampleIndex) -> None:
         write_array(root, f"samples/{name}", column_S, ("sample",))
 
 
-def read_samples(root: Path, num_samples: int) -> SampleIndex:
+def read_samples(root: Location, num_samples: int) -> SampleIndex:
     """The sample table; tars are where they were at build time, `atcache.source.relocate` finds them elsewhere."""
     from atcache.source import SampleIndex
 
-    file = root / "samples" / "zarr.json"
+    file = root / "samples/zarr.json"
     try:
-        attributes = json.loads(file.read_bytes())["attributes"]
+        attributes = json.loads(read_file(file))["attributes"]
         names, folders = [[str(text) for text in attributes[name]] for name in ("tars", "folders")]
         tar_nbytes = tuple(int(nbytes) for nbytes in attributes["tar_nbytes"])
-        tars = tuple(Path(folder) / name for folder, name in zip(folders, names, strict=True))
+        tars = tuple(parse_location(folder) / name for folder, name in zip(folders, names, strict=True))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(f"{file} does not list the tars ({type(error).__name__}: {error}).") from error
     problem = find_bad_tar_name(names)
@@ -217,6 +220,7 @@ def read_samples(root: Path, num_samples: int) -> SampleIndex:
     return SampleIndex(
         tars=tars,
         tar_nbytes=tar_nbytes,
+        tar_versions=(),
         keys_S=keys_SN.view(f"S{keys_SN.shape[1]}").reshape(num_samples),
         **{f"{name}_S": column for name, column in columns.items()},
     )
@@ -249,8 +253,6 @@ def _as_float32(name: str, values: np.ndarray) -> np.ndarray:
     return values
 
 
-def read_state(root: Path) -> dict[str, np.ndarray]:
+def read_state(root: Location) -> dict[str, np.ndarray]:
     """A codec's fitted state by name."""
-    folder = root / "attention" / "state"
-    names = sorted(entry.parent.name for entry in folder.glob("*/zarr.json"))
-    return {name: read_array(root, f"attention/state/{name}") for name in names}
+    return {name: read_array(root, f"attention/state/{name}") for name in list_arrays(root, "attention/state")}

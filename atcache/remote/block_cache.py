@@ -1,0 +1,218 @@
+"""Blocks of remote files, kept in one local file of fixed size that all processes of this machine share.
+
+The file is a header, a table of what is in which slot, and the slots. A block may lie in any of the eight slots of one
+set, which its key says; the one it replaces is drawn at random. Nothing is locked and nothing is counted: a row of the
+table has a checksum over its key and its bytes, so that whatever another process, a kill or a disk did to slot or row,
+a block is what was stored or is not there.
+
+Why not the least recently used: training reads everything once an epoch, in a new order. What was used last is then
+needed last, and keeping it would leave a cache smaller than the data with hardly a hit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import struct
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import google_crc32c
+
+from atcache.errors import ConfigError
+
+BLOCK_NBYTES = 2**16
+"""Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): larger ones fetch more than is read."""
+
+DEFAULT_GIB = 16.0
+FOLDER_VARIABLE = "ATCACHE_BLOCKS_DIR"
+GIB_VARIABLE = "ATCACHE_BLOCKS_GIB"
+
+_NUM_WAYS = 8
+_ROW = struct.Struct("<16sII8x")  # key, bytes, crc32c of key and bytes
+_SET_NBYTES = _NUM_WAYS * _ROW.size
+_EMPTY_ROW = bytes(_ROW.size)
+_HEADER = struct.Struct("<8sIIQ")  # magic, bytes of a block, slots of a set, sets
+_HEADER_NBYTES = 4096
+_MAGIC = b"atcblk1\n"
+
+_crc32c = cast("Any", google_crc32c)
+
+
+class BlockKeys:
+    """The names of the blocks of one version of a file, 16 bytes each."""
+
+    def __init__(self, url: str, version: str, size: int) -> None:
+        self._digest = hashlib.sha256(f"{url}\n{version}\n{size}\n".encode())
+
+    def __getitem__(self, number: int) -> bytes:
+        digest = self._digest.copy()
+        digest.update(number.to_bytes(8, "little"))
+        return digest.digest()[:16]
+
+
+class BlockCache:
+    """The blocks of one folder. Threads and forked processes may share it."""
+
+    def __init__(self, folder: Path, max_nbytes: int) -> None:
+        """Open or make it.
+
+        Args:
+            folder: where it lies; made for this user alone if it is not there.
+            max_nbytes: bytes it takes at most, table and all. A folder that was made for another size is begun anew.
+
+        Raises:
+            ConfigError: the folder cannot be written, or the size is too small for a single set.
+        """
+        self.num_sets = (max_nbytes - _HEADER_NBYTES) // (_SET_NBYTES + _NUM_WAYS * BLOCK_NBYTES)
+        if self.num_sets < 1:
+            raise ConfigError(f"{GIB_VARIABLE}: {max_nbytes} bytes hold no blocks; expected at least 1 MiB.")
+        self._data_offset = _HEADER_NBYTES + self.num_sets * _SET_NBYTES
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # The one descriptor of this file: closing another would drop this process's locks.
+            self.lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.lockf(self.lock_fd, fcntl.LOCK_EX, 1, 0)
+            try:
+                self._fd = self._open(folder / "blocks")
+            finally:
+                fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1, 0)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot keep what is read from servers: {error.strerror}. Name another folder in "
+                f"{FOLDER_VARIABLE}."
+            ) from error
+
+    def _open(self, file: Path) -> int:
+        header = _HEADER.pack(_MAGIC, BLOCK_NBYTES, _NUM_WAYS, self.num_sets)
+        nbytes = self._data_offset + self.num_sets * _NUM_WAYS * BLOCK_NBYTES
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            found = os.open(file, flags)
+        except FileNotFoundError:
+            pass
+        else:
+            if os.pread(found, _HEADER.size, 0) == header and os.fstat(found).st_size == nbytes:
+                return found
+            os.close(found)
+        # Processes that have the old one open go on with it until they end.
+        partial = file.with_name(f".blocks.{secrets.token_hex(8)}")
+        made = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        os.pwrite(made, header, 0)
+        os.ftruncate(made, nbytes)  # takes room as slots are filled
+        partial.replace(file)
+        return made
+
+    @property
+    def num_slots(self) -> int:
+        """Blocks it can hold."""
+        return self.num_sets * _NUM_WAYS
+
+    def __del__(self) -> None:
+        for descriptor in (getattr(self, "_fd", -1), getattr(self, "lock_fd", -1)):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def get(self, key: bytes) -> bytes | None:
+        """A block, whole and as it was stored; None where it is not there."""
+        first, rows = self._rows_of(key)
+        way = _find(rows, key)
+        if way is None:
+            return None
+        _, nbytes, crc32c = _ROW.unpack_from(rows, way * _ROW.size)
+        if nbytes > BLOCK_NBYTES:
+            return None
+        data = os.pread(self._fd, nbytes, self._data_offset + (first + way) * BLOCK_NBYTES)
+        if len(data) == nbytes and _checksum(key, data) == crc32c:
+            return data
+        self._write_row(first + way, _EMPTY_ROW)
+        return None
+
+    def has(self, key: bytes) -> bool:
+        """Whether a block is there, damaged or not."""
+        return _find(self._rows_of(key)[1], key) is not None
+
+    def put(self, key: bytes, data: bytes | memoryview) -> None:
+        """Keep a block, in the place of another one if need be. A full disk keeps nothing, and is no error."""
+        first, rows = self._rows_of(key)
+        way = _find(rows, key)
+        if way is None:
+            way = _find(rows, bytes(16))
+        if way is None:
+            way = secrets.randbelow(_NUM_WAYS)
+        try:
+            self._write_row(first + way, _EMPTY_ROW)
+            written = os.pwrite(self._fd, data, self._data_offset + (first + way) * BLOCK_NBYTES)
+            if written == len(data):
+                self._write_row(first + way, _ROW.pack(key, len(data), _checksum(key, data)))
+        except OSError:
+            return
+
+    def drop(self, key: bytes) -> None:
+        """Forget a block."""
+        first, rows = self._rows_of(key)
+        way = _find(rows, key)
+        if way is not None:
+            self._write_row(first + way, _EMPTY_ROW)
+
+    def _rows_of(self, key: bytes) -> tuple[int, bytes]:
+        """The first slot of a key's set, and the set's rows."""
+        number = int.from_bytes(key[8:], "little") % self.num_sets
+        rows = os.pread(self._fd, _SET_NBYTES, _HEADER_NBYTES + number * _SET_NBYTES)
+        return number * _NUM_WAYS, rows.ljust(_SET_NBYTES, b"\0")
+
+    def _write_row(self, slot: int, row: bytes) -> None:
+        os.pwrite(self._fd, row, _HEADER_NBYTES + slot * _ROW.size)
+
+
+def _find(rows: bytes, key: bytes) -> int | None:
+    """Which of a set's rows has this key."""
+    place = rows.find(key)
+    while place >= 0 and place % _ROW.size:
+        place = rows.find(key, place + 1)
+    return None if place < 0 else place // _ROW.size
+
+
+def _checksum(key: bytes, data: bytes | memoryview) -> int:
+    return _crc32c.extend(_crc32c.value(key), bytes(data))
+
+
+_shared: BlockCache | None = None
+_opening = threading.Lock()
+
+
+def shared_blocks() -> BlockCache:
+    """The block cache of this process, and of all with the same environment: the folder and size it names.
+
+    Raises:
+        ConfigError: the environment names no folder that can be written, or no size.
+    """
+    global _shared
+    with _opening:
+        if _shared is None:
+            text = os.environ.get(GIB_VARIABLE, str(DEFAULT_GIB))
+            try:
+                max_nbytes = int(float(text) * 2**30)
+            except (ValueError, OverflowError):
+                raise ConfigError(f"{GIB_VARIABLE}={text!r}: expected a number of GiB, such as 16.") from None
+            _shared = BlockCache(_folder(), max_nbytes)
+        return _shared
+
+
+def _folder() -> Path:
+    named = os.environ.get(FOLDER_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "atcache" / "blocks"
+
+
+def _renew_lock() -> None:
+    global _opening
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)

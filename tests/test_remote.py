@@ -1,0 +1,461 @@
+"""Caches and tars over URLs read as local ones do, through a bounded local cache that nothing can spoil."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from range_server import FolderServer
+
+import atcache
+from atcache.cli.main import cli
+from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError, RemoteError, SourceError
+from atcache.files import open_file
+from atcache.location import parse_location
+from atcache.pipelines.build import BuildConfig, build
+from atcache.pipelines.metrics import read_metrics
+from atcache.pipelines.train import train
+from atcache.pipelines.train_config import TrainConfig
+from atcache.pipelines.verify import VerifyConfig, verify
+from atcache.remote import block_cache, remote_file
+from atcache.remote.block_cache import BLOCK_NBYTES, BlockCache
+from atcache.source import Source, index_source, relocate
+from atcache.store.reader import CacheReader
+
+
+@pytest.fixture
+def blocks_dir(tmp_path, monkeypatch):
+    """A folder of its own for the blocks of this test, and for those of the processes it starts."""
+    folder = tmp_path / "blocks"
+    monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(folder))
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.01")
+    monkeypatch.setattr(block_cache, "_shared", None)
+    monkeypatch.setattr(remote_file, "_claims", None)
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path, blocks_dir):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with FolderServer(folder) as server:
+        yield server
+
+
+def serve(server, path: Path) -> str:
+    """Put a copy of a file or folder on the server."""
+    copy = shutil.copytree if path.is_dir() else shutil.copy2
+    copy(path, server.folder / path.name)
+    return f"{server.url}/{path.name}"
+
+
+def serve_bytes(server, name: str, nbytes: int, seed: int = 0) -> bytes:
+    data = np.random.default_rng(seed).bytes(nbytes)
+    (server.folder / name).write_bytes(data)
+    return data
+
+
+def open_url(server, name: str):
+    return open_file(parse_location(f"{server.url}/{name}"))
+
+
+def allocated_nbytes(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+
+
+def run_python(code: str, *arguments) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_any_place_of_a_file_is_read_and_blocks_are_fetched_once(server):
+    data = serve_bytes(server, "file", 5 * BLOCK_NBYTES + 17)
+    file = open_url(server, "file")
+    assert file.nbytes == len(data)
+    for offset, nbytes in ((0, 10), (BLOCK_NBYTES - 3, 7), (len(data) - 5, 5), (100, 4 * BLOCK_NBYTES), (0, len(data))):
+        assert file.pread(nbytes, offset) == data[offset : offset + nbytes]
+    assert file.pread(100, len(data) - 4) == data[-4:]
+    assert file.pread(100, len(data)) == b""
+    assert server.num_bytes == len(data)
+    assert open_url(server, "file").pread(len(data), 0) == data
+    assert server.num_bytes == len(data)
+
+
+def test_neighbours_come_in_one_request_and_far_blocks_at_once(server):
+    serve_bytes(server, "file", 60 * BLOCK_NBYTES)
+    file = open_url(server, "file")
+    before = server.num_requests
+    file.pread(20 * BLOCK_NBYTES, 0)
+    assert server.num_requests == before + 1
+    server.delay_s = 0.4
+    start_s = time.monotonic()
+    for block in (30, 40, 50):
+        file.expect(1, block * BLOCK_NBYTES)
+    for block in (30, 40, 50):
+        file.pread(1, block * BLOCK_NBYTES)
+    assert time.monotonic() - start_s < 0.8
+    assert server.num_requests == before + 4
+
+
+def test_a_pass_over_a_file_is_fetched_ahead(server, monkeypatch):
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.1")
+    data = serve_bytes(server, "file", 100 * BLOCK_NBYTES)
+    file = open_url(server, "file")
+    before = server.num_requests
+    for offset in range(0, len(data), BLOCK_NBYTES // 2):
+        assert file.pread(100, offset) == data[offset : offset + 100]
+    assert server.num_requests - before < 10
+
+
+def test_the_bound_holds_while_more_is_read(server, blocks_dir):
+    data = serve_bytes(server, "file", 20 * 2**20)
+    for _ in range(3):
+        file = open_url(server, "file")
+        for offset in range(0, len(data), 2**20):
+            assert file.pread(2**20, offset) == data[offset : offset + 2**20]
+            assert allocated_nbytes(blocks_dir) <= 0.01 * 2**30
+    assert allocated_nbytes(blocks_dir) > 0.005 * 2**30  # it is used
+    assert 2 * len(data) < server.num_bytes < 2.8 * len(data)  # and of use
+
+
+def test_a_block_is_what_was_stored_or_is_not_there(tmp_path):
+    blocks = BlockCache(tmp_path, 2**20)
+    keys = [bytes([number]) * 16 for number in range(1, 60)]
+    for number, key in enumerate(keys):
+        blocks.put(key, bytes([number]) * BLOCK_NBYTES)
+        assert blocks.get(key) == bytes([number]) * BLOCK_NBYTES
+    stored = [blocks.get(key) for key in keys]
+    assert 0 < sum(data is not None for data in stored) <= 16
+    assert all(data in (None, bytes([number]) * BLOCK_NBYTES) for number, data in enumerate(stored))
+    rng = np.random.default_rng(0)
+    with (tmp_path / "blocks").open("r+b") as file:
+        for place in rng.integers(4096, file.seek(0, 2), 3000).tolist():
+            file.seek(place)
+            file.write(b"\x5a")
+    damaged = [blocks.get(key) for key in keys]
+    assert all(data in (None, bytes([number]) * BLOCK_NBYTES) for number, data in enumerate(damaged))
+    assert damaged != stored
+
+
+def test_another_size_begins_anew(tmp_path):
+    key = b"k" * 16
+    BlockCache(tmp_path, 2**20).put(key, b"data")
+    assert BlockCache(tmp_path, 2**20).get(key) == b"data"
+    assert BlockCache(tmp_path, 2**21).get(key) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["blocks", "lock"]
+
+
+_READER = """
+import sys
+from atcache.files import open_file
+from atcache.location import parse_location
+file = open_file(parse_location(sys.argv[1]))
+print("open", flush=True)
+for offset in range(0, file.nbytes, 2**18):
+    file.pread(2**18, offset)
+print("done", flush=True)
+"""
+
+
+def test_two_processes_fetch_each_block_once_between_them(server, monkeypatch):
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.05")
+    data = serve_bytes(server, "file", 2**23)
+    server.delay_s = 0.05
+    readers = [run_python(_READER, f"{server.url}/file") for _ in range(2)]
+    for reader in readers:
+        out, errors = reader.communicate(timeout=60)
+        assert (out.split(), reader.returncode) == (["open", "done"], 0), errors
+    # A set of eight slots may overflow, and then a block is fetched again.
+    assert len(data) <= server.num_bytes < 1.1 * len(data)
+
+
+def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeypatch):
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.05")
+    data = serve_bytes(server, "file", 2**22)
+    server.delay_s = 0.3
+    reader = run_python(_READER, f"{server.url}/file")
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "open\n"
+    time.sleep(0.15)  # it has asked, and no answer came yet
+    reader.send_signal(signal.SIGKILL)
+    reader.communicate()
+    server.delay_s = 0
+    start_s = time.monotonic()
+    assert open_url(server, "file").pread(len(data), 0) == data
+    assert time.monotonic() - start_s < 5
+
+
+def test_forked_processes_and_threads_read(server):
+    data = serve_bytes(server, "file", 40 * BLOCK_NBYTES)
+    file = open_url(server, "file")
+    assert file.pread(10, 0) == data[:10]
+    wrong: list[int] = []
+
+    def check(start):
+        for block in range(start, 40, 4):
+            if file.pread(100, block * BLOCK_NBYTES) != data[block * BLOCK_NBYTES :][:100]:
+                wrong.append(block)
+
+    threads = [threading.Thread(target=check, args=(start,)) for start in (1, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    child = os.fork()
+    if child == 0:
+        try:
+            check(3)
+            other = open_url(server, "file").pread(9, 38 * BLOCK_NBYTES)
+            os._exit(0 if not wrong and other == data[38 * BLOCK_NBYTES :][:9] else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("ignore-ranges", r"http://127\S+/file cannot be read in parts: its server does not answer range requests"),
+        ("truncate", r"http://127\S+/file cannot be read: .*body"),
+        ("fail", r"http://127\S+/file cannot be read: .*500"),
+    ],
+)
+def test_a_server_that_misbehaves_is_named_in_one_sentence(fault, message, server):
+    data = serve_bytes(server, "file", 2 * BLOCK_NBYTES)
+    file = open_url(server, "file")
+    server.fault = fault
+    with pytest.raises(RemoteError, match=message):
+        file.pread(100, 0)
+    server.fault = ""
+    assert file.pread(100, 0) == data[:100]  # and nothing stays claimed or kept
+
+
+def test_a_server_that_is_not_there_is_named(blocks_dir):
+    with FolderServer(blocks_dir) as gone:
+        url = gone.url
+    with pytest.raises(RemoteError, match=f"{url}/cache.zarr/zarr.json cannot be read"):
+        atcache.open(f"{url}/cache.zarr")
+
+
+def test_a_file_that_changes_is_not_mixed_with_what_it_was(server):
+    serve_bytes(server, "file", 8 * BLOCK_NBYTES)
+    file = open_url(server, "file")
+    file.pread(10, 0)
+    new = serve_bytes(server, "file", 8 * BLOCK_NBYTES, seed=1)
+    with pytest.raises(RemoteError, match=r"file has changed since it was opened"):
+        file.pread(10, 5 * BLOCK_NBYTES)
+    assert open_url(server, "file").pread(10, 0) == new[:10]
+
+
+def test_a_cache_on_a_server_is_what_it_is_locally(server, tiny_cache):
+    for fields in ({"views": 2}, {"codec": "int8", "pixels": "store"}):
+        local = atcache.open(tiny_cache(**fields))
+        shutil.rmtree(server.folder / local.path.name, ignore_errors=True)
+        remote = atcache.open(serve(server, local.path))
+        assert str(remote.path).startswith("http://")
+        assert {**remote.describe(), "path": str(local.path)} == local.describe()
+        assert np.array_equal(remote.maps(1).compute(), local.maps(1).compute(), equal_nan=True)
+        assert np.array_equal(remote.view(3).image, local.view(3).image)
+        assert remote.samples.equals(local.samples)
+        assert remote.reader.missing_tasks() == []
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_training_from_a_server_has_the_losses_of_training_from_the_disk(
+    shuffle, server, tiny_cache, digits_tars, tmp_path
+):
+    cache = tiny_cache(views=2)
+    remote_cache = serve(server, cache)
+    serve(server, digits_tars[0].parent)
+    tars = f"{server.url}/{digits_tars[0].parent.name}/digits-{{0000..0002}}.tar"
+    common = {"mode": "copy", "steps": 20, "batch_size": 24, "warmup_epochs": 1.0, "device": "cpu", "precision": "fp32"}
+    local = TrainConfig(**common, shuffle=shuffle, cache=cache, out=tmp_path / "local", keep_mib=0)
+    # Worker processes are forked while this one has servers to talk to.
+    remote = replace(local, cache=parse_location(remote_cache), data=tars, out=tmp_path / "remote", workers=2)
+    losses = []
+    for config in (local, remote):
+        train(config)
+        losses.append([row["loss"] for row in read_metrics(config.out, "train")])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 2
+
+
+def test_a_build_from_tars_on_a_server_writes_the_same_bytes(
+    server, tiny_cache, tiny_vit, tiny_weights, digits_tars, tmp_path
+):
+    serve(server, digits_tars[0].parent)
+    local, out = tiny_cache(), tmp_path / "remote.zarr"
+    tars = f"{server.url}/{digits_tars[0].parent.name}/digits-{{0000..0002}}.tar"
+    build(
+        BuildConfig(
+            teacher=tiny_vit,
+            weights=tiny_weights,
+            data=tars,
+            out=out,
+            codec="exact",
+            workers=2,
+            device="cpu",
+            precision="fp32",
+            samples_per_shard=20,
+        )
+    )
+    files = [file.relative_to(out) for file in out.rglob("*") if file.is_file() and "c" in file.parts]
+    assert len(files) > 10
+    for file in files:
+        assert (out / file).read_bytes() == (local / file).read_bytes(), file
+    folders = json.loads((out / "samples" / "zarr.json").read_bytes())["attributes"]["folders"]
+    assert folders == [tars.rpartition("/")[0]] * 3
+    assert np.array_equal(atcache.open(out).view(4).image, atcache.open(local).view(4).image)  # from where they were
+
+
+def test_tars_that_change_after_they_were_indexed_are_noticed(server, digits_tars):
+    urls = [serve(server, tar) for tar in digits_tars]
+    index = index_source(urls)
+    assert index.fingerprint == index_source(digits_tars).fingerprint
+    tar = server.folder / digits_tars[1].name
+    data = bytearray(tar.read_bytes())
+    data[int(index.offset_S[20]) + 40] ^= 1
+    tar.write_bytes(data)
+    source = Source(index)
+    assert source.read_bytes(3) == Source(index_source(digits_tars)).read_bytes(3)
+    with pytest.raises(SourceError, match=rf"{urls[1]} has changed on the server since it was indexed"):
+        source.read_bytes(20)
+    tar.unlink()
+    with pytest.raises(SourceError, match=rf"{urls[1]} cannot be opened: no such file on the server"):
+        Source(index).read_bytes(20)
+    with pytest.raises(SourceError, match=rf"{digits_tars[1].name} is missing"):
+        relocate(index_source(digits_tars), urls)
+    with pytest.raises(SourceError, match=rf"{urls[1]} does not exist. Check the pattern"):
+        index_source(urls)
+
+
+def test_what_a_server_damaged_once_is_fetched_again_and_then_raised(server, tiny_cache):
+    url = serve(server, tiny_cache(codec="int8"))
+    expected = CacheReader(tiny_cache(codec="int8")).read_codes(0, 5)
+    reader = CacheReader(url)
+    server.fault = "garbage"
+    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S* is damaged: its index .* It is so on the server"):
+        reader.read_codes(0, 5)
+    server.fault = ""  # what is kept locally is garbage with a good checksum of its own
+    assert np.array_equal(reader.read_codes(0, 5), expected)
+    shard = server.folder / Path(url).name / "attention/codes/c/0/0/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    before = server.num_bytes
+    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S*, sample 0 is damaged: its checksum does not match"):
+        CacheReader(url).read_codes(0, 0)
+    assert server.num_bytes - before < 3 * len(data) + 2**14
+
+
+def test_verify_reads_a_cache_on_a_server_whole(server, tiny_cache):
+    url = serve(server, tiny_cache(codec="int8"))
+    summary = verify(VerifyConfig(cache=parse_location(url)))
+    assert (summary.problems, summary.is_complete, summary.num_views) == ((), True, 48)
+    assert "web server, which cannot list" in summary.notes[0]
+    shard = server.folder / Path(url).name / "attention/codes/c/0/1/0/0/0"
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    (problem,) = verify(VerifyConfig(cache=parse_location(url))).problems
+    assert problem.message.startswith(f"{url}/attention/codes/c/0/1/0/0/0 is damaged: 1 chunk of sample")
+
+
+def test_a_web_server_must_have_a_complete_cache(server, tiny_cache):
+    url = serve(server, tiny_cache(codec="int8"))
+    file = server.folder / Path(url).name / "zarr.json"
+    root = json.loads(file.read_bytes())
+    del root["attributes"]["atcache"]["complete"]
+    file.write_text(json.dumps(root))
+    with pytest.raises(CacheMismatchError, match=rf"{url} is not complete, and a web server cannot list"):
+        atcache.open(url)
+
+
+_OBJECT_STORE = """
+import json, sys
+import atcache
+from atcache.source import index_source
+cache = atcache.open(sys.argv[1])
+tars = [index_source(f"s3://bucket/{name}").num_samples for name in ("tars", "tars/digits-*.tar")]
+missing = [task.name for task in cache.reader.missing_tasks()]
+print(json.dumps([float(cache.maps(1)[0, 3].compute().sum()), missing, tars]))
+"""
+
+
+def test_an_object_store_is_listed_so_caches_there_may_be_incomplete(server, tiny_cache, digits_tars, monkeypatch):
+    """Against a server of our own that knows what of S3 is asked here; moto's whole S3 was tried by hand."""
+    cache = tiny_cache(codec="int8")
+    shutil.copytree(cache, server.folder / "bucket" / "my caches" / "digits.zarr")
+    shutil.copytree(digits_tars[0].parent, server.folder / "bucket" / "tars")
+    settings = {"ENDPOINT_URL": server.url, "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key"}
+    for name, value in {**settings, "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    commits = server.folder / "bucket" / "my caches" / "digits.zarr" / "commits"
+    expected = float(atcache.open(cache).maps(1)[0, 3].compute().sum())
+    (commits / "v0000-b000001.json").unlink()
+    reader = run_python(_OBJECT_STORE, "s3://bucket/my caches/digits.zarr")
+    out, errors = reader.communicate(timeout=100)
+    assert reader.returncode == 0, errors
+    assert json.loads(out) == [expected, ["v0000-b000001"], [48, 48]]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("ftp://host/a.zarr", r"cannot be read: expected a path, or a URL that begins with http://"),
+        ("file:///etc/passwd", r"cannot be read: expected a path"),
+        ("pipe:cat /etc/passwd", r"cannot be read: expected a path"),
+        ("https://me:secret@host/a.zarr", r"^https://host/a.zarr: a URL must have no password"),
+        ("https://host/a.zarr?sig=secret", r"^https://host/a.zarr: a URL must have no password, query"),
+        ("s3://bucket/../other/a.zarr", r"is no place on a server"),
+        ("https://host/a%2F..%2Fb", r"is no place on a server"),
+        ("s3:///a.zarr", r"names no host or bucket"),
+        (Path("s3://bucket/a.zarr"), r"was a URL before it became a Path"),
+    ],
+)
+def test_a_url_that_is_not_read_is_refused(url, message):
+    with pytest.raises(AtcacheError, match=message) as caught:
+        atcache.open(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
+    url = serve(server, tiny_cache(codec="int8"))
+    run = CliRunner().invoke(cli, ["info", url, "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["path"] == url
+    run = CliRunner().invoke(cli, ["verify", url, "--repair"])
+    assert run.exit_code == 1
+    assert f"repair: {url} is on a server, and only local caches are written" in run.output
+    run = CliRunner().invoke(cli, ["build", "--teacher", "vit", "--data", "x.tar", "--out", "s3://bucket/new.zarr"])
+    assert run.exit_code == 2
+    assert "'s3://bucket/new.zarr' is a URL, and servers are only read" in run.output
+    run = CliRunner().invoke(cli, ["info", "ftp://host/a.zarr"])
+    assert "cannot be read: expected a path, or a URL that begins with http://" in run.output
+
+
+def test_a_size_or_folder_that_cannot_be_is_refused(server, monkeypatch, tmp_path):
+    serve_bytes(server, "file", 10)
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "much")
+    with pytest.raises(AtcacheError, match="ATCACHE_BLOCKS_GIB='much': expected a number of GiB"):
+        open_url(server, "file")
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0")
+    with pytest.raises(AtcacheError, match="0 bytes hold no blocks; expected at least 1 MiB"):
+        open_url(server, "file")
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "1")
+    monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(tmp_path / "a file"))
+    with pytest.raises(AtcacheError, match=r"a file cannot keep what is read from servers: .*ATCACHE_BLOCKS_DIR"):
+        open_url(server, "file")
