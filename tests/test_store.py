@@ -800,6 +800,18 @@ def zstd_frame_claiming(nbytes):
     return b"\x28\xb5\x2f\xfd" + bytes([0xE0]) + struct.pack("<Q", nbytes) + b"\x01\x00\x00"
 
 
+def test_state_that_no_codec_has_is_refused_before_any_of_it_is_read(cache):
+    folder = cache / "attention/state"
+    for number in range(3):
+        shutil.copytree(folder / "steps", folder / f"huge{number}")
+        file = folder / f"huge{number}/zarr.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "shape": [2**26, 3]}))
+        shutil.rmtree(folder / f"huge{number}/c")
+    message = r"attention/state describes 5 arrays of 2\.42 GB in all; expected at most 2\.15 GB\. Restore it"
+    with pytest.raises(CorruptCacheError, match=message):
+        CacheReader(cache).state  # noqa: B018 - read when it is asked for
+
+
 @pytest.mark.parametrize(
     ("shard", "packed", "message"),
     [

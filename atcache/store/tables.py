@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROWS_PER_CHUNK = 65_536
 MAX_KEY_NBYTES = 4096
 MAX_ARRAY_NBYTES = 2**34
+MAX_STATE_NBYTES = 2**31
+"""Of a codec's fitted arrays together: codec transform's of a ViT-g take a few hundred MB."""
 
 SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 """Columns of the sample table beside `key`."""
@@ -44,6 +46,11 @@ class _ArrayInfo:
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole array in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def places(self) -> Iterator[tuple[int, ...]]:
         """Each chunk's place in the grid of chunks."""
@@ -158,7 +165,7 @@ def _read_info(folder: Location) -> _ArrayInfo:
         and all(side >= 0 for side in info.shape)
         and all(side >= 1 for side in info.chunk_shape)
         and math.prod(info.chunk_shape) * info.dtype.itemsize <= MAX_CHUNK_NBYTES
-        and math.prod(info.shape) * info.dtype.itemsize <= MAX_ARRAY_NBYTES
+        and info.nbytes <= MAX_ARRAY_NBYTES
         and info.dtype.kind in "iuf"
     )
     if not is_sane or codecs != ["bytes", "zstd", "crc32c"]:
@@ -254,5 +261,17 @@ def _as_float32(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def read_state(root: Location) -> dict[str, np.ndarray]:
-    """A codec's fitted state by name."""
-    return {name: read_array(root, f"attention/state/{name}") for name in list_arrays(root, "attention/state")}
+    """A codec's fitted state by name.
+
+    Raises:
+        CorruptCacheError: a file is missing or damaged, or there is more than any codec of a ViT has.
+    """
+    group = "attention/state"
+    names = list_arrays(root, group)
+    nbytes = sum(_read_info(root / group / name).nbytes for name in names)
+    if nbytes > MAX_STATE_NBYTES:
+        raise CorruptCacheError(
+            f"{root / group} describes {len(names)} arrays of {nbytes / 1e9:.3g} GB in all; expected at most "
+            f"{MAX_STATE_NBYTES / 1e9:.3g} GB. Restore it from a copy."
+        )
+    return {name: read_array(root, f"{group}/{name}") for name in names}
