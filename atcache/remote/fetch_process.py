@@ -105,8 +105,9 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
 
 
 def _first_sentence(message: str) -> str:
-    """obstore's message without the page that the server sent and the structures behind it."""
-    return " ".join(message.partition("\n\nDebug source")[0].partition("<")[0].split())[:300].rstrip(" :")
+    """The reason in obstore's message, without how often it tried, the page that came and the structures behind it."""
+    sentence = " ".join(message.partition("\n\nDebug source")[0].partition("<")[0].split())
+    return sentence.rpartition(" - ")[2][:300].rstrip(" :")
 
 
 def main(descriptor: int) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,8 +22,14 @@ from atcache.store.layout import ArraySpec, Task
 MAX_OPEN_SHARDS = 384
 MAX_VIEW_BLOCKS = 128
 
+_NUM_REQUESTS = 16
+
 # Chunks further apart than this are read one by one: another writer may have laid them out in another order.
 _MAX_GAP_NBYTES = 2**16
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class OpenShard:
@@ -117,8 +127,29 @@ class OpenShards:
             file = self._remote_files[name] = open_file(self._path / name)
         return file
 
-    def is_open(self, spec: ArraySpec, task: Task) -> bool:
-        """Whether a shard is kept open, or the block of a views array in memory."""
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """The results in order; of a remote cache, several at once, since each waits for a server."""
+        if isinstance(self._path, Path) or len(items) < 2:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            return list(pool.map(work, items))
+
+    def open_together(
+        self, specs: Iterable[ArraySpec], block_specs: Sequence[ArraySpec], tasks: Iterable[Task]
+    ) -> None:
+        """`get` the shards of `specs`, `view_block` those of `block_specs`. Reading will tell of damage."""
+
+        def open_quietly(place: tuple[ArraySpec, Task]) -> None:
+            with suppress(DamagedChunkError):
+                if place[0] in block_specs:
+                    self.view_block(*place)
+                else:
+                    self.get(*place)
+
+        specs = (*specs, *block_specs)
+        self.map(open_quietly, [(spec, task) for task in tasks for spec in specs if not self._is_open(spec, task)])
+
+    def _is_open(self, spec: ArraySpec, task: Task) -> bool:
         return (spec.name, task.view, task.block) in self._shards or spec.shard_file(task) in self._blocks
 
     def get(self, spec: ArraySpec, task: Task) -> OpenShard | None:

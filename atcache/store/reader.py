@@ -6,11 +6,9 @@ training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -27,10 +25,6 @@ from atcache.store.tables import read_array, read_samples, read_state
 if TYPE_CHECKING:
     from atcache.source import SampleIndex
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_NUM_REQUESTS = 16
 _NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
 
 
@@ -190,24 +184,11 @@ class CacheReader:
         runs = np.split(sample_S, cuts)
         if self.is_remote:
             tasks = {self.layout.task_of(view, int(run[0])) for run in runs}
-            self._open_together([array.spec for array in wanted], tasks)
+            small = [self.layout.parameters, self.layout.pixel_hash] if self._rgb is None else []
+            self._shards.open_together([array.spec for array in wanted], small, tasks)
         for array in wanted:
             for run in runs:
                 self._expect_run(array, view, run)
-
-    def _open_together(self, specs: Sequence[ArraySpec], tasks: Iterable[Task]) -> None:
-        """Open the shards of these tasks, and read what a replay of their views needs, several at once."""
-        layout = self.layout
-        small = [layout.parameters, layout.pixel_hash] if layout.pixels is None else []
-        places = [(spec, task) for task in tasks for spec in (*specs, *small) if not self._shards.is_open(spec, task)]
-        self._map(lambda place: (self._view_block if place[0] in small else self._shard)(*place), places)
-
-    def _map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The results in order; of a remote cache, several at once, since each waits for a server."""
-        if not self.is_remote or len(items) < 2:
-            return [work(item) for item in items]
-        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
-            return list(pool.map(work, items))
 
     def _expect_run(self, array: _SampleArray, view: int, run: np.ndarray) -> None:
         task = self.layout.task_of(view, int(run[0]))
@@ -236,7 +217,7 @@ class CacheReader:
         layout = self.layout
         status_VS = np.zeros((layout.num_views, layout.num_samples), np.uint8)
         tasks = layout.tasks()
-        blocks = self._map(lambda task: self._view_block(layout.status, task, keep=False), tasks)
+        blocks = self._shards.map(lambda task: self._view_block(layout.status, task, keep=False), tasks)
         for task, block_S in zip(tasks, blocks, strict=True):
             if block_S is not None:
                 status_VS[task.view, task.start : task.stop] = block_S[: task.num_samples]
