@@ -5,10 +5,11 @@
     python benchmarks/build.py opening
 
 `speed`: views/s of the build's own tasks, and of the same teacher's plain fused forward on the same loader,
-interleaved in one run; then where the time of a view goes, each stage by itself. Without weights they are random, which
-suits speed, not fidelity. `growth`: the store's part of a build with made codes in place of a teacher, 1,000 to 100,000
-samples. `opening`: a cache of 1.3 million samples and 24 layers, in fresh processes. Machine noise is in the seconds;
-compare ratios.
+interleaved in one run, by the clock and in processor time of all processes; then where the time of a view goes, each
+stage by itself. Without weights they are random, and so is transform's state (of `train_step.py`, its step such that
+most codes are 0): that suits speed, not fidelity. `growth`: the store's part of a build with made codes in place of a
+teacher, 1,000 to 100,000 samples. `opening`: a cache of 1.3 million samples and 24 layers, in fresh processes. Machine
+noise is in the seconds; compare ratios.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from typing import NamedTuple
 
 import torch
 from build_growth import measure_growth, measure_opening
+from train_step import random_state
 
 from atcache.attention.capture import FactorCapture
-from atcache.codecs import parse_codec
+from atcache.codecs import State, parse_codec
+from atcache.codecs.transform import TransformCodec
 from atcache.pipelines.board import Board
 from atcache.pipelines.build_plan import plan_layout
 from atcache.pipelines.build_tasks import RenderedBatches, TaskRunner
@@ -81,19 +84,22 @@ def measure_speed(options: argparse.Namespace) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         setups = {name: _setup(options, name, Path(folder)) for name in options.codec}
         plain = next(iter(setups.values()))
-        seconds: dict[str, list[float]] = {name: [] for name in ("plain", *setups)}
+        times: dict[str, list[_Time]] = {name: [] for name in ("plain", *setups)}
         for number in range(options.rounds + 1):
-            took = {"plain": _seconds(lambda: _run_plain(plain))}
+            took = {"plain": _time(lambda: _run_plain(plain))}
             for name, setup in setups.items():
-                took[name] = _seconds(lambda s=setup, o=Path(folder) / f"{name}-{number}.zarr": _run_build(s, o))
+                took[name] = _time(lambda s=setup, o=Path(folder) / f"{name}-{number}.zarr": _run_build(s, o))
             if number:  # the first round warms up
                 for name, value in took.items():
-                    seconds[name].append(value)
+                    times[name].append(value)
         num_views = plain.layout.num_samples
-        for name, values in seconds.items():
-            ratio = statistics.median(p / b for p, b in zip(seconds["plain"], values, strict=True))
-            speed = num_views / statistics.median(values)
-            rows.append({"what": name, "views_per_s": round(speed, 2), "share_of_plain": round(ratio, 3)})
+        for name, values in times.items():
+            pairs = list(zip(times["plain"], values, strict=True))
+            row: dict[str, object] = {"what": name}
+            row["views_per_s"] = round(num_views / statistics.median(time.clock_s for time in values), 2)
+            row["share_of_plain"] = round(statistics.median(p.clock_s / b.clock_s for p, b in pairs), 3)
+            row["in_processor_time"] = round(statistics.median(p.processor_s / b.processor_s for p, b in pairs), 3)
+            rows.append(row)
         rows += [{"codec": name, "ms_a_view": _stages(setup, Path(folder))} for name, setup in setups.items()]
     return rows
 
@@ -112,20 +118,47 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
     columns = {f"{name}_S": getattr(index, f"{name}_S")[:stop] for name in _COLUMNS}
     source = Source(replace(index, **columns))
     policy = run.teacher.input.view_policy("crop-flip", 0)
-    views = render_calibration_views(source.index, policy, 64, skip_bad=False)
+    views = render_calibration_views(source.index, policy, 64 if options.weights else 16, skip_bad=False)
+    codec = parse_codec(codec_name)
+    state = _random_state(run, views.pixels_NHWC) if isinstance(codec, TransformCodec) and not options.weights else None
     calibration = calibrate(
         run,
-        parse_codec(codec_name),
+        codec,
         views.pixels_NHWC,
         layers=None,
         heads=None,
         batch_size=options.batch_size,
+        state=state,
     )
     layout, _ = plan_layout(calibration, views, stop, 1, None, options.samples_per_shard)
     return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
 
 
+def _random_state(run: TeacherRun, pixels_NHWC: torch.Tensor) -> State:
+    """As many components as for ViT-B in `train_step.py`, and a step of which one code in fourteen is not 0."""
+    capture = FactorCapture(run.teacher.model)
+    layers = run.factors(capture, pixels_NHWC[:4])
+    state = random_state(capture.geometry, None)
+    components_BTC = TransformCodec().coder(capture.geometry, state, device=str(run.device)).project(layers)
+    return {**state, "step": 3 * components_BTC.std().reshape(1).cpu()}
+
+
 _COLUMNS = ("keys", "tar", "offset", "nbytes", "label", "problem")
+
+
+class _Time(NamedTuple):
+    clock_s: float
+    processor_s: float
+    """Of this process and of those it has started and seen end."""
+
+
+def _time(work: Callable[[], object]) -> _Time:
+    start = os.times()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    stop = os.times()
+    return _Time(stop.elapsed - start.elapsed, sum(stop[:4]) - sum(start[:4]))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -228,6 +228,38 @@ def test_components_belong_to_layers_in_parts_that_make_a_whole():
     assert torch.allclose(shares_LC.sum(0), torch.ones(()), atol=1e-4)
 
 
+@pytest.mark.parametrize(("num_joined", "num_stored"), [(6, 5), (6, 40)], ids=["one product", "two products"])
+@pytest.mark.parametrize("num_kv_heads", [3, 1])
+def test_components_are_the_formula_however_it_is_multiplied_out(num_joined, num_stored, num_kv_heads):
+    """Centre the keys, take out each position's mean, weigh by the metric, project, mix; layer by layer in float64."""
+    geometry = make_geometry(num_kv_heads=num_kv_heads, layers=(0, 1, 3))
+    num_vectors, num_tokens, num_layers = 3 + num_kv_heads, geometry.tokens.num_tokens, 3
+    numbers = torch.Generator().manual_seed(0)
+    shapes = {
+        "basis_LJN": (num_layers, num_joined, num_vectors * 8),
+        "mixing_LJC": (num_layers, num_joined, num_stored),
+        "metric_LVDD": (num_layers, num_vectors, 8, 8),
+        "mean_left_LTR": (num_layers, num_tokens, 2),
+        "mean_right_LRN": (num_layers, 2, num_vectors * 8),
+    }
+    state = {name: torch.randn(shape, generator=numbers) for name, shape in shapes.items()} | {"step": torch.ones(1)}
+    layers = [
+        replace(layer, k_BHTD=layer.k_BHTD + 30 * torch.randn(1, num_kv_heads, 1, 8, generator=numbers))
+        for layer in make_factors(geometry, batch=4)
+    ]
+    expected = torch.zeros(4, num_tokens, num_stored, dtype=torch.float64)
+    for position, layer in enumerate(layers):
+        basis, mixing, metric, left, right = (state[name][position].double() for name in shapes)
+        centred = layer.k_BHTD.double() - layer.k_BHTD.double().mean(dim=2, keepdim=True)
+        vectors = torch.cat([layer.q_BHTD.double(), centred], dim=1).transpose(1, 2).flatten(2) - left @ right
+        weighed = torch.einsum("btvd,vde->btve", vectors.unflatten(2, (-1, 8)), metric).flatten(2)
+        expected += weighed @ basis.mT @ mixing
+    codec = parse_codec("transform:dct=False")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        components = codec.coder(geometry, state).project(layers)
+    assert torch.allclose(components.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
 def test_infinity_is_refused_by_layer():
     geometry = make_geometry()
     layers = make_factors(geometry)

@@ -223,7 +223,8 @@ def _owning(tensor: Tensor) -> Tensor:
     """The tensor in storage of its own size: q, k and v are mostly views of one tensor that holds all three."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    # In the order it lies in, mostly by token: quicker to copy, and what codecs read.
+    return tensor.clone(memory_format=torch.preserve_format)
 
 
 def _whole_bias(call: AttentionCall) -> Tensor | None:

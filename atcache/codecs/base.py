@@ -158,7 +158,7 @@ class Coder(ABC):
 
     def _parts_BTND(self, layer: LayerFactors) -> tuple[Tensor, ...]:
         """q's heads then k's, and v's where it is stored: each of shape (batch, token, vectors, head dim)."""
-        of_maps = torch.cat([layer.q_BHTD, layer.k_BHTD], dim=1).transpose(1, 2)
+        of_maps = torch.cat([layer.q_BHTD.transpose(1, 2), layer.k_BHTD.transpose(1, 2)], dim=2)
         if not self.geometry.v_head_dim:
             return (of_maps,)
         assert layer.v_BHTD is not None, "captured as the geometry says"

@@ -71,7 +71,8 @@ class Int8Coder(Coder):
         # Dividing by the rounded scale, the one decoding multiplies by. Where float16 rounds a scale to 0 (every
         # value under 4e-6) the codes are 0; where it rounds a tiny scale down, the clamp keeps codes in range.
         divisor_BTN1 = torch.where(scale_BTN == 0, torch.inf, scale_BTN.float()).unsqueeze(-1)
-        codes_BTND = (vectors_BTND / divisor_BTN1).round().clamp(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
+        # In place behind the division, as all of this is bound by memory.
+        codes_BTND = (vectors_BTND / divisor_BTN1).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
         return torch.cat([codes_BTND.flatten(2), scale_BTN.contiguous().view(torch.int8)], dim=2)
 
     def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:

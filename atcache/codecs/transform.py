@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,14 @@ class TransformCodec(Codec):
         return TransformCoder(self, geometry, state, bias_LHQK, device)
 
 
+class _Projection(NamedTuple):
+    """What takes each layer's vectors to components: in one product or in two, whichever needs fewer operations."""
+
+    weights: Tensor
+    """float32, (L, N, C) where it is whole, else (L, N, J), with the mixing to follow."""
+    is_whole: bool
+
+
 class TransformCoder(Coder):
     """All layers share one row of codes: codes_BLTC has L = 1, and C stored components.
 
@@ -135,11 +143,22 @@ class TransformCoder(Coder):
             CodecError: the layers are maps.
         """
         factors = only_factors(layers, "transform")
-        components_BTC = sum(
-            self._layer_components(position, layer) @ self._mixing_LJC[position]
-            for position, layer in enumerate(factors)
-        )
-        assert isinstance(components_BTC, Tensor), "a teacher has layers"
+        num_views, _, num_tokens = factors[0].shape_BHT
+        q_N, k_N = self._vectors_of_q, self._vectors_of_k
+        # Projecting is linear: the keys' means and the positions' are taken out behind it, where they are small. An
+        # autocast of the caller's must not round the products.
+        with torch.autocast(self.device.type, enabled=False):
+            components_RC = self._mean_TC.new_zeros(num_views * num_tokens, self.num_components)
+            mean_BC = self._mean_TC.new_zeros(num_views, self.num_components)
+            for position, layer in enumerate(factors):
+                k_mean_BN = layer.k_BHTD.mean(dim=2, dtype=torch.float32).flatten(1)
+                self._add_projected(
+                    components_RC, position, (_by_token(layer.q_BHTD), q_N), (_by_token(layer.k_BHTD), k_N)
+                )
+                self._add_projected(mean_BC, position, (k_mean_BN, k_N))
+        components_BTC = components_RC.view(num_views, num_tokens, self.num_components)
+        components_BTC -= mean_BC.unsqueeze(1)
+        components_BTC -= self._mean_TC
         return components_BTC if self._dct is None else self._dct.forward(components_BTC)
 
     def largest(self, components_BTC: Tensor, layers: Sequence[LayerAttention]) -> float:
@@ -154,17 +173,45 @@ class TransformCoder(Coder):
             raise _too_large(self.geometry, layers)
         return largest
 
-    def _layer_components(self, position: int, layer: LayerFactors) -> Tensor:
-        vectors_BTN = centred_vectors(layer) - self._mean_left_LTR[position] @ self._mean_right_LRN[position]
-        return vectors_BTN @ self._projection_LNJ[position]
+    def _add_projected(self, total_RC: Tensor, position: int, *parts: tuple[Tensor, slice]) -> None:
+        """Add the stored components of one layer's vectors, given in parts (vectors_RN, their place among all N)."""
+        projection = self._projection
+        if projection.is_whole:
+            for vectors_RN, place in parts:
+                total_RC.addmm_(vectors_RN, projection.weights[position, place])
+            return
+        layer_RJ = sum(vectors_RN @ projection.weights[position, place] for vectors_RN, place in parts)
+        assert isinstance(layer_RJ, Tensor), "there is a part"
+        total_RC.addmm_(layer_RJ, self._mixing_LJC[position])
+
+    @property
+    def _vectors_of_q(self) -> slice:
+        return slice(0, len(self.geometry.heads) * self.geometry.head_dim)
+
+    @property
+    def _vectors_of_k(self) -> slice:
+        return slice(len(self.geometry.heads) * self.geometry.head_dim, None)
 
     @cached_property
-    def _projection_LNJ(self) -> Tensor:
-        """Takes a layer's vectors to its components. Made once, and only by coders that encode."""
+    def _projection(self) -> _Projection:
+        """Made once, and only by coders that encode."""
         basis_LJVD = self._basis_LJN.view(*self._basis_LJN.shape[:2], *self._metric_LVDD.shape[1:3])
+        _, num_joined, num_values = self._basis_LJN.shape
         # It outlives the first call, whose autocast must not round it.
         with torch.autocast(self.device.type, enabled=False):
-            return torch.einsum("lvde,ljve->lvdj", self._metric_LVDD, basis_LJVD).flatten(1, 2)
+            weights_LNJ = torch.einsum("lvde,ljve->lvdj", self._metric_LVDD, basis_LJVD).flatten(1, 2)
+            if num_values * self.num_components > num_joined * (num_values + self.num_components):
+                return _Projection(weights_LNJ, is_whole=False)
+            return _Projection(weights_LNJ @ self._mixing_LJC, is_whole=True)
+
+    @cached_property
+    def _mean_TC(self) -> Tensor:
+        """The stored components of the positions' means, of all layers together: the same for every view."""
+        mean_TC = self._mean_left_LTR.new_zeros(self._mean_left_LTR.shape[1], self.num_components)
+        with torch.autocast(self.device.type, enabled=False):
+            for position, (left_TR, right_RN) in enumerate(zip(self._mean_left_LTR, self._mean_right_LRN, strict=True)):
+                self._add_projected(mean_TC, position, (left_TR @ right_RN, slice(None)))
+        return mean_TC
 
     def quantise(self, components_BTC: Tensor, step: float) -> Tensor:
         """Codes of what `project` gives, with steps of this width."""
@@ -222,6 +269,11 @@ def centred_vectors(layer: LayerFactors) -> Tensor:
     k_BHTD = layer.k_BHTD.float()
     k_BHTD = k_BHTD - k_BHTD.mean(dim=2, keepdim=True)
     return torch.cat([layer.q_BHTD.float(), k_BHTD], dim=1).transpose(1, 2).flatten(2)
+
+
+def _by_token(vectors_BHTD: Tensor) -> Tensor:
+    """Heads side by side, a row a token: shape (batch * token, head * head dim), float32."""
+    return vectors_BHTD.transpose(1, 2).flatten(2).flatten(0, 1).float()
 
 
 def _too_large(geometry: FactorGeometry, layers: Sequence[LayerAttention]) -> CodecError:
