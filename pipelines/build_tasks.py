@@ -38,7 +38,7 @@ from .fidelity_limits import Expectation, Watch
 from .progress import Progress
 
 _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
-_CHECKED_VIEWS = 4  # of a task's first batch, whose row KL is recorded
+_CHECKED_VIEWS = 2  # of a task's first batch, whose row KL is recorded: in float64, so few
 _LEAST_CHECKED_BATCHES = 8  # in all: where tasks are few, later batches are looked at too
 _KEPT_NBYTES = 64 * 2**20  # in each worker, of views that are mixed into others: some 450 at 224 pixels
 

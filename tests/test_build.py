@@ -297,7 +297,7 @@ def test_the_quality_that_was_planned_is_the_quality_that_is_recorded(config, co
     recorded = summary.complete["quality"]["row_kl_nats"]
     assert recorded["mean"] == pytest.approx(summary.plan.row_kl_nats, rel=0.5)
     assert recorded["mean"] <= recorded["max"]
-    assert summary.complete["num_checked"] == 6 * (3 + 2), "the first and the last batch of each task"
+    assert summary.complete["num_checked"] == 6 * (2 + 2), "of the first and of the last batch of each task"
     assert (summary.row_kl_nats, summary.warning) == (recorded["mean"], None)
     assert "Warning" not in capsys.readouterr().err
 
