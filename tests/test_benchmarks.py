@@ -239,6 +239,68 @@ class TestTrainStep:
         assert peak_nbytes(two_at_once, torch.device("cpu")) == pytest.approx(2 * 2**22, rel=0.01)
 
 
+@pytest.mark.usefixtures("benchmarks")
+class TestTransfer:
+    @pytest.fixture
+    def arguments(self, tmp_path, tiny_vit, digits_tars):
+        """A whole run, as typed, at the smallest size."""
+        data = ["--data", str(digits_tars[0].parent), "--val-data", str(digits_tars[0]), "--out", str(tmp_path)]
+        data += ["--model", tiny_vit, "--pretrain-steps", "2", "--train-samples", "32", "--val-samples", "16"]
+        students = ["--epochs", "1", "--seeds", "2", "--side-seeds", "1", "--main-views", "2", "--views", "1", "2"]
+        return [*data, *students, "--codecs", "exact", "--processes", "1"]
+
+    def test_from_images_to_tables_and_picture_and_only_once(self, tmp_path, arguments, capsys):
+        from transfer import main
+
+        main(arguments)
+        text = capsys.readouterr().out
+        students = json.loads((tmp_path / "transfer.json").read_text())["students"]
+        main_codec = "transform:target_kl=0.005"
+        assert {(*student["way"].values(), len(student["top1_by_seed"])) for student in students} == {
+            *((mode, 2, main_codec, False, 2) for mode in ("scratch", "finetune", "copy", "distill")),
+            *((mode, 2, main_codec, True, 2) for mode in ("copy", "distill")),
+            ("copy", 1, main_codec, False, 1),
+            ("copy", 2, "exact", False, 1),
+        }
+        runs = [json.loads(file.read_text()) for file in tmp_path.glob("runs/**/summary.json")]
+        assert len(runs) == 14
+        for student in students:
+            for seed, top1 in student["top1_by_seed"].items():
+                assert any(
+                    run["mode"] == student["way"]["mode"]
+                    and run["out"].endswith(f"{'-live' * student['way']['live']}-{seed}")
+                    and run["validation"]["top1"] == top1
+                    for run in runs
+                )
+        live = json.loads((tmp_path / "runs" / "transform-target_kl-0.005-2" / "copy-live-0" / "run.json").read_text())
+        assert live["settings"]["live_teacher"] is True
+        assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+        made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!t]*/**/*") if path.is_file()}
+        main(arguments)
+        assert capsys.readouterr().out == text
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("[!t]*/**/*") if path.is_file()} == made
+
+    def test_what_is_not_finished_is_not_reported(self, tmp_path, arguments, capsys):
+        from transfer import main
+
+        main([*arguments, "--report"])
+        assert "scratch" not in capsys.readouterr().out
+        assert not (tmp_path / "runs").exists()
+
+    def test_shares_and_differences_are_of_the_seeds_that_both_have(self):
+        from transfer import difference, gap_closed, standard_error
+
+        scratch, finetune = {0: 20.0, 1: 30.0, 2: 99.0}, {0: 40.0, 1: 50.0}
+        assert gap_closed({0: 35.0, 2: 0.0}, scratch, finetune) == pytest.approx(0.75)
+        assert gap_closed({0: 35.0}, finetune, scratch) is None
+        assert gap_closed({3: 35.0}, scratch, finetune) is None
+        mean, error = difference({0: 1.0, 1: 5.0, 2: 7.0}, {0: 2.0, 1: 3.0})
+        assert (mean, error) == (pytest.approx(0.5), pytest.approx(1.5))
+        assert difference({0: 1.0}, {0: 2.0}) == (-1.0, None)
+        assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+
+
 def _maps(tiny_vit, tiny_weights, digits_tars, num_views):
     """Maps of the held-back views, formed by hand: shape (view, layer, head, query, key), float32."""
     from rate_distortion import _parse, _pixels

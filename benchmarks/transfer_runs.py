@@ -1,0 +1,224 @@
+"""What `transfer.py` makes: tars of few images, a teacher, caches of its attention, and students.
+
+Every part is left alone when it is finished, and continued when it is not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from atcache.order import choose_subset
+from atcache.pipelines.build import BuildConfig, build
+from atcache.pipelines.pretrain import PretrainConfig, pretrain
+from atcache.pipelines.students import Mode
+from atcache.pipelines.train import TrainConfig, train_sweep
+from atcache.source import Source, index_source
+from atcache.store.durable import replaced_whole
+
+MODEL = "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=64,num_heads=2,num_classes=10"
+"""12 layers of 2 heads, 65 tokens."""
+MAIN_CODEC = "transform:target_kl=0.005"
+"""What `atcache build` takes of itself."""
+
+LR, FINETUNE_LR = 1e-3, 2e-3
+"""Fine-tuning has the higher one because it is that of the last layer only."""
+FINETUNE_LAYER_DECAY = 0.75
+"""Learning rate of a block relative to the one above: MAE's for a ViT-L (arXiv 2111.06377, table 9)."""
+_BATCH_SIZE = 32
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What is made, and how much of it."""
+
+    out: Path
+    data: str
+    """Images for the teacher, of which some with their labels are the students'."""
+    val_data: str
+    model: str
+    """The teacher's and the students' architecture."""
+    pretrain_steps: int
+    """Of 64 images."""
+    train_samples: int
+    """Labels the students get."""
+    val_samples: int
+    epochs: float
+    """Passes of a student over its samples."""
+    seeds: int
+    """Students of each way of the comparison of modes."""
+    side_seeds: int
+    """Students with each other number of views and each other codec."""
+    main_views: int
+    """Views of the cache that modes and codecs are compared on."""
+    views: tuple[int, ...]
+    """Numbers of views that copy is tried with."""
+    codecs: tuple[str, ...]
+    """Codecs that copy is tried with."""
+
+
+class Way(NamedTuple):
+    """One kind of student: its mode, and the cache it is trained from."""
+
+    mode: Mode
+    views: int
+    codec: str = MAIN_CODEC
+    live: bool = False
+    """Its teacher runs in every step; of the cache only the views are used."""
+
+
+class Job(NamedTuple):
+    """Students that share a stream of batches."""
+
+    ways: tuple[Way, ...]
+    seed: int
+
+
+def main_ways(grid: Grid) -> tuple[Way, ...]:
+    """Those of the comparison of modes."""
+    cached = [Way(mode, grid.main_views) for mode in ("scratch", "finetune", "copy", "distill")]
+    return (*cached, *(way._replace(live=True) for way in cached[2:]))
+
+
+def view_ways(grid: Grid) -> tuple[Way, ...]:
+    """Those of the comparison of numbers of views."""
+    return tuple(Way("copy", views) for views in grid.views)
+
+
+def codec_ways(grid: Grid) -> tuple[Way, ...]:
+    """Those of the comparison of codecs."""
+    return tuple(Way("copy", grid.main_views, codec) for codec in grid.codecs)
+
+
+def jobs(grid: Grid) -> list[Job]:
+    """All students; first those that others are compared with, and seed by seed, so that what is cut short is even."""
+    main = main_ways(grid)
+    together = [tuple(way for way in main if way.live is live) for live in (False, True)]
+    sides = [way for way in dict.fromkeys(view_ways(grid) + codec_ways(grid)) if way not in main]
+    main_jobs = [Job(ways, seed) for seed in range(grid.seeds) for ways in together]
+    return main_jobs + [Job((way,), seed) for seed in range(grid.side_seeds) for way in sides]
+
+
+def make_all(grid: Grid, processes: int) -> None:
+    """Make whatever is not finished."""
+    write_tar(grid.data, grid.out / "images" / "train-000000.tar", grid.train_samples)
+    write_tar(grid.val_data, grid.out / "images" / "test-000000.tar", grid.val_samples)
+    make_teacher(grid)
+    caches = dict.fromkeys((way.views, way.codec) for job in jobs(grid) for way in job.ways)
+    configs = [build_config(grid, views, codec) for views, codec in caches]
+    configs += [build_config(grid, None, codec) for codec in dict.fromkeys(codec for _, codec in caches)]
+    in_processes(processes, build, configs)
+    in_processes(processes, partial(train_job, grid), jobs(grid))
+
+
+def write_tar(data: str, path: Path, num_samples: int) -> None:
+    """Write some samples of `data`, as evenly over the classes as they go, as one tar."""
+    from webdataset.writer import TarWriter
+
+    if path.exists():
+        return
+    index = index_source(data)
+    source = Source(index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_whole(path) as partial_path, TarWriter(str(partial_path), mtime=0) as writer:
+        for sample in choose_subset(index.label_S, np.arange(index.num_samples), num_samples, seed=0):
+            image, label = source.read_bytes(int(sample)), str(index.label_S[sample])
+            writer.write({"__key__": f"{sample:06d}", "jpg": image, "cls": label})
+
+
+def make_teacher(grid: Grid) -> None:
+    """A masked autoencoder of all images, in fp32: bf16's backward pass is slower in models this narrow."""
+    pretrain(
+        PretrainConfig(
+            model=grid.model,
+            data=grid.data,
+            out=_teacher_folder(grid),
+            steps=grid.pretrain_steps,
+            batch_size=64,
+            base_lr=5e-3,
+            decoder_dim=64,
+            decoder_depth=1,
+            precision="fp32",
+        )
+    )
+
+
+def build_config(grid: Grid, views: int | None, codec: str) -> BuildConfig:
+    """A training cache, or the validation cache where `views` is None."""
+    return BuildConfig(
+        teacher=grid.model,
+        weights=_teacher_folder(grid) / "model.safetensors",
+        data=str(grid.out / "images" / f"{'test' if views is None else 'train'}-000000.tar"),
+        out=grid.out / "caches" / f"{_folder_name(codec)}-{views or 'test'}.zarr",
+        policy="eval" if views is None else "crop-flip",
+        views=views or 1,
+        codec=codec,
+        workers=0,
+        precision="fp32",
+    )
+
+
+def train_config(grid: Grid, way: Way, seed: int) -> TrainConfig:
+    """One student: one recipe for all modes, but that fine-tuning changes low layers less."""
+    finetunes = way.mode == "finetune"
+    validation = build_config(grid, None, way.codec)
+    return TrainConfig(
+        mode=way.mode,
+        cache=build_config(grid, way.views, way.codec).out,
+        # A copying student of a live teacher would take its maps from a cache for validation, so it gets images.
+        val_cache=None if way.live else validation.out,
+        val_data=validation.data if way.live else None,
+        weights=validation.weights if way.live or finetunes else None,
+        live_teacher=way.live,
+        out=run_folder(grid, way, seed),
+        epochs=grid.epochs,
+        batch_size=_BATCH_SIZE,
+        base_lr=(FINETUNE_LR if finetunes else LR) * 256 / _BATCH_SIZE,
+        layer_decay=FINETUNE_LAYER_DECAY if finetunes else None,
+        label_smoothing=0.1,
+        seed=seed,
+        precision="fp32",
+        validate_every=0,
+        checkpoint_every=50,
+    )
+
+
+def train_job(grid: Grid, job: Job) -> None:
+    """Train the students of a job."""
+    for result in train_sweep([train_config(grid, way, job.seed) for way in job.ways]):
+        if result.summary is None:
+            raise RuntimeError(f"{result.name}: {result.problem}")
+
+
+def run_folder(grid: Grid, way: Way, seed: int) -> Path:
+    """Where a student is kept."""
+    return grid.out / "runs" / f"{_folder_name(way.codec)}-{way.views}" / f"{way.mode}{'-live' * way.live}-{seed}"
+
+
+def in_processes(processes: int, function: Callable[[_Given], _Made], given: Sequence[_Given]) -> list[_Made]:
+    """What `function` makes of each, in processes of one thread; in this one, where one is enough."""
+    if processes == 1:
+        return [function(one) for one in given]
+    context = multiprocessing.get_context("spawn")  # a fork may inherit a lock of torch's threads for ever
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(function, given))
+
+
+def _teacher_folder(grid: Grid) -> Path:
+    return grid.out / "teacher"
+
+
+def _folder_name(codec: str) -> str:
+    return re.sub(r"[^\w.]+", "-", codec)
