@@ -29,15 +29,16 @@ from transfer_runs import (
     MODEL,
     Grid,
     Way,
+    all_ways,
     build_config,
     codec_ways,
-    main_ways,
     make_all,
+    mode_ways,
     run_folder,
     view_ways,
 )
 
-from atcache.pipelines.training_run import read_finished
+from atcache.pipelines.train_summary import read_finished
 from atcache.store.reader import CacheReader
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))
@@ -82,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-samples", type=int, default=1000, help="labels the students get (default 1000)")
     parser.add_argument("--val-samples", type=int, default=2000, help="test images (default 2000)")
     parser.add_argument("--epochs", type=float, default=8, help="of the students (default 8)")
-    parser.add_argument("--seeds", type=int, default=3, help="students of each mode (default 3)")
-    parser.add_argument("--side-seeds", type=int, default=2, help="of each number of views and codec (default 2)")
+    parser.add_argument("--seeds", type=int, default=3, help="of scratch, finetune and copy (default 3)")
+    parser.add_argument("--side-seeds", type=int, default=2, help="of distill, other views and codecs (default 2)")
     parser.add_argument("--main-views", type=int, default=4, help="views modes and codecs are compared on (default 4)")
     parser.add_argument("--views", type=int, nargs="*", default=(1, 2, 4, 8), help="for copy (default 1 2 4 8)")
     parser.add_argument("--codecs", nargs="*", default=CODECS, help=f"for copy (default {' '.join(CODECS)})")
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def read_results(grid: Grid) -> dict[Way, Accuracy]:
     """The finished students."""
     top1s: dict[Way, dict[int, float]] = {}
-    for way in dict.fromkeys(main_ways(grid) + view_ways(grid) + codec_ways(grid)):
+    for way in all_ways(grid):
         for seed in range(max(grid.seeds, grid.side_seeds)):
             summary = read_finished(run_folder(grid, way, seed))
             if summary is not None and summary.validation is not None:
@@ -134,7 +135,7 @@ def read_results(grid: Grid) -> dict[Way, Accuracy]:
 def read_caches(grid: Grid) -> dict[tuple[int, str], Cache]:
     """The finished training caches, by their views and codec."""
     caches: dict[tuple[int, str], Cache] = {}
-    for way in dict.fromkeys(main_ways(grid) + view_ways(grid) + codec_ways(grid)):
+    for way in all_ways(grid):
         path = build_config(grid, way.views, way.codec).out
         if path.exists() and (reader := CacheReader(path)).is_complete:
             complete = reader.attributes["complete"]
@@ -181,7 +182,7 @@ def tables(grid: Grid, results: Mapping[Way, Accuracy], caches: Mapping[tuple[in
     live = {way._replace(live=False): way for way in results if way.live}
     rows = [
         [_label(way), *_numbers(results[way]), _compare(results, way, live.get(way))]
-        for way in main_ways(grid)
+        for way in mode_ways(grid)
         if way in results
     ]
     parts = [_markdown(["student", "top-1", "each seed", "share of the gap closed", "cached - live"], rows)]
@@ -247,7 +248,7 @@ def draw(grid: Grid, results: Mapping[Way, Accuracy], caches: Mapping[tuple[int,
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     modes, views, codecs = figure.subplots(1, 3, sharey=True)
-    main = [results[way] for way in main_ways(grid) if way in results]
+    main = [results[way] for way in mode_ways(grid) if way in results]
     for number, result in enumerate(main):
         _plot(modes, number, result, "C1" if result.way.live else "C0")
     modes.set_xticks(range(len(main)), [_label(result.way).replace(", ", "\n") for result in main], fontsize=8)

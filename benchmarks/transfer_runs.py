@@ -58,9 +58,9 @@ class Grid:
     epochs: float
     """Passes of a student over its samples."""
     seeds: int
-    """Students of each way of the comparison of modes."""
+    """Students of modes scratch, finetune and copy, cached and live."""
     side_seeds: int
-    """Students with each other number of views and each other codec."""
+    """Students of mode distill, and with each other number of views and each other codec."""
     main_views: int
     """Views of the cache that modes and codecs are compared on."""
     views: tuple[int, ...]
@@ -86,7 +86,7 @@ class Job(NamedTuple):
     seed: int
 
 
-def main_ways(grid: Grid) -> tuple[Way, ...]:
+def mode_ways(grid: Grid) -> tuple[Way, ...]:
     """Those of the comparison of modes."""
     cached = [Way(mode, grid.main_views) for mode in ("scratch", "finetune", "copy", "distill")]
     return (*cached, *(way._replace(live=True) for way in cached[2:]))
@@ -102,13 +102,22 @@ def codec_ways(grid: Grid) -> tuple[Way, ...]:
     return tuple(Way("copy", grid.main_views, codec) for codec in grid.codecs)
 
 
-def jobs(grid: Grid) -> list[Job]:
-    """All students; first those that others are compared with, and seed by seed, so that what is cut short is even."""
-    main = main_ways(grid)
-    together = [tuple(way for way in main if way.live is live) for live in (False, True)]
-    sides = [way for way in dict.fromkeys(view_ways(grid) + codec_ways(grid)) if way not in main]
-    main_jobs = [Job(ways, seed) for seed in range(grid.seeds) for ways in together]
-    return main_jobs + [Job((way,), seed) for seed in range(grid.side_seeds) for way in sides]
+def all_ways(grid: Grid) -> list[Way]:
+    """Every way once."""
+    return list(dict.fromkeys(mode_ways(grid) + view_ways(grid) + codec_ways(grid)))
+
+
+def main_jobs(grid: Grid) -> list[Job]:
+    """The students that others are compared with, seed by seed, so that what is cut short is even."""
+    cached = tuple(Way(mode, grid.main_views) for mode in ("scratch", "finetune", "copy"))
+    live = cached[-1]._replace(live=True)
+    return [Job(ways, seed) for seed in range(grid.seeds) for ways in (cached, (live,))]
+
+
+def side_jobs(grid: Grid) -> list[Job]:
+    """All other students."""
+    main = {way for job in main_jobs(grid) for way in job.ways}
+    return [Job((way,), seed) for seed in range(grid.side_seeds) for way in all_ways(grid) if way not in main]
 
 
 def make_all(grid: Grid, processes: int) -> None:
@@ -116,11 +125,11 @@ def make_all(grid: Grid, processes: int) -> None:
     write_tar(grid.data, grid.out / "images" / "train-000000.tar", grid.train_samples)
     write_tar(grid.val_data, grid.out / "images" / "test-000000.tar", grid.val_samples)
     make_teacher(grid)
-    caches = dict.fromkeys((way.views, way.codec) for job in jobs(grid) for way in job.ways)
-    configs = [build_config(grid, views, codec) for views, codec in caches]
-    configs += [build_config(grid, None, codec) for codec in dict.fromkeys(codec for _, codec in caches)]
-    in_processes(processes, build, configs)
-    in_processes(processes, partial(train_job, grid), jobs(grid))
+    for jobs in (main_jobs(grid), side_jobs(grid)):
+        ways = [way for job in jobs for way in job.ways]
+        caches = dict.fromkeys((views, way.codec) for way in ways for views in (way.views, None))
+        in_processes(processes, build, [build_config(grid, *cache) for cache in caches])
+        in_processes(processes, partial(train_job, grid), jobs)
 
 
 def write_tar(data: str, path: Path, num_samples: int) -> None:
