@@ -37,6 +37,11 @@ class OutType(click.Path):
         return super().convert(value, param, ctx)
 
 
+def one_or_several(_ctx: click.Context, _param: click.Parameter, values: tuple[Any, ...]) -> Any:  # noqa: ANN401 - click's
+    """What an option given any number of times is in a config: None, the one value, or a tuple."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
 LOCATION = LocationType()
 OUT = OutType(path_type=Path)
 

@@ -32,12 +32,14 @@ _PATH = click.Path(path_type=Path)
     "--cache",
     type=options.LOCATION,
     multiple=True,
+    callback=options.one_or_several,
     help="The training cache or its URL; several are one set of samples. scratch and finetune can do without.",
 )
 @click.option(
     "--data",
     metavar="TARS",
     multiple=True,
+    callback=options.one_or_several,
     help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
 )
 @click.option(

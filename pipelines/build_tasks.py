@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import LayerAttention
 from atcache.codecs import Coder
+from atcache.errors import BadImageError
 from atcache.rendering import STORED, Renderer
 from atcache.source import Source
 from atcache.store.layout import StoreLayout, Task
@@ -213,9 +214,11 @@ class TaskRunner:
                     done = finish_oldest(done)
                 board.finish(tell)
                 tell()
-            except BaseException:
-                compressors.shutdown(wait=False, cancel_futures=True)
-                writer.shutdown(wait=True, cancel_futures=True)
+            except BaseException as error:
+                # What comes before a bad image is good, and is stored.
+                gives_up = not isinstance(error, BadImageError)
+                compressors.shutdown(wait=not gives_up, cancel_futures=gives_up)
+                writer.shutdown(wait=True, cancel_futures=gives_up)
                 raise
             finally:
                 shards.abort()

@@ -107,7 +107,6 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
     ranks = Ranks.from_environment()
     _check_parts(configs[0], ranks)
     device = resolve_device(ranks.device_name(configs[0].device))
-    configs = [_settled(config, device) for config in configs]
     # What is drawn from torch's global generator must not disturb the caller's.
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -127,6 +126,7 @@ def _train_connected(
     configs: Sequence[TrainConfig], ranks: Ranks, device: torch.device, *, alone: bool
 ) -> dict[Path, SweepResult]:
     """What is in here lives as long as the ranks are connected."""
+    configs = ranks.on_leader(lambda: [_settled(config, device) for config in configs])
     opened = ranks.on_all(lambda: open_training_data(configs, device))
     ranks.check_equal(
         [
