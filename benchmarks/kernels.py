@@ -1,6 +1,6 @@
 """Copy and distillation of one layer, forward and backward: ours against the usual ways, in one run.
 
-    python benchmarks/kernels.py [--threads 2] [--sweep]
+    python benchmarks/kernels.py [--threads 2] [--dtype float32] [--value-dim 64] [--sweep]
 
 Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation:
 materialised maps, and the identity CE = logsumexp(S) - scale q.o on top of the fused call, against
@@ -45,7 +45,7 @@ class LogSumExp(torch.autograd.Function):
         upstream = SCALE * grad.unsqueeze(-1)
         grad_k = torch.zeros_like(k)
         for samples, queries in slices(q):
-            attn = logits_slice(q, k, None, SCALE, samples, queries).softmax(-1)
+            attn = logits_slice(q, k, None, SCALE, samples, queries).softmax(-1).to(q.dtype)
             grad_k[samples] += attn.mT @ (upstream * q)[samples, :, queries]
         return upstream * F.scaled_dot_product_attention(q, k, k, scale=SCALE), grad_k
 
@@ -120,20 +120,27 @@ def sweep():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--value-dim", type=int, default=HEAD_DIM, help="head dim of a copying student's v")
     parser.add_argument("--sweep", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, {HEADS} heads of {HEAD_DIM}")
+    dtype = getattr(torch, arguments.dtype)
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}, {HEADS} heads of {HEAD_DIM}"
+        f", v's of {arguments.value_dim}"
+    )
     if arguments.sweep:
         sweep()
         return
     distil = {"maps": distil_by_maps, "identity": distil_by_identity, "slices (ours)": distil_by_slices}
     copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
     for samples, tokens in SHAPES:
-        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM) for _ in range(4))
+        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(4))
+        v = torch.randn(samples, HEADS, tokens, arguments.value_dim, dtype=dtype)
         for kind, ways, tensors in (
             ("distill", distil, (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_())),
-            ("copy", copying, (q_t, k_t, q_s)),
+            ("copy", copying, (q_t, k_t, v.requires_grad_())),
         ):
             usual_s = None
             for name, function in ways.items():

@@ -119,6 +119,24 @@ def test_distilling_a_student_equal_to_its_teacher_gives_the_entropy_and_no_grad
         assert float(grad.abs().max()) < 1e-16
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("value_dim", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_by_the_fused_call_and_in_slices_is_attention(dtype, value_dim, autocast):
+    teacher = make_factors(3, dtype=dtype, bias_batch=1)
+    value = torch.randn(3, 2, 7, value_dim, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = copy_attention(teacher, value)
+    out.float().sin().sum().backward()
+    exact = value.detach().double().requires_grad_()
+    expected = teacher.maps().double() @ exact
+    expected.sin().sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 and not autocast else 4e-2
+    assert out.dtype == value.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(value.grad.double(), exact.grad, rtol=0, atol=2 * tolerance)
+
+
 def test_keys_masked_on_both_sides_leave_loss_and_gradients_finite():
     mask = torch.zeros(1, 1, 7, 7, dtype=torch.float64)
     mask[..., -1] = -torch.inf
