@@ -131,7 +131,7 @@ def test_copy_by_the_fused_call_and_in_slices_is_attention(dtype, value_dim, aut
     exact = value.detach().double().requires_grad_()
     expected = teacher.maps().double() @ exact
     expected.sin().sum().backward()
-    tolerance = 1e-5 if dtype == torch.float32 and not autocast else 4e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     assert out.dtype == value.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(value.grad.double(), exact.grad, rtol=0, atol=2 * tolerance)

@@ -70,20 +70,22 @@ class _CopyAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q_BHTD, k_BHTD, bias)
         ctx.scale = scale
-        if not _is_quicker_in_slices(q_BHTD, value_BHTD):
-            return F.scaled_dot_product_attention(q_BHTD, k_BHTD, value_BHTD, attn_mask=bias, scale=scale)
-        attended_BHTD = torch.empty_like(value_BHTD, memory_format=torch.contiguous_format)
-        for samples, queries, attn_BHQK in _map_slices(q_BHTD, k_BHTD, bias, scale, value_BHTD.dtype):
-            attended_BHTD[samples, :, queries] = attn_BHQK @ value_BHTD[samples]
-        return attended_BHTD
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            if not _is_quicker_in_slices(q_BHTD, value_BHTD):
+                return F.scaled_dot_product_attention(q_BHTD, k_BHTD, value_BHTD, attn_mask=bias, scale=scale)
+            attended_BHTD = torch.empty_like(value_BHTD, memory_format=torch.contiguous_format)
+            for samples, queries, attn_BHQK in _map_slices(q_BHTD, k_BHTD, bias, scale, value_BHTD.dtype):
+                attended_BHTD[samples, :, queries] = attn_BHQK @ value_BHTD[samples]
+            return attended_BHTD
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, None, None]:  # noqa: ANN401
         q_BHTD, k_BHTD, bias = ctx.saved_tensors
         (upstream_BHTD,) = upstream
         grad_BHTD = torch.zeros_like(upstream_BHTD, memory_format=torch.contiguous_format)
-        for samples, queries, attn_BHQK in _map_slices(q_BHTD, k_BHTD, bias, ctx.scale, upstream_BHTD.dtype):
-            grad_BHTD[samples] += attn_BHQK.mT @ upstream_BHTD[samples, :, queries]
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            for samples, queries, attn_BHQK in _map_slices(q_BHTD, k_BHTD, bias, ctx.scale, upstream_BHTD.dtype):
+                grad_BHTD[samples] += attn_BHQK.mT @ upstream_BHTD[samples, :, queries]
         return None, None, grad_BHTD, None, None
 
 
@@ -101,9 +103,8 @@ def _map_slices(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """The map slice by slice: samples, queries, and attn_BHQK in `dtype`, its softmax computed in float32."""
     for samples, queries in slices(q_BHTD):
-        with torch.autocast(q_BHTD.device.type, enabled=False):
-            attn_BHQK = torch.softmax(logits_slice(q_BHTD, k_BHTD, bias, scale, samples, queries), dim=-1).to(dtype)
-        yield samples, queries, attn_BHQK
+        logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, scale, samples, queries)
+        yield samples, queries, torch.softmax(logits_BHQK, dim=-1).to(dtype)
 
 
 def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
