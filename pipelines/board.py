@@ -31,7 +31,8 @@ _BEAT_S = 1.0
 _LOOK_S = 0.1
 _SILENCE_S = 120.0
 """A process beats in a thread of its own: one that is silent for so long is stopped, or out of reach."""
-_FAREWELL_S = 5.0
+_FAREWELL_S = 10.0
+"""How long a leader that ends waits for the others to hear why, who may be loading a teacher."""
 _GO_ON = "What was stored stays; type the same command again to continue."
 
 

@@ -224,7 +224,7 @@ def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
     if board.wait_for("job", "end") == "end":
         return
     job = board.receive("job")
-    check_mark(config.out, job["mark"])
+    check_mark(config.out, job["mark"], board.look)
     cache = CacheReader(config.out)
     index = relocate(cache.samples, config.data)
     wanted = _Wanted.of(config, index)

@@ -6,7 +6,7 @@ Network file systems show a new file to other nodes after some seconds, up to a 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,14 +33,23 @@ def marked(folder: Path) -> Generator[str]:
         mark.unlink(missing_ok=True)
 
 
-def check_mark(folder: Path, name: str, patience_s: float = _SECONDS_TO_APPEAR) -> None:
+def check_mark(
+    folder: Path, name: str, each_look: Callable[[], None] = lambda: None, patience_s: float = _SECONDS_TO_APPEAR
+) -> None:
     """Refuse a folder that is not the one that another process has marked.
+
+    Args:
+        folder: to look in.
+        name: of the mark.
+        each_look: called while it is not there; raises where the other process has ended, and taken its mark along.
+        patience_s: how long it may take to appear.
 
     Raises:
         ConfigError: the mark is not there, and does not appear.
     """
     stop_s = time.monotonic() + patience_s
     while not (folder / name).exists():
+        each_look()
         if time.monotonic() > stop_s:
             raise ConfigError(
                 f"{folder} is not the folder that the leading process writes to: several nodes need an --out on "

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -177,6 +178,8 @@ def test_an_out_that_is_not_shared_is_refused(tmp_path):
         check_mark(theirs, mark, patience_s=0)
         with pytest.raises(ConfigError, match=r"ours\.zarr is not the folder .* --out on storage that they share"):
             check_mark(ours, mark, patience_s=0)
+        with pytest.raises(SystemExit):  # the leader has failed meanwhile, and told why
+            check_mark(ours, mark, each_look=lambda: sys.exit(1))
     assert list(theirs.iterdir()) == []
 
 
