@@ -95,7 +95,10 @@ def read_array(root: Location, name: str) -> np.ndarray:
         CorruptCacheError: a file is missing or damaged, or is no such array.
     """
     folder = root / name
-    info = _read_info(folder)
+    return _read_values(folder, _read_info(folder))
+
+
+def _read_values(folder: Location, info: _ArrayInfo) -> np.ndarray:
     values = np.empty(info.shape, info.dtype)
     for place in info.places():
         chunk = _read_chunk(folder, info, place)
@@ -266,12 +269,12 @@ def read_state(root: Location) -> dict[str, np.ndarray]:
     Raises:
         CorruptCacheError: a file is missing or damaged, or there is more than any codec of a ViT has.
     """
-    group = "attention/state"
-    names = list_arrays(root, group)
-    nbytes = sum(_read_info(root / group / name).nbytes for name in names)
+    group = root / "attention/state"
+    infos = {name: _read_info(group / name) for name in list_arrays(root, "attention/state")}
+    nbytes = sum(info.nbytes for info in infos.values())
     if nbytes > MAX_STATE_NBYTES:
         raise CorruptCacheError(
-            f"{root / group} describes {len(names)} arrays of {nbytes / 1e9:.3g} GB in all; expected at most "
+            f"{group} describes {len(infos)} arrays of {nbytes / 1e9:.3g} GB in all; expected at most "
             f"{MAX_STATE_NBYTES / 1e9:.3g} GB. Restore it from a copy."
         )
-    return {name: read_array(root, f"{group}/{name}") for name in names}
+    return {name: _read_values(group / name, info) for name, info in infos.items()}
