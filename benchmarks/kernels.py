@@ -103,10 +103,16 @@ def fastest_s(function, tensors, runs=5):
     return min(times)
 
 
-def sweep():
+def draw(samples, tokens, dtype, value_dim):
+    """What distillation takes, and what copying takes."""
+    q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(4))
+    v = torch.randn(samples, HEADS, tokens, value_dim, dtype=dtype)
+    return (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_()), (q_t, k_t, v.requires_grad_())
+
+
+def sweep(dtype, value_dim):
     for samples, tokens in SHAPES:
-        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM) for _ in range(4))
-        distil, copying = (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_()), (q_t, k_t, q_s)
+        distil, copying = draw(samples, tokens, dtype, value_dim)
         usual_distil_s, usual_copy_s = fastest_s(distil_by_maps, distil), fastest_s(copy_by_maps, copying)
         for mib in (1, 2, 4, 8, 16, 64, 256):
             kernels.CPU_SLICE_NBYTES = mib * 2**20
@@ -131,17 +137,13 @@ def main():
         f", v's of {arguments.value_dim}"
     )
     if arguments.sweep:
-        sweep()
+        sweep(dtype, arguments.value_dim)
         return
     distil = {"maps": distil_by_maps, "identity": distil_by_identity, "slices (ours)": distil_by_slices}
     copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
     for samples, tokens in SHAPES:
-        q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(4))
-        v = torch.randn(samples, HEADS, tokens, arguments.value_dim, dtype=dtype)
-        for kind, ways, tensors in (
-            ("distill", distil, (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_())),
-            ("copy", copying, (q_t, k_t, v.requires_grad_())),
-        ):
+        for_distil, for_copying = draw(samples, tokens, dtype, arguments.value_dim)
+        for kind, ways, tensors in (("distill", distil, for_distil), ("copy", copying, for_copying)):
             usual_s = None
             for name, function in ways.items():
                 seconds = fastest_s(function, tensors)
