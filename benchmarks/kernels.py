@@ -2,11 +2,12 @@
 
     python benchmarks/kernels.py [--threads 2] [--dtype float32] [--value-dim 64] [--sweep]
 
-Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation:
-materialised maps, and the identity CE = logsumexp(S) - scale q.o on top of the fused call, against
-`attention_distillation_loss`. Prints, per number of tokens, seconds (the fastest of some runs), the ratio to the usual
-way, and the bytes autograd keeps for backward beside q, k and v themselves. Machine noise is in the seconds; compare
-ratios. `--sweep` instead prints our ratios for several sizes of slices.
+Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation,
+of the loss and of what the layer returns: materialised maps; the stock fused call with, for the loss beside it, the
+identity CE = logsumexp(S) - scale q.o on top of that call, or `attention_distillation_loss`; and `distilled_attention`,
+which is both in one pass. Prints, per number of tokens, seconds (the fastest of some runs), the ratio to the usual way,
+and the bytes autograd keeps for backward beside q, k and v themselves. Machine noise is in the seconds; compare ratios.
+`--sweep` instead prints our ratios for several sizes of slices.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from atcache.attention import kernels
+from atcache.attention.distillation import attention_distillation_loss, distilled_attention
 from atcache.attention.factors import LayerFactors
 from atcache.attention.kernels import copy_attention, logits_slice, slices
-from atcache.attention.losses import attention_distillation_loss
 
 HEADS, HEAD_DIM = 12, 64
 SCALE = HEAD_DIM**-0.5
@@ -50,19 +51,28 @@ class LogSumExp(torch.autograd.Function):
         return upstream * F.scaled_dot_product_attention(q, k, k, scale=SCALE), grad_k
 
 
-def distil_by_maps(q_t, k_t, q_s, k_s):
-    attn = torch.softmax(SCALE * q_t @ k_t.mT, -1)
-    return -(attn * torch.log_softmax(SCALE * q_s @ k_s.mT, -1)).sum(-1).mean()
+def distil_by_maps(q_t, k_t, q_s, k_s, v):
+    given, logits = torch.softmax(SCALE * q_t @ k_t.mT, -1), SCALE * q_s @ k_s.mT
+    loss = -(given.float() * torch.log_softmax(logits.float(), -1)).sum(-1).mean()
+    return loss + (torch.softmax(logits, -1) @ v).sum()
 
 
-def distil_by_identity(q_t, k_t, q_s, k_s):
+def distil_by_identity(q_t, k_t, q_s, k_s, v):
     attended = F.scaled_dot_product_attention(q_t, k_t, k_s, scale=SCALE)
-    return (LogSumExp.apply(q_s, k_s) - SCALE * (q_s * attended).sum(-1)).mean()
+    loss = (LogSumExp.apply(q_s, k_s) - SCALE * (q_s * attended).sum(-1)).mean()
+    return loss + F.scaled_dot_product_attention(q_s, k_s, v, scale=SCALE).sum()
 
 
-def distil_by_slices(q_t, k_t, q_s, k_s):
+def distil_beside_fused_call(q_t, k_t, q_s, k_s, v):
     teacher = LayerFactors(q_BHTD=q_t, k_BHTD=k_t, scale=SCALE)
-    return attention_distillation_loss(teacher, LayerFactors(q_BHTD=q_s, k_BHTD=k_s, scale=SCALE))
+    loss = attention_distillation_loss(teacher, LayerFactors(q_BHTD=q_s, k_BHTD=k_s, scale=SCALE))
+    return loss + F.scaled_dot_product_attention(q_s, k_s, v, scale=SCALE).sum()
+
+
+def distil_in_one_pass(q_t, k_t, q_s, k_s, v):
+    teacher = LayerFactors(q_BHTD=q_t, k_BHTD=k_t, scale=SCALE)
+    attended, loss = distilled_attention(teacher, LayerFactors(q_BHTD=q_s, k_BHTD=k_s, v_BHTD=v, scale=SCALE))
+    return loss + attended.sum()
 
 
 def copy_by_maps(q_t, k_t, v):
@@ -105,9 +115,9 @@ def fastest_s(function, tensors, runs=5):
 
 def draw(samples, tokens, dtype, value_dim):
     """What distillation takes, and what copying takes."""
-    q_t, k_t, q_s, k_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(4))
+    q_t, k_t, q_s, k_s, v_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(5))
     v = torch.randn(samples, HEADS, tokens, value_dim, dtype=dtype)
-    return (q_t, k_t, q_s.requires_grad_(), k_s.requires_grad_()), (q_t, k_t, v.requires_grad_())
+    return (q_t, k_t, *(own.requires_grad_() for own in (q_s, k_s, v_s))), (q_t, k_t, v.requires_grad_())
 
 
 def sweep(dtype, value_dim):
@@ -118,7 +128,7 @@ def sweep(dtype, value_dim):
             kernels.CPU_SLICE_NBYTES = mib * 2**20
             print(
                 f"{samples} x {tokens:4} tokens, slices of {mib:3} MiB: "
-                f"distill {usual_distil_s / fastest_s(distil_by_slices, distil):5.2f}x, "
+                f"distill {usual_distil_s / fastest_s(distil_in_one_pass, distil):5.2f}x, "
                 f"copy {usual_copy_s / fastest_s(copy_ours, copying):5.2f}x as fast as maps"
             )
 
@@ -139,7 +149,12 @@ def main():
     if arguments.sweep:
         sweep(dtype, arguments.value_dim)
         return
-    distil = {"maps": distil_by_maps, "identity": distil_by_identity, "slices (ours)": distil_by_slices}
+    distil = {
+        "maps": distil_by_maps,
+        "fused call + identity": distil_by_identity,
+        "fused call + slices": distil_beside_fused_call,
+        "one pass (ours)": distil_in_one_pass,
+    }
     copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
     for samples, tokens in SHAPES:
         for_distil, for_copying = draw(samples, tokens, dtype, arguments.value_dim)
@@ -150,7 +165,7 @@ def main():
                 usual_s = usual_s or seconds
                 kept = kept_nbytes(function, tensors) / 2**20
                 print(
-                    f"{kind:8} {samples} x {tokens:4} tokens  {name:14} {1e3 * seconds:8.1f} ms  "
+                    f"{kind:8} {samples} x {tokens:4} tokens  {name:21} {1e3 * seconds:8.1f} ms  "
                     f"{usual_s / seconds:5.2f}x  keeps {kept:7.1f} MiB"
                 )
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from atcache.attention import kernels
+from atcache.attention.distillation import attention_distillation_loss, distilled_attention
 from atcache.attention.factors import LayerFactors, LayerMaps
 from atcache.attention.kernels import copy_attention
-from atcache.attention.losses import attention_distillation_loss, logits_distillation_loss
+from atcache.attention.losses import logits_distillation_loss
 from atcache.errors import AttentionShapeError
 
 
@@ -79,6 +82,44 @@ def test_distillation_equals_the_plain_formula_in_loss_and_gradients(student_bia
 
 
 @pytest.mark.usefixtures("slice_nbytes")
+@pytest.mark.parametrize("bias_batch", [None, 1, 3])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_attention_and_its_loss_in_one_pass_equal_the_plain_formulas_with_every_gradient(bias_batch, kv_heads):
+    teacher = make_factors(0)
+    student = make_factors(1, head_dim=6, bias_batch=bias_batch, kv_heads=kv_heads)
+    v_BHTD = torch.randn(3, kv_heads, 7, 5, dtype=torch.float64, requires_grad=True)
+    student = replace(student, v_BHTD=v_BHTD)
+    wanted = [t for t in (student.q_BHTD, student.k_BHTD, v_BHTD, student.bias) if t is not None]
+    attended, loss = distilled_attention(teacher, student)
+    expected, plain = plain_maps(student) @ student.repeated_v_BHTD(), plain_loss(teacher, student)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
+    found = gradients(attended.sin().sum() + 3 * loss, wanted)
+    for got, true in zip(found, gradients(expected.sin().sum() + 3 * plain, wanted), strict=True):
+        torch.testing.assert_close(got, true, rtol=0, atol=1e-14)
+
+
+def test_one_pass_in_bf16_errs_no_more_than_materialised_maps():
+    teacher, student = (make_factors(seed, tokens=60, head_dim=32, dtype=torch.bfloat16) for seed in (0, 1))
+    student = replace(student, v_BHTD=torch.randn_like(student.q_BHTD).requires_grad_())
+    inputs = (student.q_BHTD, student.k_BHTD, student.v_BHTD)
+
+    def results(attended, loss):
+        return attended.detach(), *gradients(attended.float().sin().sum() + 1e3 * loss, inputs)
+
+    exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    wide = LayerFactors(q_BHTD=exact[0], k_BHTD=exact[1], v_BHTD=exact[2], scale=student.scale)
+    attended, loss = plain_maps(wide) @ exact[2], plain_loss(teacher, wide)
+    truth = attended.detach(), *gradients(attended.sin().sum() + 1e3 * loss, exact)
+    logits = (student.q_BHTD @ student.k_BHTD.mT).float() * student.scale
+    loss = logits_distillation_loss(teacher, logits)
+    usual = results(logits.softmax(-1).bfloat16() @ student.v_BHTD, loss)
+    for got, other, true in zip(results(*distilled_attention(teacher, student)), usual, truth, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got - true).norm() <= 1.2 * (other - true).norm() <= 0.05 * true.norm()
+
+
+@pytest.mark.usefixtures("slice_nbytes")
 def test_given_maps_do_what_the_factors_they_come_from_do():
     teacher, student = make_factors(0), make_factors(1, head_dim=6)
     maps = LayerMaps(attn_BHQK=plain_maps(teacher).detach())
@@ -142,10 +183,14 @@ def test_keys_masked_on_both_sides_leave_loss_and_gradients_finite():
     mask[..., -1] = -torch.inf
     teacher, free = make_factors(0), make_factors(1)
     teacher = LayerFactors(q_BHTD=teacher.q_BHTD, k_BHTD=teacher.k_BHTD, scale=0.3, bias=mask)
-    student = LayerFactors(q_BHTD=free.q_BHTD, k_BHTD=free.k_BHTD, scale=0.3, bias=mask)
-    loss = attention_distillation_loss(teacher, student)
+    student = LayerFactors(q_BHTD=free.q_BHTD, k_BHTD=free.k_BHTD, scale=0.3, bias=mask, v_BHTD=free.k_BHTD.detach())
+    attended, loss = distilled_attention(teacher, student)
+    torch.testing.assert_close(attention_distillation_loss(teacher, student), loss, rtol=0, atol=0)
+    torch.testing.assert_close(attended, plain_maps(student) @ free.k_BHTD)
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(grad).all() for grad in gradients(loss, [student.q_BHTD, student.k_BHTD]))
+    for total in (loss, loss + attended.sum()):
+        kept = torch.autograd.grad(total, [student.q_BHTD, student.k_BHTD], retain_graph=True)
+        assert all(torch.isfinite(grad).all() for grad in kept)
 
 
 def test_maps_are_formed_in_their_own_type_also_under_autocast():
@@ -160,6 +205,8 @@ def test_maps_are_formed_in_their_own_type_also_under_autocast():
 def test_students_of_other_token_counts_are_refused():
     with pytest.raises(AttentionShapeError, match=r"\(3, 2, 7\).*\(3, 2, 5\).*teacher's heads and tokens"):
         attention_distillation_loss(make_factors(0), make_factors(1, tokens=5))
+    with pytest.raises(AttentionShapeError, match="q and k only"):
+        distilled_attention(make_factors(0), make_factors(1))
 
 
 class LargestTensor(TorchFunctionMode):
@@ -184,5 +231,7 @@ def test_no_tensor_of_token_by_token_size_is_ever_made(monkeypatch):
     student = make_factors(1, batch, heads, tokens, dtype=torch.float32)
     with LargestTensor() as largest:
         attention_distillation_loss(teacher, student).backward()
+        attended, loss = distilled_attention(teacher, replace(student, v_BHTD=student.k_BHTD))
+        (attended.sum() + loss).backward()
         copy_attention(teacher, student.q_BHTD).sum().backward()
     assert 0 < largest.num_elements <= max(heads * tokens * 16, batch * heads * tokens * 4)

@@ -11,15 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from atcache.attention.distillation import attention_distillation_loss, distilled_attention
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.given import TakesGiven, can_give_values, give_values
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.attention.kernels import copy_attention
-from atcache.attention.losses import (
-    attention_distillation_loss,
-    factor_distillation_loss,
-    logits_distillation_loss,
-)
+from atcache.attention.losses import factor_distillation_loss, logits_distillation_loss
 from atcache.attention.pairing import PairedFactors, Pairing, TeacherFactors, What
 from atcache.attention.value_only import ValueOnlyAttention
 from atcache.codecs import Coder
@@ -234,22 +231,34 @@ class DistilledStudent(nn.Module):
         losses: list[Tensor] = []
 
         def measure(call: AttentionCall | MapCall) -> Tensor:
-            if call.block in self._layers:
-                losses.append(self._loss(given, call))
-            return call.run()
+            if call.block not in self._layers:
+                return call.run()
+            outputs, loss = self._attend(given, call)
+            losses.append(loss)
+            return outputs
 
         with AttentionIntercept(self._blocks[0], measure):
             logits = self.model(images)
         return logits, torch.stack(losses).mean()
 
-    def _loss(self, given: PairedFactors, call: AttentionCall | MapCall) -> Tensor:
+    def _attend(self, given: PairedFactors, call: AttentionCall | MapCall) -> tuple[Tensor, Tensor]:
+        """What a call returns, and its loss."""
         heads = None if self._pairing.all_heads else list(self._pairing.student_heads)
         if isinstance(call, MapCall):
             logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
-            return logits_distillation_loss(given.layer(call.block), logits_BHQK)
-        value_BHTD = call.value if self._pairing.needs_values else None
-        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias(), v_BHTD=value_BHTD)
+            return call.run(), logits_distillation_loss(given.layer(call.block), logits_BHQK)
+        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias(), v_BHTD=call.value)
+        if self._pairing.what == "map" and heads is None and _is_quicker_in_one_pass(call):
+            return distilled_attention(given.layer(call.block), own)
         own = own if heads is None else own.select_heads(heads)
         if self._pairing.what == "map":
-            return attention_distillation_loss(given.layer(call.block), own)
-        return factor_distillation_loss(given.factors(call.block), own, self._pairing.what)
+            return call.run(), attention_distillation_loss(given.layer(call.block), own)
+        return call.run(), factor_distillation_loss(given.factors(call.block), own, self._pairing.what)
+
+
+def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
+    """Whether one pass for output and loss beats the fused call and a pass for the loss beside it: on CPUs.
+
+    `benchmarks/kernels.py`, and with `--dtype bfloat16`. The pass knows no dropout.
+    """
+    return call.query.device.type == "cpu" and call.dropout_p == 0

@@ -1,0 +1,197 @@
+"""One layer's distillation loss, alone or together with the attention it is the loss of, in one pass over slices.
+
+For one row, with A the teacher's probabilities and S the student's logits, CE(A, S) = logsumexp_j S_j - sum_j A_j S_j,
+and its gradient in S is softmax(S) - A (Li et al. 2024). Loss and gradient therefore come out of one pass: two products
+for the logits, two for the gradients of q and k, nothing recomputed in backward, nothing of token x token size kept.
+The student's map is there in that pass, so one product more gives what the layer returns; its backward pass is
+attention's own, with the logits formed again. (`docs/design.md` compares this with the identity on top of the fused
+call, which needs nine products for the loss alone.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.kernels import logits_slice, slices
+from atcache.errors import AttentionShapeError
+
+
+def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) -> Tensor:
+    """Mean cross-entropy, in nats, from the teacher's rows to the student's: mean over batch, heads and queries.
+
+    Gradients reach the student's q, k and bias; the teacher's factors are constants.
+
+    Args:
+        teacher: the layer's factors or maps, from a cache or a live teacher. Head dim may differ from the student's.
+        student: the student's own factors of the same layer; same batch, heads and tokens.
+
+    Returns:
+        A float32 scalar (float64 for float64 factors), at least the teacher rows' mean entropy.
+
+    Raises:
+        AttentionShapeError: batch, heads or tokens differ.
+    """
+    return _distil(teacher, student, None)[1]
+
+
+def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple[Tensor, Tensor]:
+    """What the student's attention returns, softmax(scale * q k^T + bias) v, and its `attention_distillation_loss`.
+
+    Gradients reach the student's q, k, v and bias.
+
+    Args:
+        teacher: as for `attention_distillation_loss`.
+        student: the student's own factors, with v.
+
+    Returns:
+        Shape (batch, head, token, head dim of v) in v's dtype; the loss, as there.
+
+    Raises:
+        AttentionShapeError: batch, heads or tokens differ, or v is not there.
+    """
+    attended_BHTD, loss = _distil(teacher, student, student.repeated_v_BHTD())
+    assert attended_BHTD is not None
+    return attended_BHTD, loss
+
+
+def check_equal_shapes(teacher_BHT: tuple[int, int, int], student_BHT: tuple[int, int, int]) -> None:
+    """Refuse attention of another batch, other heads or other tokens.
+
+    Raises:
+        AttentionShapeError: they differ; the message has both.
+    """
+    if teacher_BHT != student_BHT:
+        raise AttentionShapeError(
+            f"teacher attention of (batch, head, token) {teacher_BHT} and student attention of {student_BHT}: expected "
+            "the same. Give the student the teacher's heads and tokens."
+        )
+
+
+def _distil(teacher: LayerAttention, student: LayerFactors, v_BHTD: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    check_equal_shapes(teacher.shape_BHT, student.shape_BHT)
+    dtype = student.q_BHTD.dtype
+    own = (student.q_BHTD, student.repeated_k_BHTD(), v_BHTD, student.bias, student.scale)
+    if isinstance(teacher, LayerMaps):
+        given = (None, None, None, 1.0, teacher.attn_BHQK)
+    else:
+        given = (teacher.q_BHTD.to(dtype), teacher.repeated_k_BHTD().to(dtype), teacher.bias, teacher.scale, None)
+    return _Distillation.apply(*own, *given)  # pyright: ignore[reportReturnType]
+
+
+class _LogitsGradients:
+    """Gradients of q, k and bias, gathered slice by slice from that of the logits.
+
+    Args:
+        q_BHTD: what the logits are made of.
+        k_BHTD: likewise.
+        scale: likewise.
+        grads: of q, k and bias, added to in place; None for what needs none.
+    """
+
+    def __init__(self, q_BHTD: Tensor, k_BHTD: Tensor, scale: float, grads: tuple[Tensor | None, ...]) -> None:
+        self._q_BHTD, self._k_BHTD, self._scale = q_BHTD, k_BHTD, scale
+        self._grad_q_BHTD, self._grad_k_BHTD, self._grad_bias = grads
+
+    def add(self, grad_BHQK: Tensor, samples: slice, queries: slice) -> None:
+        """Add what a slice contributes; `grad_BHQK` is overwritten."""
+        if self._grad_bias is not None:
+            shape = self._grad_bias.shape
+            rows = self._grad_bias[
+                samples if shape[0] > 1 else slice(None), :, queries if shape[2] > 1 else slice(None)
+            ]
+            rows += grad_BHQK.sum_to_size(rows.shape).to(rows.dtype)
+        grad_BHQK = grad_BHQK.mul_(self._scale).to(self._q_BHTD.dtype)
+        if self._grad_q_BHTD is not None:
+            self._grad_q_BHTD[samples, :, queries] += grad_BHQK @ self._k_BHTD[samples]
+        if self._grad_k_BHTD is not None:
+            self._grad_k_BHTD[samples] += grad_BHQK.mT @ self._q_BHTD[samples, :, queries]
+
+
+class _Distillation(torch.autograd.Function):
+    """Attention's output and the loss; None and the loss where v is None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - torch's own signature
+        q_BHTD: Tensor,
+        k_BHTD: Tensor,
+        v_BHTD: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        teacher_q_BHTD: Tensor | None,
+        teacher_k_BHTD: Tensor | None,
+        teacher_bias: Tensor | None,
+        teacher_scale: float,
+        teacher_attn_BHQK: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        # Each is in several products; slices of a projection's output would be copied for every one of them.
+        q_BHTD, k_BHTD = q_BHTD.contiguous(), k_BHTD.contiguous()
+        v_BHTD = None if v_BHTD is None else v_BHTD.contiguous()
+        wants_q, wants_k, _, wants_bias = ctx.needs_input_grad[:4]
+        grads = (
+            torch.zeros_like(q_BHTD) if wants_q else None,
+            torch.zeros_like(k_BHTD) if wants_k else None,
+            torch.zeros_like(bias) if bias is not None and wants_bias else None,
+        )
+        gradients = _LogitsGradients(q_BHTD, k_BHTD, scale, grads)
+        dtype = torch.promote_types(torch.float32, q_BHTD.dtype)
+        attended_BHTD = None if v_BHTD is None else torch.empty_like(v_BHTD)
+        logsumexp_BHQ1 = q_BHTD.new_empty((*q_BHTD.shape[:3], 1), dtype=dtype)
+        device = q_BHTD.device
+        total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
+        num_rows = q_BHTD.shape[:3].numel()
+        with torch.autocast(device.type, enabled=False):
+            for samples, queries in slices(q_BHTD):
+                if teacher_attn_BHQK is None:
+                    assert teacher_q_BHTD is not None
+                    assert teacher_k_BHTD is not None
+                    teacher_logits = logits_slice(
+                        teacher_q_BHTD, teacher_k_BHTD, teacher_bias, teacher_scale, samples, queries
+                    )
+                    given_BHQK = torch.softmax(teacher_logits, dim=-1)
+                else:
+                    given_BHQK = teacher_attn_BHQK[samples, :, queries].to(dtype)
+                logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, scale, samples, queries)
+                attn_BHQK = torch.softmax(logits_BHQK, dim=-1)
+                # At a row's largest logit, where its probability is at least 1 / T: no second pass of exponentials.
+                slice_logsumexp = logits_BHQK.amax(-1, keepdim=True) - attn_BHQK.amax(-1, keepdim=True).log()
+                logsumexp_BHQ1[samples, :, queries] = slice_logsumexp
+                if bias is not None:
+                    # A key masked on both sides has A = 0 and S = -inf: it adds nothing, not 0 * -inf.
+                    logits_BHQK.masked_fill_(given_BHQK == 0, 0.0)
+                total += slice_logsumexp.sum() - torch.dot(given_BHQK.flatten(), logits_BHQK.flatten())
+                if v_BHTD is not None and attended_BHTD is not None:
+                    attended_BHTD[samples, :, queries] = attn_BHQK.to(v_BHTD.dtype) @ v_BHTD[samples]
+                if any(grad is not None for grad in grads):
+                    gradients.add(attn_BHQK.sub_(given_BHQK).div_(num_rows), samples, queries)
+        kept = (None,) * 6 if v_BHTD is None else (q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1)
+        ctx.save_for_backward(*kept, *grads)
+        ctx.scale = scale
+        return attended_BHTD, (total / num_rows).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        upstream_BHTD, upstream_loss = upstream
+        q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1, *loss_grads = ctx.saved_tensors
+        assert upstream_loss is not None
+        grads = tuple(None if grad is None else grad * upstream_loss.to(grad.dtype) for grad in loss_grads)
+        if v_BHTD is None or upstream_BHTD is None:
+            return (*grads[:2], None, grads[2], *(None,) * 6)
+        gradients = _LogitsGradients(q_BHTD, k_BHTD, ctx.scale, grads)
+        upstream_BHTD = upstream_BHTD.contiguous()
+        grad_v_BHTD = torch.zeros_like(v_BHTD)
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            # Softmax's own backward: dS = A (dA - sum_j A_j dA_j), and that sum is dO . O.
+            means_BHQ1 = (upstream_BHTD.to(logsumexp_BHQ1.dtype) * attended_BHTD).sum(-1, keepdim=True)
+            for samples, queries in slices(q_BHTD):
+                logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, ctx.scale, samples, queries)
+                attn_BHQK = logits_BHQK.sub_(logsumexp_BHQ1[samples, :, queries]).exp_()
+                slice_upstream = upstream_BHTD[samples, :, queries]
+                grad_v_BHTD[samples] += attn_BHQK.to(v_BHTD.dtype).mT @ slice_upstream
+                grad_attn_BHQK = (slice_upstream @ v_BHTD[samples].mT).to(attn_BHQK.dtype)
+                gradients.add(attn_BHQK.mul_(grad_attn_BHQK.sub_(means_BHQ1[samples, :, queries])), samples, queries)
+        return (*grads[:2], grad_v_BHTD, grads[2], *(None,) * 6)
