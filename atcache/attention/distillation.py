@@ -82,6 +82,15 @@ def _distil(teacher: LayerAttention, student: LayerFactors, v_BHTD: Tensor | Non
     return _Distillation.apply(*own, *given)  # pyright: ignore[reportReturnType]
 
 
+def _empty_by_token(like_BHTD: Tensor) -> Tensor:
+    """An empty tensor, in memory token by token with the heads side by side.
+
+    So the projection behind attention keeps for backward this very tensor, which is kept anyway, and no copy.
+    """
+    batch, heads, tokens, head_dim = like_BHTD.shape
+    return like_BHTD.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
 class _LogitsGradients:
     """Gradients of q, k and bias, gathered slice by slice from that of the logits.
 
@@ -139,7 +148,8 @@ class _Distillation(torch.autograd.Function):
         )
         gradients = _LogitsGradients(q_BHTD, k_BHTD, scale, grads)
         dtype = torch.promote_types(torch.float32, q_BHTD.dtype)
-        attended_BHTD = None if v_BHTD is None else torch.empty_like(v_BHTD)
+        # Heads side by side in memory, so that the projection behind it keeps this very tensor, and no copy.
+        attended_BHTD = None if v_BHTD is None else _empty_by_token(v_BHTD)
         logsumexp_BHQ1 = q_BHTD.new_empty((*q_BHTD.shape[:3], 1), dtype=dtype)
         device = q_BHTD.device
         total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
