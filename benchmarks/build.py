@@ -92,7 +92,7 @@ def measure_speed(options: argparse.Namespace) -> list[dict[str, object]]:
             if number:  # the first round warms up
                 for name, value in took.items():
                     times[name].append(value)
-        num_views = plain.layout.num_samples
+        num_views = plain.layout.num_views * plain.layout.num_samples
         for name, values in times.items():
             pairs = list(zip(times["plain"], values, strict=True))
             row: dict[str, object] = {"what": name}
@@ -114,7 +114,7 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
             torch.save({name: w * 6 if "qkv.weight" in name else w for name, w in random.items()}, weights)
     run = TeacherRun.load(options.teacher, weights, device=options.device, precision=options.precision)
     index = index_source(options.data)
-    stop = min(index.num_samples, options.views)
+    stop = min(index.num_samples, options.samples)
     columns = {f"{name}_S": getattr(index, f"{name}_S")[:stop] for name in _COLUMNS}
     source = Source(replace(index, **columns))
     policy = run.teacher.input.view_policy("crop-flip", 0)
@@ -130,7 +130,7 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
         batch_size=options.batch_size,
         state=state,
     )
-    layout, _ = plan_layout(calibration, views, stop, 1, None, options.samples_per_shard)
+    layout, _ = plan_layout(calibration, views, stop, options.views, None, options.samples_per_shard)
     return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
 
 
@@ -259,7 +259,8 @@ def _parse() -> argparse.Namespace:
     speed.add_argument("--data", required=True)
     speed.add_argument("--weights", type=Path)
     speed.add_argument("--codec", action="append")
-    speed.add_argument("--views", type=int, default=256)
+    speed.add_argument("--samples", type=int, default=256)
+    speed.add_argument("--views", type=int, default=1, help="of each sample (default 1)")
     speed.add_argument("--rounds", type=int, default=3)
     speed.add_argument("--batch-size", type=int, default=32)
     speed.add_argument("--samples-per-shard", type=int, default=128)

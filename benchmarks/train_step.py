@@ -12,7 +12,7 @@ factors. transform's state has random values: fitting takes minutes and changes 
 Ways take turns in each round; times are the median of the rounds. GFLOP are of matrix products and convolutions, as
 torch counts them: where nothing else took time, ways would be as fast as these are few. Memory is the most that tensors
 took during a step beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records
-it.
+it. With --memory the weights' gradients, the same for all ways, are there before it.
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ class Bench:
         self.timm_name, self.width, self.depth, self.heads = GEOMETRIES[options.geometry]
         self.size = IMAGE_SIZES[num_tokens]
         self.batch_size, self.precision = options.batch_size, options.precision
+        self.keeps_gradients = options.memory
         self.device = resolve_device(options.device)
         self.dtype = resolve_precision(options.precision, self.device)
         torch.manual_seed(0)
@@ -243,7 +244,10 @@ class Bench:
         )
         # A step needs no more of the data than this.
         data = SimpleNamespace(student=student, teacher=None, order=SimpleNamespace(sample_S=range(10**6)))
-        return TrainingRun(config, data, self.device)
+        run = TrainingRun(config, data, self.device)
+        if self.keeps_gradients:
+            run.optimizer.zero_grad = lambda **_: None
+        return run
 
     def _batch(self, codes_BLTC: Tensor | None) -> Batch:
         labels = torch.arange(self.batch_size) % NUM_CLASSES

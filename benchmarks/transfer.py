@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-samples", type=int, default=1000, help="labels the students get (default 1000)")
     parser.add_argument("--val-samples", type=int, default=2000, help="test images (default 2000)")
     parser.add_argument("--epochs", type=float, default=8, help="of the students (default 8)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of all students but finetune (default 1e-3)")
+    parser.add_argument("--finetune-lr", type=float, default=2e-3, help="of its last layer (default 2e-3)")
     parser.add_argument("--seeds", type=int, default=3, help="of scratch, finetune and copy (default 3)")
     parser.add_argument("--side-seeds", type=int, default=2, help="of distill, other views and codecs (default 2)")
     parser.add_argument("--main-views", type=int, default=4, help="views modes and codecs are compared on (default 4)")

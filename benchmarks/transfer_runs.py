@@ -30,9 +30,6 @@ MODEL = "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=64,num_heads=2,
 MAIN_CODEC = "transform:target_kl=0.005"
 """What `atcache build` takes of itself."""
 
-LR, FINETUNE_LR = 1e-3, 2e-3
-"""Fine-tuning has the higher one because it is that of the last layer only. Chosen on 2,000 training images,
-with 1,000 others and an earlier state of the teacher: 30.7 %, where 1e-3 without decay gave 27.8 %."""
 FINETUNE_LAYER_DECAY = 0.75
 """Learning rate of a block relative to the one above: MAE's (arXiv 2111.06377, table 9)."""
 _BATCH_SIZE = 32
@@ -58,6 +55,10 @@ class Grid:
     val_samples: int
     epochs: float
     """Passes of a student over its samples."""
+    lr: float
+    """Highest learning rate of students that begin with random weights."""
+    finetune_lr: float
+    """The same for fine-tuning, where it is that of the last layer only."""
     seeds: int
     """Students of modes scratch, finetune and copy, cached and live."""
     side_seeds: int
@@ -195,7 +196,7 @@ def train_config(grid: Grid, way: Way, seed: int) -> TrainConfig:
         out=run_folder(grid, way, seed),
         epochs=grid.epochs,
         batch_size=_BATCH_SIZE,
-        base_lr=(FINETUNE_LR if finetunes else LR) * 256 / _BATCH_SIZE,
+        base_lr=(grid.finetune_lr if finetunes else grid.lr) * 256 / _BATCH_SIZE,
         layer_decay=FINETUNE_LAYER_DECAY if finetunes else None,
         label_smoothing=0.1,
         seed=seed,
