@@ -76,3 +76,21 @@ def tiny_cache(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_p
         return built[key]
 
     return tiny_cache
+
+
+@pytest.fixture
+def digits_build(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_path: Path):
+    """The `BuildConfig` of a build of 48 digits in 6 tasks, with batches that do not divide them."""
+    from atcache.pipelines.build import BuildConfig
+
+    return BuildConfig(
+        teacher=tiny_vit,
+        weights=tiny_weights,
+        data=str(digits_tars[0].parent),
+        out=tmp_path / "cache.zarr",
+        samples_per_shard=8,
+        batch_size=3,
+        workers=0,
+        device="cpu",
+        precision="fp32",
+    )

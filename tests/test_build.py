@@ -60,19 +60,8 @@ MIXED = {"mixup": 0.8, "cutmix": 1.0}
 
 
 @pytest.fixture
-def config(digits_tars, tiny_vit, tiny_weights, tmp_path) -> BuildConfig:
-    """A build of 48 digits in 6 tasks, with batches that do not divide them."""
-    return BuildConfig(
-        teacher=tiny_vit,
-        weights=tiny_weights,
-        data=str(digits_tars[0].parent),
-        out=tmp_path / "cache.zarr",
-        samples_per_shard=8,
-        batch_size=3,
-        workers=0,
-        device="cpu",
-        precision="fp32",
-    )
+def config(digits_build) -> BuildConfig:
+    return digits_build
 
 
 def files(path: Path) -> dict[str, bytes]:

@@ -110,6 +110,15 @@ def test_distilling_in_two_processes_is_distilling_in_one(config_for):
     assert_same_run(two, one)
 
 
+def test_copying_values_too_in_two_processes_is_copying_them_in_one(config_for, tiny_cache):
+    # What comes before the first layer's projection gets no gradient then, and must not be waited for.
+    caches = {"cache": tiny_cache(views=2, store="v"), "val_cache": tiny_cache(policy="eval", store="v")}
+    one, two = (config_for(name, "copy", what="qkv", **caches) for name in ("one", "two"))
+    train(one)
+    assert in_two_processes(partial(train, two)) == [0, 0]
+    assert_same_run(two, one)
+
+
 def test_two_processes_learn_from_several_caches_what_one_learns(config_for, tiny_cache, digits_tars):
     parts = (str(digits_tars[0].parent / "digits-{0000..0001}.tar"), str(digits_tars[2]))
     paths = tuple(tiny_cache(codec=codec, data=data) for codec, data in zip(("exact", "int8"), parts, strict=True))

@@ -33,20 +33,9 @@ from atcache.store.manifest import list_commits
 
 
 @pytest.fixture
-def config(digits_tars, tiny_vit, tiny_weights, tmp_path) -> BuildConfig:
+def config(digits_build) -> BuildConfig:
     """A build of 48 digits in 24 tasks."""
-    return BuildConfig(
-        teacher=tiny_vit,
-        weights=tiny_weights,
-        data=str(digits_tars[0].parent),
-        out=tmp_path / "cache.zarr",
-        views=2,
-        samples_per_shard=4,
-        batch_size=3,
-        workers=0,
-        device="cpu",
-        precision="fp32",
-    )
+    return replace(digits_build, views=2, samples_per_shard=4)
 
 
 def options_of(config: BuildConfig) -> list[str]:
