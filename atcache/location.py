@@ -69,6 +69,17 @@ class Url:
 Location: TypeAlias = Path | Url
 
 
+def listed(places: Location | tuple[Location, ...] | None) -> tuple[Location, ...]:
+    """What a setting names that takes none, one or several locations.
+
+    >>> listed(None), listed(Path("a")), listed((Path("a"), Path("b")))
+    ((), (PosixPath('a'),), (PosixPath('a'), PosixPath('b')))
+    """
+    if places is None:
+        return ()
+    return places if isinstance(places, tuple) else (places,)
+
+
 def looks_like_url(text: str) -> bool:
     """Whether a text is meant as a URL, whether or not it is one that can be read."""
     return _LOOKS_LIKE_URL.match(text) is not None

@@ -15,8 +15,20 @@ _PATH = click.Path(path_type=Path)
 @click.command("eval")
 @click.argument("run", required=False, type=_PATH)
 @click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run, averaged in; repeat for more.")
-@click.option("--cache", type=options.LOCATION, help="A validation cache; copying students take their maps from it.")
-@click.option("--data", metavar="TARS", help="Validation images, or where the cache's tars now are.")
+@click.option(
+    "--cache",
+    type=options.LOCATION,
+    multiple=True,
+    callback=options.one_or_several,
+    help="A validation cache, or several as one; copying students take their maps from it.",
+)
+@click.option(
+    "--data",
+    metavar="TARS",
+    multiple=True,
+    callback=options.one_or_several,
+    help="Validation images, or where the caches' tars now are; may be given more than once.",
+)
 @click.option("--live-teacher", is_flag=True, help="Run the teacher for copying students instead of reading its maps.")
 @click.option("--weights", type=_PATH, help="The live teacher's weights; without it, timm's.")
 @click.option("--batch-size", default=256, show_default=True, help="Samples a forward.")

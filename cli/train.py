@@ -43,9 +43,19 @@ _PATH = click.Path(path_type=Path)
     help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
 )
 @click.option(
-    "--val-cache", type=options.LOCATION, help="Validation views with maps; copying students need one to be validated."
+    "--val-cache",
+    type=options.LOCATION,
+    multiple=True,
+    callback=options.one_or_several,
+    help="Validation views with maps, from one cache or several; copying students need one to be validated.",
 )
-@click.option("--val-data", metavar="TARS", help="Validation images, or where the validation cache's tars now are.")
+@click.option(
+    "--val-data",
+    metavar="TARS",
+    multiple=True,
+    callback=options.one_or_several,
+    help="Validation images, or where the validation caches' tars now are; may be given more than once.",
+)
 @click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
 @click.option("--weights", type=_PATH, help="The teacher's weights, for finetune and --live-teacher.")
 @click.option("--layers", help="Blocks whose attention is transferred, such as 0-17; all of the cache without it.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from atcache.errors import CacheMismatchError, SourceError
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.loader import CachedViews, JoinedViews, Views
 from atcache.location import Location
 from atcache.rendering import STORED
@@ -20,7 +20,7 @@ from .teacher_record import TeacherRecord
 
 
 def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
-    """Caches to train on together: of one teacher and one size of views, and each of samples of its own.
+    """Caches to take together: of one teacher and one size of views, and each of samples of its own.
 
     Codecs, their fitted state, and how and how often views were drawn may differ.
 
@@ -45,7 +45,7 @@ def _check_alike(first: CacheReader, other: CacheReader) -> None:
         differences = [f"the teacher's bias is another {places[0]} than {places[1]}"]
     if differences:
         raise CacheMismatchError(
-            f"these caches cannot be trained on together: {'; '.join(differences)}. Build both with the same teacher, "
+            f"these caches cannot be taken together: {'; '.join(differences)}. Build both with the same teacher, "
             "weights, layers, heads and image size."
         )
 
@@ -70,10 +70,10 @@ def _equal_bias(first: np.ndarray | None, second: np.ndarray | None) -> bool:
 
 
 def _check_other_samples(first: CacheReader, second: CacheReader) -> None:
-    """Refuse two caches that hold a sample twice: an epoch would show it twice, and a subset count it twice."""
+    """Refuse two caches that hold a sample twice: an epoch would show it twice, and an accuracy count it twice."""
     if tar := _shared_tar(first.samples, second.samples):
         raise CacheMismatchError(
-            f"{first.path} and {second.path} both hold the samples of {tar}, so each epoch would show them twice. Give "
+            f"{first.path} and {second.path} both hold the samples of {tar}, so each would count twice. Give "
             "one of them; for more views of the same samples, build one cache with more --views."
         )
 
@@ -116,14 +116,18 @@ def open_joined_views(
 
     Raises:
         CacheMismatchError: a cache is not complete.
+        ConfigError: `data` is given, and every cache stores its images.
         SourceError: the tars are not there, or a cache has no sample that can be used.
     """
+    if data is not None and all(reader.layout.pixels is not None for reader in readers):
+        paths = " and ".join(str(reader.path) for reader in readers)
+        raise ConfigError(f"data={data}: no tar would be read, the images are stored in {paths}. Leave it out.")
     num_samples = sum(reader.layout.num_samples for reader in readers)
     parts: list[CachedViews] = []
     usable: list[np.ndarray] = []
     start = 0
     for number, reader in enumerate(readers):
-        views, usable_S = open_cache_views(
+        views, usable_S = _open_cache_views(
             reader,
             data,
             with_codes=code_layers is not None,
@@ -137,27 +141,15 @@ def open_joined_views(
     return parts[0] if len(parts) == 1 else JoinedViews(parts), label_S, np.concatenate(usable)
 
 
-def open_cache_views(
+def _open_cache_views(
     reader: CacheReader,
     data: str | Sequence[str] | None,
     *,
     with_codes: bool,
-    code_layers: slice = slice(None),
-    keep_nbytes: int = 0,
+    code_layers: slice,
+    keep_nbytes: int,
 ) -> tuple[CachedViews, np.ndarray]:
-    """The views of a complete cache, and the rows that have a label and are stored in every view.
-
-    Args:
-        reader: the cache.
-        data: where its tars are now; None for where they were.
-        with_codes: whether codes are wanted.
-        code_layers: which rows of L.
-        keep_nbytes: see `CachedViews`.
-
-    Raises:
-        CacheMismatchError: the cache is not complete.
-        SourceError: the tars are not there, or no sample can be used.
-    """
+    """The views of one complete cache, and the rows that have a label and are stored in every view."""
     if not reader.is_complete:
         raise CacheMismatchError(
             f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(reader.layout.tasks())} tasks are "

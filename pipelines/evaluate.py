@@ -21,10 +21,10 @@ class EvaluateConfig:
 
     runs: tuple[Path, ...]
     """Folders of finished runs; several are an ensemble."""
-    cache: Location | None = None
-    """A validation cache; copying students take their maps from it."""
-    data: str | None = None
-    """Validation images, or where the cache's tars now are."""
+    cache: Location | tuple[Location, ...] | None = None
+    """A validation cache, or several as one; copying students take their maps from it."""
+    data: str | tuple[str, ...] | None = None
+    """Validation images, or where the caches' tars now are."""
     live_teacher: bool = False
     """Run the teacher for copying students instead of reading its maps."""
     weights: Path | None = None

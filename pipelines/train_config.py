@@ -8,7 +8,7 @@ from typing import Any
 
 from atcache.attention.pairing import WHATS, What
 from atcache.errors import ConfigError
-from atcache.location import Location
+from atcache.location import Location, listed
 from atcache.mixing import mix_policy
 from atcache.order import SHUFFLES, Shuffle
 from atcache.views import PolicyName
@@ -58,10 +58,10 @@ class TrainConfig:
     then draw new views every epoch from `data`."""
     data: str | tuple[str, ...] | None = None
     """The tars: where the caches' now are, or what to train on without one."""
-    val_cache: Location | None = None
-    """Validation views with maps; what a copying student is validated on."""
-    val_data: str | None = None
-    """Validation images, or where the validation cache's tars now are."""
+    val_cache: Location | tuple[Location, ...] | None = None
+    """Validation views with maps, from one cache or several; what a copying student is validated on."""
+    val_data: str | tuple[str, ...] | None = None
+    """Validation images, or where the validation caches' tars now are."""
     student: str | None = None
     """A timm name; None takes the teacher's architecture."""
     weights: Path | None = None
@@ -233,9 +233,7 @@ class TrainConfig:
     @property
     def caches(self) -> tuple[Location, ...]:
         """The caches to train on, none or more. Their order is part of the run: rows are numbered through them."""
-        if self.cache is None:
-            return ()
-        return self.cache if isinstance(self.cache, tuple) else (self.cache,)
+        return listed(self.cache)
 
     @property
     def stream_seed(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from atcache.attention.pairing import Pairing
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.loader import Batch, FreshViews, Views, validation_batches
-from atcache.location import Location
+from atcache.location import Location, listed
 from atcache.precision import autocast
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
@@ -20,7 +20,7 @@ from atcache.store.reader import CacheReader
 from atcache.teachers import InputConfig
 from atcache.views import ViewPolicy
 
-from .caches import open_cache_views
+from .caches import open_caches, open_joined_views
 from .distributed import Ranks
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit
 from .teacher_record import TeacherRecord
@@ -63,7 +63,7 @@ class ValidationSet:
         )
 
 
-def _open_images(data: str, config: InputConfig) -> tuple[FreshViews, np.ndarray]:
+def _open_images(data: str | tuple[str, ...], config: InputConfig) -> tuple[FreshViews, np.ndarray]:
     """The evaluation views of tars without a cache, and the labels of all their samples.
 
     Raises:
@@ -75,8 +75,8 @@ def _open_images(data: str, config: InputConfig) -> tuple[FreshViews, np.ndarray
 
 def open_validation(
     *,
-    cache: Location | None,
-    data: str | None,
+    cache: Location | tuple[Location, ...] | None,
+    data: str | tuple[str, ...] | None,
     students: Sequence[Student],
     teacher: TeacherRecord | None,
     live_teacher: LiveTeacher | None,
@@ -87,8 +87,8 @@ def open_validation(
     """Views to score students on.
 
     Args:
-        cache: a validation cache; None draws `eval` views from `data`.
-        data: the images, or where the cache's tars now are.
+        cache: a validation cache, or several as one; None draws `eval` views from `data`.
+        data: the images, or where the caches' tars now are.
         students: whose inputs and classes must fit.
         teacher: who copying students learnt from; None when none of them copies.
         live_teacher: that teacher, running; instead of the cache's maps.
@@ -98,7 +98,8 @@ def open_validation(
 
     Raises:
         ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
-        CacheMismatchError: the cache does not hold the maps that copying students were trained with.
+        CacheMismatchError: a cache does not hold the maps that copying students were trained with, or caches do not go
+            together.
     """
     copies = teacher is not None
     pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
@@ -112,30 +113,34 @@ def open_validation(
         usable_S = np.flatnonzero(label_S >= 0)
         given: CacheTeacher | LiveTeacher | None = live_teacher
     else:
-        reader = CacheReader(cache)
-        if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
-            raise ConfigError(
-                f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
-                "validation cache with --policy eval."
-            )
+        readers = open_caches(listed(cache))
+        for reader in readers:
+            _check_unmixed(reader)
         given = live_teacher
-        code_layers = slice(None)
+        code_layers = None
         if teacher is not None and live_teacher is None:
-            _check_maps_fit(reader, teacher, pairings)
-            given = CacheTeacher([reader], pairings, device)
-            (code_layers,) = given.code_layers
-        views, usable_S = open_cache_views(
-            reader, data, with_codes=isinstance(given, CacheTeacher), code_layers=code_layers
-        )
+            for reader in readers:
+                _check_maps_fit(reader, teacher, pairings)
+            given = CacheTeacher(readers, pairings, device)
+            code_layers = given.code_layers
+        views, label_S, usable_S = open_joined_views(readers, data, code_layers=code_layers, keep_nbytes=0)
         for student in students:
-            check_views_fit(student, reader)
-        label_S = reader.labels_S
+            check_views_fit(student, readers[0])
     _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
     if cache is None:
         _check_one_view(students)
     return ValidationSet(
         views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
     )
+
+
+def _check_unmixed(reader: CacheReader) -> None:
+    """Refuse a cache whose views have no one label to predict."""
+    if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+        raise ConfigError(
+            f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
+            "validation cache with --policy eval."
+        )
 
 
 def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Sequence[Pairing]) -> None:

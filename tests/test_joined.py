@@ -461,7 +461,32 @@ def test_data_names_the_moved_tars_of_all_caches(config_for, part_caches, digits
         train(replace(moved, data=(str(there),), out=tmp_path / "half"))
 
 
+def test_validation_on_two_caches_is_validation_on_one_of_all_tars(config_for, part_caches, tiny_cache):
+    teaching = tiny_cache(**FLOAT32)
+    exact = {"codec": "exact:dtype=float32", "policy": "eval"}
+    parts, whole = part_caches(**exact), tiny_cache(**exact)
+    on_parts = train(config_for("on-parts", "copy", teaching, steps=3, val_cache=parts)).validation
+    assert on_parts.num_samples == 48
+    assert on_parts == train(config_for("on-whole", "copy", teaching, steps=3, val_cache=whole)).validation
+    one, other = parts
+    run = str(config_for("on-parts", "copy", teaching).out)
+    place = ["--device", "cpu", "--precision", "fp32"]
+    shown = CliRunner().invoke(cli, ["eval", run, "--cache", str(one), "--cache", str(other), *place])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["score"]["loss"] == pytest.approx(on_parts.loss)
+
+
 # Refusals
+
+
+def test_tars_that_would_not_be_read_are_refused(config_for, part_caches, digits_tars):
+    stored, tars = part_caches(pixels="store"), str(digits_tars[0].parent)
+    with pytest.raises(ConfigError, match=rf"^data={tars}: no tar would be read, .* in {stored[0]} and {stored[1]}\."):
+        train(config_for("stored", "copy", stored, data=tars, steps=1))
+    with pytest.raises(ConfigError, match=rf"^data={tars}: no tar would be read, .* in {stored[0]}\. Leave it out"):
+        train(config_for("validated", "scratch", part_caches()[1], steps=1, val_cache=stored[0], val_data=tars))
+    half_stored = part_caches(second={"pixels": "store"})
+    assert train(config_for("half", "copy", half_stored, data=tars, steps=1)).steps == 1
 
 
 def test_caches_that_do_not_go_together_are_refused_with_both_named(part_caches, tiny_weights, tmp_path):
@@ -481,7 +506,7 @@ def test_caches_that_do_not_go_together_are_refused_with_both_named(part_caches,
         ),
     ):
         paths = part_caches(second=fields)
-        expected = r"these caches cannot be trained on together: .*" + difference.format(*map(str, paths))
+        expected = r"these caches cannot be taken together: .*" + difference.format(*map(str, paths))
         with pytest.raises(CacheMismatchError, match=expected):
             open_caches(paths)
 
@@ -490,7 +515,9 @@ def test_samples_that_two_caches_hold_are_refused(part_caches, tiny_cache):
     first, second = part_caches()
     whole, drawn_anew = tiny_cache(), tiny_cache(views=2)
     for paths in ([first, first], [whole, drawn_anew], [second, first, whole]):
-        with pytest.raises(CacheMismatchError, match=r"both hold the samples of digits-000\d\.tar, so each epoch"):
+        with pytest.raises(
+            CacheMismatchError, match=r"both hold the samples of digits-000\d\.tar, so each would count"
+        ):
             open_caches(paths)
 
 
