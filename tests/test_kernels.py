@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atcache.attention import kernels
 from atcache.attention.distillation import attention_distillation_loss, distilled_attention
@@ -15,8 +16,11 @@ from atcache.attention.kernels import copy_attention
 from atcache.attention.losses import logits_distillation_loss
 from atcache.errors import AttentionShapeError
 
+BIAS_SHAPES = [None, (1, 2, 7, 7), (3, 2, 7, 7), (3, 1, 7, 7), (1, 1, 1, 7)]
+"""None, for all samples, for each, for all heads of each, and one of keys only."""
 
-def make_factors(seed, batch=3, heads=2, tokens=7, head_dim=4, kv_heads=None, bias_batch=None, dtype=torch.float64):
+
+def make_factors(seed, batch=3, heads=2, tokens=7, head_dim=4, kv_heads=None, bias_shape=None, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -26,7 +30,7 @@ def make_factors(seed, batch=3, heads=2, tokens=7, head_dim=4, kv_heads=None, bi
         q_BHTD=draw(batch, heads, tokens, head_dim),
         k_BHTD=draw(batch, kv_heads or heads, tokens, head_dim),
         scale=0.3,
-        bias=None if bias_batch is None else draw(bias_batch, heads, tokens, tokens),
+        bias=None if bias_shape is None else draw(*bias_shape),
     )
 
 
@@ -43,17 +47,18 @@ def gradients(loss, tensors):
     return torch.autograd.grad(loss, tensors)
 
 
-# 1 byte cuts to one row a slice; 2000 to a sample or so; the default holds everything.
-@pytest.fixture(params=[1, 2000, kernels.CPU_SLICE_NBYTES])
+# Of factors as above, 7 rows of 56 bytes a sample: a row a slice; three rows, and the last one of a sample alone; a
+# sample; two samples, and the last one alone; everything.
+@pytest.fixture(params=[1, 170, 400, 800, kernels.CPU_SLICE_NBYTES])
 def slice_nbytes(request, monkeypatch):
     monkeypatch.setattr(kernels, "CPU_SLICE_NBYTES", request.param)
 
 
 @pytest.mark.usefixtures("slice_nbytes")
-@pytest.mark.parametrize("bias_batch", [None, 1, 3])
+@pytest.mark.parametrize("bias_shape", BIAS_SHAPES)
 @pytest.mark.parametrize("kv_heads", [2, 1])
-def test_copy_equals_the_plain_formula_and_only_v_has_a_gradient(bias_batch, kv_heads):
-    teacher = make_factors(0, bias_batch=bias_batch, kv_heads=kv_heads)
+def test_copy_equals_the_plain_formula_and_only_v_has_a_gradient(bias_shape, kv_heads):
+    teacher = make_factors(0, bias_shape=bias_shape, kv_heads=kv_heads)
     value = torch.randn(3, 2, 7, 5, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 2, 7, 5, dtype=torch.float64)
     out = copy_attention(teacher, value)
@@ -69,11 +74,11 @@ def test_copy_equals_the_plain_formula_and_only_v_has_a_gradient(bias_batch, kv_
 
 
 @pytest.mark.usefixtures("slice_nbytes")
-@pytest.mark.parametrize("student_bias", [None, 1, 3])
-@pytest.mark.parametrize("teacher_bias", [None, 1])
+@pytest.mark.parametrize("student_bias", BIAS_SHAPES)
+@pytest.mark.parametrize("teacher_bias", [None, (1, 2, 7, 7)])
 def test_distillation_equals_the_plain_formula_in_loss_and_gradients(student_bias, teacher_bias):
-    teacher = make_factors(0, bias_batch=teacher_bias)
-    student = make_factors(1, head_dim=6, bias_batch=student_bias)
+    teacher = make_factors(0, bias_shape=teacher_bias)
+    student = make_factors(1, head_dim=6, bias_shape=student_bias)
     wanted = [t for t in (student.q_BHTD, student.k_BHTD, student.bias) if t is not None]
     loss, plain = attention_distillation_loss(teacher, student), plain_loss(teacher, student)
     torch.testing.assert_close(loss, plain, rtol=1e-14, atol=0)
@@ -82,11 +87,11 @@ def test_distillation_equals_the_plain_formula_in_loss_and_gradients(student_bia
 
 
 @pytest.mark.usefixtures("slice_nbytes")
-@pytest.mark.parametrize("bias_batch", [None, 1, 3])
+@pytest.mark.parametrize("bias_shape", BIAS_SHAPES)
 @pytest.mark.parametrize("kv_heads", [2, 1])
-def test_attention_and_its_loss_in_one_pass_equal_the_plain_formulas_with_every_gradient(bias_batch, kv_heads):
+def test_attention_and_its_loss_in_one_pass_equal_the_plain_formulas_with_every_gradient(bias_shape, kv_heads):
     teacher = make_factors(0)
-    student = make_factors(1, head_dim=6, bias_batch=bias_batch, kv_heads=kv_heads)
+    student = make_factors(1, head_dim=6, bias_shape=bias_shape, kv_heads=kv_heads)
     v_BHTD = torch.randn(3, kv_heads, 7, 5, dtype=torch.float64, requires_grad=True)
     student = replace(student, v_BHTD=v_BHTD)
     wanted = [t for t in (student.q_BHTD, student.k_BHTD, v_BHTD, student.bias) if t is not None]
@@ -99,9 +104,11 @@ def test_attention_and_its_loss_in_one_pass_equal_the_plain_formulas_with_every_
         torch.testing.assert_close(got, true, rtol=0, atol=1e-14)
 
 
-def test_one_pass_in_bf16_errs_no_more_than_materialised_maps():
-    teacher, student = (make_factors(seed, tokens=60, head_dim=32, dtype=torch.bfloat16) for seed in (0, 1))
-    student = replace(student, v_BHTD=torch.randn_like(student.q_BHTD).requires_grad_())
+@pytest.mark.parametrize("num_rows", [200, 8])
+def test_one_pass_in_bf16_errs_hardly_more_than_materialised_maps_however_many_slices(num_rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_SLICE_NBYTES", 4 * 2 * 200 * num_rows)
+    teacher, student = (make_factors(seed, tokens=200, head_dim=32, dtype=torch.bfloat16) for seed in (0, 1))
+    student = replace(student, v_BHTD=make_factors(2, tokens=200, head_dim=32, dtype=torch.bfloat16).q_BHTD)
     inputs = (student.q_BHTD, student.k_BHTD, student.v_BHTD)
 
     def results(attended, loss):
@@ -117,6 +124,77 @@ def test_one_pass_in_bf16_errs_no_more_than_materialised_maps():
     for got, other, true in zip(results(*distilled_attention(teacher, student)), usual, truth, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got - true).norm() <= 1.2 * (other - true).norm() <= 0.05 * true.norm()
+
+
+@pytest.mark.parametrize("num_rows", [200, 2])
+def test_copying_in_bf16_rounds_v_s_gradient_once_however_many_slices(num_rows, monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_SLICE_NBYTES", 4 * 2 * 200 * num_rows)
+    teacher, own = (make_factors(seed, tokens=200, head_dim=32, dtype=torch.bfloat16) for seed in (0, 1))
+    value, upstream = own.q_BHTD, own.k_BHTD.detach()
+    (got,) = torch.autograd.grad(copy_attention(teacher, value), value, upstream)
+    true = plain_maps(replace(teacher, q_BHTD=teacher.q_BHTD.double(), k_BHTD=teacher.k_BHTD.double())).mT
+    true = true @ upstream.double()
+    assert (got - true).norm() <= 0.01 * true.norm()
+
+
+def test_autocast_around_distillation_changes_nothing():
+    teacher, student = (make_factors(seed, dtype=torch.float32) for seed in (0, 1))
+    student = replace(student, v_BHTD=make_factors(2, dtype=torch.float32).q_BHTD)
+    inputs = (student.q_BHTD, student.k_BHTD, student.v_BHTD)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            attended, loss = distilled_attention(teacher, student)
+            found.append((attended, loss, *gradients(attended.sum() + loss, inputs)))
+    for plain, under_autocast in zip(*found, strict=True):
+        assert torch.equal(plain, under_autocast)
+
+
+@pytest.mark.parametrize("frozen", ["q_BHTD", "k_BHTD", "v_BHTD", "bias"])
+@pytest.mark.parametrize("uses", ["output", "loss", "both"])
+def test_one_pass_gives_what_is_wanted_of_what_is_used(uses, frozen):
+    teacher, student = make_factors(0), make_factors(1, bias_shape=(1, 2, 7, 7))
+    student = replace(student, v_BHTD=make_factors(2).q_BHTD)
+    student = replace(student, **{frozen: getattr(student, frozen).detach()})
+    names = [name for name in ("q_BHTD", "k_BHTD", "v_BHTD", "bias") if name != frozen]
+    wanted = [getattr(student, name) for name in names]
+
+    def grads_of(attended, loss):
+        total = {"output": attended.sin().sum(), "loss": 3 * loss, "both": attended.sin().sum() + 3 * loss}[uses]
+        return torch.autograd.grad(total, wanted, allow_unused=True)
+
+    found = grads_of(*distilled_attention(teacher, student))
+    expected = grads_of(plain_maps(student) @ student.v_BHTD, plain_loss(teacher, student))
+    for name, got, true in zip(names, found, expected, strict=True):
+        assert (got is None) == (true is None) == (uses == "loss" and name == "v_BHTD")
+        if true is not None:
+            torch.testing.assert_close(got, true, rtol=0, atol=1e-14)
+
+
+def test_what_one_pass_gives_lies_as_the_projection_behind_it_reads_it():
+    student = replace(make_factors(1), v_BHTD=make_factors(2).q_BHTD)
+    attended, _ = distilled_attention(make_factors(0), student)
+    assert attended.transpose(1, 2).is_contiguous()
+
+
+def test_gradients_of_gradients_are_refused():
+    student = make_factors(1)
+    loss = attention_distillation_loss(make_factors(0), student).square()
+    (grad,) = torch.autograd.grad(loss, student.q_BHTD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_constant_that_all_logits_share_costs_the_loss_no_digits():
+    # Teacher and student alike: of keys far from the origin in one direction that all queries have too.
+    factors = [make_factors(seed, tokens=200, head_dim=8, dtype=torch.float32) for seed in (0, 1)]
+    for one in factors:
+        with torch.no_grad():
+            one.q_BHTD[..., 0], one.k_BHTD[..., 0] = 16.0, 16.0
+    teacher, student = factors
+    wide = [LayerFactors(q_BHTD=f.q_BHTD.double(), k_BHTD=f.k_BHTD.double(), scale=0.3) for f in factors]
+    loss, exact = attention_distillation_loss(teacher, student), plain_loss(*wide)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("slice_nbytes")
@@ -164,7 +242,7 @@ def test_distilling_a_student_equal_to_its_teacher_gives_the_entropy_and_no_grad
 @pytest.mark.parametrize("value_dim", [4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copy_by_the_fused_call_and_in_slices_is_attention(dtype, value_dim, autocast):
-    teacher = make_factors(3, dtype=dtype, bias_batch=1)
+    teacher = make_factors(3, dtype=dtype, bias_shape=(1, 2, 7, 7))
     value = torch.randn(3, 2, 7, value_dim, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         out = copy_attention(teacher, value)
@@ -209,16 +287,16 @@ def test_students_of_other_token_counts_are_refused():
         distilled_attention(make_factors(0), make_factors(1))
 
 
-class LargestTensor(TorchFunctionMode):
-    """The most elements any tensor had that a torch function returned."""
+class LargestTensor(TorchDispatchMode):
+    """The most elements any tensor had that an operation returned, those of backward passes included."""
 
     def __init__(self):
         super().__init__()
         self.num_elements = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.num_elements = max(self.num_elements, tensor.numel())
         return result

@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
+from atcache.attention import transfer
 from atcache.attention.factors import FactorGeometry, LayerFactors
 from atcache.attention.intercept import AttentionCall, AttentionIntercept
 from atcache.attention.pairing import Pairing, check_student
@@ -264,6 +265,43 @@ def test_a_distilled_student_is_the_timm_model_with_a_loss_beside_it(images):
     loss.backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     assert model.head.weight.grad is None
+
+
+def backward_calls(tensor):
+    """Names of the functions in the graph behind a tensor."""
+    seen, ahead = set(), [tensor.grad_fn]
+    while ahead:
+        function = ahead.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            ahead += [other for other, _ in function.next_functions]
+    return {function.name() for function in seen}
+
+
+@pytest.mark.parametrize("kind", ["Attention", "RelPosAttention"])
+def test_distilling_in_one_pass_is_distilling_beside_the_stock_call(kind, images, monkeypatch):
+    name, kwargs = VALUE_ONLY_MODELS[kind]
+    model, other = make_model(name, **kwargs), make_model(name, 7, **kwargs)
+    teacher, layers, _ = own_factors(other, images)
+    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    found = []
+    for in_one_pass in (True, False):
+        if not in_one_pass:  # what GPUs do
+            monkeypatch.setattr(transfer, "_is_quicker_in_one_pass", lambda call: False)
+        student.zero_grad()
+        logits, loss = student(images, teacher)
+        assert any("Distillation" in name for name in backward_calls(logits)) == in_one_pass
+        (logits.square().mean() + loss).backward()
+        found.append([logits, loss, *(p.grad for p in model.parameters())])
+    for one, beside in zip(*found, strict=True):
+        torch.testing.assert_close(one, beside, rtol=1e-4, atol=1e-6)
+
+
+def test_distilling_keeps_the_students_dropout_of_attention(images):
+    model = make_model("vit_tiny_patch16_224", patch_size=8, attn_drop_rate=0.5).train()
+    teacher, layers, _ = own_factors(make_model("vit_tiny_patch16_224", 7, patch_size=8), images)
+    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    assert not torch.allclose(student(images, teacher)[0], student(images, teacher)[0])
 
 
 def test_attention_inside_the_block_is_intercepted(images):

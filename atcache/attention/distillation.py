@@ -10,13 +10,15 @@ call, which needs nine products for the loss alone.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
-from atcache.attention.kernels import logits_slice, slices
+from atcache.attention.kernels import SlicedGradient, logits_slice, slices
 from atcache.errors import AttentionShapeError
 
 
@@ -96,28 +98,53 @@ class _LogitsGradients:
 
     Args:
         q_BHTD: what the logits are made of.
-        k_BHTD: likewise.
-        scale: likewise.
-        grads: of q, k and bias, added to in place; None for what needs none.
+        k_BHTD: what the logits are made of.
+        bias: what the logits are made of, if it is.
+        scale: of q k^T.
+        wants: whether the gradients of q, k and bias are wanted.
+        kept: what was added to each before; None for nothing.
+        weight: what that is multiplied by, a scalar.
     """
 
-    def __init__(self, q_BHTD: Tensor, k_BHTD: Tensor, scale: float, grads: tuple[Tensor | None, ...]) -> None:
-        self._q_BHTD, self._k_BHTD, self._scale = q_BHTD, k_BHTD, scale
-        self._grad_q_BHTD, self._grad_k_BHTD, self._grad_bias = grads
+    def __init__(
+        self,
+        q_BHTD: Tensor,
+        k_BHTD: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        wants: Sequence[bool],
+        kept: Sequence[Tensor | None] = (None, None, None),
+        weight: Tensor | None = None,
+    ) -> None:
+        self._q_BHTD, self._k_BHTD, self._bias, self._scale = q_BHTD, k_BHTD, bias, scale
+        wants_q, wants_k, wants_bias = wants
+        self.are_wanted = any(wants)
+        self._of_q = SlicedGradient(q_BHTD, kept[0], weight) if wants_q else None
+        self._of_k = SlicedGradient(k_BHTD, kept[1], weight) if wants_k else None
+        self._of_bias: Tensor | None = None
+        if bias is not None and wants_bias:
+            wide = torch.promote_types(torch.float32, bias.dtype)
+            self._of_bias = torch.zeros_like(bias, dtype=wide) if kept[2] is None else kept[2].to(wide) * weight
 
     def add(self, grad_BHQK: Tensor, samples: slice, queries: slice) -> None:
         """Add what a slice contributes; `grad_BHQK` is overwritten."""
-        if self._grad_bias is not None:
-            shape = self._grad_bias.shape
-            rows = self._grad_bias[
-                samples if shape[0] > 1 else slice(None), :, queries if shape[2] > 1 else slice(None)
-            ]
-            rows += grad_BHQK.sum_to_size(rows.shape).to(rows.dtype)
+        if self._of_bias is not None:
+            shape = self._of_bias.shape
+            rows = self._of_bias[samples if shape[0] > 1 else slice(None), :, queries if shape[2] > 1 else slice(None)]
+            rows += grad_BHQK.sum_to_size(rows.shape)
         grad_BHQK = grad_BHQK.mul_(self._scale).to(self._q_BHTD.dtype)
-        if self._grad_q_BHTD is not None:
-            self._grad_q_BHTD[samples, :, queries] += grad_BHQK @ self._k_BHTD[samples]
-        if self._grad_k_BHTD is not None:
-            self._grad_k_BHTD[samples] += grad_BHQK.mT @ self._q_BHTD[samples, :, queries]
+        if self._of_q is not None:
+            self._of_q.add_to_queries(grad_BHQK @ self._k_BHTD[samples], samples, queries)
+        if self._of_k is not None:
+            self._of_k.add_to_keys(grad_BHQK.mT @ self._q_BHTD[samples, :, queries], samples, queries)
+
+    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of q, k and bias in their types, when every slice was added; None for what is not wanted."""
+        return (
+            None if self._of_q is None else self._of_q.total_BHTD,
+            None if self._of_k is None else self._of_k.total_BHTD,
+            None if self._of_bias is None or self._bias is None else self._of_bias.to(self._bias.dtype),
+        )
 
 
 class _Distillation(torch.autograd.Function):
@@ -141,14 +168,8 @@ class _Distillation(torch.autograd.Function):
         q_BHTD, k_BHTD = q_BHTD.contiguous(), k_BHTD.contiguous()
         v_BHTD = None if v_BHTD is None else v_BHTD.contiguous()
         wants_q, wants_k, _, wants_bias = ctx.needs_input_grad[:4]
-        grads = (
-            torch.zeros_like(q_BHTD) if wants_q else None,
-            torch.zeros_like(k_BHTD) if wants_k else None,
-            torch.zeros_like(bias) if bias is not None and wants_bias else None,
-        )
-        gradients = _LogitsGradients(q_BHTD, k_BHTD, scale, grads)
+        gradients = _LogitsGradients(q_BHTD, k_BHTD, bias, scale, (wants_q, wants_k, wants_bias))
         dtype = torch.promote_types(torch.float32, q_BHTD.dtype)
-        # Heads side by side in memory, so that the projection behind it keeps this very tensor, and no copy.
         attended_BHTD = None if v_BHTD is None else _empty_by_token(v_BHTD)
         logsumexp_BHQ1 = q_BHTD.new_empty((*q_BHTD.shape[:3], 1), dtype=dtype)
         device = q_BHTD.device
@@ -170,30 +191,37 @@ class _Distillation(torch.autograd.Function):
                 # At a row's largest logit, where its probability is at least 1 / T: no second pass of exponentials.
                 slice_logsumexp = logits_BHQK.amax(-1, keepdim=True) - attn_BHQK.amax(-1, keepdim=True).log()
                 logsumexp_BHQ1[samples, :, queries] = slice_logsumexp
+                # Subtracted before the sum over keys, not behind it, or large logits would cancel too late.
+                log_attn_BHQK = logits_BHQK.sub_(slice_logsumexp)
                 if bias is not None:
                     # A key masked on both sides has A = 0 and S = -inf: it adds nothing, not 0 * -inf.
-                    logits_BHQK.masked_fill_(given_BHQK == 0, 0.0)
-                total += slice_logsumexp.sum() - torch.dot(given_BHQK.flatten(), logits_BHQK.flatten())
+                    log_attn_BHQK.masked_fill_(given_BHQK == 0, 0.0)
+                total -= torch.dot(given_BHQK.flatten(), log_attn_BHQK.flatten())
                 if v_BHTD is not None and attended_BHTD is not None:
                     attended_BHTD[samples, :, queries] = attn_BHQK.to(v_BHTD.dtype) @ v_BHTD[samples]
-                if any(grad is not None for grad in grads):
+                if gradients.are_wanted:
                     gradients.add(attn_BHQK.sub_(given_BHQK).div_(num_rows), samples, queries)
         kept = (None,) * 6 if v_BHTD is None else (q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1)
-        ctx.save_for_backward(*kept, *grads)
+        ctx.save_for_backward(*kept, *gradients.totals())
         ctx.scale = scale
+        ctx.set_materialize_grads(False)
         return attended_BHTD, (total / num_rows).to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         upstream_BHTD, upstream_loss = upstream
-        q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1, *loss_grads = ctx.saved_tensors
-        assert upstream_loss is not None
-        grads = tuple(None if grad is None else grad * upstream_loss.to(grad.dtype) for grad in loss_grads)
-        if v_BHTD is None or upstream_BHTD is None:
-            return (*grads[:2], None, grads[2], *(None,) * 6)
-        gradients = _LogitsGradients(q_BHTD, k_BHTD, ctx.scale, grads)
+        q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1, *kept = ctx.saved_tensors
+        if upstream_loss is None:
+            kept = (None, None, None)
+        if upstream_BHTD is None:
+            of_q, of_k, of_bias = (None if grad is None else grad * upstream_loss for grad in kept)
+            return of_q, of_k, None, of_bias, *(None,) * 6
+        wants_q, wants_k, wants_v, wants_bias = ctx.needs_input_grad[:4]
+        wants = (wants_q, wants_k, wants_bias)
+        gradients = _LogitsGradients(q_BHTD, k_BHTD, bias, ctx.scale, wants, kept, upstream_loss)
+        of_v = SlicedGradient(v_BHTD) if wants_v else None
         upstream_BHTD = upstream_BHTD.contiguous()
-        grad_v_BHTD = torch.zeros_like(v_BHTD)
         with torch.autocast(q_BHTD.device.type, enabled=False):
             # Softmax's own backward: dS = A (dA - sum_j A_j dA_j), and that sum is dO . O.
             means_BHQ1 = (upstream_BHTD.to(logsumexp_BHQ1.dtype) * attended_BHTD).sum(-1, keepdim=True)
@@ -201,7 +229,11 @@ class _Distillation(torch.autograd.Function):
                 logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, ctx.scale, samples, queries)
                 attn_BHQK = logits_BHQK.sub_(logsumexp_BHQ1[samples, :, queries]).exp_()
                 slice_upstream = upstream_BHTD[samples, :, queries]
-                grad_v_BHTD[samples] += attn_BHQK.to(v_BHTD.dtype).mT @ slice_upstream
-                grad_attn_BHQK = (slice_upstream @ v_BHTD[samples].mT).to(attn_BHQK.dtype)
-                gradients.add(attn_BHQK.mul_(grad_attn_BHQK.sub_(means_BHQ1[samples, :, queries])), samples, queries)
-        return (*grads[:2], grad_v_BHTD, grads[2], *(None,) * 6)
+                if of_v is not None:
+                    of_v.add_to_keys(attn_BHQK.to(v_BHTD.dtype).mT @ slice_upstream, samples, queries)
+                if gradients.are_wanted:
+                    grad_attn_BHQK = (slice_upstream @ v_BHTD[samples].mT).to(attn_BHQK.dtype)
+                    grad_attn_BHQK = grad_attn_BHQK.sub_(means_BHQ1[samples, :, queries])
+                    gradients.add(attn_BHQK.mul_(grad_attn_BHQK), samples, queries)
+        of_q, of_k, of_bias = gradients.totals()
+        return of_q, of_k, None if of_v is None else of_v.total_BHTD, of_bias, *(None,) * 6

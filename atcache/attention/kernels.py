@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from atcache.attention.factors import LayerAttention, LayerMaps
 
@@ -79,14 +80,15 @@ class _CopyAttention(torch.autograd.Function):
             return attended_BHTD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, None, None]:  # noqa: ANN401
         q_BHTD, k_BHTD, bias = ctx.saved_tensors
         (upstream_BHTD,) = upstream
-        grad_BHTD = torch.zeros_like(upstream_BHTD, memory_format=torch.contiguous_format)
+        gradient = SlicedGradient(upstream_BHTD)
         with torch.autocast(q_BHTD.device.type, enabled=False):
             for samples, queries, attn_BHQK in _map_slices(q_BHTD, k_BHTD, bias, ctx.scale, upstream_BHTD.dtype):
-                grad_BHTD[samples] += attn_BHQK.mT @ upstream_BHTD[samples, :, queries]
-        return None, None, grad_BHTD, None, None
+                gradient.add_to_keys(attn_BHQK.mT @ upstream_BHTD[samples, :, queries], samples, queries)
+        return None, None, gradient.total_BHTD, None, None
 
 
 def _is_quicker_in_slices(q_BHTD: Tensor, value_BHTD: Tensor) -> bool:
@@ -108,7 +110,10 @@ def _map_slices(
 
 
 def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The (samples, queries) slices whose float32 maps fit in the device's slice size, covering all rows once."""
+    """The (samples, queries) slices whose float32 maps fit in the device's slice size, covering all rows once.
+
+    Those of one sample come one after the other, its first queries first.
+    """
     num_samples, num_heads, num_tokens, _ = q_BHTD.shape
     row_nbytes = 4 * num_heads * num_tokens
     slice_nbytes = CPU_SLICE_NBYTES if q_BHTD.device.type == "cpu" else GPU_SLICE_NBYTES
@@ -117,6 +122,48 @@ def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
     for first_sample in range(0, num_samples, samples_each):
         for first_query in range(0, num_tokens, queries_each):
             yield slice(first_sample, first_sample + samples_each), slice(first_query, first_query + queries_each)
+
+
+class SlicedGradient:
+    """A gradient of queries, or of keys or values, that slices add to: summed in float32 or wider, rounded once.
+
+    Args:
+        like_BHTD: of its shape and dtype.
+        kept_BHTD: what was added before, if anything.
+        weight: what that is multiplied by, a scalar.
+    """
+
+    def __init__(self, like_BHTD: Tensor, kept_BHTD: Tensor | None = None, weight: Tensor | None = None) -> None:
+        self.total_BHTD = torch.empty_like(like_BHTD, memory_format=torch.contiguous_format)
+        """Whole when every slice was added."""
+        self._kept_BHTD, self._weight = kept_BHTD, weight
+        self._sum_BHTD: Tensor | None = None
+
+    def add_to_queries(self, part_BHQD: Tensor, samples: slice, queries: slice) -> None:
+        """Add to a slice's queries, which no other slice adds to."""
+        self.total_BHTD[samples, :, queries] = self._begin_with(part_BHQD, samples, queries)
+
+    def add_to_keys(self, part_BHTD: Tensor, samples: slice, queries: slice) -> None:
+        """Add what a slice's queries give to all keys, or values, of its samples."""
+        is_last = queries.stop >= self.total_BHTD.shape[2]
+        if queries.start > 0:
+            assert self._sum_BHTD is not None
+            self._sum_BHTD += part_BHTD
+        else:
+            self._sum_BHTD = self._begin_with(part_BHTD, samples, slice(None))
+            if not is_last:
+                self._sum_BHTD = self._sum_BHTD.to(_wide(part_BHTD.dtype))
+        if is_last:
+            self.total_BHTD[samples] = self._sum_BHTD
+
+    def _begin_with(self, part_BHTD: Tensor, samples: slice, tokens: slice) -> Tensor:
+        if self._kept_BHTD is None:
+            return part_BHTD
+        return part_BHTD + self._kept_BHTD[samples, :, tokens].to(_wide(part_BHTD.dtype)) * self._weight
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
 
 
 def logits_slice(
@@ -129,7 +176,7 @@ def logits_slice(
     what makes processors and GPUs fast at bf16.
     """
     logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
-    logits_BHQK = logits_BHQK.to(torch.promote_types(torch.float32, logits_BHQK.dtype)).mul_(scale)
+    logits_BHQK = logits_BHQK.to(_wide(logits_BHQK.dtype)).mul_(scale)
     if bias is not None:
         logits_BHQK += bias[
             samples if bias.shape[0] > 1 else slice(None), :, queries if bias.shape[2] > 1 else slice(None)

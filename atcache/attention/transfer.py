@@ -247,9 +247,11 @@ class DistilledStudent(nn.Module):
         if isinstance(call, MapCall):
             logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
             return call.run(), logits_distillation_loss(given.layer(call.block), logits_BHQK)
-        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias(), v_BHTD=call.value)
+        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
         if self._pairing.what == "map" and heads is None and _is_quicker_in_one_pass(call):
-            return distilled_attention(given.layer(call.block), own)
+            return distilled_attention(given.layer(call.block), replace(own, v_BHTD=call.value))
+        if self._pairing.needs_values:
+            own = replace(own, v_BHTD=call.value)
         own = own if heads is None else own.select_heads(heads)
         if self._pairing.what == "map":
             return call.run(), attention_distillation_loss(given.layer(call.block), own)
