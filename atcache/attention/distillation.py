@@ -50,7 +50,8 @@ def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple
         student: the student's own factors, with v.
 
     Returns:
-        Shape (batch, head, token, head dim of v) in v's dtype; the loss, as there.
+        Shape (batch, head, token, head dim of v) in v's dtype, as exact as softmax(...) @ v from maps of q's dtype; the
+        loss, as there.
 
     Raises:
         AttentionShapeError: batch, heads or tokens differ, or v is not there.
@@ -103,7 +104,7 @@ class _LogitsGradients:
         scale: of q k^T.
         wants: whether the gradients of q, k and bias are wanted.
         kept: what was added to each before; None for nothing.
-        weight: what that is multiplied by, a scalar.
+        weight: what that is multiplied by: a scalar, or a number.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class _LogitsGradients:
         scale: float,
         wants: Sequence[bool],
         kept: Sequence[Tensor | None] = (None, None, None),
-        weight: Tensor | None = None,
+        weight: Tensor | float = 1.0,
     ) -> None:
         self._q_BHTD, self._k_BHTD, self._bias, self._scale = q_BHTD, k_BHTD, bias, scale
         wants_q, wants_k, wants_bias = wants
@@ -209,11 +210,11 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
         upstream_BHTD, upstream_loss = upstream
         q_BHTD, k_BHTD, v_BHTD, bias, attended_BHTD, logsumexp_BHQ1, *kept = ctx.saved_tensors
         if upstream_loss is None:
-            kept = (None, None, None)
+            kept, upstream_loss = (None, None, None), 1.0
         if upstream_BHTD is None:
             of_q, of_k, of_bias = (None if grad is None else grad * upstream_loss for grad in kept)
             return of_q, of_k, None, of_bias, *(None,) * 6

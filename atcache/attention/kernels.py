@@ -81,7 +81,7 @@ class _CopyAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, Tensor, None, None]:  # noqa: ANN401 # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHTD, k_BHTD, bias = ctx.saved_tensors
         (upstream_BHTD,) = upstream
         gradient = SlicedGradient(upstream_BHTD)
@@ -130,10 +130,10 @@ class SlicedGradient:
     Args:
         like_BHTD: of its shape and dtype.
         kept_BHTD: what was added before, if anything.
-        weight: what that is multiplied by, a scalar.
+        weight: what that is multiplied by: a scalar, or a number.
     """
 
-    def __init__(self, like_BHTD: Tensor, kept_BHTD: Tensor | None = None, weight: Tensor | None = None) -> None:
+    def __init__(self, like_BHTD: Tensor, kept_BHTD: Tensor | None = None, weight: Tensor | float = 1.0) -> None:
         self.total_BHTD = torch.empty_like(like_BHTD, memory_format=torch.contiguous_format)
         """Whole when every slice was added."""
         self._kept_BHTD, self._weight = kept_BHTD, weight

@@ -1,7 +1,4 @@
-"""What else than a layer's attention call is distilled: logits of a student that forms its maps itself, and factors.
-
-`distillation` has the loss of attention calls.
-"""
+"""Losses of distillation but the usual one, which is in `distillation`: for students that form maps, and for factors."""
 
 from __future__ import annotations
 
