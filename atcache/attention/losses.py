@@ -1,4 +1,4 @@
-"""Losses of distillation but the usual one, which is in `distillation`: for students that form maps, and for factors."""
+"""Losses of distillation but that of attention calls (`distillation`): for students that form maps, and for factors."""
 
 from __future__ import annotations
 
