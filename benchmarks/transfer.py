@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, nargs="*", default=(1, 2, 4, 8), help="for copy (default 1 2 4 8)")
     parser.add_argument("--codecs", nargs="*", default=CODECS, help=f"for copy (default {' '.join(CODECS)})")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default 2)")
-    parser.add_argument("--report", action="store_true", help="make nothing, show what is finished of the run with these options")
+    parser.add_argument("--report", action="store_true", help="make nothing, show what is done")
     options = parser.parse_args(arguments)
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(Grid)}
     grid = Grid(**{**values, "views": tuple(options.views), "codecs": tuple(options.codecs)})

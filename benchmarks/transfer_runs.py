@@ -59,7 +59,7 @@ class Grid:
     """Highest learning rate of students that begin with random weights. Of 1e-3 and 5e-4, scratch learns more at the
     first and copy about the same at both, on 2,000 training images that neither had seen."""
     finetune_lr: float
-    """The same for fine-tuning, where it is that of the last layer only. Of 2e-3 and 1e-3, it learns more at the first."""
+    """The same for fine-tuning, where it is that of the last layer only. It learns more at 2e-3 than at 1e-3."""
     seeds: int
     """Students of modes scratch, finetune and copy, cached and live."""
     side_seeds: int
