@@ -15,18 +15,14 @@ _PATH = click.Path(path_type=Path)
 @click.command("eval")
 @click.argument("run", required=False, type=_PATH)
 @click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run, averaged in; repeat for more.")
-@click.option(
+@options.several(
     "--cache",
     type=options.LOCATION,
-    multiple=True,
-    callback=options.one_or_several,
     help="A validation cache, or several as one; copying students take their maps from it.",
 )
-@click.option(
+@options.several(
     "--data",
     metavar="TARS",
-    multiple=True,
-    callback=options.one_or_several,
     help="Validation images, or where the caches' tars now are; may be given more than once.",
 )
 @click.option("--live-teacher", is_flag=True, help="Run the teacher for copying students instead of reading its maps.")

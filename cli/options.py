@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -12,6 +13,8 @@ from atcache.errors import ConfigError
 from atcache.location import Location, looks_like_url, parse_location
 
 from .defaults import read_defaults
+
+_Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
 
 
 class LocationType(click.ParamType[Location]):
@@ -37,9 +40,13 @@ class OutType(click.Path):
         return super().convert(value, param, ctx)
 
 
-def one_or_several(_ctx: click.Context, _param: click.Parameter, values: tuple[Any, ...]) -> Any:  # noqa: ANN401 - click's
-    """What an option given any number of times is in a config: None, the one value, or a tuple."""
-    return values if len(values) > 1 else next(iter(values), None)
+def several(name: str, **settings: Any) -> Callable[[_Command], _Command]:  # noqa: ANN401 - click's
+    """An option that may be given any number of times; in a config it is None, the one value, or a tuple."""
+
+    def one_or_several(_ctx: click.Context, _param: click.Parameter, values: tuple[Any, ...]) -> Any:  # noqa: ANN401
+        return values if len(values) > 1 else next(iter(values), None)
+
+    return click.option(name, multiple=True, callback=one_or_several, **settings)
 
 
 LOCATION = LocationType()

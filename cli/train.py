@@ -28,32 +28,24 @@ _PATH = click.Path(path_type=Path)
     help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
 @click.option("--out", required=True, type=options.OUT, help="The run's folder; an unfinished run is continued.")
-@click.option(
+@options.several(
     "--cache",
     type=options.LOCATION,
-    multiple=True,
-    callback=options.one_or_several,
     help="The training cache or its URL; several are one set of samples. scratch and finetune can do without.",
 )
-@click.option(
+@options.several(
     "--data",
     metavar="TARS",
-    multiple=True,
-    callback=options.one_or_several,
     help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
 )
-@click.option(
+@options.several(
     "--val-cache",
     type=options.LOCATION,
-    multiple=True,
-    callback=options.one_or_several,
     help="Validation views with maps, from one cache or several; copying students need one to be validated.",
 )
-@click.option(
+@options.several(
     "--val-data",
     metavar="TARS",
-    multiple=True,
-    callback=options.one_or_several,
     help="Validation images, or where the validation caches' tars now are; may be given more than once.",
 )
 @click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
