@@ -77,13 +77,17 @@ def settle_precision(asked: str, settings: object, device: torch.device) -> str:
     return "bf16" if resolve_precision(asked, device) == torch.bfloat16 else "fp32"
 
 
+_FILES_OF_OTHERS = ("model.safetensors", "checkpoint.pt", "run.json", "config.json", "zarr.json")
+"""What runs, pre-trained teachers, caches and anybody's weights leave in a folder, for a new run to overwrite."""
+
+
 def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
     """Keep what a run is in `file`, or refuse to go on with another one.
 
     Raises:
         CacheMismatchError: the folder holds a run with another record; the message names each difference.
         CorruptCacheError: the record in the folder cannot be read.
-        ConfigError: a file is where the folder should be.
+        ConfigError: a file is where the folder should be, or the folder holds something else.
     """
     folder, stored = file.parent, read_record(file)
     if stored is not None:
@@ -98,6 +102,8 @@ def check_same_run(file: Path, record: Mapping[str, Any]) -> None:
         return
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file is in the way of the output folder. Give another --out.")
+    if taken := next((name for name in _FILES_OF_OTHERS if (folder / name).exists()), None):
+        raise ConfigError(f"{folder} holds something else: there is {taken}, but no {file.name}. Give another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(file, encode_json(record))
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.loader import training_batches
+from atcache.pipelines.checkpoint import check_same_run
 from atcache.pipelines.metrics import MetricsLog, read_metrics
 from atcache.pipelines.progress import Progress
 from atcache.pipelines.speed import Speed
@@ -97,7 +98,8 @@ def _train_and_stop_at(config, step):
     (data,) = open_training_data([config], torch.device("cpu"))
     run = TrainingRun(config, data, torch.device("cpu"))
     stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=step, workers=0)
-    config.out.mkdir(parents=True)
+    record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
+    check_same_run(config.out / "run.json", record)
     with MetricsLog(config.out, first_step=0) as metrics, Progress("copy", total=step, unit="steps") as progress:
         for batch in stream:
             run.take(batch, metrics, progress, Speed(), "")

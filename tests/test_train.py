@@ -612,3 +612,14 @@ def test_whoever_may_read_the_run_may_read_its_weights(config_for):
     train(config)
     weights, folder = config.out / "model.safetensors", config.out
     assert weights.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt", "config.json", "zarr.json"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(name, config_for):
+    config = config_for("scratch", steps=1)
+    config.out.mkdir(parents=True)
+    (config.out / name).write_bytes(b"precious")
+    with pytest.raises(ConfigError, match=rf"holds something else: there is {name}, but no run\.json"):
+        train(config)
+    assert [file.name for file in config.out.iterdir()] == [name]
+    assert (config.out / name).read_bytes() == b"precious"
