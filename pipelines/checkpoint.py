@@ -14,6 +14,7 @@ from atcache.precision import resolve_precision
 from atcache.store.durable import encode_json, replaced_whole, write_file
 
 from .differences import name_differences
+from .runs import RUN_FILE, WEIGHTS_FILE
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -77,7 +78,7 @@ def settle_precision(asked: str, settings: object, device: torch.device) -> str:
     return "bf16" if resolve_precision(asked, device) == torch.bfloat16 else "fp32"
 
 
-_FILES_OF_OTHERS = ("model.safetensors", "checkpoint.pt", "run.json", "config.json", "zarr.json")
+_FILES_OF_OTHERS = (WEIGHTS_FILE, CHECKPOINT_FILE, RUN_FILE, "config.json", "zarr.json")
 """What runs, pre-trained teachers, caches and anybody's weights leave in a folder, for a new run to overwrite."""
 
 

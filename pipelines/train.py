@@ -162,11 +162,14 @@ def _check_parts(config: TrainConfig, ranks: Ranks) -> None:
 def _begin(configs: Sequence[TrainConfig], opened: Sequence[TrainingData]) -> dict[Path, SweepResult]:
     """Keep in each folder which run it is, or refuse another one; results of those that are at their end already."""
     for config, data in zip(configs, opened, strict=True):
-        check_same_run(
-            config.out / RUN_FILE,
-            {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity},
-        )
+        begin_run(config, data)
     return {config.out: result for config in configs if (result := _earlier_result(config)) is not None}
+
+
+def begin_run(config: TrainConfig, data: TrainingData) -> None:
+    """Keep in a run's folder which run it is, or refuse to go on with another one: see `check_same_run`."""
+    record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
+    check_same_run(config.out / RUN_FILE, record)
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:

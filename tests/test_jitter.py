@@ -10,9 +10,8 @@ from torchvision.transforms.v2 import functional
 from atcache.errors import ConfigError
 from atcache.jitter import draw_jitter, jitter_pixels
 from atcache.loader import training_batches
-from atcache.pipelines.checkpoint import check_same_run
 from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train
+from atcache.pipelines.train import begin_run, train
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
 from atcache.pipelines.training_run import TrainingRun
@@ -95,8 +94,7 @@ def test_a_continued_run_draws_what_the_whole_run_drew(config_for):
     batches = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=8, workers=0)
     for batch in batches:
         first.train_step(batch)
-    record = {"settings": stopped.settings(), "record": data.record.to_json(), "data": data.identity}
-    check_same_run(stopped.out / "run.json", record)
+    begin_run(stopped, data)
     first._save()
     train(stopped)
     ours, theirs = (load_file(config.out / "model.safetensors") for config in (stopped, whole))

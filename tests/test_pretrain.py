@@ -223,6 +223,16 @@ def test_another_config_in_the_same_folder_is_refused_by_name(digits_tars, tiny_
         pretrain(replace(config, data=str(digits_tars[0])))
 
 
+@pytest.mark.parametrize("name", ["run.json", "model.safetensors"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(name, digits_tars, tiny_vit, tmp_path):
+    out = tmp_path / "students"
+    out.mkdir()
+    (out / name).write_bytes(b"precious")
+    with pytest.raises(ConfigError, match=rf"holds something else: there is {name}, but no config\.json"):
+        pretrain(config_for(digits_tars, tiny_vit, out))
+    assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [(name, b"precious")]
+
+
 def test_pretraining_leaves_the_callers_random_numbers_alone(digits_tars, tiny_vit, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.loader import training_batches
-from atcache.pipelines.checkpoint import check_same_run
 from atcache.pipelines.metrics import MetricsLog, read_metrics
 from atcache.pipelines.progress import Progress
 from atcache.pipelines.speed import Speed
-from atcache.pipelines.train import train, train_sweep
+from atcache.pipelines.train import begin_run, train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
 from atcache.pipelines.training_run import TrainingRun
@@ -98,8 +97,7 @@ def _train_and_stop_at(config, step):
     (data,) = open_training_data([config], torch.device("cpu"))
     run = TrainingRun(config, data, torch.device("cpu"))
     stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=step, workers=0)
-    record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
-    check_same_run(config.out / "run.json", record)
+    begin_run(config, data)
     with MetricsLog(config.out, first_step=0) as metrics, Progress("copy", total=step, unit="steps") as progress:
         for batch in stream:
             run.take(batch, metrics, progress, Speed(), "")

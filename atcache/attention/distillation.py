@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
-from atcache.attention.kernels import SlicedGradient, logits_slice, slices
+from atcache.attention.kernels import SlicedGradient, bias_slice, logits_slice, slices, wide
 from atcache.errors import AttentionShapeError
 
 
@@ -124,14 +124,13 @@ class _LogitsGradients:
         self._of_k = SlicedGradient(k_BHTD, kept[1], weight) if wants_k else None
         self._of_bias: Tensor | None = None
         if bias is not None and wants_bias:
-            wide = torch.promote_types(torch.float32, bias.dtype)
-            self._of_bias = torch.zeros_like(bias, dtype=wide) if kept[2] is None else kept[2].to(wide) * weight
+            dtype = wide(bias.dtype)
+            self._of_bias = torch.zeros_like(bias, dtype=dtype) if kept[2] is None else kept[2].to(dtype) * weight
 
     def add(self, grad_BHQK: Tensor, samples: slice, queries: slice) -> None:
         """Add what a slice contributes; `grad_BHQK` is overwritten."""
         if self._of_bias is not None:
-            shape = self._of_bias.shape
-            rows = self._of_bias[samples if shape[0] > 1 else slice(None), :, queries if shape[2] > 1 else slice(None)]
+            rows = bias_slice(self._of_bias, samples, queries)
             rows += grad_BHQK.sum_to_size(rows.shape)
         grad_BHQK = grad_BHQK.mul_(self._scale).to(self._q_BHTD.dtype)
         if self._of_q is not None:
@@ -170,7 +169,7 @@ class _Distillation(torch.autograd.Function):
         v_BHTD = None if v_BHTD is None else v_BHTD.contiguous()
         wants_q, wants_k, _, wants_bias = ctx.needs_input_grad[:4]
         gradients = _LogitsGradients(q_BHTD, k_BHTD, bias, scale, (wants_q, wants_k, wants_bias))
-        dtype = torch.promote_types(torch.float32, q_BHTD.dtype)
+        dtype = wide(q_BHTD.dtype)
         attended_BHTD = None if v_BHTD is None else _empty_by_token(v_BHTD)
         logsumexp_BHQ1 = q_BHTD.new_empty((*q_BHTD.shape[:3], 1), dtype=dtype)
         device = q_BHTD.device

@@ -152,17 +152,18 @@ class SlicedGradient:
         else:
             self._sum_BHTD = self._begin_with(part_BHTD, samples, slice(None))
             if not is_last:
-                self._sum_BHTD = self._sum_BHTD.to(_wide(part_BHTD.dtype))
+                self._sum_BHTD = self._sum_BHTD.to(wide(part_BHTD.dtype))
         if is_last:
             self.total_BHTD[samples] = self._sum_BHTD
 
     def _begin_with(self, part_BHTD: Tensor, samples: slice, tokens: slice) -> Tensor:
         if self._kept_BHTD is None:
             return part_BHTD
-        return part_BHTD + self._kept_BHTD[samples, :, tokens].to(_wide(part_BHTD.dtype)) * self._weight
+        return part_BHTD + self._kept_BHTD[samples, :, tokens].to(wide(part_BHTD.dtype)) * self._weight
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and logits of this dtype are formed in: float32, or wider where it is."""
     return torch.promote_types(torch.float32, dtype)
 
 
@@ -176,9 +177,12 @@ def logits_slice(
     what makes processors and GPUs fast at bf16.
     """
     logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
-    logits_BHQK = logits_BHQK.to(_wide(logits_BHQK.dtype)).mul_(scale)
+    logits_BHQK = logits_BHQK.to(wide(logits_BHQK.dtype)).mul_(scale)
     if bias is not None:
-        logits_BHQK += bias[
-            samples if bias.shape[0] > 1 else slice(None), :, queries if bias.shape[2] > 1 else slice(None)
-        ]
+        logits_BHQK += bias_slice(bias, samples, queries)
     return logits_BHQK
+
+
+def bias_slice(bias: Tensor, samples: slice, queries: slice) -> Tensor:
+    """The part of a bias, or of its gradient, that a slice's logits have: a view; axes of size 1 are for all."""
+    return bias[samples if bias.shape[0] > 1 else slice(None), :, queries if bias.shape[2] > 1 else slice(None)]
