@@ -46,7 +46,9 @@ def decode_image(data: bytes, *, where: str) -> Image:
     except BadImageError:
         raise
     except Exception as error:  # Pillow raises whatever its parsers stumble on.
-        raise BadImageError(f"{where}: the image cannot be decoded: {error}.") from error
+        raise BadImageError(
+            f"{where}: the image cannot be decoded: {error}. Take it out of the tar; `atcache build` can skip it."
+        ) from error
 
 
 def _open(data: bytes) -> ImageFile | None:

@@ -43,11 +43,13 @@ class MixPolicy:
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not 0.0 <= getattr(self, name) <= 1e6:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more, such as 0.8.")
+                raise ConfigError(
+                    f"{name.removesuffix('_alpha')}={getattr(self, name)}: expected 0 or more, such as 0.8."
+                )
         if not self.mixup_alpha and not self.cutmix_alpha:
-            raise ConfigError("mixup_alpha and cutmix_alpha are 0, so nothing is mixed; give one, such as mixup 0.8.")
+            raise ConfigError("mixup and cutmix are 0, so nothing is mixed; give one, such as mixup 0.8.")
         if not 0.0 < self.prob <= 1.0:
-            raise ConfigError(f"mixing prob {self.prob}: expected more than 0, at most 1.")
+            raise ConfigError(f"mix_prob={self.prob}: expected more than 0, at most 1.")
         if not 0.0 <= self.switch_prob <= 1.0:
             raise ConfigError(f"mixing switch_prob {self.switch_prob}: expected 0 to 1.")
 

@@ -158,6 +158,10 @@ def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int,
     return np.sort(shuffled[np.argsort(rank, kind="stable")[:num_samples]])
 
 
+MAX_SEED = 2**63 - 1
+"""What torch's generators take."""
+
+
 def step_seed(seed: int, step: int) -> int:
     """The seed of all that one training step draws (dropout, masks): 63 bits, unlike those of other seeds and steps."""
     return _hash("step", seed, step) >> 65

@@ -361,9 +361,11 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
     from timm import create_model
 
     arguments = {**name.arguments, **overrides}
+    if arguments.get("in_chans", 3) != 3:
+        raise TeacherError(f"model {name}: images have three colours here, which is in_chans=3. Leave in_chans out.")
     overlay = {key: arguments.pop(key) for key in _INPUT_ARGUMENTS if key in arguments}
     try:
-        return create_model(name.timm_name, pretrained_cfg_overlay=overlay, **arguments)
+        model = create_model(name.timm_name, pretrained_cfg_overlay=overlay, **arguments)
     except TypeError as error:
         unknown = str(error).partition("unexpected keyword argument ")[2].strip("'")
         if not unknown:
@@ -371,6 +373,21 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
         raise TeacherError(f"model {name.timm_name} has no argument {unknown!r}.{_close_arguments(unknown)}") from error
     except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise TeacherError(f"model {name}: timm cannot make it with these arguments ({error}).") from error
+    _check_patches_fit(name, model)
+    return model
+
+
+def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    sides: tuple[int, int] | None = getattr(patch_embed, "img_size", None)
+    patch: tuple[int, int] | None = getattr(patch_embed, "patch_size", None)
+    if sides is None or patch is None or getattr(patch_embed, "dynamic_img_pad", False):
+        return
+    if any(side % part for side, part in zip(sides, patch, strict=True)):
+        raise TeacherError(
+            f"model {name}: images of {sides[0]} x {sides[1]} pixels cannot be cut into patches of {patch[0]} x "
+            f"{patch[1]}. Give an img_size that is a multiple of patch_size."
+        )
 
 
 def _close_arguments(unknown: str) -> str:

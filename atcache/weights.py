@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import logging
 import pickle
 import sys
 import zipfile
@@ -75,8 +76,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
         keep_head: False leaves the model's classifier as it is. One of another shape is never taken.
 
     Raises:
-        TeacherError: something before or in the blocks is missing or has another shape; the message names it. The
-            model is unchanged then.
+        TeacherError: something before or in the blocks is missing or has another shape, or the weights of the blocks
+            have more than the model; the message names it. The model is unchanged then.
     """
     weights, decoder = _without_decoder(weights)
     fitted = _converted(model, weights)
@@ -99,6 +100,12 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
             f"{model_label(model)}: {len(misfits)} tensors have another shape in the weights, the first {name}: "
             f"{tuple(known[name].shape)}, expected {tuple(wanted[name].shape)}. Choose the model these weights are of."
         )
+    if unplaced := [name for name in fitted if name not in wanted and _matters_in_a_block(name, fitted[name])]:
+        raise TeacherError(
+            f"{model_label(model)}: {len(unplaced)} tensors of the weights' blocks have no place in the model, the "
+            f"first {_first(unplaced)}. The weights are of another model, such as one with more blocks."
+        )
+    _warn_of_another_patch_size(model, weights)
     model.load_state_dict(known, strict=False)
     dropped = [name for name in (*decoder, *fitted) if name not in wanted]
     return LoadReport(
@@ -206,6 +213,28 @@ def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions ar
     name = model_label(model)
     module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
     return getattr(sys.modules[module], "checkpoint_filter_fn", None)
+
+
+def _matters_in_a_block(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor changes what a block does: all but tables that models compute themselves."""
+    computed = ("relative_position_index", "k_bias", "rope.")
+    return name.startswith("blocks.") and tensor.is_floating_point() and not any(part in name for part in computed)
+
+
+def _warn_of_another_patch_size(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """timm resizes the embedding of patches of any size, which few models stand without training."""
+    name = "patch_embed.proj.weight"
+    given, wanted = weights.get(name), model.state_dict().get(name)
+    if given is not None and wanted is not None and given.shape[2:] != wanted.shape[2:]:
+        theirs, ours = (" x ".join(map(str, tensor.shape[2:])) for tensor in (given, wanted))
+        logging.getLogger(__name__).warning(
+            "WARNING: the weights are for patches of %s pixels, %s takes %s. They were resized; unless the model was "
+            "trained for several sizes, give patch_size=%d.",
+            theirs,
+            model_label(model),
+            ours,
+            given.shape[-1],
+        )
 
 
 def _first(names: Iterable[str], limit: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar, cast
 
@@ -51,11 +52,17 @@ def read_ahead(
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_ctrl_c,
     )
     for batch in loader:
         if isinstance(batch, AtcacheError):
             raise batch
         yield cast("Batch", batch)
+
+
+def _ignore_ctrl_c(_worker: int) -> None:
+    """A terminal's Ctrl-C reaches all processes; the main one decides what it means, and may need a batch till then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(batch: object) -> object:

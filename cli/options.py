@@ -11,6 +11,7 @@ import click
 
 from atcache.errors import ConfigError
 from atcache.location import Location, looks_like_url, parse_location
+from atcache.order import MAX_SEED
 
 from .defaults import read_defaults
 
@@ -75,7 +76,8 @@ precision = click.option(
     help="What matrix products are computed in; auto takes bf16 where the device is fast at it.",
 )
 
-seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
+SEED = click.IntRange(0, MAX_SEED)
+seed = click.option("--seed", type=SEED, default=0, show_default="0", help="Seed of all randomness.")
 
 
 policy = click.option(
@@ -129,6 +131,8 @@ def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str
             for table in TABLES
             if (command := commands.get_command(ctx, table)) is not None
         }
+        if not settings[ctx.info_name]:
+            raise ConfigError(f"recipe {name}: it has no table [{ctx.info_name}], so it sets nothing here.")
         ctx.default_map = {**(ctx.default_map or {}), **settings[ctx.info_name]}
     return name
 

@@ -14,6 +14,7 @@ from . import options
 from .sweep import read_sweep
 
 if TYPE_CHECKING:
+    from ..pipelines.students import Mode
     from ..pipelines.train import SweepResult
 
 _PATH = click.Path(path_type=Path)
@@ -91,7 +92,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--ema", type=float, help="Decay of a moving average of the weights, such as 0.9999.")
 @click.option("--attention-weight", type=float, default=3.0, show_default=True, help="Weight of the distillation loss.")
 @options.seed
-@click.option("--order-seed", type=click.IntRange(min=0), help="Seed of the order of samples; without it, the seed.")
+@click.option("--order-seed", type=options.SEED, help="Seed of the order of samples; without it, the seed.")
 @click.option(
     "--shuffle",
     type=click.Choice(["global", "block"]),
@@ -154,12 +155,18 @@ def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], dra
     out: Path = common["out"]
     order_seed = common["seed"] if common["order_seed"] is None else common["order_seed"]
     configs: list[TrainConfig] = []
-    for name, values in read_sweep(file, command).items():
-        views = {} if values.get("cache", common["cache"]) else drawn
-        student: dict[str, Any] = {**common, **views, **values, "out": out / name, "order_seed": order_seed}
-        if student["mode"] is None:
+    sweep = read_sweep(file, command)
+    modes = {name: values.get("mode", common["mode"]) for name, values in sweep.items()}
+    for name, values in sweep.items():
+        if modes[name] is None:
             raise ConfigError(f"{file}: student {name} has no mode. Give it one, or --mode for all.")
-        configs.append(TrainConfig(**student))
+        views = {} if values.get("cache", common["cache"]) else drawn
+        shared = _without_other_modes(common, modes[name], set(modes.values()))
+        try:
+            student: dict[str, Any] = {**shared, **views, **values, "out": out / name, "order_seed": order_seed}
+            configs.append(TrainConfig(**student))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: student {name}: {error}") from error
     results = train_sweep(configs)
     for result in results:
         options.print_json(result.to_json())
@@ -168,18 +175,31 @@ def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], dra
         raise click.ClickException(f"{len(given_up)} of {len(results)} students were given up: {', '.join(given_up)}.")
 
 
+def _without_other_modes(common: dict[str, Any], mode: Mode, modes: set[Mode]) -> dict[str, Any]:
+    """The options of all students but those that this mode cannot have, where a student of the sweep can."""
+    from ..pipelines.train_config import MODES_OF_OPTIONS
+
+    others = {
+        name
+        for name, theirs in MODES_OF_OPTIONS.items()
+        if mode not in theirs and modes.intersection(theirs) and not (name == "weights" and common["live_teacher"])
+    }
+    return {name: value for name, value in common.items() if name not in others}
+
+
 def _print_table(results: list[SweepResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for column in ("student", "loss", "top-1 %", "top-5 %"):
+    for column in ("student", "label loss", "val loss", "top-1 %", "top-5 %"):
         table.add_column(column, justify="left" if column == "student" else "right")
     for result in results:
         if result.summary is None:
             table.add_row(result.name, "given up")
             continue
         score = result.summary.validation
-        scores = ("", "") if score is None else (f"{score.top1:.2f}", f"{score.top5:.2f}")
-        table.add_row(result.name, f"{result.summary.loss:.4g}", *scores)
+        scores = () if score is None else (f"{score.loss:.4g}", f"{score.top1:.2f}", f"{score.top5:.2f}")
+        label_loss = result.summary.label_loss
+        table.add_row(result.name, "" if label_loss is None else f"{label_loss:.4g}", *scores)
     Console(stderr=True).print(table)

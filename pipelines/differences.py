@@ -19,12 +19,18 @@ def name_differences(
     >>> name_differences({"codec": {"name": "int8"}, "seed": 0}, {"codec": {"name": "exact"}, "seed": 0})
     ["codec.name is 'int8' there and 'exact' here"]
     """
-    there, here = dict(_flatten(stored)), dict(_flatten(asked))
     return [
-        f"{name} is {there.get(name)!r} {places[0]} and {here.get(name)!r} {places[1]}"
-        for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        f"{name} is {there!r} {places[0]} and {here!r} {places[1]}"
+        for name, (there, here) in find_differences(stored, asked).items()
     ]
+
+
+def find_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of each leaf that is not equal in both, by its dotted name; None where there is no such leaf."""
+    there, here = dict(_flatten(stored)), dict(_flatten(asked))
+    return {
+        name: (there.get(name), here.get(name)) for name in sorted({*there, *here}) if there.get(name) != here.get(name)
+    }
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -17,7 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes metrics of one run; a context manager for one thread.
 
-    A continued run drops what was written after its checkpoint, so that every step stands there once.
+    A continued run drops what was written after its checkpoint, so that every step stands there once. So it does with a
+    validation of the checkpoint's own step, which is saved before it is validated.
 
     Args:
         folder: the run's folder.
@@ -28,7 +29,8 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
+        rows = read_metrics(folder)
+        kept = [row for row in rows if row["step"] < first_step or (row["step"], row["kind"]) == (first_step, "train")]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from atcache.attention.blocks import find_blocks
 from atcache.errors import ConfigError
 from atcache.loader import Batch, FreshViews, training_batches
 from atcache.mae import MaskedAutoencoder
-from atcache.order import SampleOrder, step_seed
+from atcache.order import MAX_SEED, SampleOrder, step_seed
 from atcache.precision import autocast, resolve_device, resolve_precision
 from atcache.rendering import normalise_images
 from atcache.source import Source, index_source
@@ -26,9 +26,11 @@ from atcache.teachers import create_student, input_config, parse_model_name
 from atcache.views import PolicyName
 from atcache.weights import read_weights, tensors_sha256
 
-from .checkpoint import CHECKPOINT_FILE, check_same_run, load_checkpoint, read_record, save_checkpoint, settle_precision
+from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from .interrupts import Interrupts
 from .metrics import METRICS_FILE, MetricsLog, read_metrics
 from .progress import Progress
+from .run_folder import keep_record, read_record, run_folder, settle_precision
 from .runs import WEIGHTS_FILE, save_weights
 
 CONFIG_FILE = "config.json"
@@ -82,13 +84,18 @@ class PretrainConfig:
     """Steps between two checkpoints; a run that died continues from the last one."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} {value}: expected a number.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed {self.seed}: expected 0 to {MAX_SEED}.")
         for name in ("steps", "batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 1.")
         for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} {value}: expected at least 1.")
-        for name in ("seed", "workers", "keep_mib", "weight_decay"):
+        for name in ("workers", "keep_mib", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} {getattr(self, name)}: expected at least 0.")
         if not self.base_lr > 0:
@@ -107,10 +114,10 @@ class PretrainConfig:
 
     def recorded(self) -> dict[str, Any]:
         """What the result depends on, as JSON: not where it lies, nor what only changes the speed."""
-        fields = asdict(self)
+        recorded = asdict(self)
         for name in ("data", "out", "workers", "keep_mib", "device", "checkpoint_every"):
-            del fields[name]
-        return fields
+            del recorded[name]
+        return recorded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,13 +160,14 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     config = replace(config, precision=settle_precision(config.precision, begun, device))
     index = index_source(config.data, labels="optional")
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
-    check_same_run(config.out / CONFIG_FILE, record)
-    if (config.out / WEIGHTS_FILE).exists():
-        return _summary(config)
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _Run(config, Source(index), device).to_the_end()
-    return _summary(config)
+        run = _Run(config, Source(index), device)  # before anything is written: what does not fit leaves nothing behind
+        with run_folder(config.out):
+            keep_record(config.out / CONFIG_FILE, record)
+            if not (config.out / WEIGHTS_FILE).exists():
+                run.to_the_end()
+            return _summary(config)
 
 
 class _Run:
@@ -193,19 +201,22 @@ class _Run:
         self.input = input_config(self.model.encoder)
         self.source = source
         self.step = 0
-        if (config.out / CHECKPOINT_FILE).exists():
-            self._restore(load_checkpoint(config.out / CHECKPOINT_FILE, device))
+        self.checkpoint = config.out / CHECKPOINT_FILE
 
     def to_the_end(self) -> None:
-        """Train from the current step to the last, then write the weights and drop the checkpoint."""
+        """Train from the checkpoint, or the first step, to the last, then write the weights and drop the checkpoint."""
         config = self.config
+        self._restore()
         with (
             MetricsLog(config.out, first_step=self.step) as metrics,
             Progress("pretrain", total=config.steps, unit="steps", done=self.step) as progress,
+            Interrupts() as interrupts,
         ):
-            self._train(self._batches(), metrics, progress)
+            if self.step:
+                progress.say(f"continuing after step {self.step} of {config.steps}")
+            self._train(self._batches(), metrics, progress, interrupts)
         save_weights(config.out / WEIGHTS_FILE, self.model.encoder)
-        (config.out / CHECKPOINT_FILE).unlink(missing_ok=True)
+        self.checkpoint.unlink(missing_ok=True)
 
     def _batches(self) -> Iterator[Batch]:
         config, index = self.config, self.source.index
@@ -219,24 +230,31 @@ class _Run:
             workers=config.workers,
         )
 
-    def _train(self, batches: Iterator[Batch], metrics: MetricsLog, progress: Progress) -> None:
+    def _train(self, batches: Iterator[Batch], metrics: MetricsLog, progress: Progress, interrupts: Interrupts) -> None:
         losses: list[Tensor] = []
         note, start_s = "", time.monotonic()
         for batch in batches:
             losses.append(self._train_step(batch.pixels_BHWC))
             self.step += 1
-            if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
-                # Reading the loss waits for the device, so it is done for many steps at once.
+            is_last = self.step == self.config.steps
+            logs = self.step % LOG_EVERY == 0 or is_last
+            saves = (self.step % self.config.checkpoint_every == 0 or interrupts.came) and not is_last
+            if logs or saves:
+                # Reading losses waits for the device, so it is done for many steps at once.
                 loss = float(torch.stack(losses).mean())
-                img_per_s = len(losses) * self.config.batch_size / (time.monotonic() - start_s)
                 self._check_loss(loss)
-                metrics.write("train", self.step, {"loss": loss, "lr": self._lr(), "img_per_s": img_per_s})
                 note = f"loss {loss:.4f}"
-                losses.clear()
-                start_s = time.monotonic()
-            if self.step % self.config.checkpoint_every == 0 and self.step < self.config.steps:
-                self._save()
+                if logs:
+                    img_per_s = len(losses) * self.config.batch_size / (time.monotonic() - start_s)
+                    metrics.write("train", self.step, {"loss": loss, "lr": self._lr(), "img_per_s": img_per_s})
+                    losses.clear()
+                    start_s = time.monotonic()
+                if saves:
+                    self._save()
             progress.advance(1, note)
+            if saves and interrupts.came:
+                progress.say(f"stopped after step {self.step}, which is saved")
+                interrupts.end()
 
     def _train_step(self, pixels_BHWC: Tensor) -> Tensor:
         seed = step_seed(self.config.seed, self.step)
@@ -263,14 +281,16 @@ class _Run:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.config.out / CHECKPOINT_FILE,
+            self.checkpoint,
             {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
         )
 
-    def _restore(self, contents: dict[str, Any]) -> None:
-        self.step = contents["step"]
-        self.model.load_state_dict(contents["model"])
-        self.optimizer.load_state_dict(contents["optimizer"])
+    def _restore(self) -> None:
+        if self.checkpoint.exists():
+            contents = load_checkpoint(self.checkpoint, self.device)
+            self.step = contents["step"]
+            self.model.load_state_dict(contents["model"])
+            self.optimizer.load_state_dict(contents["optimizer"])
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:

@@ -158,13 +158,13 @@ def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Cod
     coder = stored_coder(reader, codec, FactorGeometry.from_json(reader.attributes["geometry"]), str(device))
     if (of_values := sorted(factors & OF_VALUES)) and not coder.geometry.v_head_dim:
         raise ConfigError(
-            f"--what {of_values[0]} needs the teacher's v, which {reader.path} does not hold. Take another --what, or "
-            "build a cache with --store v."
+            f"--what {of_values[0]} needs the teacher's v, which {reader.path} does not hold. Build it with --store v, "
+            "or train with another --what."
         )
     if factors and not coder.factors_are_teachers:
         raise ConfigError(
             f"--what {min(factors)} needs the teacher's own q and k, but codec {codec.name} of {reader.path} keeps no "
-            "more of them than their maps. Leave --what out, or build with --codec int8 or exact."
+            "more of them than their maps. Build it with --codec int8 or exact, or train without --what."
         )
     return coder
 

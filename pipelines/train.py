@@ -8,8 +8,8 @@ Several students can share one stream of batches (a sweep): each still is the ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,19 +22,17 @@ from atcache.loader import Batch, training_batches
 from atcache.precision import resolve_device
 from atcache.store.durable import write_file
 
-from .checkpoint import check_same_run, read_record, settle_precision
 from .distributed import Ranks
+from .interrupts import Interrupts
 from .metrics import MetricsLog
 from .progress import Progress
-from .runs import RUN_FILE
+from .run_folder import GIVEN_UP_FILE, keep_record, read_record, run_folder, settle_precision
+from .runs import RUN_FILE, WEIGHTS_FILE
 from .speed import Speed
 from .train_config import TrainConfig
 from .train_summary import TrainSummary, read_finished
 from .training_data import TrainingData, open_training_data
-from .training_run import LOG_EVERY, DivergedError, TrainingRun
-
-GIVEN_UP_FILE = "given-up.txt"
-"""In the folder of a sweep's student whose loss was no number any more: why. Deleting the folder tries it anew."""
+from .training_run import LOG_EVERY, DivergedError, Reports, TrainingRun
 
 __all__ = ["SweepResult", "TrainConfig", "TrainSummary", "train", "train_sweep"]
 
@@ -135,14 +133,15 @@ def _train_connected(
         ],
         "the processes see different data or options. Give all the same files and options.",
     )
-    results = ranks.on_leader(lambda: _begin(configs, opened))
-    runs = [
-        TrainingRun(config, data, device, ranks)
-        for config, data in zip(configs, opened, strict=True)
-        if config.out not in results
-    ]
-    if runs:
-        results |= _train_runs(runs, opened[0], alone=alone)
+    # Made before anything is written: an optimiser that does not exist leaves nothing behind.
+    runs = ranks.on_all(
+        lambda: [TrainingRun(config, data, device, ranks) for config, data in zip(configs, opened, strict=True)]
+    )
+    with ExitStack() as folders:
+        results = ranks.on_leader(lambda: _begin(configs, opened, folders))
+        runs = [run for run in runs if run.config.out not in results]
+        if runs:
+            results |= _train_runs(runs, opened[0], alone=alone)
     return results
 
 
@@ -159,17 +158,25 @@ def _check_parts(config: TrainConfig, ranks: Ranks) -> None:
         )
 
 
-def _begin(configs: Sequence[TrainConfig], opened: Sequence[TrainingData]) -> dict[Path, SweepResult]:
-    """Keep in each folder which run it is, or refuse another one; results of those that are at their end already."""
+def _begin(
+    configs: Sequence[TrainConfig], opened: Sequence[TrainingData], folders: ExitStack
+) -> dict[Path, SweepResult]:
+    """Keep in each folder which run it is, or refuse another one; results of those that are at their end already.
+
+    The folders are this process's until `folders` is left.
+    """
     for config, data in zip(configs, opened, strict=True):
+        folders.enter_context(run_folder(config.out))
         begin_run(config, data)
     return {config.out: result for config in configs if (result := _earlier_result(config)) is not None}
 
 
 def begin_run(config: TrainConfig, data: TrainingData) -> None:
-    """Keep in a run's folder which run it is, or refuse to go on with another one: see `check_same_run`."""
+    """Keep in a run's folder which run it is, or refuse to go on with another one: see `keep_record`."""
     record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
-    check_same_run(config.out / RUN_FILE, record)
+    # What a run is validated on changes nothing in it; but a finished one has its score.
+    is_finished = (config.out / WEIGHTS_FILE).exists()
+    keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else (("data", "validation"),))
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:
@@ -189,7 +196,7 @@ def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool)
     """Give each run the batches it lacks, until all are done; results by folder."""
     ranks = runs[0].ranks
     ranks.on_all(lambda: [run.restore() for run in runs])
-    first_step, speed = min(run.step for run in runs), Speed()
+    first_step, total = min(run.step for run in runs), max(run.num_steps for run in runs)
     ranks.check_equal(
         first_step,
         f"the processes do not see the same checkpoint in {runs[0].config.out}: several nodes need an --out on storage "
@@ -197,41 +204,90 @@ def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool)
     )
     results: dict[Path, SweepResult] = {}
     with ExitStack() as stack:
-        total = max(run.num_steps for run in runs)
         progress: Progress | None = None
-        logs: dict[Path, MetricsLog] = {}
         if ranks.leads:
             title = runs[0].config.mode if alone else "sweep"
             progress = stack.enter_context(Progress(title, total=total, unit="steps", done=first_step))
-            for run in runs:
-                logs[run.config.out] = stack.enter_context(MetricsLog(run.config.out, first_step=run.step))
             for line in _notes(runs, alone):
                 progress.say(line)
+        reports = {run.config.out: _reports(run, progress, stack, alone=alone) for run in runs}
+        speed = Speed(ranks.world_size)
+        interrupts = stack.enter_context(Interrupts(heeded=ranks.leads))
+        for run in runs:
+            if result := _after_step(run, speed, reports[run.config.out], interrupts):
+                results[run.config.out] = result
         for step, batch in enumerate(speed.timed(_batches(runs, data, first_step, total)), start=first_step):
             if not alone:  # one journey to the device for all; a run alone may want it in parts
                 batch = batch.to(runs[0].device)
-            for run in runs:
-                # A run whose checkpoint is of a later step joins when the stream gets there.
-                if run.step != step or run.config.out in results:
-                    continue
-                out = run.config.out
-                try:
-                    run.take(batch, logs.get(out), progress, speed, _prefix(run, alone))
-                except DivergedError as error:
-                    if alone:
-                        raise
-                    write_file(out / GIVEN_UP_FILE, str(error).encode())
-                    results[out] = _result(run.config, None, str(error))
-                    if progress is not None:
-                        progress.say(f"{_prefix(run, alone)}given up: {error}")
-                if run.step == run.num_steps and out not in results:
-                    results[out] = _result(run.config, ranks.on_leader(partial(run.finish, speed)))
+            # A run whose checkpoint is of a later step joins when the stream gets there.
+            current = [run for run in runs if run.step == step and run.config.out not in results]
+            for run in current:
+                if result := _take(run, batch, speed, reports[run.config.out], alone=alone):
+                    results[run.config.out] = result
             if progress is not None and ((step + 1) % LOG_EVERY == 0 or step + 1 == total):
                 losses = " ".join(f"{run.loss:.4g}" for run in runs)
                 progress.advance(step + 1 - progress.done, f"loss {losses}  {speed}")
+            current = [run for run in current if run.config.out not in results]
+            with _saved_when_stopped(current, speed, reports, interrupts):
+                for run in current:
+                    if result := _after_step(run, speed, reports[run.config.out], interrupts):
+                        results[run.config.out] = result
+                if interrupts.came:
+                    interrupts.end()
             if len(results) == len(runs):
                 break
     return results
+
+
+def _reports(run: TrainingRun, progress: Progress | None, stack: ExitStack, *, alone: bool) -> Reports:
+    """Where a run's numbers and words go until `stack` is left; says where it continues."""
+    if progress is None:
+        return Reports()
+    metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step))
+    reports = Reports(metrics=metrics, progress=progress, prefix=_prefix(run, alone))
+    if run.step:
+        reports.say(f"continuing after step {run.step} of {run.num_steps}")
+    return reports
+
+
+def _take(run: TrainingRun, batch: Batch, speed: Speed, reports: Reports, *, alone: bool) -> SweepResult | None:
+    """One step of a run, and what a sweep's came to where it was given up."""
+    try:
+        run.take(batch, speed, reports)
+    except DivergedError as error:
+        if alone:
+            raise
+        write_file(run.config.out / GIVEN_UP_FILE, str(error).encode())
+        reports.say(f"given up: {error}")
+        return _result(run.config, None, str(error))
+    return None
+
+
+def _after_step(run: TrainingRun, speed: Speed, reports: Reports, interrupts: Interrupts) -> SweepResult | None:
+    """Validate, and finish, when it is time; what the run came to where it is done."""
+    if run.is_validated:
+        with speed.paused(), interrupts.at_once():
+            run.validate(reports)
+    if not run.is_done:
+        return None
+    return _result(run.config, run.ranks.on_leader(partial(run.finish, speed)))
+
+
+@contextmanager
+def _saved_when_stopped(
+    runs: Sequence[TrainingRun], speed: Speed, reports: Mapping[Path, Reports], interrupts: Interrupts
+) -> Generator[None]:
+    """Save runs that stand between two steps, where the process is told to end in here."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for run in runs if interrupts.came else ():
+            saved = run.is_sound()
+            if saved:
+                run.save(speed)
+            outcome = "is saved" if saved else "is not saved: weights are no numbers any more"
+            reports[run.config.out].say(f"stopped after step {run.step}, which {outcome}")
+        raise
 
 
 def _notes(runs: Sequence[TrainingRun], alone: bool) -> Iterator[str]:

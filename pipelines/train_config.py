@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from atcache.attention.pairing import WHATS, What
 from atcache.errors import ConfigError
 from atcache.location import Location, listed
 from atcache.mixing import mix_policy
-from atcache.order import SHUFFLES, Shuffle
+from atcache.order import MAX_SEED, SHUFFLES, Shuffle
 from atcache.views import PolicyName
 
 from .students import MODES, Mode
@@ -36,6 +37,16 @@ STREAM_FIELDS = (
     "checkpoint_every",
 )
 """What the students of a sweep must have in common."""
+MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
+    "weights": ("finetune",),
+    "layers": ("copy", "distill"),
+    "heads": ("copy", "distill"),
+    "layer_map": ("copy", "distill"),
+    "head_map": ("copy", "distill"),
+    "what": ("copy", "distill"),
+    "attention_weight": ("distill",),
+}
+"""Settings that only students of these modes can have. A live teacher has weights in all modes."""
 _ATTENTION_WEIGHT = 3.0
 
 
@@ -203,13 +214,18 @@ class TrainConfig:
                 raise ConfigError(f"{name} and {mapped} both say which {name} are transferred; give one of them.")
 
     def _check_numbers(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name}={value}: expected a number.")
         for name in ("epochs", "steps", "batch_size", "accumulate", "subset", "base_lr", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value}: expected more than 0.")
-        if self.order_seed is not None and self.order_seed < 0:
-            raise ConfigError(f"order_seed={self.order_seed}: expected 0 or more.")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "attention_weight", "workers", "keep_mib", "seed"):
+        for name in ("seed", "order_seed"):
+            if (seed := getattr(self, name)) is not None and not 0 <= seed <= MAX_SEED:
+                raise ConfigError(f"{name}={seed}: expected 0 to {MAX_SEED}.")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "attention_weight", "workers", "keep_mib"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
         for name in ("beta2", "drop_path", "label_smoothing", "ema"):
@@ -242,21 +258,21 @@ class TrainConfig:
 
     def stream(self) -> dict[str, Any]:
         """What students that share one stream of batches must have in common: what it is made of, and where it runs."""
-        fields = {name: getattr(self, name) for name in STREAM_FIELDS}
+        common = {name: getattr(self, name) for name in STREAM_FIELDS}
         # A live teacher is one for all; without one, weights are what a student begins with, its own affair.
         weights = self.weights if self.live_teacher else None
-        return {**fields, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
+        return {**common, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
 
     def settings(self) -> dict[str, Any]:
         """What makes this run this run: not where things lie, where it runs, or how often it looks up."""
-        fields = asdict(self)
+        settings = asdict(self)
         places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
         for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):
-            del fields[name]
+            del settings[name]
         if self.stream_seed == self.seed:
-            fields["order_seed"] = None
+            settings["order_seed"] = None
         if self.mix_prob == 1:
-            del fields["mix_prob"]  # runs of the first versions have none
+            del settings["mix_prob"]  # runs of the first versions have none
         if self.beta2 is None:
-            fields["beta2"] = 0.999  # what runs of the first versions say; an optimiser's own is in its checkpoint
-        return fields
+            settings["beta2"] = 0.999  # what runs of the first versions say; an optimiser's own is in its checkpoint
+        return settings

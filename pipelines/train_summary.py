@@ -24,14 +24,17 @@ class TrainSummary:
     steps: int
     num_samples: int
     loss: float
-    """The mean over the last tenth of the logged steps."""
+    """The mean over the last tenth of the logged steps; of a distilled student with its attention loss."""
+    label_loss: float | None
+    """The same of the labels' part alone, which students of all modes have; None in runs of the first versions."""
     validation: Score | None
     """At the end; None without validation data."""
     seconds: float
-    """Of this process."""
+    """Of all processes that trained it one after another, with validation; in a sweep, of all its students."""
     img_per_s: float
+    """Speed of the training in the last process, over all ranks, without validation."""
     waited_for_data: float
-    """Share of the time spent waiting for batches."""
+    """Share of that training's time spent waiting for batches."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -42,6 +45,7 @@ class TrainSummary:
         """The summary `to_json` came from."""
         score = fields["validation"]
         values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
+        values.setdefault("label_loss", None)
         return cls(**values)
 
 

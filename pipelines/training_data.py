@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from atcache.attention.pairing import Pairing
-from atcache.errors import CacheMismatchError, ConfigError
+from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
 from atcache.loader import FreshViews, Views
 from atcache.mixing import mix_policy
 from atcache.order import SampleOrder, choose_subset
@@ -34,7 +35,7 @@ from .shared_teacher import SharedTeacher
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
-from .training_notes import training_notes
+from .training_notes import training_notes, validation_notes
 from .validation import ValidationSet, open_validation
 
 
@@ -72,7 +73,10 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
     first = configs[0]
     readers = open_caches(first.caches)
     cache_teacher = TeacherRecord.of_cache(readers[0]) if readers else None
-    plans = [_plan(config, cache_teacher) for config in configs]
+    plans: list[_Plan] = []
+    for config in configs:
+        with _named(config, len(configs)):
+            plans.append(_plan(config, cache_teacher))
     if not readers:
         _check_one_size([plan.student for plan in plans])
     pairings = [plan.pairing for plan in plans if plan.pairing is not None]
@@ -86,10 +90,22 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
     order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
     shared = SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None
     stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, shared, live_teacher)
-    return [
-        _open_student(config, plan, stream, readers, cache_teacher, device)
-        for config, plan in zip(configs, plans, strict=True)
-    ]
+    opened: list[TrainingData] = []
+    for config, plan in zip(configs, plans, strict=True):
+        with _named(config, len(configs)):
+            opened.append(_open_student(config, plan, stream, readers, cache_teacher, device))
+    return opened
+
+
+@contextmanager
+def _named(config: TrainConfig, num_students: int) -> Generator[None]:
+    """Say of which student of several an error is."""
+    try:
+        yield
+    except AtcacheError as error:
+        if num_students == 1:
+            raise
+        raise type(error)(f"{config.out.name}: {error}") from error
 
 
 class _Plan(NamedTuple):
@@ -112,6 +128,11 @@ class _Stream(NamedTuple):
     """The teacher for students that take whole batches together; None for a student alone."""
     live_teacher: LiveTeacher | None
 
+    @property
+    def seen_classes(self) -> np.ndarray:
+        """The classes that are trained on."""
+        return np.unique(self.label_S[self.order.sample_S])
+
     def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
         """What gives a run its factors."""
         shares = config.accumulate == 1 and (config.mode == "copy" or self.live_teacher is not None)
@@ -133,6 +154,12 @@ def _open_student(
     device: torch.device,
 ) -> TrainingData:
     """One run's own part, with what it shares."""
+    wanted_classes = plan.student.arguments.get("num_classes") if config.student is not None else None
+    if wanted_classes not in (None, stream.num_classes):
+        raise ConfigError(
+            f"--student has num_classes={wanted_classes}, but the labels to train on are those of {stream.num_classes} "
+            "classes, from 0. Leave num_classes out."
+        )
     initial_weights = _initial_weights(config, cache_teacher)
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
     student = make_student(
@@ -169,7 +196,10 @@ def _open_student(
             "validation": None if validation is None else validation.views.identity,
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
-        notes=tuple(training_notes(config, plan.student, readers)),
+        notes=(
+            *training_notes(config, plan.student, readers),
+            *(() if validation is None else validation_notes(stream.views, stream.seen_classes, validation)),
+        ),
     )
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from atcache.components import component_differences
+from atcache.loader import Views
 from atcache.store.reader import CacheReader
 from atcache.teachers import ModelName, create_student, parse_model_name
 
 from .recipes import read_recipe, view_differences
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
+from .validation import ValidationSet
 
 
 def training_notes(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> Iterator[str]:
@@ -34,6 +38,30 @@ def training_notes(config: TrainConfig, student: ModelName, readers: Sequence[Ca
                     f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
                     "draws the recipe's."
                 )
+
+
+def validation_notes(views: Views, seen_classes: np.ndarray, validation: ValidationSet) -> Iterator[str]:
+    """Sentences on what a run is validated on.
+
+    Args:
+        views: that it is trained on.
+        seen_classes: the labels among them.
+        validation: what it is validated on.
+    """
+    if _sources(views.identity) & _sources(validation.views.identity):
+        yield "NOTE: the run is validated on images that it is trained on: scores say nothing of other images."
+    label_S = validation.label_S[validation.sample_S]
+    if num_unseen := int((~np.isin(label_S, seen_classes)).sum()):
+        yield (
+            f"NOTE: {num_unseen:,} of {len(label_S):,} validation images are of classes without a training image; they "
+            "count as wrong."
+        )
+
+
+def _sources(identity: dict[str, Any]) -> set[str]:
+    """Fingerprints of the tars that views are of."""
+    parts = identity.get("joined", {"only": identity}).values()
+    return {part["source"] for part in parts}
 
 
 def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -44,8 +45,31 @@ class DivergedError(ConfigError):
     """The loss is no number any more."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reports:
+    """Where a run's numbers and words go; nowhere on ranks that do not lead."""
+
+    metrics: MetricsLog | None = None
+    progress: Progress | None = None
+    prefix: str = ""
+    """What a line begins with."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Keep numbers of a step."""
+        if self.metrics is not None:
+            self.metrics.write(kind, step, values)
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        if self.progress is not None:
+            self.progress.say(self.prefix + line)
+
+
 class TrainingRun:
-    """One run's changing state. Whoever holds the batches calls `restore`, then `take` for each, then `finish`.
+    """One run's changing state.
+
+    Whoever holds the batches calls `restore`, then `take` for each batch; also `validate` when a step `is_validated`,
+    and `finish` when the run `is_done`, right after `restore` too: a run may have been stopped in one of them.
 
     Runs that are trained together know nothing of each other: every step seeds its own numbers.
     """
@@ -64,7 +88,7 @@ class TrainingRun:
         self.student: Student = data.student
         self.student.module.to(device).train()
         self.steps_per_epoch = len(data.order.sample_S) / config.batch_size
-        self.num_steps = config.steps or math.ceil(config.epochs * self.steps_per_epoch)
+        self.num_steps = config.steps or math.ceil(round(config.epochs * self.steps_per_epoch, 9))
         self.optimizer = make_optimizer(config, self.student.model, device)
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
         self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
@@ -75,6 +99,8 @@ class TrainingRun:
         self.loss = math.nan
         """The last logged one."""
         self.validation: Score | None = None
+        self._seconds_before = 0.0
+        """Of the processes that trained it up to its checkpoint."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -94,43 +120,46 @@ class TrainingRun:
             return
         contents = load_checkpoint(self.checkpoint, self.device)
         self.step = contents["step"]
+        self._seconds_before = contents.get("seconds", 0.0)  # those of the first versions have none
         self.student.module.load_state_dict(contents["module"])
         self.optimizer.load_state_dict(contents["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(contents["ema"])
         self.scheduler.step_update(self.step)
 
-    def take(
-        self, batch: Batch, metrics: MetricsLog | None, progress: Progress | None, speed: Speed, name: str
-    ) -> None:
-        """Train on this rank's part of the current step's batch; log, validate and save when it is time.
+    @property
+    def is_done(self) -> bool:
+        """Whether it has taken all its steps."""
+        return self.step == self.num_steps
 
-        Args:
-            batch: the part.
-            metrics: where numbers go; None on ranks that do not lead.
-            progress: where words go; None on ranks that do not lead.
-            speed: of this process.
-            name: what a line begins with.
+    @property
+    def is_validated(self) -> bool:
+        """Whether the student is looked at after the step it is at: the last, and each that ends a stretch."""
+        if self.data.validation is None or not self.step:
+            return False
+        return self.is_done or self._ends_a_stretch()
+
+    def take(self, batch: Batch, speed: Speed, reports: Reports) -> None:
+        """Train on this rank's part of the current step's batch; log and save when it is time.
 
         Raises:
             DivergedError: the loss is no number any more.
         """
         losses = self.train_step(batch)
-        validates = self.step == self.num_steps or self._validates_now()
-        logs = self.step % LOG_EVERY == 0 or self.step == self.num_steps
+        logs = self.step % LOG_EVERY == 0 or self.is_done
+        # Before a validation, which may fail for its images.
+        saves = self.is_validated if self.is_done else self._saves_now()
         # A loss is looked at before its weights replace a good checkpoint.
-        if logs or validates or self._saves_now():
+        if logs or saves:
             # Reading losses waits for the device, so it is not done at every step.
             sums = self.ranks.sum(torch.stack(list(losses.values())).double())
             values = {name: total / self.ranks.world_size for name, total in zip(losses, sums, strict=True)}
             self.loss = values["loss"]
             self._refuse_divergence()
-            if logs and metrics is not None:
-                metrics.write("train", self.step, {**values, "lr": self.lr(), **self._speed_of_all(speed)})
-        if validates:
-            self._validate(metrics, progress, name)
-        if self.step < self.num_steps and self._saves_now() and self.ranks.leads:
-            self._save()
+            if logs:
+                reports.write("train", self.step, {**values, "lr": self.lr(), **speed.values()})
+        if saves and self.ranks.leads:
+            self.save(speed)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; returns the losses of this rank's part of the batch."""
@@ -220,26 +249,22 @@ class TrainingRun:
         no_sync = getattr(student.module, "no_sync", None)
         return no_sync() if stay and no_sync is not None else nullcontext()
 
-    def _speed_of_all(self, speed: Speed) -> dict[str, float]:
-        """The speed of all ranks, where each is as fast as this one: they wait for each other."""
-        values = speed.values()
-        return {**values, "img_per_s": values["img_per_s"] * self.ranks.world_size}
-
     def finish(self, speed: Speed) -> TrainSummary:
         """Save the weights and the summary, and drop the checkpoint. For the leader alone."""
         out = self.config.out
         save_weights(out / WEIGHTS_FILE, self._evaluated_student().model)
-        logged = [row["loss"] for row in read_metrics(out, "train")]
+        logged = read_metrics(out, "train")
         last = logged[-max(1, len(logged) // 10) :]
         summary = TrainSummary(
             out=str(out),
             mode=self.config.mode,
             steps=self.num_steps,
             num_samples=len(self.data.order.sample_S),
-            loss=sum(last) / len(last),
+            loss=statistics.fmean(row["loss"] for row in last),
+            label_loss=statistics.fmean(row["label_loss"] for row in last),
             validation=self.validation,
-            seconds=speed.seconds,
-            **self._speed_of_all(speed),
+            seconds=self._seconds_before + speed.seconds,
+            **speed.values(),
         )
         write_file(out / SUMMARY_FILE, encode_json(summary.to_json()))
         self.checkpoint.unlink(missing_ok=True)
@@ -254,43 +279,53 @@ class TrainingRun:
             problem = f"the loss is {self.loss}. Lower --base-lr or give --clip-grad 1, in another --out."
             self.ranks.refuse(DivergedError(f"step {self.step}: {problem}"))
 
-    def _validates_now(self) -> bool:
+    def _ends_a_stretch(self) -> bool:
         """Whether this step ends a stretch of `validate_every` epochs."""
         if not self.config.validate_every:
             return False
-        return self.step % max(1, round(self.config.validate_every * self.steps_per_epoch)) == 0
+        steps = max(1, self.config.validate_every * self.steps_per_epoch)
+        return _stretches(self.step, steps) > _stretches(self.step - 1, steps)
 
     def _saves_now(self) -> bool:
-        return self.step % self.config.checkpoint_every == 0 or self._validates_now()
+        return self.step % self.config.checkpoint_every == 0 or self._ends_a_stretch()
 
-    def _validate(self, metrics: MetricsLog | None, progress: Progress | None, name: str) -> None:
-        if self.data.validation is None:
-            return
+    def validate(self, reports: Reports) -> None:
+        """Score the student."""
+        assert self.data.validation is not None, "the caller asks is_validated"
         score = score_student(self._evaluated_student(), self.data.validation, self.device, self.dtype, self.ranks)
         self.student.module.train()
         self.validation = score
-        if metrics is None or progress is None:
-            return
-        metrics.write("validation", self.step, {"top1": score.top1, "top5": score.top5, "loss": score.loss})
+        reports.write("validation", self.step, {"top1": score.top1, "top5": score.top5, "loss": score.loss})
         epoch = self.step / self.steps_per_epoch
-        progress.say(
-            f"{name}epoch {epoch:.4g}: validation top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4g}"
+        reports.say(
+            f"epoch {epoch:.4g}: validation top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4g}"
         )
 
     def _evaluated_student(self) -> Student:
         """The student that counts: the moving average where there is one."""
         return self.student if self.ema is None else self.student.averaged(self.ema.module)
 
-    def _save(self) -> None:
+    def save(self, speed: Speed) -> None:
+        """Replace the checkpoint. For the leader alone."""
         save_checkpoint(
             self.checkpoint,
             {
                 "step": self.step,
+                "seconds": self._seconds_before + speed.seconds,
                 "module": self.student.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": None if self.ema is None else self.ema.module.state_dict(),
             },
         )
+
+    def is_sound(self) -> bool:
+        """Whether all weights are numbers: what `take` knows only of steps whose loss it reads."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.student.module.parameters())
+
+
+def _stretches(step: int, length: float) -> int:
+    """How many stretches of so many steps, not a whole number, lie in the first `step` of them."""
+    return math.floor(round(step / length, 9))  # 0.3 / 0.1 is less than 3
 
 
 def _targets(batch: Batch, num_classes: int) -> Tensor:

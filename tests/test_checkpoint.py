@@ -1,16 +1,14 @@
-"""A checkpoint is whole or absent, holds data and no code, and a folder belongs to one run."""
+"""A checkpoint is whole or absent, and holds data and no code."""
 
 from __future__ import annotations
 
-import json
 import pickle
 
 import pytest
 import torch
 
-from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
-from atcache.pipelines.checkpoint import check_same_run, load_checkpoint, save_checkpoint, settle_precision
-from atcache.precision import resolve_precision
+from atcache.errors import CorruptCacheError
+from atcache.pipelines.checkpoint import load_checkpoint, save_checkpoint
 from atcache.store.durable import partial_path
 
 CPU = torch.device("cpu")
@@ -70,39 +68,3 @@ def test_half_a_temp_file_of_a_killed_writer_does_not_hurt(tmp_path):
     assert load_checkpoint(path, CPU) == {"step": 7}
     save_checkpoint(path, {"step": 8})
     assert load_checkpoint(path, CPU) == {"step": 8}
-
-
-def test_a_folder_belongs_to_one_run_and_every_difference_is_named(tmp_path):
-    file = tmp_path / "deep" / "run" / "run.json"
-    record = {"settings": {"seed": 0, "layers": (0, 1)}, "data": {"validation": None}}
-    check_same_run(file, record)
-    assert json.loads(file.read_text()) == {"settings": {"seed": 0, "layers": [0, 1]}, "data": {"validation": None}}
-    check_same_run(file, record)
-    other = {"settings": {"seed": 1, "layers": (0, 1)}, "data": {"validation": {"source": "abc"}}}
-    expected = (
-        r"run holds another run: data\.validation\.source is None there and 'abc' here; settings\.seed is 0 there and "
-        r"1 here\. Give another --out"
-    )
-    with pytest.raises(CacheMismatchError, match=expected):
-        check_same_run(file, other)
-
-
-def test_auto_is_the_precision_a_run_was_begun_in():
-    assert settle_precision("auto", {"precision": "fp32"}, CPU) == "fp32"
-    assert settle_precision("auto", {"precision": "bf16"}, CPU) == "bf16"
-    assert settle_precision("bf16", {"precision": "fp32"}, CPU) == "bf16"
-    here = {torch.float32: "fp32", torch.bfloat16: "bf16"}[resolve_precision("auto", CPU)]
-    for nothing_said in (None, {"precision": "auto"}, {}, []):
-        assert settle_precision("auto", nothing_said, CPU) == here
-
-
-def test_what_is_no_run_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="file: a file is in the way of the output folder"):
-        check_same_run(tmp_path / "file" / "run.json", {})
-    (tmp_path / "run.json").write_text('{"settings": ')
-    with pytest.raises(CorruptCacheError, match=r"run\.json is damaged \(.*\)\. Delete .* to start anew"):
-        check_same_run(tmp_path / "run.json", {})
-    (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(CorruptCacheError, match=r"run\.json holds no record of a run\. Delete .* to start anew"):
-        check_same_run(tmp_path / "run.json", {})

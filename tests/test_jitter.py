@@ -11,6 +11,7 @@ from atcache.errors import ConfigError
 from atcache.jitter import draw_jitter, jitter_pixels
 from atcache.loader import training_batches
 from atcache.pipelines.metrics import read_metrics
+from atcache.pipelines.speed import Speed
 from atcache.pipelines.train import begin_run, train
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
@@ -94,8 +95,9 @@ def test_a_continued_run_draws_what_the_whole_run_drew(config_for):
     batches = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=8, workers=0)
     for batch in batches:
         first.train_step(batch)
+    stopped.out.mkdir()
     begin_run(stopped, data)
-    first._save()
+    first.save(Speed())
     train(stopped)
     ours, theirs = (load_file(config.out / "model.safetensors") for config in (stopped, whole))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -220,10 +220,10 @@ def test_mixes_that_do_not_fit_say_so(mix, message):
 
 def test_impossible_policies_are_refused():
     for fields, message in (
-        ({"mixup_alpha": -1.0}, r"mixup_alpha=-1\.0: expected 0 or more"),
-        ({"cutmix_alpha": float("nan")}, "cutmix_alpha=nan"),
-        ({}, "mixup_alpha and cutmix_alpha are 0, so nothing is mixed"),
-        ({"mixup_alpha": 1.0, "prob": 0.0}, r"mixing prob 0\.0: expected more than 0"),
+        ({"mixup_alpha": -1.0}, r"mixup=-1\.0: expected 0 or more"),
+        ({"cutmix_alpha": float("nan")}, "cutmix=nan"),
+        ({}, "mixup and cutmix are 0, so nothing is mixed"),
+        ({"mixup_alpha": 1.0, "prob": 0.0}, r"mix_prob=0\.0: expected more than 0"),
         ({"mixup_alpha": 1.0, "switch_prob": 1.5}, r"mixing switch_prob 1\.5"),
     ):
         with pytest.raises(ConfigError, match=message):

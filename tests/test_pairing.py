@@ -216,7 +216,7 @@ def test_students_that_a_pairing_does_not_fit_are_refused(fields, message, confi
         ({"heads": "0", "head_map": "0"}, "heads and head_map both say which heads are transferred; give one of them"),
         ({"layers": "0", "layer_map": "0:0"}, "layers and layer_map both say which layers"),
         ({"what": "kv"}, "what='kv': expected one of map, qk, q, k, v, qkv"),
-        ({"what": "v"}, "--what v needs the teacher's v, which .* does not hold.*build a cache with --store v"),
+        ({"what": "v"}, "--what v needs the teacher's v, which .* does not hold.*Build it with --store v"),
         ({"mode": "scratch", "what": "q"}, "what is for copy and distill: mode scratch uses no attention"),
         ({"mode": "finetune", "head_map": "0"}, "head_map is for copy and distill: mode finetune uses"),
     ],
@@ -229,7 +229,7 @@ def test_options_that_cannot_be_used_are_refused(fields, message, config_for):
 def test_codecs_that_keep_maps_only_do_not_give_q_or_k(config_for, wide_cache):
     maps_only = wide_cache(codec="logmap")
     for mode, what in (("copy", "q"), ("distill", "k"), ("distill", "qk")):
-        expected = f"--what {what} needs the teacher's own q and k, but codec logmap of .* Leave --what out, or build"
+        expected = f"--what {what} needs the teacher's own q and k, but codec logmap of .* Build it with"
         with pytest.raises(ConfigError, match=expected):
             train(config_for(mode, cache=maps_only, what=what))
     assert train(config_for("copy", cache=maps_only, what="qk", steps=2)).steps == 2

@@ -217,9 +217,9 @@ def test_a_finished_run_is_not_run_again(digits_tars, tiny_vit, tmp_path):
 def test_another_config_in_the_same_folder_is_refused_by_name(digits_tars, tiny_vit, tmp_path):
     config = config_for(digits_tars, tiny_vit, tmp_path / "out")
     pretrain(config)
-    with pytest.raises(CacheMismatchError, match="seed is 0 there and 1 here; steps is 12 there and 13 here"):
+    with pytest.raises(CacheMismatchError, match="--seed is 0 there and 1 here; --steps is 12 there and 13 here"):
         pretrain(replace(config, seed=1, steps=13))
-    with pytest.raises(CacheMismatchError, match="num_samples is 48 there and 16 here"):
+    with pytest.raises(CacheMismatchError, match="another run: its images are others"):
         pretrain(replace(config, data=str(digits_tars[0])))
 
 
@@ -256,6 +256,9 @@ def test_a_loss_that_is_no_number_stops_the_run(digits_tars, tiny_vit, tmp_path)
         ({"base_lr": 0.0}, "base_lr 0.0: expected more than 0"),
         ({"warmup_steps": 12}, "warmup_steps 12: expected 0 to 11"),
         ({"workers": -1}, "workers -1: expected at least 0"),
+        ({"base_lr": float("inf")}, "base_lr inf: expected a number"),
+        ({"weight_decay": float("nan")}, "weight_decay nan: expected a number"),
+        ({"seed": 2**63}, "seed 9223372036854775808: expected 0 to"),
         ({"decoder_heads": -2}, "decoder_heads -2: expected at least 1"),
     ],
 )

@@ -449,7 +449,7 @@ def test_deleting_a_commit_record_makes_a_complete_cache_incomplete(cache):
 def test_creating_over_something_is_refused_and_leaves_it(tmp_path):
     (tmp_path / "cache.zarr").mkdir()
     (tmp_path / "cache.zarr" / "thesis.txt").write_text("important")
-    with pytest.raises(CacheMismatchError, match=r"cache\.zarr exists already; give another path, or delete it"):
+    with pytest.raises(CacheMismatchError, match=r"cache\.zarr exists already: give another path; or where"):
         create_cache(tmp_path / "cache.zarr", LAYOUT, {}, make_index(10), {})
     assert [file.name for file in (tmp_path / "cache.zarr").iterdir()] == ["thesis.txt"]
 

@@ -16,12 +16,11 @@ from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.loader import training_batches
 from atcache.pipelines.metrics import MetricsLog, read_metrics
-from atcache.pipelines.progress import Progress
 from atcache.pipelines.speed import Speed
 from atcache.pipelines.train import begin_run, train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun
+from atcache.pipelines.training_run import Reports, TrainingRun
 
 
 @pytest.fixture
@@ -97,10 +96,11 @@ def _train_and_stop_at(config, step):
     (data,) = open_training_data([config], torch.device("cpu"))
     run = TrainingRun(config, data, torch.device("cpu"))
     stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=step, workers=0)
+    config.out.mkdir(parents=True, exist_ok=True)
     begin_run(config, data)
-    with MetricsLog(config.out, first_step=0) as metrics, Progress("copy", total=step, unit="steps") as progress:
+    with MetricsLog(config.out, first_step=0) as metrics:
         for batch in stream:
-            run.take(batch, metrics, progress, Speed(), "")
+            run.take(batch, Speed(), Reports(metrics=metrics))
 
 
 def test_what_concerns_all_students_is_said_once(config_for, tiny_vit, capsys):
@@ -188,6 +188,24 @@ def sweep_of(tiny_cache, tmp_path):
         return CliRunner().invoke(cli, ["train", "--sweep", str(file), *common, *place, *arguments])
 
     return sweep_of
+
+
+def test_options_of_some_modes_are_for_the_students_that_can_have_them(sweep_of, tmp_path, tiny_weights):
+    text = "".join(f'[[student]]\nmode = "{mode}"\n' for mode in ("copy", "distill", "scratch", "finetune"))
+    done = sweep_of(text, "--layers", "0", "--attention-weight", "2", "--weights", str(tiny_weights))
+    assert done.exit_code == 0, done.output
+    modes = ("copy", "distill", "scratch", "finetune")
+    settings = [json.loads((tmp_path / "runs" / mode / "run.json").read_text())["settings"] for mode in modes]
+    assert [s["layers"] for s in settings] == ["0", "0", None, None]
+    assert [s["attention_weight"] for s in settings] == [3.0, 2.0, 3.0, 3.0]
+
+
+def test_an_option_that_no_student_can_have_is_refused_and_the_student_named(sweep_of):
+    text = '[[student]]\nmode = "copy"\n[[student]]\nmode = "scratch"\nname = "plain"\n'
+    refused = sweep_of(text, "--attention-weight", "2")
+    assert "sweep.toml: student copy: attention_weight=2.0: mode copy has no attention loss" in refused.stderr
+    refused = sweep_of('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"\nname = "high"\nlayers = "7"\n')
+    assert "Error: high: layer 7 does not exist" in refused.stderr
 
 
 def test_the_command_trains_the_students_of_the_file_and_ends_with_a_table(sweep_of, tmp_path):

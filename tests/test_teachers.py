@@ -325,6 +325,47 @@ def test_tensors_of_another_shape_are_named(tiny):
         load_weights(tiny, wide.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (
+            "depth=2",
+            r"12 tensors of the weights' blocks have no place in the model, .* blocks\.1\.norm1\.weight",
+        ),
+        ("depth=1,init_values=0.1", r"2 tensors of the weights' blocks .* first blocks\.0\.ls1\.gamma, blocks\.0\.ls2"),
+    ],
+)
+def test_weights_with_more_in_their_blocks_than_the_model_are_refused(theirs, message):
+    richer = create_student(parse_model_name(TINY.replace("depth=2", theirs)), 5)
+    model = create_student(parse_model_name(TINY.replace("depth=2", "depth=1")), 5)
+    before = weights_sha256(model)
+    with pytest.raises(TeacherError, match=message):
+        load_weights(model, richer.state_dict())
+    assert weights_sha256(model) == before
+
+
+def test_resized_patches_are_said(tiny, caplog):
+    load_weights(create_student(parse_model_name(TINY), 5), tiny.state_dict())
+    assert not caplog.messages
+    load_weights(create_student(parse_model_name(f"{TINY},patch_size=8"), 5), tiny.state_dict())
+    assert caplog.messages == [
+        "WARNING: the weights are for patches of 16 x 16 pixels, vit_tiny_patch16_224 takes 8 x 8. They were resized; "
+        "unless the model was trained for several sizes, give patch_size=16."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("in_chans=1", "images have three colours here, which is in_chans=3. Leave in_chans out"),
+        ("img_size=30", "images of 30 x 30 pixels cannot be cut into patches of 16 x 16. Give an img_size that is"),
+    ],
+)
+def test_what_no_image_fits_is_refused(arguments, message):
+    with pytest.raises(TeacherError, match=message):
+        create_student(parse_model_name(f"vit_tiny_patch16_224:depth=1,{arguments}"), 5)
+
+
 def test_an_mae_checkpoint_loses_its_decoder_and_says_so(tiny):
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 48), "extra": torch.zeros(1)}
     report = load_weights(create_student(parse_model_name(TINY), 5), tiny.state_dict() | decoder)

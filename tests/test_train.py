@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
 from atcache.loader import training_batches
+from atcache.order import choose_subset
 from atcache.pipelines.build import BuildConfig, build
 from atcache.pipelines.metrics import read_metrics
 from atcache.pipelines.students import MODES
@@ -27,6 +29,7 @@ from atcache.pipelines.train import train
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
 from atcache.pipelines.training_run import TrainingRun
+from atcache.source import index_source
 from atcache.store.manifest import commit_path
 from atcache.store.reader import CacheReader
 
@@ -340,7 +343,7 @@ def test_a_run_keeps_the_precision_it_was_begun_in(config_for):
     config = config_for("copy", steps=2)  # in fp32
     summary = train(config)
     assert train(replace(config, precision="auto")) == summary
-    with pytest.raises(CacheMismatchError, match=r"settings\.precision is 'fp32' there and 'bf16' here"):
+    with pytest.raises(CacheMismatchError, match=r"--precision is 'fp32' there and 'bf16' here"):
         train(replace(config, precision="bf16"))
     begun = config_for("copy", steps=2, precision="auto")
     train(begun)
@@ -361,14 +364,14 @@ def test_other_settings_for_an_existing_run_are_refused_with_each_difference_nam
     config = config_for("distill", steps=3)
     train(config)
     expected = (
-        r"holds another run: settings.drop_path is 0.0 there and 0.1 here; settings.steps is 3 there and 4 here\. "
+        r"holds another run: --drop-path is 0.0 there and 0.1 here; --steps is 3 there and 4 here\. "
         r"Give another --out, or the same options"
     )
     with pytest.raises(CacheMismatchError, match=expected):
         train(replace(config, steps=4, drop_path=0.1))
-    with pytest.raises(CacheMismatchError, match=r"data\.views\.num_views is 1 there and 2 here"):
+    with pytest.raises(CacheMismatchError, match=r"another run: num_views is 1 there and 2 here"):
         train(replace(config, cache=tiny_cache(views=2)))
-    with pytest.raises(CacheMismatchError, match=r"data\.views\.codec\.name is 'exact' there and 'int8' here"):
+    with pytest.raises(CacheMismatchError, match=r"holds another run: .*codec\.name is 'exact' there and 'int8' here"):
         train(replace(config, cache=tiny_cache(codec="int8")))
 
 
@@ -563,11 +566,58 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
         ({"mode": "scratch", "policy": "eval"}, "policy=eval: the views of .* are drawn already"),
         ({"attention_weight": 1.0}, r"attention_weight=1\.0: mode copy has no attention loss to weigh\. Leave"),
         ({"beta2": 1.0}, r"beta2=1\.0: expected 0 or more, and less than 1"),
+        *(
+            ({name: value}, f"{name}={value}: expected a number")
+            for name in ("epochs", "base_lr", "weight_decay", "clip_grad", "min_lr", "warmup_epochs", "validate_every")
+            for value in (float("nan"), float("inf"))
+        ),
+        ({"seed": 2**63}, r"seed=9223372036854775808: expected 0 to 9223372036854775807"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**{"mode": "copy", "out": Path("run"), "cache": Path("c.zarr"), **fields})
+
+
+def test_a_refused_run_leaves_nothing_that_stands_in_the_way_of_the_right_one(config_for):
+    config = config_for("scratch", steps=2)
+    with pytest.raises(ConfigError, match="optimizer"):
+        train(replace(config, optimizer="nosuch"))
+    assert not config.out.exists()
+    wild = replace(config, base_lr=1e30, steps=20, checkpoint_every=15)
+    with pytest.raises(ConfigError, match="step 10: the loss is"):
+        train(wild)
+    assert not (config.out / "checkpoint.pt").exists()
+    assert train(config).steps == 2
+
+
+def test_a_student_with_another_number_of_classes_is_refused(config_for, tiny_vit):
+    student = tiny_vit.replace("num_classes=10", "num_classes=5")
+    with pytest.raises(ConfigError, match=r"num_classes=5, but the labels to train on are those of 10 classes, from 0"):
+        train(config_for("copy", student=student))
+
+
+def test_a_validation_that_says_little_is_noted(config_for, tiny_cache, digits_tars, tiny_vit, capsys):
+    fresh = {"cache": None, "student": tiny_vit, "steps": 1, "val_data": str(digits_tars[0])}
+    train(config_for("scratch", **fresh, data=str(digits_tars[0])))
+    assert "NOTE: the run is validated on images that it is trained on" in capsys.readouterr().err
+    train(config_for("scratch", **fresh, data=str(digits_tars[1]), subset=10, batch_size=5))
+    said = capsys.readouterr().err
+    assert "validated on images that it is trained on" not in said
+    train(config_for("copy", steps=1, val_cache=tiny_cache(policy="eval")))
+    assert "NOTE: the run is validated on images that it is trained on" in capsys.readouterr().err
+
+
+def test_validation_images_of_classes_that_were_not_trained_on_are_counted(config_for, digits_tars, tiny_vit, capsys):
+    index = index_source(str(digits_tars[0]))
+    few = {"data": str(digits_tars[0]), "subset": 3, "batch_size": 3}
+    config = config_for("scratch", cache=None, student=tiny_vit, steps=1, val_data=str(digits_tars[1]), **few)
+    seen = index.label_S[choose_subset(index.label_S, np.arange(16), 3, config.seed)]
+    num_unseen = int((~np.isin(index_source(str(digits_tars[1])).label_S, seen)).sum())
+    train(config)
+    assert (
+        f"NOTE: {num_unseen} of 16 validation images are of classes without a training image" in capsys.readouterr().err
+    )
 
 
 def test_an_optimizer_that_timm_does_not_know_is_refused(config_for):
@@ -604,7 +654,7 @@ def test_the_command_prints_the_summary(tiny_cache, tmp_path):
     assert (summary["mode"], summary["steps"], summary["validation"]["num_samples"]) == ("copy", 4, 48)
     refused = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--precision", "fp32", "--seed", "1"])
     assert refused.exit_code == 1
-    assert "settings.seed is 0 there and 1 here" in refused.stderr
+    assert "--seed is 0 there and 1 here" in refused.stderr
 
 
 def test_whoever_may_read_the_run_may_read_its_weights(config_for):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from typing import Any
 
 from atcache.codecs.base import Codec
@@ -48,6 +49,9 @@ def codec_from_json(fields: dict[str, Any]) -> Codec:
     name = fields.pop("name", None)
     if name not in CODECS:
         raise CodecError(f"codec {name!r} is unknown to this version of atcache; it knows {', '.join(sorted(CODECS))}.")
+    known = [field.name for field in dataclasses.fields(CODECS[name])]
+    if unknown := [field for field in fields if field not in known]:
+        raise CodecError(f"codec {name!r} has no field {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
     try:
         return CODECS[name](**fields)
     except TypeError as error:

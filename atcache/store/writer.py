@@ -7,6 +7,7 @@ interrupted.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def create_cache(
     """
     path = Path(path)
     if path.exists():
-        raise CacheMismatchError(f"{path} exists already; give another path, or delete it to build anew.")
+        raise _exists(path)
     if len(index.keys_S) != layout.num_samples:
         raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
     reserved = sorted(set(attributes) & set(_RESERVED_ATTRIBUTES))
@@ -92,11 +93,22 @@ def create_cache(
             write_samples(temp, index)
             write_state(temp, state, bias_LHQK)
             fsync_tree(temp)
-            temp.rename(path)
+            try:
+                temp.rename(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise _exists(path) from error
             fsync_path(path.absolute().parent)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
+
+
+def _exists(path: Path) -> CacheMismatchError:
+    return CacheMismatchError(
+        f"{path} exists already: give another path; or where another process is building it, the same command again."
+    )
 
 
 def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
