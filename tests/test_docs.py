@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import click
 import pytest
+import torch
 
 from atcache.cli.defaults import read_defaults
 from atcache.cli.main import COMMANDS, cli
@@ -109,6 +110,24 @@ def test_documented_python_names_what_exists(page: Path):
     for block in blocks_of([page]):
         if block.language in ("python", "py"):
             check_python(block.text)
+
+
+def test_the_guides_own_loop_trains(tiny_cache):
+    (loop,) = [block.text for block in blocks_of(PAGES) if "stream = BatchStream(" in block.text]
+    for theirs, ours in (
+        ("in1k.zarr", str(tiny_cache())),
+        ("batch_size=256", "batch_size=24"),
+        ("num_steps=1000", "num_steps=40"),
+        ("lr=1e-3", "lr=1e-2"),
+        ("    optimizer.step()", "    losses.append(float(attention_loss.detach()))\n    optimizer.step()"),
+    ):
+        assert loop.count(theirs) == 1
+        loop = loop.replace(theirs, ours)
+    scope = {"losses": []}
+    torch.manual_seed(0)
+    exec(loop, scope)  # the guide's own text
+    assert scope["position"]["step"] == 40
+    assert sum(scope["losses"][-4:]) < 0.95 * sum(scope["losses"][:4])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

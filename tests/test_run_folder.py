@@ -36,9 +36,9 @@ def test_a_folder_belongs_to_one_run_and_every_difference_is_named(tmp_path):
     with pytest.raises(CacheMismatchError) as refused:
         keep_record(file, OTHER)
     assert str(refused.value) == (
-        f"{tmp_path} holds another run: its validation images or cache are others; num_views is 1 there and 2 here; its "
-        "training images are others; student is 'a' there and 'c' here; its teacher is another; --seed is 0 there and "
-        "1 here. Give another --out, or the same options."
+        f"{tmp_path} holds another run: its validation images or cache are others; num_views is 1 there and 2 here; "
+        "its training images are others; student is 'a' there and 'c' here; its teacher is another; --seed is 0 there "
+        "and 1 here. Give another --out, or the same options."
     )
     assert json.loads(file.read_text()) == stored
 
