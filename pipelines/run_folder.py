@@ -47,11 +47,14 @@ def run_folder(folder: Path) -> Generator[None]:
     """Make the folder of a run, and keep other processes from working in it.
 
     Raises:
-        ConfigError: a file is in the way, or another process works in it.
+        ConfigError: a file is in the way, there can be no folder there, or another process works in it.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file is in the way of the output folder. Give another --out.")
-    make_folder(folder)
+    try:
+        make_folder(folder)
+    except FileNotFoundError as error:  # its parent is there, but takes no folders, as /proc
+        raise ConfigError(f"{folder}: no folder can be made there. Give another --out.") from error
     with only_writer(folder):
         yield
 

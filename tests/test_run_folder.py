@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,11 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(CorruptCacheError, match=r"run\.json holds no record of a run\. Delete .* to start anew"):
         keep_record(tmp_path / "run.json", {})
+
+
+def test_where_no_folder_can_be_is_refused():
+    with pytest.raises(ConfigError, match="no folder can be made there"), run_folder(Path("/proc/run")):
+        pass
 
 
 HOLDS_FOLDER = """
