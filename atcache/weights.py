@@ -216,7 +216,7 @@ def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions ar
 
 
 def _matters_in_a_block(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor changes what a block does: all but tables that models compute themselves."""
+    """Whether a tensor changes what a block does: no table that models compute, nor a bias that shifts rows of logits."""
     computed = ("relative_position_index", "k_bias", "rope.")
     return name.startswith("blocks.") and tensor.is_floating_point() and not any(part in name for part in computed)
 
@@ -225,7 +225,9 @@ def _warn_of_another_patch_size(model: nn.Module, weights: Mapping[str, Tensor])
     """timm resizes the embedding of patches of any size, which few models stand without training."""
     name = "patch_embed.proj.weight"
     given, wanted = weights.get(name), model.state_dict().get(name)
-    if given is not None and wanted is not None and given.shape[2:] != wanted.shape[2:]:
+    if given is None or wanted is None or not given.ndim == wanted.ndim == 4:
+        return
+    if given.shape[2:] != wanted.shape[2:]:
         theirs, ours = (" x ".join(map(str, tensor.shape[2:])) for tensor in (given, wanted))
         logging.getLogger(__name__).warning(
             "WARNING: the weights are for patches of %s pixels, %s takes %s. They were resized; unless the model was "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar, cast
 
@@ -52,7 +52,7 @@ def read_ahead(
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_leave_the_process_group,
     )
     for batch in loader:
         if isinstance(batch, AtcacheError):
@@ -60,9 +60,11 @@ def read_ahead(
         yield cast("Batch", batch)
 
 
-def _ignore_ctrl_c(_worker: int) -> None:
-    """A terminal's Ctrl-C reaches all processes; the main one decides what it means, and may need a batch till then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_process_group(_worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach whole groups; the main process decides what they mean, and may need a
+    batch till then.
+    """
+    os.setpgid(0, 0)
 
 
 def _as_it_is(batch: object) -> object:

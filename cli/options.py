@@ -77,7 +77,7 @@ precision = click.option(
 )
 
 SEED = click.IntRange(0, MAX_SEED)
-seed = click.option("--seed", type=SEED, default=0, show_default="0", help="Seed of all randomness.")
+seed = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all randomness.")
 
 
 policy = click.option(
@@ -131,7 +131,7 @@ def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str
             for table in TABLES
             if (command := commands.get_command(ctx, table)) is not None
         }
-        if not settings[ctx.info_name]:
+        if not settings[ctx.info_name] and not (ctx.info_name == "train" and settings["build"]):
             raise ConfigError(f"recipe {name}: it has no table [{ctx.info_name}], so it sets nothing here.")
         ctx.default_map = {**(ctx.default_map or {}), **settings[ctx.info_name]}
     return name

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
@@ -63,8 +63,9 @@ class Interrupts:
         if is_second or self._ends_at_once:
             self.end()
         if self._heeded:
-            # Not through Python's streams: this may run in the middle of a print.
-            os.write(2, b"\nStopping after this step. Ctrl-C again stops at once, without saving it.\n")
+            # Not through Python's streams: this may run in the middle of a print. Who reads it may be gone: `| tee`.
+            with suppress(OSError):
+                os.write(2, b"\nStopping after this step. Ctrl-C again stops at once, without saving it.\n")
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

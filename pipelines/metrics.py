@@ -17,23 +17,28 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes metrics of one run; a context manager for one thread.
 
-    A continued run drops what was written after its checkpoint, so that every step stands there once. So it does with a
-    validation of the checkpoint's own step, which is saved before it is validated.
+    A continued run drops what was written after its checkpoint, so that every step stands there once.
 
     Args:
         folder: the run's folder.
         first_step: steps the run continues from; 0 for a new one.
+        validates_first_step: whether that step's validation is still to come, or comes once more.
     """
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    def __init__(self, folder: Path, *, first_step: int, validates_first_step: bool = False) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS_FILE
-        rows = read_metrics(folder)
-        kept = [row for row in rows if row["step"] < first_step or (row["step"], row["kind"]) == (first_step, "train")]
+        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
+        last: list[dict[str, Any]] = []
+        if validates_first_step:
+            last = [row for row in kept if (row["step"], row["kind"]) == (first_step, "train")]
+            kept = [*(row for row in kept if row["step"] < first_step)]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._board = SummaryWriter(str(folder), purge_step=first_step + (not validates_first_step))
+        for row in last:
+            self.write("train", first_step, {name: row[name] for name in row.keys() - {"kind", "step"}})
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step; `kind` is "train" or "validation"."""

@@ -201,6 +201,8 @@ class _Run:
         self.input = input_config(self.model.encoder)
         self.source = source
         self.step = 0
+        self.losses: list[Tensor] = []
+        """Of the steps since the last line of metrics."""
         self.checkpoint = config.out / CHECKPOINT_FILE
 
     def to_the_end(self) -> None:
@@ -231,24 +233,24 @@ class _Run:
         )
 
     def _train(self, batches: Iterator[Batch], metrics: MetricsLog, progress: Progress, interrupts: Interrupts) -> None:
-        losses: list[Tensor] = []
-        note, start_s = "", time.monotonic()
+        note, start_s, num_images = "", time.monotonic(), 0
         for batch in batches:
-            losses.append(self._train_step(batch.pixels_BHWC))
+            num_images += self.config.batch_size
+            self.losses.append(self._train_step(batch.pixels_BHWC))
             self.step += 1
             is_last = self.step == self.config.steps
             logs = self.step % LOG_EVERY == 0 or is_last
             saves = (self.step % self.config.checkpoint_every == 0 or interrupts.came) and not is_last
             if logs or saves:
                 # Reading losses waits for the device, so it is done for many steps at once.
-                loss = float(torch.stack(losses).mean())
+                loss = float(torch.stack(self.losses).mean())
                 self._check_loss(loss)
                 note = f"loss {loss:.4f}"
                 if logs:
-                    img_per_s = len(losses) * self.config.batch_size / (time.monotonic() - start_s)
+                    img_per_s = num_images / (time.monotonic() - start_s)
                     metrics.write("train", self.step, {"loss": loss, "lr": self._lr(), "img_per_s": img_per_s})
-                    losses.clear()
-                    start_s = time.monotonic()
+                    self.losses.clear()
+                    start_s, num_images = time.monotonic(), 0
                 if saves:
                     self._save()
             progress.advance(1, note)
@@ -282,7 +284,12 @@ class _Run:
     def _save(self) -> None:
         save_checkpoint(
             self.checkpoint,
-            {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()},
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "losses": self.losses,
+            },
         )
 
     def _restore(self) -> None:
@@ -291,6 +298,7 @@ class _Run:
             self.step = contents["step"]
             self.model.load_state_dict(contents["model"])
             self.optimizer.load_state_dict(contents["optimizer"])
+            self.losses = contents.get("losses", [])  # checkpoints of the first versions have none
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:

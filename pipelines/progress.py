@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,7 @@ class Progress:
     """Progress of `total` units on stderr; a context manager for one thread.
 
     On a terminal a rich bar with the time that remains; elsewhere (a log file, CI) one line every ten seconds and one
-    at the end, so that logs stay readable.
+    at the end, so that logs stay readable. Where nobody reads any more, a closed terminal, work goes on in silence.
 
     Args:
         title: what is being done, one word.
@@ -63,10 +64,11 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
-        if self._rich is not None:
-            self._rich.console.print(Text(line))
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if self._rich is not None:
+                self._rich.console.print(Text(line))
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def _speed(self) -> float:
         return (self._done - self._done_before) / max(1e-9, time.monotonic() - self._start_s)
@@ -79,7 +81,8 @@ class Progress:
         )
         note = f", {self._note}" if self._note else ""
         done = f"{self._done}/{self._total} {self._unit}"
-        print(f"{self._title}: {done}, {speed:.4g}/s{note}{remaining}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"{self._title}: {done}, {speed:.4g}/s{note}{remaining}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         if self._rich is not None:

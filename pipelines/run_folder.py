@@ -44,7 +44,7 @@ _WITHOUT_VALUES = {
 
 @contextmanager
 def run_folder(folder: Path) -> Generator[None]:
-    """Make the folder of a run, and keep other processes from working in it.
+    """Make the folder of a run, and keep other processes from working in it, where its file system has locks.
 
     Raises:
         ConfigError: a file is in the way, there can be no folder there, or another process works in it.
@@ -55,7 +55,7 @@ def run_folder(folder: Path) -> Generator[None]:
         make_folder(folder)
     except FileNotFoundError as error:  # its parent is there, but takes no folders, as /proc
         raise ConfigError(f"{folder}: no folder can be made there. Give another --out.") from error
-    with only_writer(folder):
+    with only_writer(folder, where_possible=True):
         yield
 
 
@@ -76,13 +76,13 @@ def read_record(file: Path) -> dict[str, Any] | None:
     return cast("dict[str, Any]", stored)
 
 
-def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[tuple[str, ...]] = ()) -> None:
+def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[str] = ()) -> None:
     """Keep what a run is in `file`, or refuse to go on with another one.
 
     Args:
         file: in the run's folder, which exists.
         record: JSON values.
-        may_change: keys, from the outermost, of what may be another thing from now on.
+        may_change: dotted names of what may be another thing from now on.
 
     Raises:
         CacheMismatchError: the folder holds what a run with another record saved; the message names each difference.
@@ -99,9 +99,12 @@ def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[t
         return
     elif _first_of(_SAVED, folder):
         _settle_precision_of_first_versions(stored, asked)
-        for keys in may_change:
-            _copy(keys, asked, stored)
-        if differences := find_differences(stored, asked):
+        differences = {
+            name: values
+            for name, values in find_differences(stored, asked).items()
+            if not any(_is_below(name, other) for other in may_change)
+        }
+        if differences:
             listed = "; ".join(dict.fromkeys(_in_words(name, *values) for name, values in differences.items()))
             raise CacheMismatchError(f"{folder} holds another run: {listed}. Give another --out, or the same options.")
     write_file(file, encode_json(record))
@@ -135,18 +138,14 @@ def _settle_precision_of_first_versions(stored: dict[str, Any], asked: Mapping[s
         settings["precision"] = wanted.get("precision")
 
 
-def _copy(keys: tuple[str, ...], source: Mapping[str, Any], target: dict[str, Any]) -> None:
-    """Put what is at nested `keys` of one record there in the other."""
-    *outer, last = keys
-    for key in outer:
-        source, target = source[key], target[key]
-    target[last] = source[last]
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _in_words(name: str, there: object, here: object) -> str:
     """A difference of two records, as a user would put it."""
     for prefix, words in _WITHOUT_VALUES.items():
-        if name == prefix or name.startswith(f"{prefix}."):
+        if _is_below(name, prefix):
             return words
     if name.startswith("data.views.") and name.endswith(".source"):
         return "its training images are others"

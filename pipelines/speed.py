@@ -20,7 +20,8 @@ class Speed:
         self._num_ranks = num_ranks
         self._start_s = time.monotonic()
         self._waited_s = self._paused_s = 0.0
-        self._num_images = 0
+        self.num_images = 0
+        """That were trained on."""
 
     @property
     def seconds(self) -> float:
@@ -35,7 +36,7 @@ class Speed:
             self._waited_s += time.monotonic() - start_s
             if batch is None:
                 return
-            self._num_images += len(batch.label_B) * self._num_ranks
+            self.num_images += len(batch.label_B) * self._num_ranks
             yield batch
 
     @contextmanager
@@ -50,7 +51,7 @@ class Speed:
     def values(self) -> dict[str, float]:
         """Both numbers by name."""
         training_s = max(1e-9, self.seconds - self._paused_s)
-        return {"img_per_s": self._num_images / training_s, "waited_for_data": self._waited_s / training_s}
+        return {"img_per_s": self.num_images / training_s, "waited_for_data": self._waited_s / training_s}
 
     def __str__(self) -> str:
         values = self.values()

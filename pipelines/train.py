@@ -24,7 +24,7 @@ from atcache.store.durable import write_file
 
 from .distributed import Ranks
 from .interrupts import Interrupts
-from .metrics import MetricsLog
+from .metrics import MetricsLog, read_metrics
 from .progress import Progress
 from .run_folder import GIVEN_UP_FILE, keep_record, read_record, run_folder, settle_precision
 from .runs import RUN_FILE, WEIGHTS_FILE
@@ -163,12 +163,18 @@ def _begin(
 ) -> dict[Path, SweepResult]:
     """Keep in each folder which run it is, or refuse another one; results of those that are at their end already.
 
-    The folders are this process's until `folders` is left.
+    The folders of those that are not are this process's until `folders` is left.
     """
+    results: dict[Path, SweepResult] = {}
     for config, data in zip(configs, opened, strict=True):
-        folders.enter_context(run_folder(config.out))
-        begin_run(config, data)
-    return {config.out: result for config in configs if (result := _earlier_result(config)) is not None}
+        with ExitStack() as own:
+            own.enter_context(run_folder(config.out))
+            begin_run(config, data)
+            if (result := _earlier_result(config)) is not None:
+                results[config.out] = result
+            else:
+                folders.enter_context(own.pop_all())
+    return results
 
 
 def begin_run(config: TrainConfig, data: TrainingData) -> None:
@@ -176,7 +182,7 @@ def begin_run(config: TrainConfig, data: TrainingData) -> None:
     record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
     # What a run is validated on changes nothing in it; but a finished one has its score.
     is_finished = (config.out / WEIGHTS_FILE).exists()
-    keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else (("data", "validation"),))
+    keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else ("data.validation",))
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:
@@ -210,11 +216,16 @@ def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool)
             progress = stack.enter_context(Progress(title, total=total, unit="steps", done=first_step))
             for line in _notes(runs, alone):
                 progress.say(line)
-        reports = {run.config.out: _reports(run, progress, stack, alone=alone) for run in runs}
+        to_validate = ranks.on_leader(lambda: {run.config.out for run in runs if _lacks_validation(run)})
+        reports = {
+            run.config.out: _reports(run, progress, stack, alone=alone, validates=run.config.out in to_validate)
+            for run in runs
+        }
         speed = Speed(ranks.world_size)
         interrupts = stack.enter_context(Interrupts(heeded=ranks.leads))
         for run in runs:
-            if result := _after_step(run, speed, reports[run.config.out], interrupts):
+            validates = run.config.out in to_validate
+            if result := _after_step(run, speed, reports[run.config.out], interrupts, validates=validates):
                 results[run.config.out] = result
         for step, batch in enumerate(speed.timed(_batches(runs, data, first_step, total)), start=first_step):
             if not alone:  # one journey to the device for all; a run alone may want it in parts
@@ -228,22 +239,37 @@ def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool)
                 losses = " ".join(f"{run.loss:.4g}" for run in runs)
                 progress.advance(step + 1 - progress.done, f"loss {losses}  {speed}")
             current = [run for run in current if run.config.out not in results]
-            with _saved_when_stopped(current, speed, reports, interrupts):
+            with _saved_when_stopped(current, results, speed, reports):
                 for run in current:
-                    if result := _after_step(run, speed, reports[run.config.out], interrupts):
+                    validates = run.is_validated
+                    if result := _after_step(run, speed, reports[run.config.out], interrupts, validates=validates):
                         results[run.config.out] = result
+                if len(results) == len(runs):
+                    break
                 if interrupts.came:
                     interrupts.end()
-            if len(results) == len(runs):
-                break
     return results
 
 
-def _reports(run: TrainingRun, progress: Progress | None, stack: ExitStack, *, alone: bool) -> Reports:
-    """Where a run's numbers and words go until `stack` is left; says where it continues."""
+def _lacks_validation(run: TrainingRun) -> bool:
+    """Whether the process that saved a run's checkpoint ended before it was validated, or before that was of use."""
+    rows = read_metrics(run.config.out, "validation")
+    return run.is_validated and (run.is_done or all(row["step"] != run.step for row in rows))
+
+
+def _reports(run: TrainingRun, progress: Progress | None, stack: ExitStack, *, alone: bool, validates: bool) -> Reports:
+    """Where a run's numbers and words go until `stack` is left; says where it continues.
+
+    Args:
+        run: restored from its checkpoint, where there is one.
+        progress: None on ranks that do not lead.
+        stack: ends what is opened.
+        alone: whether it is the only run.
+        validates: whether the step it is at is validated, once more or for the first time.
+    """
     if progress is None:
         return Reports()
-    metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step))
+    metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step, validates_first_step=validates))
     reports = Reports(metrics=metrics, progress=progress, prefix=_prefix(run, alone))
     if run.step:
         reports.say(f"continuing after step {run.step} of {run.num_steps}")
@@ -263,9 +289,11 @@ def _take(run: TrainingRun, batch: Batch, speed: Speed, reports: Reports, *, alo
     return None
 
 
-def _after_step(run: TrainingRun, speed: Speed, reports: Reports, interrupts: Interrupts) -> SweepResult | None:
+def _after_step(
+    run: TrainingRun, speed: Speed, reports: Reports, interrupts: Interrupts, *, validates: bool
+) -> SweepResult | None:
     """Validate, and finish, when it is time; what the run came to where it is done."""
-    if run.is_validated:
+    if validates:
         with speed.paused(), interrupts.at_once():
             run.validate(reports)
     if not run.is_done:
@@ -275,18 +303,22 @@ def _after_step(run: TrainingRun, speed: Speed, reports: Reports, interrupts: In
 
 @contextmanager
 def _saved_when_stopped(
-    runs: Sequence[TrainingRun], speed: Speed, reports: Mapping[Path, Reports], interrupts: Interrupts
+    runs: Sequence[TrainingRun], results: Mapping[Path, SweepResult], speed: Speed, reports: Mapping[Path, Reports]
 ) -> Generator[None]:
-    """Save runs that stand between two steps, where the process is told to end in here."""
+    """Save runs that stand between two steps, where the process is told to end in here, or one of them fails."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        for run in runs if interrupts.came else ():
-            saved = run.is_sound()
-            if saved:
-                run.save(speed)
-            outcome = "is saved" if saved else "is not saved: weights are no numbers any more"
-            reports[run.config.out].say(f"stopped after step {run.step}, which {outcome}")
+    except BaseException:
+        said: list[tuple[Reports, str]] = []
+        for run in runs:
+            if run.ranks.leads and run.config.out not in results:
+                is_sound = run.is_sound()
+                if is_sound:
+                    run.save(speed)
+                outcome = "is saved" if is_sound else "is not saved: weights are no numbers any more"
+                said.append((reports[run.config.out], f"stopped after step {run.step}, which {outcome}"))
+        for report, line in said:
+            report.say(line)
         raise
 
 

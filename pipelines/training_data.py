@@ -154,12 +154,6 @@ def _open_student(
     device: torch.device,
 ) -> TrainingData:
     """One run's own part, with what it shares."""
-    wanted_classes = plan.student.arguments.get("num_classes") if config.student is not None else None
-    if wanted_classes not in (None, stream.num_classes):
-        raise ConfigError(
-            f"--student has num_classes={wanted_classes}, but the labels to train on are those of {stream.num_classes} "
-            "classes, from 0. Leave num_classes out."
-        )
     initial_weights = _initial_weights(config, cache_teacher)
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
     student = make_student(
@@ -197,7 +191,7 @@ def _open_student(
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
         notes=(
-            *training_notes(config, plan.student, readers),
+            *training_notes(config, plan.student, stream.num_classes, readers),
             *(() if validation is None else validation_notes(stream.views, stream.seen_classes, validation)),
         ),
     )

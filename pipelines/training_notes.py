@@ -19,16 +19,22 @@ from .train_config import TrainConfig
 from .validation import ValidationSet
 
 
-def training_notes(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> Iterator[str]:
+def training_notes(
+    config: TrainConfig, student: ModelName, num_classes: int, readers: Sequence[CacheReader]
+) -> Iterator[str]:
     """Sentences on a run of this student from these caches, in the order of their weight.
 
     Args:
         config: the run.
         student: its architecture.
+        num_classes: that the labels are of.
         readers: the caches, of one teacher; none for a run without.
     """
     if readers and config.mode in ("copy", "distill") and config.student is not None:
         yield from _notes_on_components(student, TeacherRecord.of_cache(readers[0]))
+    asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
+    if asked not in (0, num_classes):
+        yield f"NOTE: the student's num_classes={asked} is not used: the labels are of {num_classes} classes, from 0."
     if config.recipe is not None:
         wanted = read_recipe(config.recipe)["build"]
         for reader in readers:

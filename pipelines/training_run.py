@@ -264,7 +264,7 @@ class TrainingRun:
             label_loss=statistics.fmean(row["label_loss"] for row in last),
             validation=self.validation,
             seconds=self._seconds_before + speed.seconds,
-            **speed.values(),
+            **(speed.values() if speed.num_images else {name: last[-1][name] for name in speed.values()}),
         )
         write_file(out / SUMMARY_FILE, encode_json(summary.to_json()))
         self.checkpoint.unlink(missing_ok=True)

@@ -10,17 +10,26 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from atcache.errors import BadImageError
-from atcache.pipelines.metrics import read_metrics
+from atcache.loader import training_batches
+from atcache.pipelines.interrupts import Interrupts
+from atcache.pipelines.metrics import MetricsLog, read_metrics
 from atcache.pipelines.pretrain import PretrainConfig, pretrain
-from atcache.pipelines.train import train, train_sweep
+from atcache.pipelines.speed import Speed
+from atcache.pipelines.train import begin_run, train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
+from atcache.pipelines.training_data import open_training_data
+from atcache.pipelines.training_run import Reports, TrainingRun
 
 STARTED = """
 import pickle, sys
@@ -47,8 +56,8 @@ def config_for(tiny_cache, tmp_path):
     return config_for
 
 
-def stop_with(number, function, given, folder) -> tuple[int, str]:
-    """Start it in a process, send it a signal when it has logged; its exit code and the last lines of its stderr."""
+def stop_with(number, function, given, folder, until="step") -> tuple[int, str]:
+    """Start it in a process, send it a signal when its metrics say so; its exit code and what it wrote to stderr."""
     with subprocess.Popen(
         [sys.executable, "-c", STARTED],
         stdin=subprocess.PIPE,
@@ -57,12 +66,15 @@ def stop_with(number, function, given, folder) -> tuple[int, str]:
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         process.stdin.write(pickle.dumps((function, given)))
-        process.stdin.close()
+        process.stdin.flush()
         metrics = folder / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text()):
+        give_up_s = time.monotonic() + 120
+        while not (metrics.exists() and until in metrics.read_text()):
             assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < give_up_s
+            time.sleep(0.005)
         os.killpg(process.pid, number)  # as a terminal does: workers get it too
-        said = process.stderr.read().decode()
+        said = process.communicate(timeout=120)[1].decode()
     return process.returncode, said
 
 
@@ -98,12 +110,30 @@ def test_a_run_that_was_stopped_is_saved_and_goes_on_there(workers, config_for, 
     assert losses == expected
 
 
-def test_sigterm_saves_too(config_for):
-    config = config_for("evicted", steps=VERY_LONG)
+def test_sigterm_to_all_processes_saves_too(config_for):
+    config = config_for("evicted", steps=VERY_LONG, workers=2)
     status, said = stop_with(signal.SIGTERM, "train", config, config.out)
     assert status == 143
     assert "which is saved" in said
     assert (config.out / "checkpoint.pt").exists()
+
+
+def test_a_run_that_ends_in_its_last_validation_goes_on_there(config_for, digits_tars):
+    last = str(digits_tars[2])
+    config = config_for("run", steps=20, mode="scratch", val_data=(last, *map(str, copies_of(last, 2000))))
+    status, said = stop_with(signal.SIGINT, "train", config, config.out, until='"step": 20')
+    assert (status, saved_step(said)) == (130, 20)
+    summary = train(replace(config, val_data=last))
+    assert summary.validation.num_samples == 16
+    assert summary.img_per_s > 0
+
+
+def copies_of(tar, number):
+    """The same samples under other names, as symbolic links."""
+    links = [Path(tar).with_name(f"copy-{copy:05d}.tar") for copy in range(number)]
+    for link in links:
+        link.symlink_to(tar)
+    return links
 
 
 def test_a_sweep_saves_all_its_students(config_for):
@@ -130,6 +160,8 @@ def test_a_teacher_that_was_stopped_is_saved_and_goes_on_there(digits_tars, tiny
     pretrain(stopped)
     assert f"continuing after step {step} of 500\n" in capsys.readouterr().err
     assert_same_weights(stopped, whole)
+    losses, expected = ([row["loss"] for row in read_metrics(config.out)] for config in (stopped, whole))
+    assert losses == expected
 
 
 @pytest.fixture
@@ -160,16 +192,93 @@ def test_a_bad_validation_image_loses_no_training(replacement, config_for, bad_t
     assert [row["step"] for row in read_metrics(config.out)] == [10, 20, 30, *([30] if data else [])]
 
 
+def test_a_sweep_loses_no_step_of_others_to_a_failed_validation(config_for, bad_tar):
+    common = {"mode": "scratch", "steps": 30, "val_data": str(bad_tar), "order_seed": 0}
+    often, never = config_for("often", validate_every=5, **common), config_for("never", **common)
+    with pytest.raises(BadImageError):
+        train_sweep([often, never])
+    steps = [torch.load(config.out / "checkpoint.pt")["step"] for config in (often, never)]
+    assert steps == [10, 10]
+
+
 def test_a_stopped_validation_is_done_again(config_for, bad_tar, digits_tars):
     config = config_for("run", mode="scratch", steps=30, validate_every=5, val_data=str(bad_tar))
     with pytest.raises(BadImageError):
         train(config)
     repaired = replace(config, val_data=str(digits_tars[2]))
     train(repaired)
-    assert [row["step"] for row in read_metrics(config.out, "validation")] == [10, 20, 30]
+    steps = [10, 10, 20, 20, 30, 30]
+    assert [row["step"] for row in read_metrics(config.out)] == steps
+    assert shown_steps(config, "validation/top1") == steps[::2]
+    assert shown_steps(config, "train/loss") == steps[::2]
 
 
-def test_sweeps_and_runs_keep_the_callers_handlers(config_for):
+def shown_steps(config, name) -> list[int]:
+    """The steps that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(config.out))
+    events.Reload()
+    return [event.step for event in events.Scalars(name)]
+
+
+def test_a_finished_validation_is_not_done_again(config_for, digits_tars, capsys):
+    config = config_for("run", mode="scratch", steps=30, validate_every=5, val_data=str(digits_tars[2]))
+    (data,) = open_training_data([config], torch.device("cpu"))
+    run = TrainingRun(config, data, torch.device("cpu"))
+    config.out.mkdir()
+    begin_run(config, data)
+    with MetricsLog(config.out, first_step=0) as metrics:
+        reports, speed = Reports(metrics=metrics), Speed()
+        for batch in training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=10, workers=0):
+            run.take(batch, speed, reports)
+        run.validate(reports)
+    before = (config.out / "metrics.jsonl").read_text()
+    train(replace(config, validate_every=0))
+    assert (config.out / "metrics.jsonl").read_text().startswith(before)
+    assert "epoch 5:" not in capsys.readouterr().err
+
+
+def test_interrupts_are_received_only_meanwhile_and_only_where_they_were():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    train_sweep([config_for("short", steps=2)])
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupts.came
+        with pytest.raises(SystemExit, match="143"), interrupts.at_once():
+            pytest.fail("ends before")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # the second ends at once
+    with Interrupts(heeded=False) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupts.came
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupts.came
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+
+
+def test_a_run_in_another_thread_trains_without_them(config_for):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, config_for("short", steps=2)).result().steps == 2
+
+
+def test_a_reader_of_stderr_that_has_gone_costs_nothing(config_for):
+    config = config_for("run", steps=VERY_LONG)
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", STARTED], stdin=subprocess.PIPE, stderr=write)
+    os.close(write)
+    os.close(read)
+    with process:
+        process.stdin.write(pickle.dumps(("train", config)))
+        process.stdin.flush()
+        metrics = config.out / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text()):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert (config.out / "checkpoint.pt").exists()

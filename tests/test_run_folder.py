@@ -51,10 +51,10 @@ def test_what_may_change_is_written_down(tmp_path):
     changed = {**RECORD, "data": {**RECORD["data"], "validation": {"source": "new"}}}
     with pytest.raises(CacheMismatchError, match="its validation images or cache are others"):
         keep_record(file, changed)
-    keep_record(file, changed, may_change=[("data", "validation")])
+    keep_record(file, changed, may_change=["data.validation"])
     assert json.loads(file.read_text())["data"]["validation"] == {"source": "new"}
     with pytest.raises(CacheMismatchError, match="--seed is 0 there and 1 here"):
-        keep_record(file, {**changed, "settings": OTHER["settings"]}, may_change=[("data", "validation")])
+        keep_record(file, {**changed, "settings": OTHER["settings"]}, may_change=["data.validation"])
 
 
 @pytest.mark.parametrize("saved", ["checkpoint.pt", "model.safetensors", "given-up.txt"])

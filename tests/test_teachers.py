@@ -366,6 +366,10 @@ def test_what_no_image_fits_is_refused(arguments, message):
         create_student(parse_model_name(f"vit_tiny_patch16_224:depth=1,{arguments}"), 5)
 
 
+def test_published_sizes_that_leave_a_rim_out_are_taken():
+    assert input_config(create_student(parse_model_name("vit_so400m_patch14_siglip_gap_384:depth=1"), 5)).height == 384
+
+
 def test_an_mae_checkpoint_loses_its_decoder_and_says_so(tiny):
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 48), "extra": torch.zeros(1)}
     report = load_weights(create_student(parse_model_name(TINY), 5), tiny.state_dict() | decoder)

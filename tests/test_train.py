@@ -591,10 +591,16 @@ def test_a_refused_run_leaves_nothing_that_stands_in_the_way_of_the_right_one(co
     assert train(config).steps == 2
 
 
-def test_a_student_with_another_number_of_classes_is_refused(config_for, tiny_vit):
-    student = tiny_vit.replace("num_classes=10", "num_classes=5")
-    with pytest.raises(ConfigError, match=r"num_classes=5, but the labels to train on are those of 10 classes, from 0"):
-        train(config_for("copy", student=student))
+def test_the_labels_say_how_many_classes_a_student_has(config_for, tiny_vit, capsys):
+    for num_classes in (5, 0, 10):
+        student = tiny_vit.replace("num_classes=10", f"num_classes={num_classes}")
+        config = config_for("copy", student=student, steps=1)
+        train(config)
+        assert weights_of(config)["head.bias"].shape == (10,)
+        said = "NOTE: the student's num_classes=5 is not used: the labels are of 10 classes, from 0." in (
+            capsys.readouterr().err.splitlines()
+        )
+        assert said == (num_classes == 5)
 
 
 def test_a_validation_that_says_little_is_noted(config_for, tiny_cache, digits_tars, tiny_vit, capsys):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -112,7 +111,6 @@ def _first_sentence(message: str) -> str:
 
 def main(descriptor: int) -> None:
     """Answer the parent's requests, several at once, until it closes the socket or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     parent, sending = socket.socket(fileno=descriptor), Lock()
 
     def serve(request: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class _Fetcher:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"TOKIO_WORKER_THREADS": "2", **os.environ},
+                process_group=0,  # this process decides what Ctrl-C and a scheduler's SIGTERM mean
             )
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[Url, Future[tuple[dict[str, Any], bytes]]]] = {}

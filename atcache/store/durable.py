@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,17 @@ def sweep_partials(path: Path | str) -> int:
 
 
 @contextmanager
-def only_writer(folder: Path | str) -> Generator[None]:
-    """Keep other processes from writing a cache: a lock on its folder, gone with the process that holds it.
+def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generator[None]:
+    """Keep other processes from writing into a folder: a lock on it, gone with the process that holds it.
 
     Waits some seconds, because the workers of a writer that was killed hold the lock until they notice.
 
+    Args:
+        folder: a cache, or the folder of a run.
+        where_possible: go on without where the file system has no locks.
+
     Raises:
-        ConfigError: another process is writing it.
+        ConfigError: another process is writing it, or the file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -73,11 +77,21 @@ def only_writer(folder: Path | str) -> Generator[None]:
                         f"another process is writing {folder}. Wait until it is done, or give another --out."
                     ) from error
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                if where_possible:
+                    break
+                raise ConfigError(
+                    f"{folder}: its file system has no locks, which keep a second build away. Build on another disk, "
+                    "and copy the cache."
+                ) from error
         try:
             yield
         finally:
             # Closing alone would leave the lock with forked workers that are still there.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            with suppress(OSError):  # there may be none
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
