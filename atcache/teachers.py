@@ -373,15 +373,14 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
         raise TeacherError(f"model {name.timm_name} has no argument {unknown!r}.{_close_arguments(unknown)}") from error
     except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise TeacherError(f"model {name}: timm cannot make it with these arguments ({error}).") from error
-    if {
-        "img_size",
-        "patch_size",
-    } & name.arguments.keys():  # some published models leave a rim out, as they were trained
-        _check_patches_fit(name, model)
+    _check_patches_fit(name, model)
     return model
 
 
 def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
+    """Refuse a size of the user's own that leaves a rim out; some published models do."""
+    if not {"img_size", "patch_size"} & name.arguments.keys():
+        return
     patch_embed: Any = getattr(model, "patch_embed", None)
     sides: tuple[int, int] | None = getattr(patch_embed, "img_size", None)
     patch: tuple[int, int] | None = getattr(patch_embed, "patch_size", None)

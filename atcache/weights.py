@@ -216,7 +216,7 @@ def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions ar
 
 
 def _matters_in_a_block(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor changes what a block does: no table that models compute, nor a bias that shifts rows of logits."""
+    """Whether a tensor changes what a block does: no table that models compute, no bias that shifts logit rows."""
     computed = ("relative_position_index", "k_bias", "rope.")
     return name.startswith("blocks.") and tensor.is_floating_point() and not any(part in name for part in computed)
 
