@@ -8,50 +8,26 @@ Several students can share one stream of batches (a sweep): each still is the ru
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from atcache.errors import ConfigError
-from atcache.loader import Batch, training_batches
 from atcache.precision import resolve_device
-from atcache.store.durable import write_file
 
 from .distributed import Ranks
-from .interrupts import Interrupts
-from .metrics import MetricsLog, read_metrics
-from .progress import Progress
 from .run_folder import GIVEN_UP_FILE, keep_record, read_record, run_folder, settle_precision
 from .runs import RUN_FILE, WEIGHTS_FILE
-from .speed import Speed
 from .train_config import TrainConfig
-from .train_summary import TrainSummary, read_finished
+from .train_loop import train_to_the_end
+from .train_summary import SweepResult, TrainSummary, read_finished
 from .training_data import TrainingData, open_training_data
-from .training_run import LOG_EVERY, DivergedError, Reports, TrainingRun
+from .training_run import DivergedError, TrainingRun
 
 __all__ = ["SweepResult", "TrainConfig", "TrainSummary", "train", "train_sweep"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepResult:
-    """What one student of a sweep came to."""
-
-    name: str
-    """Its folder's name."""
-    summary: TrainSummary | None
-    """None for a student that was given up."""
-    problem: str | None
-    """Why it was given up; None for a finished one."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        summary = None if self.summary is None else self.summary.to_json()
-        return {"name": self.name, "summary": summary, "problem": self.problem}
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -141,7 +117,7 @@ def _train_connected(
         results = ranks.on_leader(lambda: _begin(configs, opened, folders))
         runs = [run for run in runs if run.config.out not in results]
         if runs:
-            results |= _train_runs(runs, opened[0], alone=alone)
+            results |= train_to_the_end(runs, opened[0], alone=alone)
     return results
 
 
@@ -189,160 +165,6 @@ def _earlier_result(config: TrainConfig) -> SweepResult | None:
     """What an earlier call came to, where that was the end."""
     file = config.out / GIVEN_UP_FILE
     if file.exists():
-        return _result(config, None, file.read_text())
+        return SweepResult(name=config.out.name, problem=file.read_text())
     summary = read_finished(config.out)
-    return None if summary is None else _result(config, summary)
-
-
-def _result(config: TrainConfig, summary: TrainSummary | None, problem: str | None = None) -> SweepResult:
-    return SweepResult(name=config.out.name, summary=summary, problem=problem)
-
-
-def _train_runs(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool) -> dict[Path, SweepResult]:
-    """Give each run the batches it lacks, until all are done; results by folder."""
-    ranks = runs[0].ranks
-    ranks.on_all(lambda: [run.restore() for run in runs])
-    first_step, total = min(run.step for run in runs), max(run.num_steps for run in runs)
-    ranks.check_equal(
-        first_step,
-        f"the processes do not see the same checkpoint in {runs[0].config.out}: several nodes need an --out on storage "
-        "that they share.",
-    )
-    results: dict[Path, SweepResult] = {}
-    with ExitStack() as stack:
-        progress: Progress | None = None
-        if ranks.leads:
-            title = runs[0].config.mode if alone else "sweep"
-            progress = stack.enter_context(Progress(title, total=total, unit="steps", done=first_step))
-            for line in _notes(runs, alone):
-                progress.say(line)
-        to_validate = ranks.on_leader(lambda: {run.config.out for run in runs if _lacks_validation(run)})
-        reports = {
-            run.config.out: _reports(run, progress, stack, alone=alone, validates=run.config.out in to_validate)
-            for run in runs
-        }
-        speed = Speed(ranks.world_size)
-        interrupts = stack.enter_context(Interrupts(heeded=ranks.leads))
-        for run in runs:
-            validates = run.config.out in to_validate
-            if result := _after_step(run, speed, reports[run.config.out], interrupts, validates=validates):
-                results[run.config.out] = result
-        for step, batch in enumerate(speed.timed(_batches(runs, data, first_step, total)), start=first_step):
-            if not alone:  # one journey to the device for all; a run alone may want it in parts
-                batch = batch.to(runs[0].device)
-            # A run whose checkpoint is of a later step joins when the stream gets there.
-            current = [run for run in runs if run.step == step and run.config.out not in results]
-            for run in current:
-                if result := _take(run, batch, speed, reports[run.config.out], alone=alone):
-                    results[run.config.out] = result
-            if progress is not None and ((step + 1) % LOG_EVERY == 0 or step + 1 == total):
-                losses = " ".join(f"{run.loss:.4g}" for run in runs)
-                progress.advance(step + 1 - progress.done, f"loss {losses}  {speed}")
-            current = [run for run in current if run.config.out not in results]
-            with _saved_when_stopped(current, results, speed, reports):
-                for run in current:
-                    validates = run.is_validated
-                    if result := _after_step(run, speed, reports[run.config.out], interrupts, validates=validates):
-                        results[run.config.out] = result
-                if len(results) == len(runs):
-                    break
-                if interrupts.came:
-                    interrupts.end()
-    return results
-
-
-def _lacks_validation(run: TrainingRun) -> bool:
-    """Whether the process that saved a run's checkpoint ended before it was validated, or before that was of use."""
-    rows = read_metrics(run.config.out, "validation")
-    return run.is_validated and (run.is_done or all(row["step"] != run.step for row in rows))
-
-
-def _reports(run: TrainingRun, progress: Progress | None, stack: ExitStack, *, alone: bool, validates: bool) -> Reports:
-    """Where a run's numbers and words go until `stack` is left; says where it continues.
-
-    Args:
-        run: restored from its checkpoint, where there is one.
-        progress: None on ranks that do not lead.
-        stack: ends what is opened.
-        alone: whether it is the only run.
-        validates: whether the step it is at is validated, once more or for the first time.
-    """
-    if progress is None:
-        return Reports()
-    metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step, validates_first_step=validates))
-    reports = Reports(metrics=metrics, progress=progress, prefix=_prefix(run, alone))
-    if run.step:
-        reports.say(f"continuing after step {run.step} of {run.num_steps}")
-    return reports
-
-
-def _take(run: TrainingRun, batch: Batch, speed: Speed, reports: Reports, *, alone: bool) -> SweepResult | None:
-    """One step of a run, and what a sweep's came to where it was given up."""
-    try:
-        run.take(batch, speed, reports)
-    except DivergedError as error:
-        if alone:
-            raise
-        write_file(run.config.out / GIVEN_UP_FILE, str(error).encode())
-        reports.say(f"given up: {error}")
-        return _result(run.config, None, str(error))
-    return None
-
-
-def _after_step(
-    run: TrainingRun, speed: Speed, reports: Reports, interrupts: Interrupts, *, validates: bool
-) -> SweepResult | None:
-    """Validate, and finish, when it is time; what the run came to where it is done."""
-    if validates:
-        with speed.paused(), interrupts.at_once():
-            run.validate(reports)
-    if not run.is_done:
-        return None
-    return _result(run.config, run.ranks.on_leader(partial(run.finish, speed)))
-
-
-@contextmanager
-def _saved_when_stopped(
-    runs: Sequence[TrainingRun], results: Mapping[Path, SweepResult], speed: Speed, reports: Mapping[Path, Reports]
-) -> Generator[None]:
-    """Save runs that stand between two steps, where the process is told to end in here, or one of them fails."""
-    try:
-        yield
-    except BaseException:
-        said: list[tuple[Reports, str]] = []
-        for run in runs:
-            if run.ranks.leads and run.config.out not in results:
-                is_sound = run.is_sound()
-                if is_sound:
-                    run.save(speed)
-                outcome = "is saved" if is_sound else "is not saved: weights are no numbers any more"
-                said.append((reports[run.config.out], f"stopped after step {run.step}, which {outcome}"))
-        for report, line in said:
-            report.say(line)
-        raise
-
-
-def _notes(runs: Sequence[TrainingRun], alone: bool) -> Iterator[str]:
-    """What the user should know before the runs; what concerns all of them is said once."""
-    for note in dict.fromkeys(note for run in runs for note in run.notes):
-        concerned = [run for run in runs if note in run.notes]
-        if len(concerned) == len(runs):
-            yield note
-        else:
-            yield from (_prefix(run, alone) + note for run in concerned)
-
-
-def _prefix(run: TrainingRun, alone: bool) -> str:
-    return "" if alone else f"{run.config.out.name}: "
-
-
-def _batches(runs: Sequence[TrainingRun], data: TrainingData, first_step: int, stop_step: int) -> Iterator[Batch]:
-    ranks = runs[0].ranks
-    return training_batches(
-        data.views,
-        data.label_S,
-        replace(data.order, rank=ranks.rank, num_ranks=ranks.world_size),
-        first_step=first_step,
-        stop_step=stop_step,
-        workers=runs[0].config.workers,
-    )
+    return None if summary is None else SweepResult(name=config.out.name, summary=summary)

@@ -49,6 +49,23 @@ class TrainSummary:
         return cls(**values)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepResult:
+    """What one student of a sweep came to."""
+
+    name: str
+    """Its folder's name."""
+    summary: TrainSummary | None = None
+    """None for a student that was given up."""
+    problem: str | None = None
+    """Why it was given up; None for a finished one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        summary = None if self.summary is None else self.summary.to_json()
+        return {"name": self.name, "summary": summary, "problem": self.problem}
+
+
 def read_finished(folder: Path) -> TrainSummary | None:
     """The summary of a finished run; None where the run is not finished.
 

@@ -14,7 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -118,22 +117,17 @@ def test_sigterm_to_all_processes_saves_too(config_for):
     assert (config.out / "checkpoint.pt").exists()
 
 
-def test_a_run_that_ends_in_its_last_validation_goes_on_there(config_for, digits_tars):
+def test_a_run_that_ends_in_its_last_validation_goes_on_there(config_for, digits_tars, tmp_path):
     last = str(digits_tars[2])
-    config = config_for("run", steps=20, mode="scratch", val_data=(last, *map(str, copies_of(last, 2000))))
+    many = [tmp_path / f"copy-{number:04d}.tar" for number in range(1000)]  # the same samples under other names
+    for link in many:
+        link.symlink_to(last)
+    config = config_for("run", steps=20, mode="scratch", val_data=tuple(map(str, many)))
     status, said = stop_with(signal.SIGINT, "train", config, config.out, until='"step": 20')
     assert (status, saved_step(said)) == (130, 20)
     summary = train(replace(config, val_data=last))
     assert summary.validation.num_samples == 16
     assert summary.img_per_s > 0
-
-
-def copies_of(tar, number):
-    """The same samples under other names, as symbolic links."""
-    links = [Path(tar).with_name(f"copy-{copy:05d}.tar") for copy in range(number)]
-    for link in links:
-        link.symlink_to(tar)
-    return links
 
 
 def test_a_sweep_saves_all_its_students(config_for):
