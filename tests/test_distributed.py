@@ -164,9 +164,22 @@ def test_a_killed_process_ends_the_run_and_the_next_continues_it(config_for):
     assert losses_of(killed) == pytest.approx(losses_of(whole), rel=1e-3)
 
 
+def test_a_run_that_is_told_to_end_is_saved_by_its_leader(config_for):
+    config = config_for("evicted", "copy", steps=1_000_000)
+    process = start(["-m", "atcache.cli.main", *options_of(config)])
+    wait_for(config.out / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to its workers
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    saved = torch.load(config.out / "checkpoint.pt")["step"]
+    assert saved > 0
+    assert stderr.count("stopped after step") == stderr.count(f"stopped after step {saved}, which is saved") == 1
+
+
 def wait_for(path, process):
+    """Until a process has written something there."""
     stop_s = time.monotonic() + 90
-    while not path.exists():
+    while not (path.exists() and path.stat().st_size):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < stop_s
         time.sleep(0.005)
