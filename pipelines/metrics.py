@@ -30,15 +30,16 @@ class MetricsLog:
 
         path = folder / METRICS_FILE
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
-        last: list[dict[str, Any]] = []
-        if validates_first_step:
-            last = [row for row in kept if (row["step"], row["kind"]) == (first_step, "train")]
-            kept = [*(row for row in kept if row["step"] < first_step)]
+        rewritten: list[dict[str, Any]] = []
+        if validates_first_step:  # TensorBoard can only be told to forget a whole step
+            rewritten = [row for row in kept if row["step"] == first_step and row["kind"] == "train"]
+            kept = [row for row in kept if row["step"] < first_step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=first_step + (not validates_first_step))
-        for row in last:
-            self.write("train", first_step, {name: row[name] for name in row.keys() - {"kind", "step"}})
+        for row in rewritten:
+            values = {name: value for name, value in row.items() if name not in ("kind", "step")}
+            self.write("train", first_step, values)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step; `kind` is "train" or "validation"."""

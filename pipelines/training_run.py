@@ -130,7 +130,7 @@ class TrainingRun:
     @property
     def is_done(self) -> bool:
         """Whether it has taken all its steps."""
-        return self.step == self.num_steps
+        return self.step >= self.num_steps
 
     @property
     def is_validated(self) -> bool:
