@@ -288,7 +288,7 @@ def test_caches_with_and_without_v_go_together_where_none_is_wanted(config_for, 
 
 @pytest.mark.parametrize("mode", ["copy", "distill"])
 def test_a_cache_without_v_is_refused_for_training_and_for_validation(mode, config_for, tiny_cache):
-    expected = r"--what v needs the teacher's v, which .* does not hold.*build a cache with --store v"
+    expected = r"--what v needs the teacher's v, which .* does not hold.*Build it with --store v"
     with pytest.raises(ConfigError, match=expected):
         train(config_for(mode, cache=tiny_cache(codec=EXACT)))
     if mode == "copy":
