@@ -57,7 +57,7 @@ class Grid:
     """Passes of a student over its samples."""
     lr: float
     """Highest learning rate of students that begin with random weights. Of 1e-3 and 5e-4, scratch learns more at the
-    first and copy about the same at both, on 2,000 training images that neither had seen."""
+    first and copy about the same at both, on 2,000 training images that neither had seen (5,000 labels, 8 epochs)."""
     finetune_lr: float
     """The same for fine-tuning, where it is that of the last layer only. It learns more at 2e-3 than at 1e-3."""
     seeds: int
