@@ -35,7 +35,7 @@ from .shared_teacher import SharedTeacher
 from .students import CacheTeacher, LiveTeacher, Student, check_views_fit, make_student
 from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
-from .training_notes import training_notes, validation_notes
+from .training_notes import training_notes, validation_notes, view_notes
 from .validation import ValidationSet, open_validation
 
 
@@ -192,6 +192,7 @@ def _open_student(
         },
         notes=(
             *training_notes(config, plan.student, stream.num_classes, readers),
+            *view_notes(config, len(stream.order.sample_S), readers),
             *(() if validation is None else validation_notes(stream.views, stream.seen_classes, validation)),
         ),
     )

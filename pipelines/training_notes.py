@@ -18,6 +18,9 @@ from .teacher_record import TeacherRecord
 from .train_config import TrainConfig
 from .validation import ValidationSet
 
+_MANY_TIMES = 30
+"""How often a view may be shown before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
+
 
 def training_notes(
     config: TrainConfig, student: ModelName, num_classes: int, readers: Sequence[CacheReader]
@@ -44,6 +47,25 @@ def training_notes(
                     f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
                     "draws the recipe's."
                 )
+
+
+def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheReader]) -> Iterator[str]:
+    """A sentence where a run shows so few views so often that its student will know them by heart.
+
+    Args:
+        config: the run.
+        num_samples: that it is trained on.
+        readers: the caches; none for a run without, which draws new views. Those of policy eval can have one only.
+    """
+    drawn = [reader.attributes["views"] for reader in readers if reader.attributes["views"]["policy"]["name"] != "eval"]
+    num_epochs = config.epochs if config.steps is None else config.steps * config.batch_size / num_samples
+    num_views = max((views["num_views"] for views in drawn), default=0)
+    if num_views and num_epochs / num_views > _MANY_TIMES:
+        yield (
+            f"NOTE: the cache has {num_views} view{'s' * (num_views > 1)} of an image, which the run shows "
+            f"{num_epochs / num_views:.0f} times each: students learn them by heart. Build it with more --views, or "
+            "vary what is seen with --student-jitter."
+        )
 
 
 def validation_notes(views: Views, seen_classes: np.ndarray, validation: ValidationSet) -> Iterator[str]:

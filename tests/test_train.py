@@ -614,6 +614,17 @@ def test_a_validation_that_says_little_is_noted(config_for, tiny_cache, digits_t
     assert "NOTE: the run is validated on images that it is trained on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("views", "steps", "warns"), [(1, 60, False), (1, 64, True), (2, 64, False)])
+def test_too_few_views_for_so_many_epochs_are_noted(views, steps, warns, config_for, tiny_cache):
+    run = training_of(config_for("copy", cache=tiny_cache(views=views), steps=steps))  # an epoch is two steps
+    expected = (
+        "NOTE: the cache has 1 view of an image, which the run shows 32 times each: students learn them by heart. Build "
+        "it with more --views, or vary what is seen with --student-jitter."
+    )
+    assert (expected in run.notes) == warns
+    assert warns or not run.notes
+
+
 def test_validation_images_of_classes_that_were_not_trained_on_are_counted(config_for, digits_tars, tiny_vit, capsys):
     index = index_source(str(digits_tars[0]))
     few = {"data": str(digits_tars[0]), "subset": 3, "batch_size": 3}
