@@ -233,8 +233,16 @@ def test_a_finished_validation_is_not_done_again(config_for, digits_tars, capsys
     assert "epoch 5:" not in capsys.readouterr().err
 
 
-def test_interrupts_are_received_only_meanwhile_and_only_where_they_were():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C: whoever runs the tests in the background may have had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_are_received_only_meanwhile(ctrl_c):
+    before = signal.getsignal(signal.SIGTERM)
     with Interrupts() as interrupts:
         signal.raise_signal(signal.SIGTERM)
         assert interrupts.came
@@ -245,14 +253,16 @@ def test_interrupts_are_received_only_meanwhile_and_only_where_they_were():
     with Interrupts(heeded=False) as interrupts:
         signal.raise_signal(signal.SIGINT)
         assert not interrupts.came
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with Interrupts() as interrupts:
-            signal.raise_signal(signal.SIGINT)
-            assert not interrupts.came
-    finally:
-        signal.signal(signal.SIGINT, before[0])
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupts.came
 
 
 def test_a_run_in_another_thread_trains_without_them(config_for):
