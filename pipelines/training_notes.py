@@ -63,8 +63,8 @@ def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheRea
     if num_views and num_epochs / num_views > _MANY_TIMES:
         yield (
             f"NOTE: the cache has {num_views} view{'s' * (num_views > 1)} of an image, which the run shows "
-            f"{num_epochs / num_views:.0f} times each: students learn them by heart. Build it with more --views, or "
-            "vary what is seen with --student-jitter."
+            f"{num_epochs / num_views:.0f} times each: students may learn them by heart. Build it with more --views, "
+            "or vary what is seen with --student-jitter."
         )
 
 

@@ -97,8 +97,9 @@ def test_a_build_draws_the_recipes_views_and_training_on_others_says_so(
     mixing = policy["mixing"]
     assert (policy["name"], mixing["mixup_alpha"], mixing["cutmix_alpha"]) == ("randaug", 0.8, 0.5)
 
-    def notes(cache):
-        config = TrainConfig(mode="copy", cache=cache, out=Path("run"), recipe="copy-vit-l", batch_size=24)
+    def notes(cache, recipe="copy-vit-l"):
+        common = {"mode": "copy", "out": Path("run"), "batch_size": 24, "epochs": 5}
+        config = TrainConfig(**common, cache=cache, recipe=recipe)
         return open_training_data([config], torch.device("cpu"))[0].notes
 
     (note,) = notes(tiny_cache())
@@ -109,8 +110,7 @@ def test_a_build_draws_the_recipes_views_and_training_on_others_says_so(
     (note,) = notes(Path("theirs.zarr"))
     assert "are not those of recipe copy-vit-l: cutmix is 0.5, not 1.0. A cache's views are fixed;" in note
     Path("mine.toml").write_text('[train]\nmode = "copy"\n[build]\nmixup = 0.8\n')
-    config = TrainConfig(mode="copy", cache=Path("theirs.zarr"), out=Path("run"), recipe="mine.toml", batch_size=24)
-    assert open_training_data([config], torch.device("cpu"))[0].notes == ()
+    assert notes(Path("theirs.zarr"), "mine.toml") == ()
 
 
 def test_a_run_without_a_cache_draws_the_recipes_views_itself(digits_tars, tiny_vit, tmp_path):

@@ -618,7 +618,7 @@ def test_a_validation_that_says_little_is_noted(config_for, tiny_cache, digits_t
 def test_too_few_views_for_so_many_epochs_are_noted(views, steps, warns, config_for, tiny_cache):
     run = training_of(config_for("copy", cache=tiny_cache(views=views), steps=steps))  # an epoch is two steps
     expected = (
-        "NOTE: the cache has 1 view of an image, which the run shows 32 times each: students learn them by heart. "
+        "NOTE: the cache has 1 view of an image, which the run shows 32 times each: students may learn them by heart. "
         "Build it with more --views, or vary what is seen with --student-jitter."
     )
     assert (expected in run.notes) == warns
