@@ -11,7 +11,6 @@ import click
 
 from atcache.errors import ConfigError
 from atcache.location import Location, looks_like_url, parse_location
-from atcache.order import MAX_SEED
 
 from .defaults import read_defaults
 
@@ -76,8 +75,7 @@ precision = click.option(
     help="What matrix products are computed in; auto takes bf16 where the device is fast at it.",
 )
 
-SEED = click.IntRange(0, MAX_SEED)
-seed = click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all randomness.")
+seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of all randomness.")
 
 
 policy = click.option(

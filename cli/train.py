@@ -92,7 +92,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--ema", type=float, help="Decay of a moving average of the weights, such as 0.9999.")
 @click.option("--attention-weight", type=float, default=3.0, show_default=True, help="Weight of the distillation loss.")
 @options.seed
-@click.option("--order-seed", type=options.SEED, help="Seed of the order of samples; without it, the seed.")
+@click.option("--order-seed", type=click.IntRange(min=0), help="Seed of the order of samples; without it, the seed.")
 @click.option(
     "--shuffle",
     type=click.Choice(["global", "block"]),

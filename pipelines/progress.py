@@ -81,8 +81,7 @@ class Progress:
         )
         note = f", {self._note}" if self._note else ""
         done = f"{self._done}/{self._total} {self._unit}"
-        with suppress(OSError):
-            print(f"{self._title}: {done}, {speed:.4g}/s{note}{remaining}", file=sys.stderr, flush=True)
+        self.say(f"{self._title}: {done}, {speed:.4g}/s{note}{remaining}")
 
     def __enter__(self) -> Self:
         if self._rich is not None:

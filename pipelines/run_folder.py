@@ -30,7 +30,6 @@ _SAVED = (WEIGHTS_FILE, CHECKPOINT_FILE, GIVEN_UP_FILE)
 _FILES_OF_OTHERS = (*_SAVED, RUN_FILE, "config.json", "zarr.json")
 """What runs, pre-trained teachers, caches and anybody's weights leave in a folder, for a new run to overwrite."""
 
-
 _WITHOUT_VALUES = {
     "data.validation": "its validation images or cache are others",
     "data.initial_weights_sha256": "it began with other --weights",

@@ -37,13 +37,11 @@ STREAM_FIELDS = (
     "checkpoint_every",
 )
 """What the students of a sweep must have in common."""
+_WHERE_FIELDS = ("layers", "heads", "layer_map", "head_map")
+"""What goes where, for students that are given a teacher's attention."""
 MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
     "weights": ("finetune",),
-    "layers": ("copy", "distill"),
-    "heads": ("copy", "distill"),
-    "layer_map": ("copy", "distill"),
-    "head_map": ("copy", "distill"),
-    "what": ("copy", "distill"),
+    **dict.fromkeys((*_WHERE_FIELDS, "what"), ("copy", "distill")),
     "attention_weight": ("distill",),
 }
 """Settings that only students of these modes can have. A live teacher has weights in all modes."""
@@ -200,7 +198,7 @@ class TrainConfig:
     def _check_transfer(self, transfers: bool) -> None:
         if self.what not in WHATS:
             raise ConfigError(f"what={self.what!r}: expected one of {', '.join(WHATS)}.")
-        given = [name for name in ("live_teacher", "layers", "heads", "layer_map", "head_map") if getattr(self, name)]
+        given = [name for name in ("live_teacher", *_WHERE_FIELDS) if getattr(self, name)]
         given += ["what"] if self.what != "map" else []
         if given and not transfers:
             raise ConfigError(f"{given[0]} is for copy and distill: mode {self.mode} uses no attention of a teacher.")

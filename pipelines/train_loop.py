@@ -172,5 +172,6 @@ class _Loop:
 
 def _lacks_validation(run: TrainingRun) -> bool:
     """Whether a run's step is to be validated, once more where it is the last one and the run was not finished."""
-    rows = read_metrics(run.config.out, "validation")
-    return run.is_validated and (run.is_done or all(row["step"] != run.step for row in rows))
+    return run.is_validated and (
+        run.is_done or all(row["step"] != run.step for row in read_metrics(run.config.out, "validation"))
+    )

@@ -84,6 +84,11 @@ def test_help_and_version_import_nothing_heavy():
         assert _imported_by(f"cli.main(['{option}'], standalone_mode=False)") == set()
 
 
+def test_the_help_of_a_command_imports_nothing_heavy():
+    loads = "; ".join(f"COMMANDS[{name!r}].load()" for name in COMMANDS)
+    assert _imported_by(f"from atcache.cli.main import COMMANDS; {loads}") <= {"rich"}  # pack's bar
+
+
 def test_the_import_guard_bites():
     assert "numpy" in _imported_by("import numpy")
 

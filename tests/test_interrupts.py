@@ -18,17 +18,14 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from unfinished import take_first_steps
 
 from atcache.errors import BadImageError
-from atcache.loader import training_batches
 from atcache.pipelines.interrupts import Interrupts
-from atcache.pipelines.metrics import MetricsLog, read_metrics
+from atcache.pipelines.metrics import read_metrics
 from atcache.pipelines.pretrain import PretrainConfig, pretrain
-from atcache.pipelines.speed import Speed
-from atcache.pipelines.train import begin_run, train, train_sweep
+from atcache.pipelines.train import train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import Reports, TrainingRun
 
 STARTED = """
 import pickle, sys
@@ -218,15 +215,7 @@ def shown_steps(config, name) -> list[int]:
 
 def test_a_finished_validation_is_not_done_again(config_for, digits_tars, capsys):
     config = config_for("run", mode="scratch", steps=30, validate_every=5, val_data=str(digits_tars[2]))
-    (data,) = open_training_data([config], torch.device("cpu"))
-    run = TrainingRun(config, data, torch.device("cpu"))
-    config.out.mkdir()
-    begin_run(config, data)
-    with MetricsLog(config.out, first_step=0) as metrics:
-        reports, speed = Reports(metrics=metrics), Speed()
-        for batch in training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=10, workers=0):
-            run.take(batch, speed, reports)
-        run.validate(reports)
+    take_first_steps(config, 10, validates=True)
     before = (config.out / "metrics.jsonl").read_text()
     train(replace(config, validate_every=0))
     assert (config.out / "metrics.jsonl").read_text().startswith(before)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional
+from unfinished import take_first_steps
 
 from atcache.errors import ConfigError
 from atcache.jitter import draw_jitter, jitter_pixels
 from atcache.loader import training_batches
 from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.speed import Speed
-from atcache.pipelines.train import begin_run, train
+from atcache.pipelines.train import train
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
 from atcache.pipelines.training_run import TrainingRun
@@ -90,14 +90,7 @@ def test_cutting_the_batch_changes_nothing(config_for):
 def test_a_continued_run_draws_what_the_whole_run_drew(config_for):
     whole, stopped = config_for("copy", drop_path=0.2), config_for("copy", drop_path=0.2)
     train(whole)
-    (data,) = open_training_data([stopped], CPU)
-    first = TrainingRun(stopped, data, CPU)
-    batches = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=8, workers=0)
-    for batch in batches:
-        first.train_step(batch)
-    stopped.out.mkdir()
-    begin_run(stopped, data)
-    first.save(Speed())
+    take_first_steps(stopped, 8, saves=True)
     train(stopped)
     ours, theirs = (load_file(config.out / "model.safetensors") for config in (stopped, whole))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -11,16 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from unfinished import take_first_steps
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.loader import training_batches
-from atcache.pipelines.metrics import MetricsLog, read_metrics
-from atcache.pipelines.speed import Speed
-from atcache.pipelines.train import begin_run, train, train_sweep
+from atcache.pipelines.metrics import read_metrics
+from atcache.pipelines.train import train, train_sweep
 from atcache.pipelines.train_config import TrainConfig
 from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import Reports, TrainingRun
+from atcache.pipelines.training_run import TrainingRun
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_sweep_that_was_stopped_goes_on_with_each_student_from_its_own_checkpo
     stopped = begun[1]
     late = replace(begun[3], out=begun[3].out.with_name("late"))
     train(begun[2])
-    _train_and_stop_at(stopped, 13)
+    take_first_steps(stopped, 13)
     assert torch.load(stopped.out / "checkpoint.pt")["step"] == 10
     results = train_sweep([*begun, late])
     assert [result.problem for result in results] == 5 * [None]
@@ -89,18 +89,6 @@ def test_a_sweep_that_was_stopped_goes_on_with_each_student_from_its_own_checkpo
         train(alone)
         assert_same_run(config, alone)
     assert not list((tmp_path / "sweep").rglob("checkpoint.pt"))
-
-
-def _train_and_stop_at(config, step):
-    """The first steps of a run, without what comes at its end."""
-    (data,) = open_training_data([config], torch.device("cpu"))
-    run = TrainingRun(config, data, torch.device("cpu"))
-    stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=step, workers=0)
-    config.out.mkdir(parents=True, exist_ok=True)
-    begin_run(config, data)
-    with MetricsLog(config.out, first_step=0) as metrics:
-        for batch in stream:
-            run.take(batch, Speed(), Reports(metrics=metrics))
 
 
 def test_what_concerns_all_students_is_said_once(config_for, tiny_vit, capsys):
