@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import AttentionShapeError
-from atcache.tokens import TokenLayout
 
 
 def attention_entropy(attn_QK: Any, *, base: float = 2.0) -> Any:  # noqa: ANN401 - numpy or dask array

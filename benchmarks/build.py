@@ -31,22 +31,24 @@ from build_growth import measure_growth, measure_opening
 from train_step import random_state
 
 from atcache.attention.capture import FactorCapture
-from atcache.codecs import State, parse_codec
-from atcache.codecs.transform import TransformCodec
-from atcache.pipelines.board import Board
-from atcache.pipelines.build_plan import plan_layout
-from atcache.pipelines.build_tasks import RenderedBatches, TaskRunner
-from atcache.pipelines.calibrate import Calibration, TeacherRun, calibrate, layer_row_kl
-from atcache.pipelines.calibration_views import render_calibration_views
-from atcache.pipelines.distributed import Ranks
-from atcache.pipelines.fidelity_limits import Expectation
-from atcache.precision import autocast
-from atcache.source import Source, index_source
+from atcache.codecs.base import State
+from atcache.codecs.registry import parse_codec
+from atcache.codecs.transform.codec import TransformCodec
+from atcache.feed.workers import read_ahead
+from atcache.images.source import Source, index_source
+from atcache.pipelines.build.board import Board
+from atcache.pipelines.build.calibrate import Calibration, calibrate, render_calibration_views
+from atcache.pipelines.build.plan import plan_layout
+from atcache.pipelines.build.tasks import RenderedBatches, TaskRunner
+from atcache.pipelines.fidelity import Expectation, layer_row_kl
+from atcache.pipelines.running.ranks import Ranks
 from atcache.store.layout import StoreLayout
 from atcache.store.writer import TaskWriter, create_cache, encode_view
-from atcache.teachers import create_student, parse_model_name
-from atcache.views import ViewPolicy
-from atcache.worker_batches import read_ahead
+from atcache.teachers.devices import autocast
+from atcache.teachers.load import create_student
+from atcache.teachers.names import parse_model_name
+from atcache.teachers.run import TeacherRun
+from atcache.views.policy import ViewPolicy
 
 
 class Setup(NamedTuple):

@@ -35,7 +35,7 @@ def _in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def _index(num_samples: int, folder: str) -> Any:
-    from atcache.source import SampleIndex
+    from atcache.images.source import SampleIndex
 
     return SampleIndex(
         tars=(Path(folder) / "train.tar",),
@@ -51,7 +51,7 @@ def _index(num_samples: int, folder: str) -> Any:
 
 def _layout(num_samples: int, **changes: Any) -> Any:
     from atcache.store.layout import StoreLayout
-    from atcache.views import PARAMETER_NAMES
+    from atcache.views.policy import PARAMETER_NAMES
 
     fields = {
         "num_views": 1,

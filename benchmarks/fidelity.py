@@ -26,13 +26,14 @@ import numpy as np
 import torch
 
 import atcache
-from atcache.attention.transfer import CachedFactors
 from atcache.codecs.fidelity import row_kl
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.demo import TEACHER, DemoConfig, student_config, write_digits
-from atcache.pipelines.evaluate import EvaluateConfig, evaluate
-from atcache.pipelines.train import train
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.demo.run import TEACHER, DemoConfig, student_config, write_digits
+from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
+from atcache.students.teacher_side import CachedFactors
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.001, 0.005, 0.02, 0.1, 0.5)))
 """Measured unless `--codec` names others; the first is the reference."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atcache.order import SHUFFLES, SampleOrder
+from atcache.feed.order import SHUFFLES, SampleOrder
 
 
 def entropy_bits(label_NB: np.ndarray) -> float:

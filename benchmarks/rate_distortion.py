@@ -32,13 +32,15 @@ from torch import Tensor
 
 from atcache.attention.capture import check_capture
 from atcache.attention.factors import FactorGeometry
-from atcache.codecs import parse_codec
+from atcache.codecs.registry import parse_codec
 from atcache.errors import AtcacheError
-from atcache.pipelines.calibrate import TeacherRun
-from atcache.precision import autocast, resolve_precision
-from atcache.source import Source, index_source
-from atcache.teachers import Teacher, load_teacher, read_weights
-from atcache.views import apply_view, draw_view
+from atcache.images.source import Source, index_source
+from atcache.teachers.devices import autocast, resolve_precision
+from atcache.teachers.load import Teacher, load_teacher
+from atcache.teachers.run import TeacherRun
+from atcache.teachers.weights import read_weights
+from atcache.views.apply import apply_view
+from atcache.views.draw import draw_view
 
 CODECS = (
     "exact",

@@ -24,7 +24,7 @@ from threading import local
 import numpy as np
 from PIL import Image
 
-from atcache.source import SampleIndex
+from atcache.images.source import SampleIndex
 from atcache.store.chunks import blosc, use_single_threaded_blosc, zstd
 from atcache.store.layout import (
     COMPRESSORS,
@@ -36,7 +36,7 @@ from atcache.store.layout import (
 )
 from atcache.store.reader import CacheReader
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
-from atcache.views import PARAMETER_NAMES
+from atcache.views.policy import PARAMETER_NAMES
 
 Place = tuple[int, int]
 """(view, sample)."""

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from read import VIEWS, make_cache, transform_codes
 
-from atcache.location import parse_location
-from atcache.remote import block_cache, remote_file
+from atcache.files.location import parse_location
+from atcache.files.remote import block_cache, remote_file
 from atcache.store.reader import CacheReader
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -13,18 +13,21 @@ import torch
 from map_compressors import FLOOR, MapCompressor
 from torch import Tensor
 
-from atcache.attention.capture import FactorCapture, find_blocks
+from atcache.attention.blocks import find_blocks
+from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry, LayerAttention, LayerMaps
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
-from atcache.attention.transfer import CachedFactors, attend_with_given
-from atcache.codecs import Codec
+from atcache.codecs.base import Codec
 from atcache.codecs.fidelity import row_kl
-from atcache.pipelines.calibrate import TeacherRun, calibrate
-from atcache.pipelines.code_sizes import plan_codes
-from atcache.precision import autocast
+from atcache.pipelines.build.calibrate import calibrate
+from atcache.pipelines.build.sizes import plan_codes
 from atcache.store.chunks import decompress_into
 from atcache.store.layout import plan_layers_per_chunk
 from atcache.store.writer import encode_view
+from atcache.students.attend import attend_with_given
+from atcache.students.teacher_side import CachedFactors
+from atcache.teachers.devices import autocast
+from atcache.teachers.run import TeacherRun
 
 INDEX_NBYTES = 16
 """Offset and length of a chunk in its shard's index."""

@@ -31,17 +31,21 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from atcache.attention.capture import FactorCapture, find_blocks, token_layout
+from atcache.attention.blocks import find_blocks, token_layout
+from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry
-from atcache.attention.transfer import CachedFactors
-from atcache.codecs import Coder, parse_codec
-from atcache.loader import Batch, Codes
-from atcache.pipelines.calibrate import TeacherRun
-from atcache.pipelines.students import LiveTeacher, Mode, Student, make_student
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_run import TrainingRun
-from atcache.precision import PRECISIONS, autocast, resolve_device, resolve_precision
-from atcache.teachers import Teacher, create_student, input_config, parse_model_name
+from atcache.codecs.base import Coder
+from atcache.codecs.registry import parse_codec
+from atcache.feed.batch import Batch, Codes
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.student_run import TrainingRun
+from atcache.students.student import Mode, Student, make_student
+from atcache.students.teacher_side import CachedFactors, LiveTeacher
+from atcache.teachers.devices import PRECISIONS, autocast, resolve_device, resolve_precision
+from atcache.teachers.inputs import input_config
+from atcache.teachers.load import Teacher, create_student
+from atcache.teachers.names import parse_model_name
+from atcache.teachers.run import TeacherRun
 
 # timm name, width, depth, heads.
 GEOMETRIES = {

@@ -38,7 +38,7 @@ from transfer_runs import (
     view_ways,
 )
 
-from atcache.pipelines.train_summary import read_finished
+from atcache.pipelines.train.summary import read_finished
 from atcache.store.reader import CacheReader
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import options
+from ..cli import options
 
 
 @click.command()
@@ -57,10 +57,10 @@ def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyw
         atcache build --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out in1k.zarr
     """
     del recipe  # its settings are the other options' defaults
-    from ..pipelines.build import BuildConfig
-    from ..pipelines.build import build as run_build
-    from ..pipelines.build_plan import BuildPlan
-    from ..pipelines.distributed import Ranks
+    from ..pipelines.build.config import BuildConfig
+    from ..pipelines.build.plan import BuildPlan
+    from ..pipelines.build.run import build as run_build
+    from ..pipelines.running.ranks import Ranks
 
     def print_plan(plan: BuildPlan) -> None:
         ratio = plan.map_nbytes_per_view / plan.nbytes_per_view

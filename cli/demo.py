@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from ..cli import options
 
 if TYPE_CHECKING:
-    from ..pipelines.demo import DemoSummary
+    from ..pipelines.demo.run import DemoSummary
 
 
 @click.command()
@@ -34,8 +34,8 @@ def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one k
     \b
         atcache demo --seeds 3 --json demo.json
     """
-    from ..pipelines.demo import DemoConfig
-    from ..pipelines.demo import demo as run_demo
+    from ..pipelines.demo.run import DemoConfig
+    from ..pipelines.demo.run import demo as run_demo
 
     if json_file is not None:  # minutes before it is written
         json_file.parent.mkdir(parents=True, exist_ok=True)

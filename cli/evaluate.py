@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from . import options
+from ..cli import options
 
 _PATH = click.Path(path_type=Path)
 
@@ -40,8 +40,8 @@ def evaluate(run: Path | None, ensemble: tuple[Path, ...], **config: Any) -> Non
         atcache eval runs/copy --cache in1k-val.zarr
         atcache eval runs/distill --ensemble runs/finetune --data 'val-{00..49}.tar'
     """
-    from ..pipelines.evaluate import EvaluateConfig
-    from ..pipelines.evaluate import evaluate as run_evaluation
+    from ..pipelines.train.evaluate import EvaluateConfig
+    from ..pipelines.train.evaluate import evaluate as run_evaluation
 
     runs = (*(() if run is None else (run,)), *ensemble)
     options.print_json(run_evaluation(EvaluateConfig(runs=runs, **config)).to_json())

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 import atcache
-from atcache.location import Location
+from atcache.files.location import Location
 
-from . import options
+from ..cli import options
 
 
 @click.command()

@@ -179,7 +179,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("atcache").setLevel(logging.INFO)
     if ctx.invoked_subcommand not in (None, "build", "train"):
-        from ..pipelines.distributed import Ranks
+        from ..pipelines.running.ranks import Ranks
 
         Ranks.from_environment().refuse_several(f"`atcache {ctx.invoked_subcommand}`")
 

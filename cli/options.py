@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from atcache.errors import ConfigError
-from atcache.location import Location, looks_like_url, parse_location
+from atcache.files.location import Location, looks_like_url, parse_location
 
 from .defaults import read_defaults
 
@@ -120,7 +120,7 @@ pixels = click.option(
 def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str | None:
     """Make a recipe's settings the defaults of the command's other options, which are looked up after this one."""
     if name is not None and ctx.info_name is not None:
-        from ..pipelines.recipes import TABLES, recipe_path
+        from ..pipelines.train.recipes import TABLES, recipe_path
 
         commands = cast(click.Group, ctx.find_root().command)
         # Both tables: a run without a cache draws its views as [build] says.

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from ..cli import options
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..pipelines.plan import Plan
+    from ..pipelines.plan.run import Plan
 
 _PATH = click.Path(path_type=Path)
 
@@ -67,8 +67,8 @@ def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanCo
     \b
         atcache plan --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out /data/in1k.zarr
     """
-    from ..pipelines.plan import plan as run_plan
-    from ..pipelines.plan_config import PlanConfig
+    from ..pipelines.plan.config import PlanConfig
+    from ..pipelines.plan.run import plan as run_plan
 
     made = run_plan(PlanConfig(**config), say=lambda line: click.echo(f"{line} ...", err=True))
     _print(made)
@@ -94,7 +94,7 @@ def _print(plan: Plan) -> None:
 
 
 def _facts(plan: Plan) -> list[str]:
-    from ..pipelines.plan_verdict import number, size
+    from ..pipelines.plan.verdict import number, size
 
     machine, workload = plan.machine, plan.workload
     loads = "" if machine.load_img_per_s is None else f"; loading images: {number(machine.load_img_per_s)} img/s"
@@ -110,7 +110,7 @@ def _facts(plan: Plan) -> list[str]:
 
 
 def _cache_table(plan: Plan) -> Table:
-    from ..pipelines.plan_verdict import duration, number, size
+    from ..pipelines.plan.verdict import duration, number, size
 
     table = _table(
         "What a cache would be", ["codec", "a view", "in all", "than float16 maps", "row KL", "features off"]
@@ -139,7 +139,7 @@ def _against(times_smaller: float) -> str:
 
 
 def _training_table(plan: Plan) -> Table:
-    from ..pipelines.plan_verdict import duration, number, size
+    from ..pipelines.plan.verdict import duration, number, size
 
     headings = [
         "training from",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from . import options
+from ..cli import options
 
 
 @click.command()
@@ -58,7 +58,7 @@ def pretrain(**fields: Any) -> None:  # noqa: ANN401 - the options above
     \b
         atcache pretrain --model vit_small_patch16_224 --data 'train-{0000..0099}.tar' --out teacher --workers 8
     """
-    from ..pipelines.pretrain import PretrainConfig
-    from ..pipelines.pretrain import pretrain as run
+    from ..pipelines.pretrain.run import PretrainConfig
+    from ..pipelines.pretrain.run import pretrain as run
 
     options.print_json(run(PretrainConfig(**fields)).to_json())

@@ -10,12 +10,13 @@ from click.core import ParameterSource
 
 from atcache.errors import ConfigError
 
-from . import options
+from ..cli import options
 from .sweep import read_sweep
 
 if TYPE_CHECKING:
-    from ..pipelines.students import Mode
-    from ..pipelines.train import SweepResult
+    from atcache.students.student import Mode
+
+    from ..pipelines.train.summary import SweepResult
 
 _PATH = click.Path(path_type=Path)
 
@@ -118,9 +119,9 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
         atcache train --mode copy --cache in1k.zarr --val-cache in1k-val.zarr --out runs/copy
         atcache train --recipe distill-vit-l --cache in1k.zarr --val-data 'val-{00..49}.tar' --out runs/distill
     """
-    from ..pipelines.distributed import Ranks
-    from ..pipelines.train import TrainConfig
-    from ..pipelines.train import train as run_training
+    from ..pipelines.running.ranks import Ranks
+    from ..pipelines.train.config import TrainConfig
+    from ..pipelines.train.run import train as run_training
 
     drawn = _views_of_the_recipe(ctx, config["recipe"])
     if sweep is not None:
@@ -139,7 +140,7 @@ def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, An
     """How a run without a cache draws its views: as its recipe does, unless an option says otherwise."""
     if recipe is None:
         return {}
-    from ..pipelines.recipes import views_to_draw
+    from ..pipelines.train.recipes import views_to_draw
 
     return {
         name: value
@@ -150,7 +151,8 @@ def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, An
 
 def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Train the students of a file; those without a cache draw their views as `drawn`."""
-    from ..pipelines.train import TrainConfig, train_sweep
+    from ..pipelines.train.config import TrainConfig
+    from ..pipelines.train.run import train_sweep
 
     out: Path = common["out"]
     order_seed = common["seed"] if common["order_seed"] is None else common["order_seed"]
@@ -177,7 +179,7 @@ def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], dra
 
 def _without_other_modes(common: dict[str, Any], mode: Mode, modes: set[Mode]) -> dict[str, Any]:
     """The options of all students but those that this mode cannot have, where a student of the sweep can."""
-    from ..pipelines.train_config import MODES_OF_OPTIONS
+    from ..pipelines.train.config import MODES_OF_OPTIONS
 
     others = {
         name

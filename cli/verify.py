@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import options
+from ..cli import options
 
 if TYPE_CHECKING:
-    from ..pipelines.verify import VerifySummary
-    from ..pipelines.verify_files import Finding
+    from ..pipelines.verify.files import Finding
+    from ..pipelines.verify.run import VerifySummary
 
 
 @click.command()
@@ -57,8 +57,8 @@ def verify(ctx: click.Context, all_views: bool, sample: int, **config: Any) -> N
         atcache verify in1k.zarr --repair
         atcache verify in1k.zarr --teacher mae-vit-l
     """
-    from ..pipelines.verify import VerifyConfig
-    from ..pipelines.verify import verify as run_verify
+    from ..pipelines.verify.run import VerifyConfig
+    from ..pipelines.verify.run import verify as run_verify
 
     if all_views and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--sample and --all both say how many views are compared; give one of them.")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from atcache.errors import ConfigError, DiskFullError, SourceError
-from atcache.images import IMAGE_EXTENSIONS
+from atcache.images.decode import IMAGE_EXTENSIONS
 
-from .progress import Progress
+from .running.progress import Progress
 
 CLASSES_FILE = "classes.txt"
 # Keys are kept short enough for the plain tar header, which every reader knows.

@@ -49,7 +49,8 @@ def tiny_weights(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     import torch
     from safetensors.torch import save_file
 
-    from atcache.teachers import create_student, parse_model_name
+    from atcache.teachers.load import create_student
+    from atcache.teachers.names import parse_model_name
 
     torch.manual_seed(0)
     model = create_student(parse_model_name(tiny_vit), num_classes=10)
@@ -62,7 +63,8 @@ def tiny_weights(tiny_vit: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def tiny_cache(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory):
     """A function: fields of `BuildConfig` -> a cache of the digits by the tiny teacher, the same for equal fields."""
-    from atcache.pipelines.build import BuildConfig, build
+    from atcache.pipelines.build.config import BuildConfig
+    from atcache.pipelines.build.run import build
 
     built: dict[tuple[tuple[str, object], ...], Path] = {}
 
@@ -81,7 +83,7 @@ def tiny_cache(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_p
 @pytest.fixture
 def digits_build(digits_tars: list[Path], tiny_vit: str, tiny_weights: Path, tmp_path: Path):
     """The `BuildConfig` of a build of 48 digits in 6 tasks, with batches that do not divide them."""
-    from atcache.pipelines.build import BuildConfig
+    from atcache.pipelines.build.config import BuildConfig
 
     return BuildConfig(
         teacher=tiny_vit,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.tokens import TokenLayout
 from atcache.codecs.fidelity import row_kl
-from atcache.tokens import TokenLayout
 
 
 def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1, layers=(0, 2), v_head_dim=0):

@@ -76,7 +76,7 @@ class TestRateDistortion:
     def test_what_is_measured_was_never_fitted_on(self, tiny_vit, tiny_weights, digits_tars, tmp_path):
         from rate_distortion import _parse, _pixels
 
-        from atcache.teachers import load_teacher
+        from atcache.teachers.load import load_teacher
 
         where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", str(tmp_path), "--policy", "eval"]
         options = _parse([*where, "--views", "5", "--calibration-views", "43"])
@@ -88,7 +88,8 @@ class TestRateDistortion:
     def test_top_classes_count_only_where_the_head_came_with_the_weights(self, tiny_vit, tiny_weights, tmp_path):
         from rate_distortion import _has_trained_head
 
-        from atcache.teachers import load_teacher, read_weights
+        from atcache.teachers.load import load_teacher
+        from atcache.teachers.weights import read_weights
 
         headless = {name: tensor for name, tensor in read_weights(tiny_weights).items() if "head." not in name}
         torch.save(headless, tmp_path / "headless.pt")
@@ -307,7 +308,7 @@ def _maps(tiny_vit, tiny_weights, digits_tars, num_views):
     from rate_distortion import _parse, _pixels
 
     from atcache.attention.capture import FactorCapture
-    from atcache.teachers import load_teacher
+    from atcache.teachers.load import load_teacher
 
     teacher = load_teacher(tiny_vit, weights=tiny_weights)
     where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o"]

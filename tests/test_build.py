@@ -30,9 +30,9 @@ from PIL import Image
 import atcache
 from atcache.attention.capture import FactorCapture
 from atcache.cli.main import cli
-from atcache.codecs import parse_codec
 from atcache.codecs.int8 import Int8Codec
-from atcache.codecs.transform import TransformCodec
+from atcache.codecs.registry import parse_codec
+from atcache.codecs.transform.codec import TransformCodec
 from atcache.errors import (
     BadImageError,
     CacheMismatchError,
@@ -42,18 +42,23 @@ from atcache.errors import (
     DiskFullError,
     SourceError,
 )
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.fidelity_limits import Expectation
-from atcache.rendering import normalise_images
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.fidelity import Expectation
 from atcache.store.layout import BLOSC, COMPRESSORS, ZSTD, Status
 from atcache.store.manifest import check_commit, list_commits, read_commits
 from atcache.store.writer import encode_view
-from atcache.teachers import create_student, load_teacher, parse_model_name
-from atcache.views import apply_view, draw_view
+from atcache.teachers.inputs import normalise_images
+from atcache.teachers.load import create_student, load_teacher
+from atcache.teachers.names import parse_model_name
+from atcache.views.apply import apply_view
+from atcache.views.draw import draw_view
 
 # Processes that start in no time: their server has imported everything once, and knows nothing of pytest's threads.
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["__main__", "atcache.pipelines.build", "atcache.cache", "timm", "zarr", "dask.array"])
+CHILDREN.set_forkserver_preload(
+    ["__main__", "atcache.pipelines.build.run", "atcache.cache.cache", "timm", "zarr", "dask.array"]
+)
 
 
 MIXED = {"mixup": 0.8, "cutmix": 1.0}
@@ -649,7 +654,8 @@ MEASURE_PEAKS = """
 import os, sys
 from pathlib import Path
 import torch
-from atcache.pipelines.build import BuildConfig, build
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
 import timm, zarr
 torch.set_num_threads(1)
 _, teacher, weights, out, *sources = sys.argv

@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 
 import atcache
 from atcache.attention.factors import FactorGeometry, LayerFactors
-from atcache.cache import Cache
-from atcache.codecs import parse_codec
+from atcache.attention.tokens import TokenLayout
+from atcache.cache.cache import Cache
+from atcache.cache.lazy_layers import plan_sample_chunks
+from atcache.codecs.registry import parse_codec
 from atcache.errors import CacheMismatchError, CacheMissError, CorruptCacheError, SourceError
-from atcache.lazy_layers import plan_sample_chunks
-from atcache.rendering import Renderer
-from atcache.source import SampleIndex, Source, index_source
+from atcache.images.source import SampleIndex, Source, index_source
 from atcache.stats import attention_entropy
 from atcache.store.layout import Status, StoreLayout
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
-from atcache.tokens import TokenLayout
-from atcache.views import PARAMETER_NAMES, ViewPolicy, library_versions
+from atcache.views.apply import library_versions
+from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
+from atcache.views.rendering import Renderer
 
 GEOMETRY = FactorGeometry(
     layers=(1, 4, 5),

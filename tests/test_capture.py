@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from atcache.attention.capture import FactorCapture, check_capture, find_blocks, parse_indices, token_layout
+from atcache.attention.blocks import find_blocks, token_layout
+from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import FactorGeometry
+from atcache.attention.indices import parse_indices
 from atcache.errors import ConfigError, UnsupportedAttentionError
 
 SIZE = 48

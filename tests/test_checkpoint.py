@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from atcache.errors import CorruptCacheError
-from atcache.pipelines.checkpoint import load_checkpoint, save_checkpoint
-from atcache.store.durable import partial_path
+from atcache.files.durable import partial_path
+from atcache.pipelines.running.checkpoint import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 

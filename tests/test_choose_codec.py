@@ -10,10 +10,10 @@ import torch
 
 from atcache.attention.capture import FactorCapture
 from atcache.codecs.logmap import LogmapCodec
-from atcache.codecs.transform import DEFAULT_TARGET_KL, TransformCodec
+from atcache.codecs.transform.codec import DEFAULT_TARGET_KL, TransformCodec
 from atcache.errors import CodecError, ConfigError
-from atcache.pipelines.calibrate import attention_nbytes, choose_held_back
-from atcache.pipelines.choose_codec import CodecTarget, choose_codec, parse_nbytes
+from atcache.pipelines.build.calibrate import attention_nbytes, choose_held_back
+from atcache.pipelines.build.codec import CodecTarget, choose_codec, parse_nbytes
 
 NO_TARGET = CodecTarget()
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from made_factors import decode, make_factors, make_geometry, mean_row_kl
 
 from atcache.attention.factors import LayerFactors, LayerMaps
-from atcache.codecs import codec_from_json, parse_codec
 from atcache.codecs.fidelity import row_kl, value_error
+from atcache.codecs.registry import codec_from_json, parse_codec
 from atcache.errors import CodecError
 
 CODEC_NAMES = ["exact", "exact:dtype=float32", "int8", "logmap", "logmap:bits=8", "transform"]

@@ -16,12 +16,12 @@ from PIL import Image
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.pipelines.build import BuildConfig
-from atcache.pipelines.command_line import as_command
-from atcache.pipelines.demo import PRETRAIN, DemoConfig, demo
-from atcache.pipelines.evaluate import EvaluateConfig
-from atcache.pipelines.pretrain import PretrainConfig
-from atcache.pipelines.train import TrainConfig
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.demo.commands import as_command
+from atcache.pipelines.demo.run import PRETRAIN, DemoConfig, demo
+from atcache.pipelines.pretrain.run import PretrainConfig
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.evaluate import EvaluateConfig
 
 # The demo takes a minute or two; on a machine that does much else, five.
 pytestmark = pytest.mark.timeout(900)

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.loader import training_batches
-from atcache.order import SampleOrder
-from atcache.pipelines.distributed import Ranks
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train, train_sweep
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun
+from atcache.feed.loader import training_batches
+from atcache.feed.order import SampleOrder
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.running.ranks import Ranks
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train, train_sweep
+from atcache.pipelines.train.student_run import TrainingRun
 
 
 @pytest.fixture

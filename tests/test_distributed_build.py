@@ -25,10 +25,11 @@ from processes import in_two_processes, rank_of, start, workers_of
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.pipelines.board import Board, Counts
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.distributed import ProcessLostError, Ranks
-from atcache.pipelines.shared_folder import check_mark, marked
+from atcache.pipelines.build.board import Board, Counts
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.build.shared_folder import check_mark, marked
+from atcache.pipelines.running.ranks import ProcessLostError, Ranks
 from atcache.store.manifest import list_commits
 
 

@@ -14,7 +14,7 @@ import atcache
 from atcache.errors import CacheMismatchError, CacheMissError
 from atcache.store.layout import FORMAT, Status
 from atcache.store.manifest import check_commit, read_commits
-from atcache.views import library_versions
+from atcache.views.apply import library_versions
 
 GOLDEN = Path(__file__).parent / "golden"
 CACHES = sorted(GOLDEN.glob("format-*/*.zarr"))
@@ -26,7 +26,7 @@ MAPS_OF_SAMPLES = (0, 5)
 every_cache = pytest.mark.parametrize("path", CACHES, ids=[f"{path.parent.name}-{path.stem}" for path in CACHES])
 
 
-def open_golden(path: Path) -> atcache.cache.Cache:
+def open_golden(path: Path) -> atcache.Cache:
     return atcache.open(path, data=path.parent / "tars")
 
 

@@ -18,11 +18,12 @@ from PIL import Image
 
 from atcache.cli.main import cli
 from atcache.cli.options import size_against_maps
-from atcache.pipelines.build import BuildConfig, build
-from atcache.source import SampleIndex
+from atcache.images.source import SampleIndex
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
 from atcache.store.layout import StoreLayout
 from atcache.store.writer import create_cache
-from atcache.views import PARAMETER_NAMES
+from atcache.views.policy import PARAMETER_NAMES
 
 
 @pytest.fixture

@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from unfinished import take_first_steps
 
 from atcache.errors import BadImageError
-from atcache.pipelines.interrupts import Interrupts
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.pretrain import PretrainConfig, pretrain
-from atcache.pipelines.train import train, train_sweep
-from atcache.pipelines.train_config import TrainConfig
+from atcache.pipelines.pretrain.run import PretrainConfig, pretrain
+from atcache.pipelines.running.interrupts import Interrupts
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.run import train, train_sweep
 
 STARTED = """
 import pickle, sys
 from atcache.cli.main import LazyGroup
-from atcache.pipelines.pretrain import pretrain
-from atcache.pipelines.train import train, train_sweep
+from atcache.pipelines.pretrain.run import pretrain
+from atcache.pipelines.train.run import train, train_sweep
 
 function, given = pickle.load(sys.stdin.buffer)
 LazyGroup(lazy_commands={}, invoke_without_command=True, callback=lambda: globals()[function](given))(args=[])

@@ -9,13 +9,13 @@ from torchvision.transforms.v2 import functional
 from unfinished import take_first_steps
 
 from atcache.errors import ConfigError
-from atcache.jitter import draw_jitter, jitter_pixels
-from atcache.loader import training_batches
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun
+from atcache.feed.loader import training_batches
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train
+from atcache.pipelines.train.student_run import TrainingRun
+from atcache.views.jitter import draw_jitter, jitter_pixels
 
 CPU = torch.device("cpu")
 

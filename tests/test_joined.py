@@ -21,22 +21,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from atcache.attention.factors import LayerFactors, LayerMaps
-from atcache.attention.joined import JoinedFactors
-from atcache.attention.pairing import Pairing
-from atcache.attention.transfer import LiveFactors
-from atcache.cache import Cache
+from atcache.cache.cache import Cache
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
-from atcache.loader import Batch, BatchStream, CachedViews, Codes, JoinedViews, SampleView, training_batches
-from atcache.order import SHUFFLES, SampleOrder
-from atcache.pipelines.caches import open_caches, open_joined_views
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.students import CacheTeacher
-from atcache.pipelines.train import train, train_sweep
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.source import Source
+from atcache.feed.batch import Batch, Codes
+from atcache.feed.caches import open_caches, open_joined_views
+from atcache.feed.loader import BatchStream, training_batches
+from atcache.feed.order import SHUFFLES, SampleOrder
+from atcache.feed.sample_views import CachedViews, JoinedViews, SampleView
+from atcache.images.source import Source
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train, train_sweep
 from atcache.store.reader import CacheReader
+from atcache.students.pairing import Pairing
+from atcache.students.teacher_side import CacheTeacher, JoinedFactors, LiveFactors
 
 CPU = torch.device("cpu")
 FLOAT32 = {"codec": "exact:dtype=float32", "views": 2}
@@ -394,7 +394,7 @@ def die(checkpoint):
     os.kill(os.getpid(), signal.SIGKILL)
 config = pickle.load(sys.stdin.buffer)
 threading.Thread(target=die, args=(config.out / "checkpoint.pt",), daemon=True).start()
-from atcache.pipelines.train import train
+from atcache.pipelines.train.run import train
 train(config)
 """
 

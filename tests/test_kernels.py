@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atcache.attention import kernels
-from atcache.attention.distillation import attention_distillation_loss, distilled_attention
+from atcache.attention.distillation import attention_distillation_loss, distilled_attention, logits_distillation_loss
 from atcache.attention.factors import LayerFactors, LayerMaps
 from atcache.attention.kernels import copy_attention
-from atcache.attention.losses import logits_distillation_loss
 from atcache.errors import AttentionShapeError
 
 BIAS_SHAPES = [None, (1, 2, 7, 7), (3, 2, 7, 7), (3, 1, 7, 7), (1, 1, 1, 7)]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atcache.errors import ConfigError
-from atcache.source import Problem
+from atcache.images.tar_samples import Problem
 from atcache.store.layout import (
     CODES_DTYPES,
     COMPRESSORS,

@@ -15,11 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atcache.cache.stacking import Stack
 from atcache.errors import ConfigError
-from atcache.kept import Kept
-from atcache.loader import BatchStream, CachedViews, FreshViews, training_batches, validation_batches
-from atcache.mixing import NOT_MIXED, MixPolicy, mix_pixels, parse_mix
-from atcache.order import (
+from atcache.feed.loader import BatchStream, training_batches, validation_batches
+from atcache.feed.order import (
     BLOCK_SAMPLES,
     SHUFFLES,
     WINDOW_BLOCKS,
@@ -28,10 +27,14 @@ from atcache.order import (
     epoch_permutation,
     step_seed,
 )
-from atcache.source import Source, index_source
-from atcache.stacking import Stack
+from atcache.feed.sample_views import CachedViews, FreshViews
+from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
-from atcache.views import ViewPolicy, apply_view, draw_view
+from atcache.views.apply import apply_view
+from atcache.views.draw import draw_view
+from atcache.views.kept import Kept
+from atcache.views.mixing import NOT_MIXED, MixPolicy, mix_pixels, parse_mix
+from atcache.views.policy import ViewPolicy
 
 sample_sets = st.lists(st.integers(0, 10_000), min_size=1, max_size=60, unique=True).map(
     lambda samples: np.array(samples, np.int64)

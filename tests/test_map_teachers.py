@@ -16,15 +16,19 @@ import atcache
 from atcache.attention.blocks import attention_kind, find_blocks
 from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import FactorGeometry, LayerFactors, LayerMaps
-from atcache.attention.pairing import Pairing
-from atcache.attention.transfer import CopyStudent, DistilledStudent, LiveFactors
-from atcache.attention.value_only import ValueOnlyAttention
 from atcache.errors import AttentionShapeError, CacheMissError, CodecError, UnsupportedAttentionError
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.rendering import normalise_images
-from atcache.teachers import create_student, load_teacher, parse_model_name
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.run import train
+from atcache.students.copy import CopyStudent
+from atcache.students.distil import DistilledStudent
+from atcache.students.given import ValueOnlyAttention
+from atcache.students.pairing import Pairing
+from atcache.students.teacher_side import LiveFactors
+from atcache.teachers.inputs import normalise_images
+from atcache.teachers.load import create_student, load_teacher
+from atcache.teachers.names import parse_model_name
 
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4, "num_classes": 5}
 

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from atcache.errors import CorruptCacheError
-from atcache.pipelines.metrics import MetricsLog, read_metrics
+from atcache.pipelines.running.metrics import MetricsLog, read_metrics
 
 
 def write_steps(folder, first, stop, offset=0.0):

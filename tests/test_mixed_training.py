@@ -8,14 +8,16 @@ from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
 from atcache.errors import ConfigError
-from atcache.loader import Batch, FreshViews, training_batches
-from atcache.pipelines.evaluate import EvaluateConfig, evaluate
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun, _targets
-from atcache.rendering import normalise_images
+from atcache.feed.batch import Batch
+from atcache.feed.loader import training_batches
+from atcache.feed.sample_views import FreshViews
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.train.run import train
+from atcache.pipelines.train.student_run import TrainingRun, _targets
+from atcache.teachers.inputs import normalise_images
 
 CPU = torch.device("cpu")
 MIXED = {"mixup": 0.8, "cutmix": 1.0}

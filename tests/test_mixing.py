@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atcache.errors import ConfigError, CorruptCacheError
-from atcache.mixing import (
+from atcache.views.mixing import (
     MIXING_NAMES,
     NOT_MIXED,
     Mix,

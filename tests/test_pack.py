@@ -17,9 +17,9 @@ from PIL import Image
 
 from atcache.cli.pack import pack as pack_command
 from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.images.source import Source, index_source
 from atcache.pipelines import pack as pipeline
 from atcache.pipelines.pack import PackConfig, pack, plan_pack
-from atcache.source import Source, index_source
 
 
 @pytest.fixture

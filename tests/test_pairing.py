@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atcache.attention.intercept import AttentionIntercept
-from atcache.attention.pairing import Pairing
 from atcache.errors import CacheMismatchError, ConfigError, TeacherError
-from atcache.pipelines.evaluate import EvaluateConfig, evaluate
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.teachers import create_student, parse_model_name
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.train.run import train
+from atcache.students.pairing import Pairing
+from atcache.teachers.load import create_student
+from atcache.teachers.names import parse_model_name
 
 VIT = "vit_tiny_patch16_224"
 

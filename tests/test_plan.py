@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atcache.cli.main import COMMANDS, cli
-from atcache.codecs import CODECS
+from atcache.codecs.registry import CODECS
 from atcache.errors import CodecError, ConfigError, TeacherError
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.disk_probe import DiskProbe
-from atcache.pipelines.plan import plan
-from atcache.pipelines.plan_config import ASSUMABLE, DEFAULT_CODECS, PlanConfig, parse_assumptions
-from atcache.pipelines.plan_verdict import CodecCost, Machine, Workload, assess, decide, live_epoch
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.plan.config import ASSUMABLE, DEFAULT_CODECS, PlanConfig, parse_assumptions
+from atcache.pipelines.plan.disk import DiskProbe
+from atcache.pipelines.plan.run import plan
+from atcache.pipelines.plan.verdict import CodecCost, Machine, Workload, assess, decide, live_epoch
 
 WORKLOAD = Workload(num_samples=1000, num_views=2, epochs=10, runs=1)
 MACHINE = Machine(
@@ -311,7 +312,8 @@ def teacher_weights(tmp_path_factory) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from atcache.teachers import create_student, parse_model_name
+    from atcache.teachers.load import create_student
+    from atcache.teachers.names import parse_model_name
 
     torch.manual_seed(0)
     weights = create_student(parse_model_name(TEACHER), num_classes=10).state_dict()

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
-from atcache.loader import FreshViews
-from atcache.mae import MaskedAutoencoder, PatchMask, num_kept_patches
-from atcache.pipelines.pretrain import PretrainConfig, pretrain
-from atcache.teachers import load_teacher
+from atcache.feed.sample_views import FreshViews
+from atcache.pipelines.pretrain.autoencoder import MaskedAutoencoder, PatchMask, num_kept_patches
+from atcache.pipelines.pretrain.run import PretrainConfig, pretrain
+from atcache.teachers.load import load_teacher
 
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {}),

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from atcache.pipelines.progress import Progress
+from atcache.pipelines.running.progress import Progress
 
 
 def test_a_log_gets_one_line_at_the_end_with_speed_and_note(capfd):
@@ -51,7 +51,7 @@ def test_lines_said_reach_a_log_as_they_are(capfd):
 
 
 ON_A_TERMINAL = """
-from atcache.pipelines.progress import Progress
+from atcache.pipelines.running.progress import Progress
 with Progress("build", total=4, unit="views") as progress:
     progress.advance(4, "[note]")
     progress.say("said [so]")

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from atcache.cli.main import cli
-from atcache.pipelines.demo import write_digits
+from atcache.pipelines.demo.run import write_digits
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 # What stands for what: ImageNet and the MAE ViT-L cannot be had in a test.

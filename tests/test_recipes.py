@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from atcache.cli.defaults import read_defaults
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.pipelines.build import BuildConfig
-from atcache.pipelines.recipes import TABLES, read_recipe, recipe_names, recipe_path
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.recipes import TABLES, read_recipe, recipe_names, recipe_path
 from atcache.store.reader import CacheReader
 
 # The numbers of the papers, once more: a typing mistake in a file has to be made twice to pass.

@@ -21,16 +21,17 @@ from range_server import FolderServer
 import atcache
 from atcache.cli.main import cli
 from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError, RemoteError, SourceError
-from atcache.files import open_file
-from atcache.location import parse_location
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.verify import VerifyConfig, verify
-from atcache.remote import block_cache, remote_file
-from atcache.remote.block_cache import BLOCK_NBYTES, BlockCache
-from atcache.source import Source, index_source, relocate
+from atcache.files.location import parse_location
+from atcache.files.ranges import open_file
+from atcache.files.remote import block_cache, remote_file
+from atcache.files.remote.block_cache import BLOCK_NBYTES, BlockCache
+from atcache.images.source import Source, index_source, relocate
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.run import train
+from atcache.pipelines.verify.run import VerifyConfig, verify
 from atcache.store.reader import CacheReader
 
 
@@ -158,8 +159,8 @@ def test_another_size_begins_anew(tmp_path):
 
 _READER = """
 import sys
-from atcache.files import open_file
-from atcache.location import parse_location
+from atcache.files.ranges import open_file
+from atcache.files.location import parse_location
 file = open_file(parse_location(sys.argv[1]))
 print("open", flush=True)
 for offset in range(0, file.nbytes, 2**18):
@@ -386,7 +387,7 @@ def test_a_web_server_must_have_a_complete_cache(server, tiny_cache):
 _OBJECT_STORE = """
 import json, sys
 import atcache
-from atcache.source import index_source
+from atcache.images.source import index_source
 cache = atcache.open(sys.argv[1])
 tars = [index_source(f"s3://bucket/{name}").num_samples for name in ("tars", "tars/digits-*.tar")]
 missing = [task.name for task in cache.reader.missing_tasks()]

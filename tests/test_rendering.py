@@ -10,11 +10,15 @@ import torch
 from torchvision.transforms.functional import normalize
 
 from atcache.errors import BadImageError, CacheMismatchError, CorruptCacheError
-from atcache.mixing import MIXING_NAMES, NOT_MIXED, MixPolicy, draw_mix
-from atcache.rendering import STORED, Renderer, normalise_images, replay_view, stored_mix
-from atcache.source import Problem, Source, index_source
+from atcache.images.source import Source, index_source
+from atcache.images.tar_samples import Problem
 from atcache.store.layout import Status
-from atcache.views import PARAMETER_NAMES, ViewPolicy, apply_view, draw_view, library_versions, pixel_hash
+from atcache.teachers.inputs import normalise_images
+from atcache.views.apply import apply_view, library_versions, pixel_hash
+from atcache.views.draw import draw_view
+from atcache.views.mixing import MIXING_NAMES, NOT_MIXED, MixPolicy, draw_mix
+from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
+from atcache.views.rendering import STORED, Renderer, replay_view, stored_mix
 
 POLICY = ViewPolicy(name="crop-flip", seed=3, image_height=8, image_width=8)
 UNMIXED = ViewPolicy(name="randaug", seed=3, image_height=8, image_width=8)

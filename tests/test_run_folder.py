@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
-from atcache.pipelines.run_folder import keep_record, run_folder, settle_precision
-from atcache.precision import resolve_precision
+from atcache.pipelines.running.run_folder import keep_record, run_folder, settle_precision
+from atcache.teachers.devices import resolve_precision
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -101,7 +101,7 @@ def test_where_no_folder_can_be_is_refused():
 HOLDS_FOLDER = """
 import sys
 from pathlib import Path
-from atcache.pipelines.run_folder import run_folder
+from atcache.pipelines.running.run_folder import run_folder
 
 with run_folder(Path(sys.argv[1])):
     print("mine", flush=True)
@@ -110,7 +110,7 @@ with run_folder(Path(sys.argv[1])):
 
 
 def test_only_one_process_works_in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.store.durable._SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.2)
     folder = tmp_path / "deep" / "run"
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS_FOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

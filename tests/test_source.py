@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from atcache.errors import BadImageError, SourceError
-from atcache.files import LocalFile
-from atcache.images import decode_image
-from atcache.source import Problem, SampleIndex, Source, expand_tars, index_source, relocate
-from atcache.tar_headers import read_members
+from atcache.files.ranges import LocalFile
+from atcache.images.decode import decode_image
+from atcache.images.source import SampleIndex, Source, index_source, relocate
+from atcache.images.tar_headers import read_members
+from atcache.images.tar_samples import Problem
+from atcache.images.tars import expand_tars
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -491,6 +493,6 @@ def test_damaged_images_decode_or_are_bad_images(data):
 
 
 def test_importing_the_source_loads_neither_torch_nor_webdataset():
-    code = "import sys, atcache.source; print([m for m in ('torch', 'webdataset', 'PIL', 'timm') if m in sys.modules])"
+    code = "import sys, atcache.images.source\nprint([m for m in ('torch', 'webdataset', 'PIL', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

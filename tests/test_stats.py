@@ -8,9 +8,9 @@ import dask.array as da
 import numpy as np
 import pytest
 
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import AttentionShapeError
 from atcache.stats import attention_entropy, mean_attention_distance, patch_distances, prefix_mass
-from atcache.tokens import TokenLayout
 
 TOKENS = TokenLayout(num_prefix_tokens=2, grid_height=2, grid_width=3)
 

@@ -21,16 +21,10 @@ import numpy as np
 import pytest
 from numcodecs import blosc, zstd
 
-from atcache.errors import (
-    CacheMismatchError,
-    CacheMissError,
-    ConfigError,
-    CorruptCacheError,
-    DiskFullError,
-)
-from atcache.source import SampleIndex
-from atcache.stacking import Stack
-from atcache.store.durable import only_writer, sweep_partials
+from atcache.cache.stacking import Stack
+from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError, DiskFullError
+from atcache.files.durable import only_writer, sweep_partials
+from atcache.images.source import SampleIndex
 from atcache.store.layout import COMPRESSORS, Status, StoreLayout
 from atcache.store.manifest import check_commit, commit_path, read_commits, summarise_commits
 from atcache.store.reader import CacheReader
@@ -875,9 +869,9 @@ def test_reading_a_sample_takes_less_than_a_millisecond(pristine):
 
 
 def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.store.durable._SECONDS_TO_WAIT", 0.3)
+    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.3)
     program = (
-        "import sys, time\nfrom atcache.store.durable import only_writer\n"
+        "import sys, time\nfrom atcache.files.durable import only_writer\n"
         "with only_writer(sys.argv[1]):\n    print('locked', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
@@ -894,9 +888,9 @@ def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_writer_that_has_ended_leaves_no_lock_with_the_workers_it_forked(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.store.durable._SECONDS_TO_WAIT", 0.3)
+    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.3)
     program = (
-        "import os, sys, time\nfrom atcache.store.durable import only_writer\n"
+        "import os, sys, time\nfrom atcache.files.durable import only_writer\n"
         "with only_writer(sys.argv[1]):\n    child = os.fork()\n    if child == 0:\n        time.sleep(60)\n"
         "print(child, flush=True)\ntime.sleep(60)\n"
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 
-from atcache.source import SampleIndex
+from atcache.images.source import SampleIndex
 from atcache.store.layout import BLOSC, COMPRESSORS, ZSTD, Status, StoreLayout
 from atcache.store.reader import CacheReader
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache

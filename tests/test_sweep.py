@@ -15,12 +15,12 @@ from unfinished import take_first_steps
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.loader import training_batches
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.train import train, train_sweep
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun
+from atcache.feed.loader import training_batches
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train, train_sweep
+from atcache.pipelines.train.student_run import TrainingRun
 
 
 @pytest.fixture

@@ -14,20 +14,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from atcache.components import component_differences
 from atcache.errors import TeacherError, UnsupportedAttentionError
-from atcache.teachers import (
-    ALIASES,
-    InputConfig,
-    ModelName,
-    create_student,
-    input_config,
-    load_teacher,
-    load_weights,
-    parse_model_name,
-    read_weights,
-    weights_sha256,
-)
+from atcache.teachers.components import component_differences
+from atcache.teachers.inputs import InputConfig, input_config
+from atcache.teachers.load import create_student, load_teacher
+from atcache.teachers.names import ALIASES, ModelName, parse_model_name
+from atcache.teachers.weights import load_weights, read_weights, weights_sha256
 
 TINY = "vit_tiny_patch16_224:img_size=32,embed_dim=48,depth=2,num_heads=3"
 
@@ -167,7 +159,7 @@ def test_arguments_without_a_tag_need_a_file():
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_an_unreachable_hub_names_the_file_to_fetch_within_seconds(offline, tmp_path):
     code = (
-        "from atcache.teachers import load_teacher\n"
+        "from atcache.teachers.load import load_teacher\n"
         "from atcache.errors import TeacherError\n"
         "try: load_teacher('vit_tiny_patch16_224.augreg_in21k')\n"
         "except TeacherError as error: print(error)\n"
@@ -191,7 +183,9 @@ def test_a_copy_in_the_hubs_cache_needs_no_network(tiny, tmp_path):
     (revision / "snapshots" / "abc").mkdir(parents=True)
     save_file(tiny.state_dict(), revision / "snapshots" / "abc" / "model.safetensors")
     name = TINY.replace("224:", "224.augreg_in21k:")
-    code = f"from atcache.teachers import load_teacher\nt = load_teacher({name!r})\nprint(t.weights_sha256, t.source)"
+    code = (
+        f"from atcache.teachers.load import load_teacher\nt = load_teacher({name!r})\nprint(t.weights_sha256, t.source)"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True

@@ -20,18 +20,19 @@ from safetensors.torch import load_file, save_file
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
-from atcache.loader import training_batches
-from atcache.order import choose_subset
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.metrics import read_metrics
-from atcache.pipelines.students import MODES
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import TrainingRun
-from atcache.source import index_source
+from atcache.feed.loader import training_batches
+from atcache.feed.order import choose_subset
+from atcache.images.source import index_source
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.running.metrics import read_metrics
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train
+from atcache.pipelines.train.student_run import TrainingRun
 from atcache.store.manifest import commit_path
 from atcache.store.reader import CacheReader
+from atcache.students.student import MODES
 
 CPU = torch.device("cpu")
 
@@ -162,7 +163,7 @@ def kill_this_process_when(checkpoint, metrics):
 config = pickle.load(sys.stdin.buffer)
 files = (config.out / "checkpoint.pt", config.out / "metrics.jsonl")
 threading.Thread(target=kill_this_process_when, args=files, daemon=True).start()
-from atcache.pipelines.train import train
+from atcache.pipelines.train.run import train
 train(config)
 """
 

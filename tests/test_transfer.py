@@ -13,14 +13,17 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
-from atcache.attention import transfer
 from atcache.attention.factors import FactorGeometry, LayerFactors
 from atcache.attention.intercept import AttentionCall, AttentionIntercept
-from atcache.attention.pairing import Pairing, check_student
-from atcache.attention.transfer import CopyStudent, DistilledStudent, LiveFactors, attend_with_one_factor
-from atcache.attention.value_only import ValueOnlyAttention
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import TeacherError
-from atcache.tokens import TokenLayout
+from atcache.students import distil as transfer
+from atcache.students.attend import attend_with_one_factor
+from atcache.students.copy import CopyStudent
+from atcache.students.distil import DistilledStudent
+from atcache.students.given import ValueOnlyAttention
+from atcache.students.pairing import Pairing, check_student
+from atcache.students.teacher_side import LiveFactors
 
 SMALL = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 # One model for every attention class whose value path is known, and one whose attention is not a module.

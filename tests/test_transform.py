@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from made_factors import decode, make_factors, make_geometry, mean_row_kl
 
 from atcache.attention.factors import LayerFactors
-from atcache.codecs import parse_codec
+from atcache.attention.tokens import TokenLayout
 from atcache.codecs.fidelity import row_kl
-from atcache.codecs.grid_dct import GridDCT
+from atcache.codecs.registry import parse_codec
 from atcache.codecs.search import find_step
-from atcache.codecs.transform_basis import kl_metric
+from atcache.codecs.transform.basis import kl_metric
+from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.errors import CodecError
 from atcache.store.chunks import compress
-from atcache.tokens import TokenLayout
 
 
 def smooth_factors(geometry, num_views, seed=0, size=2.0):

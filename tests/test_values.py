@@ -16,21 +16,25 @@ from safetensors.torch import load_file, save_file
 from test_train import assert_equal_weights, run_until_killed
 
 import atcache
-from atcache.attention.capture import FactorCapture, find_blocks
+from atcache.attention.blocks import find_blocks
+from atcache.attention.capture import FactorCapture
 from atcache.attention.intercept import AttentionIntercept
-from atcache.attention.pairing import Pairing
-from atcache.attention.transfer import CachedFactors, CopyStudent
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, CodecError, ConfigError, TeacherError
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.evaluate import EvaluateConfig, evaluate
-from atcache.pipelines.plan import plan
-from atcache.pipelines.plan_config import PlanConfig
-from atcache.pipelines.train import train
-from atcache.pipelines.train_config import TrainConfig
-from atcache.pipelines.verify import VerifyConfig, verify
-from atcache.rendering import normalise_images
-from atcache.teachers import create_student, load_teacher, parse_model_name
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.plan.config import PlanConfig
+from atcache.pipelines.plan.run import plan
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.train.run import train
+from atcache.pipelines.verify.run import VerifyConfig, verify
+from atcache.students.copy import CopyStudent
+from atcache.students.pairing import Pairing
+from atcache.students.teacher_side import CachedFactors
+from atcache.teachers.inputs import normalise_images
+from atcache.teachers.load import create_student, load_teacher
+from atcache.teachers.names import parse_model_name
 
 EXACT = "exact:dtype=float32"
 CAIT = "cait_xxs24_224:img_size=8,patch_size=2,embed_dim=32,depth=2,num_heads=2,num_classes=10"

@@ -16,21 +16,23 @@ from click.testing import CliRunner
 import atcache
 from atcache.cli.main import cli
 from atcache.errors import AtcacheError, CacheMismatchError, CacheMissError, ConfigError, SourceError
-from atcache.pipelines.build import BuildConfig, build
-from atcache.pipelines.verify import VerifyConfig, VerifySummary, verify
-from atcache.store import durable
+from atcache.files import durable
+from atcache.files.durable import encode_json, only_writer, partial_path
+from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
+from atcache.pipelines.verify.run import VerifyConfig, VerifySummary, verify
 from atcache.store.audit import check_metadata
 from atcache.store.chunks import compress, decode_index
-from atcache.store.durable import encode_json, only_writer, partial_path
 from atcache.store.layout import ZSTD, StoreLayout
 from atcache.store.manifest import check_commit, list_commits, read_commit, read_commits, write_commit
+from atcache.store.metadata import seal
 from atcache.store.reader import CacheReader
-from atcache.store.seal import seal
 from atcache.store.shard_check import check_shard
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_state
 from atcache.store.writer import TaskWriter, encode_view, finish_cache
-from atcache.teachers import create_student, parse_model_name
+from atcache.teachers.load import create_student
+from atcache.teachers.names import parse_model_name
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("format-*/*.zarr"))
 

@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atcache.errors import BadImageError, ConfigError, CorruptCacheError
-from atcache.mixing import MIXING_NAMES, MixPolicy
-from atcache.randaugment import OPERATIONS, level_argument
-from atcache.views import (
-    INTERPOLATIONS,
-    PARAMETER_NAMES,
-    ViewPolicy,
-    apply_view,
-    draw_view,
-    library_versions,
-    pixel_hash,
-)
+from atcache.views.apply import apply_view, library_versions, pixel_hash
+from atcache.views.draw import draw_view
+from atcache.views.mixing import MIXING_NAMES, MixPolicy
+from atcache.views.policy import INTERPOLATIONS, PARAMETER_NAMES, ViewPolicy
+from atcache.views.randaugment import OPERATIONS, level_argument
 
 POLICIES = ("eval", "crop-flip", "randaug")
 P = {name: position for position, name in enumerate(PARAMETER_NAMES)}
@@ -207,7 +201,9 @@ def test_replay_in_a_new_process_is_bit_equal(name, tmp_path):
         import json, sys
         import numpy as np
         from PIL import Image
-        from atcache.views import ViewPolicy, apply_view, draw_view, pixel_hash
+        from atcache.views.policy import ViewPolicy
+        from atcache.views.apply import apply_view, pixel_hash
+        from atcache.views.draw import draw_view
         folder, fields = sys.argv[1], json.loads(sys.argv[2])
         image, policy = Image.open(folder + "/image.png"), ViewPolicy.from_json(fields)
         stored = np.load(folder + "/views.npy")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from atcache.loader import training_batches
-from atcache.pipelines.metrics import MetricsLog
-from atcache.pipelines.speed import Speed
-from atcache.pipelines.train import begin_run
-from atcache.pipelines.training_data import open_training_data
-from atcache.pipelines.training_run import Reports, TrainingRun
+from atcache.feed.loader import training_batches
+from atcache.pipelines.running.metrics import MetricsLog, Speed
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import begin_run
+from atcache.pipelines.train.student_run import Reports, TrainingRun
 
 
 def take_first_steps(config, num_steps, *, saves=False, validates=False) -> None:

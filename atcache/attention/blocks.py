@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from atcache.attention.factors import AttentionKind
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
-from atcache.tokens import TokenLayout
 
 _WINDOWED = "attention is windowed: there is a map a window, not one over all tokens"
 _POOLED = "queries or keys are pooled, so the map is not square"

@@ -1,12 +1,4 @@
-"""One layer's distillation loss, alone or together with the attention it is the loss of, in one pass over slices.
-
-For one row, with A the teacher's probabilities and S the student's logits, CE(A, S) = logsumexp_j S_j - sum_j A_j S_j,
-and its gradient in S is softmax(S) - A (Li et al. 2024). Loss and gradient therefore come out of one pass: two products
-for the logits, two for the gradients of q and k, nothing recomputed in backward, nothing of token x token size kept.
-The student's map is there in that pass, so one product more gives what the layer returns; its backward pass is
-attention's own, with the logits formed again. (`docs/design.md` compares this with the identity on top of the fused
-call, which needs nine products for the loss alone.)
-"""
+"""Distillation losses of one layer: of its maps in one pass over slices, of formed maps, and of single factors."""
 
 from __future__ import annotations
 
@@ -14,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -237,3 +230,43 @@ class _Distillation(torch.autograd.Function):
                     gradients.add(attn_BHQK.mul_(grad_attn_BHQK), samples, queries)
         of_q, of_k, of_bias = gradients.totals()
         return of_q, of_k, None if of_v is None else of_v.total_BHTD, of_bias, *(None,) * 6
+
+
+def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Tensor:
+    """`attention_distillation_loss` for a student that forms its maps itself: from its logits, kept for backward.
+
+    Args:
+        teacher: the layer's factors or maps.
+        logits_BHQK: the student's own, before the softmax; gradients reach them.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        AttentionShapeError: batch, heads or tokens differ.
+    """
+    batch, heads, tokens = logits_BHQK.shape[:3]
+    check_equal_shapes(teacher.shape_BHT, (batch, heads, tokens))
+    return F.cross_entropy(logits_BHQK.float().flatten(0, 2), teacher.maps().flatten(0, 2))
+
+
+def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: str) -> Tensor:
+    """Mean squared error of the student's factors to the teacher's: an ablation of the paper.
+
+    Each factor as it arrives at the attention call: behind q/k norm and rotary embedding, and v before any gate. Its
+    error is the mean over batch, heads, tokens and head dim; that of several factors is the mean of theirs.
+
+    Args:
+        teacher: the layer's factors, constants.
+        student: the student's own factors of the same layer; same shapes.
+        what: which of q, k and v, such as "q" or "qk".
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        AttentionShapeError: shapes differ, or v is wanted of factors without.
+    """
+    check_equal_shapes(teacher.shape_BHT, student.shape_BHT)
+    losses = [F.mse_loss(student.repeated(one).float(), teacher.repeated(one).float()) for one in what]
+    return torch.stack(losses).mean()

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import AttentionShapeError
-from atcache.tokens import TokenLayout
 
 AttentionKind = Literal["factors", "maps"]
 """What a teacher hands over: q and k, or maps where these are no softmax of one q k^T."""

@@ -16,8 +16,8 @@ from atcache.attention.blocks import map_attention, model_label, unsupported
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices
 from atcache.attention.intercept import AttentionCall, MapCall, attention_call, map_call
+from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
-from atcache.tokens import TokenLayout
 
 
 class LastLayerSeen(Exception):

@@ -10,7 +10,7 @@ from atcache.codecs.base import Codec
 from atcache.codecs.exact import ExactCodec
 from atcache.codecs.int8 import Int8Codec
 from atcache.codecs.logmap import LogmapCodec
-from atcache.codecs.transform import TransformCodec
+from atcache.codecs.transform.codec import TransformCodec
 from atcache.errors import CodecError
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (TransformCodec, ExactCodec, Int8Codec, LogmapCodec)}

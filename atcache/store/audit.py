@@ -10,13 +10,12 @@ from typing import Any, cast
 import numpy as np
 
 from atcache.errors import CorruptCacheError
-from atcache.files import file_exists, list_files, read_file
-from atcache.location import Location, Url
-from atcache.store.durable import is_partial
+from atcache.files.durable import is_partial
+from atcache.files.location import Location, Url
+from atcache.files.ranges import file_exists, list_files, read_file
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
 from atcache.store.manifest import COMMIT_NAME, COMMITS
-from atcache.store.metadata import consolidated_copies, list_arrays, load_root, split_root
-from atcache.store.seal import seal_holds
+from atcache.store.metadata import consolidated_copies, list_arrays, load_root, seal_holds, split_root
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
 

@@ -48,7 +48,10 @@ MAX_NUM_VIEWS = 10_000
 
 
 class Status(IntEnum):
-    """What became of one sample of one view (`views/status`). Numbers from 2 are those of `atcache.source.Problem`."""
+    """What became of one sample of one view (`views/status`).
+
+    Numbers from 2 are those of `atcache.images.tar_samples.Problem`.
+    """
 
     PENDING = 0
     STORED = 1

@@ -13,11 +13,11 @@ from typing import Any, cast, overload
 import numpy as np
 
 from atcache.errors import CorruptCacheError
-from atcache.files import list_files, read_file
-from atcache.location import Location, parse_location
-from atcache.store.durable import encode_json, fsync_path, write_file
+from atcache.files.durable import encode_json, fsync_path, write_file
+from atcache.files.location import Location, parse_location
+from atcache.files.ranges import list_files, read_file
 from atcache.store.layout import ArraySpec, Status, StoreLayout, Task
-from atcache.store.seal import seal, seal_holds
+from atcache.store.metadata import seal, seal_holds
 from atcache.store.shard_check import ShardCheck, check_shard, name_samples
 
 COMMITS = "commits"

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
+from operator import ne
 from pathlib import Path
 from typing import Any, cast
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
-from atcache.files import list_files, read_file
-from atcache.location import Location, Url, parse_location
+from atcache.files.durable import encode_json
+from atcache.files.location import Location, Url, parse_location
+from atcache.files.ranges import list_files, read_file
 from atcache.store.layout import FORMAT, StoreLayout
+
+SEAL = "crc32"
+"""The member that holds the checksum: zlib's crc32 of the other members as `encode_json` writes them."""
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with their checksum; one they had before is replaced.
+
+    >>> seal({"format": 1})
+    {'format': 1, 'crc32': 1584290907}
+    """
+    others = {name: value for name, value in values.items() if name != SEAL}
+    return {**others, SEAL: zlib.crc32(encode_json(others))}
+
+
+def seal_holds(values: Mapping[str, Any]) -> bool:
+    """Whether the members are those that were sealed; also True where there is no seal, as in older caches."""
+    if SEAL not in values:
+        # A name one letter off is that of a seal which was damaged itself.
+        return not any(len(name) == len(SEAL) and sum(map(ne, name, SEAL)) == 1 for name in values)
+    try:
+        return seal(values)[SEAL] == values[SEAL]
+    except ValueError:  # NaN, which JSON cannot say and Python reads all the same
+        return False
+
 
 ATTRIBUTES = "atcache"
 """The key of the root group's attributes that holds everything of ours."""

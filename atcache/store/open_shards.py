@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from atcache.files import RangeFile, open_file
-from atcache.location import Location
+from atcache.files.location import Location
+from atcache.files.ranges import RangeFile, open_file
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec, Task
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
-from atcache.files import file_exists
-from atcache.location import Location, Url, parse_location
+from atcache.files.location import Location, Url, parse_location
+from atcache.files.ranges import file_exists
 from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
@@ -23,7 +23,7 @@ from atcache.store.open_shards import MAX_OPEN_SHARDS, OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
 
 if TYPE_CHECKING:
-    from atcache.source import SampleIndex
+    from atcache.images.source import SampleIndex
 
 _NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from atcache.files.durable import fsync_path, make_folder, partial_path
 from atcache.store.chunks import EMPTY, encode_index
-from atcache.store.durable import fsync_path, make_folder, partial_path
 from atcache.store.layout import ArraySpec
 from atcache.store.manifest import FileRecord
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atcache.errors import ConfigError, CorruptCacheError
-from atcache.files import read_file
-from atcache.location import Location, parse_location
+from atcache.files.durable import encode_json
+from atcache.files.location import Location, parse_location
+from atcache.files.ranges import read_file
 from atcache.store.chunks import ZSTD_LEVEL, DamagedChunkError, decompress_into
-from atcache.store.durable import encode_json
 from atcache.store.layout import MAX_CHUNK_NBYTES, ZSTD
 from atcache.store.metadata import list_arrays
 
 if TYPE_CHECKING:
-    from atcache.source import SampleIndex
+    from atcache.images.source import SampleIndex
 
 ROWS_PER_CHUNK = 65_536
 MAX_KEY_NBYTES = 4096
@@ -203,8 +203,8 @@ def write_samples(root: Path, index: SampleIndex) -> None:
 
 
 def read_samples(root: Location, num_samples: int) -> SampleIndex:
-    """The sample table; tars are where they were at build time, `atcache.source.relocate` finds them elsewhere."""
-    from atcache.source import SampleIndex
+    """The sample table; tars are where they were at build time, `images.source.relocate` finds them elsewhere."""
+    from atcache.images.source import SampleIndex
 
     file = root / "samples/zarr.json"
     try:

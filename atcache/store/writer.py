@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
-from atcache.store.chunks import BLOSC_LEVEL, ZSTD_LEVEL, ChunkEncoder
-from atcache.store.durable import (
+from atcache.files.durable import (
     disk_errors_explained,
     encode_json,
     fsync_path,
@@ -27,6 +26,7 @@ from atcache.store.durable import (
     partial_path,
     write_file,
 )
+from atcache.store.chunks import BLOSC_LEVEL, ZSTD_LEVEL, ChunkEncoder
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
@@ -37,13 +37,12 @@ from atcache.store.manifest import (
     summarise_commits,
     write_commit,
 )
-from atcache.store.metadata import ATTRIBUTES, collect_metadata, load_root, split_root
-from atcache.store.seal import SEAL, seal, seal_holds
+from atcache.store.metadata import ATTRIBUTES, SEAL, collect_metadata, load_root, seal, seal_holds, split_root
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
 if TYPE_CHECKING:
-    from atcache.source import SampleIndex
+    from atcache.images.source import SampleIndex
 
 _RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
 

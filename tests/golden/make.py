@@ -59,7 +59,8 @@ def write_weights(path: Path, teacher: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from atcache.teachers import create_student, parse_model_name
+    from atcache.teachers.load import create_student
+    from atcache.teachers.names import parse_model_name
 
     torch.manual_seed(0)
     weights = create_student(parse_model_name(teacher), num_classes=10).state_dict()
@@ -76,7 +77,8 @@ def write_weights(path: Path, teacher: str) -> None:
 def main() -> None:
     """Build what is missing in the workshop, then put it here."""
     import atcache
-    from atcache.pipelines.build import BuildConfig, build
+    from atcache.pipelines.build.config import BuildConfig
+    from atcache.pipelines.build.run import build
     from atcache.store.layout import FORMAT
 
     target = FOLDER / f"format-{FORMAT}"

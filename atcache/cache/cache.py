@@ -1,0 +1,385 @@
+"""Cache: what `atcache.open` returns. Lazy dask arrays of maps and factors, single views, and a description."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+
+import numpy as np
+
+from atcache.cache.coders import stored_coder
+from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
+from atcache.errors import CacheMissError, CorruptCacheError
+from atcache.files.location import Location
+from atcache.store.layout import Status, describe_status
+from atcache.store.manifest import read_commits, summarise_quality
+from atcache.store.reader import CacheReader
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import xarray as xr
+    from torch import Tensor
+
+    from atcache.attention.factors import FactorGeometry, LayerAttention
+    from atcache.codecs.base import Codec, Coder
+    from atcache.images.source import Source
+    from atcache.views.policy import ViewPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class View:
+    """One view of one sample, decoded."""
+
+    sample: int
+    """Row of the sample table."""
+    sample_key: str
+    """Tar name and WebDataset key."""
+    view: int
+    label: int
+    """-1 for none."""
+    partner: int | None
+    """Row of the sample that is mixed in; None where the view is not mixed."""
+    share: float
+    """Of the own image, and so of the label; the rest is the partner's. 1 where the view is not mixed."""
+    status: int
+    """A `Status`; always STORED here."""
+    image: np.ndarray
+    """The pixels teacher and student see, uint8 (height, width, 3)."""
+    maps_LHQK: np.ndarray
+    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1."""
+
+
+class Factors(NamedTuple):
+    """q and k of one layer, and v where it is stored, lazy: maps are softmax(scale * q k^T + bias)."""
+
+    q_VSHTD: da.Array
+    k_VSHTD: da.Array
+    scale: float
+    bias_HQK: np.ndarray | None
+    v_VSHTD: da.Array | None = None
+    """None where the cache was not built to store v."""
+
+
+@final
+class Cache:
+    """A cache, open for reading. Opening reads one small file; everything else is read when asked for.
+
+    Layers and heads are the teacher's own indices. A cache that is still being built can be read; what is missing is
+    NaN in arrays and a `CacheMissError` in single views. Threads may share one; pickled copies open their own files.
+    """
+
+    def __init__(self, path: Location | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
+        """Open a cache.
+
+        Args:
+            path: its folder, or the URL of one.
+            data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+        """
+        self.reader = CacheReader(path)
+        self._data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self._data)
+
+    def __repr__(self) -> str:
+        layout = self.reader.layout
+        return (
+            f"<Cache {self.path}: {layout.num_samples} samples, {layout.num_views} views, {layout.num_layers} layers>"
+        )
+
+    @property
+    def path(self) -> Location:
+        """The cache's folder or URL."""
+        return self.reader.path
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the cache says of itself; `docs/format.md` lists it."""
+        return self.reader.attributes
+
+    @cached_property
+    def geometry(self) -> FactorGeometry:
+        """Layers, heads and shapes of the factors."""
+        from atcache.attention.factors import FactorGeometry
+
+        return self._parse("geometry", FactorGeometry.from_json)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """How factors became integers."""
+        from atcache.codecs.registry import codec_from_json
+
+        return self._parse("codec", codec_from_json)
+
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """The codec's fitted arrays, float32."""
+        return self.reader.state
+
+    @cached_property
+    def coder(self) -> Coder:
+        """The codec bound to this cache's geometry, state and bias, on the CPU."""
+        return stored_coder(self.reader, self.codec, self.geometry)
+
+    @cached_property
+    def policy(self) -> ViewPolicy:
+        """How the views were drawn."""
+        from atcache.views.policy import ViewPolicy
+
+        def parse(views: dict[str, Any]) -> ViewPolicy:
+            return ViewPolicy.from_json(views["policy"])
+
+        return self._parse("views", parse)
+
+    @cached_property
+    def source(self) -> Source:
+        """The tars, for replaying images."""
+        from atcache.images.source import Source, relocate
+
+        index = self.reader.samples
+        return Source(index if self._data is None else relocate(index, self._data))
+
+    @cached_property
+    def samples(self) -> xr.Dataset:
+        """One row a sample: sample_key, label, tar (a number into attribute `tars`), and the status of each view."""
+        import xarray as xr
+
+        index = self.reader.samples
+        columns = {
+            "sample_key": ("sample", self._sample_keys()),
+            "label": ("sample", index.label_S),
+            "tar": ("sample", index.tar_S),
+            "status": (("view", "sample"), self.reader.status_VS),
+        }
+        meanings = {int(status): describe_status(status) for status in Status}
+        return xr.Dataset(columns, attrs={"tars": [str(tar) for tar in index.tars], "status": str(meanings)})
+
+    def factors(self, layer: int, view: int | None = None) -> Factors:
+        """q and k of one layer, and v where it is stored, as the codec gives them back, lazy.
+
+        A codec may keep fewer components than the teacher has, in another basis: only q k^T is the teacher's.
+
+        Args:
+            layer: block index of the teacher.
+            view: one view only; the view axis stays, with length 1. None for all.
+
+        Raises:
+            CacheMissError: the codec stores maps, not q and k.
+        """
+        from atcache.attention.factors import LayerMaps
+
+        position = self._layer_position(layer)
+        views = tuple(range(self.reader.layout.num_views)) if view is None else (self._check_view(view),)
+        example = self._example(position)
+        if isinstance(example, LayerMaps):
+            raise CacheMissError(
+                f"{self.path} holds maps (codec {self.codec.name}), so it has no q and k. Use maps() for its maps."
+            )
+        bias_HQK = None if example.bias is None else example.bias[0].numpy()
+
+        def lazy(kind: Kind, decoded_BHTD: Tensor) -> da.Array:
+            heads, tail = tuple(range(decoded_BHTD.shape[1])), tuple(decoded_BHTD.shape[2:])
+            return as_dask(self._lazy_layer(kind, position, heads, tail, views))
+
+        v_VSHTD = None if example.v_BHTD is None else lazy("v", example.v_BHTD)
+        return Factors(lazy("q", example.q_BHTD), lazy("k", example.k_BHTD), example.scale, bias_HQK, v_VSHTD)
+
+    def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
+        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
+
+        A chunk is a shard or an even part of one, at most about 64 MiB; slicing reads only the samples asked for.
+
+        Args:
+            layer: block index of the teacher.
+            heads: head indices of the teacher, in the order wanted; None for all that are stored.
+        """
+        position, num_tokens = self._layer_position(layer), self.reader.layout.num_tokens
+        views = tuple(range(self.reader.layout.num_views))
+        chosen = self._head_positions(heads)
+        return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
+
+    def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
+        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label."""
+        import xarray as xr
+
+        coordinates = {
+            "head": list(self.geometry.heads if heads is None else heads),
+            "sample_key": ("sample", self._sample_keys()),
+            "label": ("sample", self.reader.labels_S),
+        }
+        axes = ("view", "sample", "head", "query", "key")
+        name = f"attention_layer_{layer}"
+        return xr.DataArray(self.maps(layer, heads), coords=coordinates, dims=axes, name=name)
+
+    def view(self, sample: int | str, view: int = 0) -> View:
+        """One view of one sample: image, and maps of all stored layers.
+
+        Args:
+            sample: its row, or its sample_key.
+            view: which of its views.
+
+        Raises:
+            CacheMissError: unknown or not stored; the message says why.
+            CacheMismatchError: the image replayed from the tars is not the one the teacher saw.
+            SourceError: the tars are not where they were; open the cache with `data=`.
+        """
+        import torch
+
+        from atcache.views.rendering import stored_mix
+
+        row = self.find_sample(sample) if isinstance(sample, str) else sample
+        reader = self.reader
+        codes_LTC = torch.from_numpy(reader.read_codes(view, row))
+        with torch.inference_mode():
+            layers = [
+                self.coder.decode(position, codes_LTC[self.coder.code_layer(position)].unsqueeze(0)).maps()[0]
+                for position in range(len(self.geometry.layers))
+            ]
+        mix = stored_mix(self.policy, reader.parameters(view, row))
+        return View(
+            sample=row,
+            sample_key=reader.samples.sample_key(row),
+            view=view,
+            label=int(reader.labels_S[row]),
+            partner=row + mix.partner if mix.partner else None,
+            share=mix.share,
+            status=reader.status(view, row),
+            image=self.image(row, view),
+            maps_LHQK=torch.stack(layers).numpy(),
+        )
+
+    def image(self, sample: int, view: int = 0) -> np.ndarray:
+        """The pixels of one view of one sample, uint8 (height, width, 3): stored, or replayed and proved."""
+        reader = self.reader
+        if reader.layout.pixels is not None:
+            return reader.read_pixels(view, sample)
+        from atcache.views.rendering import replay_view
+
+        versions = self.attributes.get("created_by", {}).get("views", {})
+        parameters_of = partial(reader.parameters, view)
+        return replay_view(self.source, self.policy, sample, parameters_of, reader.pixel_hash(view, sample), versions)
+
+    def find_sample(self, sample_key: str) -> int:
+        """The row of a sample_key, "TAR_NAME/KEY".
+
+        Raises:
+            CacheMissError: no sample has it.
+        """
+        index = self.reader.samples
+        tar_name, _, key = sample_key.partition("/")
+        tar = next((number for number, tar in enumerate(index.tars) if tar.name == tar_name), -1)
+        rows = np.flatnonzero((index.tar_S == tar) & (index.keys_S == key.encode()))
+        if not len(rows):
+            raise CacheMissError(
+                f"no sample has the key {sample_key!r} in {self.path}; the first is {index.sample_key(0)!r}."
+            )
+        # A duplicate key keeps its row, marked as a problem: the good one is meant.
+        return int(min(rows, key=lambda row: (int(index.problem_S[row]) != 0, int(row))))
+
+    def describe(self) -> dict[str, Any]:
+        """What `atcache info` shows, as a JSON object: contents, sizes, and what is missing.
+
+        Bytes are those of the shards; a view's are split into codes and the rest (pixels, parameters, hash, status).
+        """
+        reader, layout = self.reader, self.reader.layout
+        totals = self._totals()
+        num_stored = max(1, totals["num_stored"])
+        # Not through FactorGeometry: `atcache info` shall not wait for torch.
+        layers, heads = self._parse("geometry", _layers_and_heads)
+        map_nbytes = 2 * len(layers) * len(heads) * layout.num_tokens**2
+        code_nbytes = totals["codes_nbytes"] / num_stored
+        return {
+            "path": str(self.path),
+            "format": self.attributes["format"],
+            "teacher": self.attributes.get("teacher"),
+            "source": self.attributes.get("source"),
+            "views": self.attributes.get("views"),
+            "codec": self.attributes.get("codec"),
+            "created_by": self.attributes.get("created_by"),
+            "layers": layers,
+            "heads": heads,
+            "stores_v": bool(self.attributes["geometry"].get("v_head_dim")),
+            "num_tokens": layout.num_tokens,
+            "num_samples": layout.num_samples,
+            "num_views": layout.num_views,
+            "num_tasks": layout.num_views * layout.num_blocks,
+            **totals,
+            "codes_nbytes_per_view": round(code_nbytes),
+            "nbytes_per_view": round(totals["nbytes"] / num_stored),
+            "map_nbytes_per_view": map_nbytes,
+            "times_smaller_than_float16_maps": round(map_nbytes / code_nbytes, 2) if code_nbytes else None,
+            "is_complete": reader.is_complete,
+        }
+
+    def _totals(self) -> dict[str, Any]:
+        """Sums over the committed tasks: from the record of a complete cache, or counted."""
+        names = ("num_stored", "num_bad", "nbytes", "codes_nbytes")
+        if self.reader.is_complete:
+            complete = self.attributes["complete"]
+            sums = {name: complete[name] for name in names}
+            return {**sums, "num_tasks_done": complete["num_tasks"], "quality": complete["quality"]}
+        commits = list(read_commits(self.path).values())
+        sums = {name: sum(getattr(commit, name) for commit in commits) for name in names}
+        return {**sums, "num_tasks_done": len(commits), "quality": summarise_quality(commits)}
+
+    def _parse(self, name: str, parse: Any) -> Any:  # noqa: ANN401 - one of several from_json
+        if name not in self.attributes:
+            raise CorruptCacheError(f'{self.path}/zarr.json says nothing of "{name}". Was it written by atcache?')
+        try:
+            return parse(self.attributes[name])
+        except (KeyError, TypeError) as error:
+            raise CorruptCacheError(f'{self.path}/zarr.json: "{name}" cannot be used ({error}).') from error
+
+    def _layer_position(self, layer: int) -> int:
+        if layer not in self.geometry.layers:
+            stored = ", ".join(map(str, self.geometry.layers))
+            raise CacheMissError(f"layer {layer} of the teacher is not stored in {self.path}; stored are {stored}.")
+        return self.geometry.layers.index(layer)
+
+    def _head_positions(self, heads: Sequence[int] | None) -> tuple[int, ...]:
+        stored = self.geometry.heads
+        missing = [head for head in heads or () if head not in stored]
+        if missing:
+            raise CacheMissError(
+                f"head {missing[0]} of the teacher is not stored in {self.path}; stored are "
+                f"{', '.join(map(str, stored))}."
+            )
+        return tuple(range(len(stored)) if heads is None else (stored.index(head) for head in heads))
+
+    def _check_view(self, view: int) -> int:
+        if not 0 <= view < self.reader.layout.num_views:
+            raise CacheMissError(f"view {view} is not in {self.path}: it has {self.reader.layout.num_views} views.")
+        return view
+
+    def _lazy_layer(
+        self, kind: Kind, position: int, heads: tuple[int, ...], tail: tuple[int, ...], views: tuple[int, ...]
+    ) -> LazyLayer:
+        shape = (len(views), self.reader.layout.num_samples, len(heads), *tail)
+        return LazyLayer(
+            cache=cast("OpenCache", self), position=position, kind=kind, heads=heads, shape=shape, views=views
+        )
+
+    def _example(self, position: int) -> LayerAttention:
+        """What decoding codes of zeros gives: the kind, the shapes and the scale of this layer's attention."""
+        import torch
+
+        layout = self.reader.layout
+        zeros = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
+        return self.coder.decode(position, torch.from_numpy(zeros))
+
+    def _sample_keys(self) -> np.ndarray:
+        """All sample_keys as numpy text."""
+        index = self.reader.samples
+        tar_names = np.array([tar.name + "/" for tar in index.tars])
+        return np.char.add(tar_names[index.tar_S], np.char.decode(index.keys_S, "utf-8"))
+
+
+def _reopen(path: Location, data: str | Path | Sequence[str | Path] | None) -> Cache:
+    return Cache(path, data=data)
+
+
+def _layers_and_heads(geometry: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return list(geometry["layers"]), list(geometry["heads"])

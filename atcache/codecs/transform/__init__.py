@@ -1,0 +1,1 @@
+"""The default codec: factors in a fitted basis, rounded to equal steps."""

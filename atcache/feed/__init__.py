@@ -1,0 +1,1 @@
+"""Batches for training and validation: which samples, in which order, read by whom."""

@@ -1,0 +1,164 @@
+"""The caches a student learns from: opened, checked to go together, and their views as one set of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from atcache.cache.differences import name_differences
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.feed.sample_views import CachedViews, JoinedViews, Views
+from atcache.files.location import Location
+from atcache.images.source import SampleIndex, Source, relocate
+from atcache.store.reader import CacheReader
+from atcache.teachers.record import TeacherRecord
+from atcache.views.rendering import STORED
+
+
+def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
+    """Caches to take together: of one teacher and one size of views, and each of samples of its own.
+
+    Codecs, their fitted state, and how and how often views were drawn may differ.
+
+    Raises:
+        CacheMismatchError: two of them do not go together; names both, and in what they differ.
+        CacheMissError: there is no cache at one of the paths.
+        CorruptCacheError: a cache is damaged.
+    """
+    readers = tuple(CacheReader(path) for path in paths)
+    for other in readers[1:]:
+        _check_alike(readers[0], other)
+    for first, second in combinations(readers, 2):
+        _check_other_samples(first, second)
+    return readers
+
+
+def _check_alike(first: CacheReader, other: CacheReader) -> None:
+    """Refuse two caches that cannot teach one student."""
+    places = f"in {first.path}", f"in {other.path}"
+    differences = name_differences(_what_is_shared(first), _what_is_shared(other), places)
+    if not differences and not _equal_bias(first.bias_LHQK, other.bias_LHQK):
+        differences = [f"the teacher's bias is another {places[0]} than {places[1]}"]
+    if differences:
+        raise CacheMismatchError(
+            f"these caches cannot be taken together: {'; '.join(differences)}. Build both with the same teacher, "
+            "weights, layers, heads and image size."
+        )
+
+
+def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
+    """What is equal in all caches of one training."""
+    record = TeacherRecord.of_cache(reader).to_json()
+    del record["precision"]  # float32 and bfloat16 round the same maps
+    record["geometry"].pop("v_head_dim", None)  # who is given v asks each cache for it
+    policy, images = reader.attributes["views"]["policy"], reader.attributes["teacher"].get("input", {})
+    return {
+        **record,
+        "views": {name: policy[name] for name in ("image_height", "image_width")},
+        "input": {name: images.get(name) for name in ("mean", "std")},
+    }
+
+
+def _equal_bias(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first, second)
+
+
+def _check_other_samples(first: CacheReader, second: CacheReader) -> None:
+    """Refuse two caches that hold a sample twice: an epoch would show it twice, and an accuracy count it twice."""
+    if tar := _shared_tar(first.samples, second.samples):
+        raise CacheMismatchError(
+            f"{first.path} and {second.path} both hold the samples of {tar}, so each would count twice. Give "
+            "one of them; for more views of the same samples, build one cache with more --views."
+        )
+
+
+def _shared_tar(first: SampleIndex, second: SampleIndex) -> str | None:
+    """The first tar that two sources have in common, wherever it lies: of the same name, with the same rows."""
+    numbers = {tar.name: number for number, tar in enumerate(second.tars)}
+    for number, tar in enumerate(first.tars):
+        other = numbers.get(tar.name)
+        if other is None or first.tar_nbytes[number] != second.tar_nbytes[other]:
+            continue
+        if _rows_of(first, number) == _rows_of(second, other):
+            return tar.name
+    return None
+
+
+def _rows_of(index: SampleIndex, tar: int) -> list[tuple[Any, ...]]:
+    rows = np.flatnonzero(index.tar_S == tar)
+    columns = (index.keys_S, index.offset_S, index.nbytes_S)
+    return list(zip(*(column[rows].tolist() for column in columns), strict=True))
+
+
+def open_joined_views(
+    readers: Sequence[CacheReader],
+    data: str | Sequence[str] | None,
+    *,
+    code_layers: Sequence[slice] | None,
+    keep_nbytes: int,
+) -> tuple[Views, np.ndarray, np.ndarray]:
+    """The views of all samples of complete caches, rows numbered on from cache to cache.
+
+    Args:
+        readers: the caches, one or more.
+        data: where their tars are now; None for where they were.
+        code_layers: for each cache which rows of L of its codes; None where no codes are wanted.
+        keep_nbytes: memory for views that were read, over all caches.
+
+    Returns:
+        The views, the class of every row, and the rows that have a label and are stored in every view.
+
+    Raises:
+        CacheMismatchError: a cache is not complete.
+        ConfigError: `data` is given, and every cache stores its images.
+        SourceError: the tars are not there, or a cache has no sample that can be used.
+    """
+    if data is not None and all(reader.layout.pixels is not None for reader in readers):
+        paths = " and ".join(str(reader.path) for reader in readers)
+        raise ConfigError(f"data={data}: no tar would be read, the images are stored in {paths}. Leave it out.")
+    num_samples = sum(reader.layout.num_samples for reader in readers)
+    parts: list[CachedViews] = []
+    usable: list[np.ndarray] = []
+    start = 0
+    for number, reader in enumerate(readers):
+        views, usable_S = _open_cache_views(
+            reader,
+            data,
+            with_codes=code_layers is not None,
+            code_layers=slice(None) if code_layers is None else code_layers[number],
+            keep_nbytes=keep_nbytes * reader.layout.num_samples // num_samples,
+        )
+        parts.append(views)
+        usable.append(start + usable_S)
+        start += views.num_samples
+    label_S = np.concatenate([reader.labels_S for reader in readers])
+    return parts[0] if len(parts) == 1 else JoinedViews(parts), label_S, np.concatenate(usable)
+
+
+def _open_cache_views(
+    reader: CacheReader,
+    data: str | Sequence[str] | None,
+    *,
+    with_codes: bool,
+    code_layers: slice,
+    keep_nbytes: int,
+) -> tuple[CachedViews, np.ndarray]:
+    """The views of one complete cache, and the rows that have a label and are stored in every view."""
+    if not reader.is_complete:
+        raise CacheMismatchError(
+            f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(reader.layout.tasks())} tasks are "
+            "missing. Run its `atcache build` command again."
+        )
+    source = None
+    if reader.layout.pixels is None:
+        source = Source(reader.samples if data is None else relocate(reader.samples, data))
+    views = CachedViews(reader, source, with_codes=with_codes, code_layers=code_layers, keep_nbytes=keep_nbytes)
+    usable_S = np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
+    if not len(usable_S):
+        raise SourceError(f"{reader.path} has no sample with a label and an image.")
+    return views, usable_S

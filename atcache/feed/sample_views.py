@@ -1,0 +1,304 @@
+"""Where a training sample's pixels and codes come from: the fixed views of a cache, or new ones every epoch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from atcache.errors import ConfigError
+from atcache.images.source import Source
+from atcache.images.tar_samples import Problem
+from atcache.store.reader import CacheReader
+from atcache.views.apply import apply_view
+from atcache.views.draw import draw_view
+from atcache.views.kept import Kept
+from atcache.views.mixing import NOT_MIXED, Mix, mix_pixels
+from atcache.views.policy import ViewPolicy
+from atcache.views.rendering import draw_view_mix, replay_view, stored_mix
+
+
+class SampleView(NamedTuple):
+    """One view of one sample. Not to be written to."""
+
+    pixels_HWC: np.ndarray
+    """uint8."""
+    codes_LTC: np.ndarray | None
+    """None where they are not wanted."""
+    mix: Mix = NOT_MIXED
+    """What of another sample the pixels show."""
+
+
+class Views(Protocol):
+    """Where a sample's pixels and codes come from. May be forked or pickled to worker processes."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for another run's views to be these, as JSON."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Rows, with and without problems: samples are 0 .. num_samples - 1."""
+        ...
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """Which of several caches each sample lies in, int64 from 0: only codes of one cache are stacked."""
+        ...
+
+    def read(self, sample: int, epoch: int) -> SampleView:
+        """The view of `sample` that `epoch` uses."""
+        ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading asks a server, so that the samples of a batch are best asked for together."""
+        ...
+
+    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
+        """Told which samples, ascending, will be read soon; may have them read or fetched ahead."""
+        ...
+
+    @property
+    def codes_may_narrow(self) -> bool:
+        """Whether codes are plain numbers, which mean the same in a smaller integer type."""
+        ...
+
+
+class CachedViews:
+    """The fixed views of a cache; epoch e uses view e modulo their number.
+
+    Pixels come from the cache where it stores them; else they are replayed from the tars and checked by their hash.
+
+    Args:
+        reader: the cache.
+        source: the tars; needed where the cache stores no pixels.
+        with_codes: whether codes are wanted.
+        code_layers: which rows of L of their codes.
+        keep_nbytes: memory for views that were read, in each process that reads.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        source: Source | None,
+        *,
+        with_codes: bool,
+        code_layers: slice = slice(None),
+        keep_nbytes: int = 0,
+    ) -> None:
+        self._reader, self._source = reader, source
+        self._with_codes, self._code_layers = with_codes, code_layers
+        self._kept = Kept[SampleView](keep_nbytes)
+        self._policy = ViewPolicy.from_json(reader.attributes["views"]["policy"])
+        self._versions: dict[str, str] = reader.attributes["created_by"]["views"]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Views.identity`."""
+        attributes = self._reader.attributes
+        return {
+            "source": attributes["source"]["fingerprint"],
+            "policy": attributes["views"]["policy"],
+            "num_views": attributes["views"]["num_views"],
+            "codec": attributes["codec"] if self._with_codes else None,
+        }
+
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._reader.layout.num_samples
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`; all are of one part."""
+        return np.zeros(len(sample_B), np.int64)
+
+    def read(self, sample: int, epoch: int) -> SampleView:
+        """See `Views.read`."""
+        view = epoch % self._reader.layout.num_views
+        return self._kept.get((view, sample), lambda: self._read(view, sample), _count_nbytes)
+
+    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
+        """See `Views.expect`."""
+        view = epoch % self._reader.layout.num_views
+        if self.is_remote:
+            sample_S = np.array([row for row in sample_S.tolist() if (view, row) not in self._kept], np.int64)
+        if len(sample_S):
+            self._reader.expect(view, sample_S, codes=self._with_codes)
+        if self._source is not None:
+            self._source.expect(sample_S)
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return self._reader.is_remote or (self._source is not None and self._source.is_remote)
+
+    @property
+    def codes_may_narrow(self) -> bool:
+        """See `Views.codes_may_narrow`. Codec exact's codes are the bits of floats."""
+        return self._reader.attributes["codec"]["name"] == "transform"
+
+    def _read(self, view: int, sample: int) -> SampleView:
+        codes_LTC = self._reader.read_codes(view, sample, self._code_layers) if self._with_codes else None
+        mix = NOT_MIXED
+        if self._policy.mixing is not None:
+            mix = stored_mix(self._policy, self._reader.parameters(view, sample))
+        return SampleView(self._read_pixels(view, sample), codes_LTC, mix)
+
+    def _read_pixels(self, view: int, sample: int) -> np.ndarray:
+        if self._reader.layout.pixels is not None:
+            return self._reader.read_pixels(view, sample)
+        assert self._source is not None, "views that are not stored are replayed from a source"
+        return replay_view(
+            self._source,
+            self._policy,
+            sample,
+            partial(self._reader.parameters, view),
+            self._reader.pixel_hash(view, sample),
+            self._versions,
+        )
+
+
+class FreshViews:
+    """A new random view every epoch, without a cache.
+
+    Args:
+        source: the tars.
+        policy: how views are drawn; under "eval" all epochs see the same one.
+        partner_S: rows that views are mixed with under a policy that mixes, ascending; None for all good ones.
+        keep_nbytes: memory for decoded images (for finished views under "eval"), in each process that reads.
+    """
+
+    def __init__(
+        self, source: Source, policy: ViewPolicy, *, partner_S: np.ndarray | None = None, keep_nbytes: int = 0
+    ) -> None:
+        self._source, self._policy = source, policy
+        self._partner_S = np.flatnonzero(source.index.problem_S == Problem.NONE) if partner_S is None else partner_S
+        self._kept_images = Kept[Image.Image](keep_nbytes)
+        self._kept_views = Kept[np.ndarray](keep_nbytes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Views.identity`."""
+        return {"source": self._source.index.fingerprint, "policy": self._policy.to_json()}
+
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._source.index.num_samples
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`; all are of one part."""
+        return np.zeros(len(sample_B), np.int64)
+
+    def read(self, sample: int, epoch: int) -> SampleView:
+        """See `Views.read`."""
+        if self._policy.name == "eval":
+            view = self._kept_views.get(
+                sample, lambda: self._draw(self._source.read_image(sample), sample, 0), lambda pixels: pixels.nbytes
+            )
+            return SampleView(view, None)
+        pixels_HWC = self._draw(self._image(sample), sample, epoch)
+        mix = draw_view_mix(self._policy, self._source, sample, epoch, self._partner_S)
+        if mix != NOT_MIXED:
+            partner = sample + mix.partner
+            pixels_HWC = mix_pixels(pixels_HWC, self._draw(self._image(partner), partner, epoch), mix)
+        return SampleView(pixels_HWC, None, mix)
+
+    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
+        """See `Views.expect`."""
+        del epoch
+        if self.is_remote:
+            kept = self._kept_views if self._policy.name == "eval" else self._kept_images
+            self._source.expect(np.array([row for row in sample_S.tolist() if row not in kept], np.int64))
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return self._source.is_remote
+
+    @property
+    def codes_may_narrow(self) -> bool:
+        """See `Views.codes_may_narrow`; there are no codes."""
+        return False
+
+    def _image(self, sample: int) -> Image.Image:
+        return self._kept_images.get(sample, lambda: self._source.read_image(sample), _count_image_nbytes)
+
+    def _draw(self, image: Image.Image, sample: int, view: int) -> np.ndarray:
+        key = self._source.index.sample_key(sample)
+        return apply_view(image, draw_view(self._policy, key, view, image.height, image.width), self._policy)
+
+
+def _count_nbytes(view: SampleView) -> int:
+    return sum(_held_nbytes(array) for array in (view.pixels_HWC, view.codes_LTC) if array is not None)
+
+
+def _held_nbytes(array: np.ndarray) -> int:
+    """Memory that lives as long as the array: a cut of a chunk's layers holds the whole chunk."""
+    return array.base.nbytes if isinstance(array.base, np.ndarray) else array.nbytes
+
+
+def _count_image_nbytes(image: Image.Image) -> int:
+    return image.width * image.height * 4  # Pillow spends four bytes on an RGB pixel
+
+
+class JoinedViews:
+    """Several views as one: the rows of each follow those of the one before.
+
+    Each part keeps its own number of views, so epoch e takes view e modulo that, and its own codec: the codes in a
+    batch come in one part a cache. Labels are joined the same way: `np.concatenate`.
+
+    Args:
+        parts: whose samples follow each other; none of them joined itself.
+
+    Raises:
+        ConfigError: there are no parts.
+    """
+
+    def __init__(self, parts: Sequence[Views]) -> None:
+        if not parts:
+            raise ConfigError("no views to join: give at least one.")
+        self._parts = tuple(parts)
+        self._stops = list(accumulate(part.num_samples for part in parts))
+        self._starts = [0, *self._stops[:-1]]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Views.identity`; the order of the parts counts, since rows follow from it."""
+        return {"joined": {str(number): part.identity for number, part in enumerate(self._parts)}}
+
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._stops[-1]
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`."""
+        return np.searchsorted(self._stops, sample_B, side="right")
+
+    def read(self, sample: int, epoch: int) -> SampleView:
+        """See `Views.read`."""
+        part = bisect_right(self._stops, sample)
+        return self._parts[part].read(sample - self._starts[part], epoch)
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return any(part.is_remote for part in self._parts)
+
+    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
+        """See `Views.expect`; each part is told of its own."""
+        part_S = self.part_of(sample_S)
+        for part in np.unique(part_S).tolist():
+            self._parts[part].expect(sample_S[part_S == part] - self._starts[part], epoch)
+
+    @property
+    def codes_may_narrow(self) -> bool:
+        """See `Views.codes_may_narrow`."""
+        return all(part.codes_may_narrow for part in self._parts)

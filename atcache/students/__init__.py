@@ -1,0 +1,1 @@
+"""Models that use a teacher's attention."""

@@ -1,0 +1,66 @@
+"""Attention calls of a student that use a given map or a given factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.intercept import AttentionCall, MapCall
+from atcache.attention.kernels import copy_attention
+from atcache.students.pairing import What
+
+
+def attend_with_given(
+    call: AttentionCall | MapCall, given: LayerAttention, heads: Sequence[int], *, with_values: bool = False
+) -> Tensor:
+    """What an attention call returns when some heads attend with what is given, and the others with their own.
+
+    Args:
+        call: the call, on any timm ViT.
+        given: factors or maps of the heads `heads`.
+        heads: indices, ascending, of the heads that are given; where that is all, the call itself is not made.
+        with_values: whether these heads attend to the given v too, and not to their own; for factors with v.
+
+    Returns:
+        Shape (batch, head, token, head dim), or maps for a `MapCall`; no gradient reaches q and k of the given heads.
+    """
+    if isinstance(call, MapCall):
+        if len(heads) == call.logits_BHQK.shape[1]:
+            return given.maps().to(call.logits_BHQK.dtype)
+        attn_BHQK = call.run().clone()
+        attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
+        return attn_BHQK
+    values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+    all_heads = len(heads) == values_BHTD.shape[1]
+    values_BHTD = values_BHTD if all_heads else values_BHTD[:, heads]
+    if with_values:
+        assert isinstance(given, LayerFactors), "PairedFactors.factors refuses maps"
+        values_BHTD = given.repeated_v_BHTD().to(values_BHTD.dtype)
+    attended_BHTD = copy_attention(given, values_BHTD)
+    if all_heads:
+        return attended_BHTD
+    outputs_BHTD = call.run().clone()
+    outputs_BHTD[:, heads] = attended_BHTD
+    return outputs_BHTD
+
+
+def attend_with_one_factor(call: AttentionCall, given: LayerFactors, heads: Sequence[int], what: What) -> Tensor:
+    """What an attention call returns when some heads attend with a given q, k or v and with their own others.
+
+    Args:
+        call: the call, on any timm ViT; its own bias stays.
+        given: factors of the heads `heads`, of the call's head dim.
+        heads: indices, ascending, of the heads that are given one.
+        what: "q", "k" or "v", the one that is given.
+
+    Returns:
+        Shape (batch, head, token, head dim); gradients reach what is not given.
+    """
+    own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, v_BHTD=call.value)
+    factors = {one: own.repeated(one) for one in ("q", "k", "v")}
+    factors[what] = factors[what].clone()
+    factors[what][:, list(heads)] = given.repeated(what).to(factors[what].dtype)
+    return replace(call, query=factors["q"], key=factors["k"], value=factors["v"], enable_gqa=False).run()

@@ -1,0 +1,86 @@
+"""A student that copies: chosen layers attend as the teacher does."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.students.attend import attend_with_given, attend_with_one_factor
+from atcache.students.given import TakesGiven, ValueOnlyAttention, can_give_values, give_values
+from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors, What
+
+
+class CopyStudent(nn.Module):
+    """A timm ViT whose chosen layers attend as the teacher does; it learns everything else.
+
+    Where all heads of a layer are given their maps, its attention module is replaced by `ValueOnlyAttention`: the
+    weights of q and k are gone, from the forward and from the optimizer, and those of v where v is given too. Where v
+    alone is given, the module keeps its q and k, and `GivenValues` takes the place of v's weights. Where only some
+    heads are given, or the attention is not a module of its own, the layer keeps its weights and what is given is put
+    in. Where only q is given, or only k, the layer keeps its weights too, the unused third of them included.
+
+    Args:
+        model: a timm ViT with fresh weights; changed in place.
+        blocks: its transformer blocks.
+        pairing: what it is given, and where: maps (given by q and k together), q, k, v, or maps and v.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
+        super().__init__()
+        self.model = model
+        self._blocks = [blocks]  # in a list, or the blocks would be registered a second time
+        self._pairing = pairing
+        self._takers: dict[int, TakesGiven] = {}
+        for index in pairing.student_layers:
+            taker = _replace_weights(blocks[index], pairing.what) if pairing.all_heads else None
+            if taker is not None:
+                self._takers[index] = taker
+        self._intercepted = frozenset(pairing.student_layers) - self._takers.keys()
+
+    def forward(self, images: Tensor, teacher: TeacherFactors) -> Tensor:
+        """Class logits, shape (batch, class).
+
+        Args:
+            images: normalised for the student, shape (batch, channel, height, width).
+            teacher: factors of the same views.
+        """
+        given = PairedFactors(teacher, self._pairing)
+        for index, taker in self._takers.items():
+            taker.give(given, index)
+        try:
+            return self._run(images, given)
+        finally:
+            # Or a batch's factors would live until the next one's are here, and a moving average's for ever.
+            for taker in self._takers.values():
+                taker.take_back()
+
+    def _run(self, images: Tensor, given: PairedFactors) -> Tensor:
+        """The model, with the given attention put in where no module takes it by itself."""
+        if not self._intercepted:
+            return self.model(images)
+
+        def put_in_given_heads(call: AttentionCall | MapCall) -> Tensor:
+            if call.block not in self._intercepted:
+                return call.run()
+            heads, what = self._pairing.student_heads, self._pairing.what
+            if what in ("q", "k", "v") and isinstance(call, AttentionCall):
+                return attend_with_one_factor(call, given.factors(call.block), heads, what)
+            if what == "qkv":
+                return attend_with_given(call, given.factors(call.block), heads, with_values=True)
+            return attend_with_given(call, given.layer(call.block), heads)
+
+        with AttentionIntercept(self._blocks[0], put_in_given_heads):
+            return self.model(images)
+
+
+def _replace_weights(block: nn.Module, what: What) -> TakesGiven | None:
+    """Put into a block what takes the given in place of the weights that would make it; None where it cannot be."""
+    attention = getattr(block, "attn", None)
+    if not isinstance(attention, nn.Module):
+        return None
+    if what in ("map", "qkv") and ValueOnlyAttention.can_replace(attention):
+        block.attn = ValueOnlyAttention(attention, own_values=what == "map")
+        return block.attn
+    if what == "v" and can_give_values(attention):
+        return give_values(attention)
+    return None

@@ -1,0 +1,84 @@
+"""A student that is distilled: it attends by itself, and a loss pulls it towards the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from atcache.attention.distillation import (
+    attention_distillation_loss,
+    distilled_attention,
+    factor_distillation_loss,
+    logits_distillation_loss,
+)
+from atcache.attention.factors import LayerFactors
+from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
+
+
+class DistilledStudent(nn.Module):
+    """A timm ViT with its own attention, and the loss that pulls chosen layers towards the teacher's.
+
+    The model inside stays as timm made it: its weights load anywhere.
+
+    Args:
+        model: a timm ViT.
+        blocks: its transformer blocks.
+        pairing: what is distilled, and where; heads that are not in it stay free. "q", "k", "v", "qk" and "qkv" are
+            distilled by their mean squared error instead of the map's cross-entropy (Li et al. 2024's ablation).
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
+        super().__init__()
+        self.model = model
+        self._blocks = [blocks]
+        self._pairing = pairing
+        self._layers = frozenset(pairing.student_layers)
+
+    def forward(self, images: Tensor, teacher: TeacherFactors) -> tuple[Tensor, Tensor]:
+        """Class logits (batch, class), and the attention loss: the mean over the chosen layers, in nats for maps.
+
+        Args:
+            images: normalised for the student, shape (batch, channel, height, width).
+            teacher: factors of the same views.
+        """
+        given = PairedFactors(teacher, self._pairing)
+        losses: list[Tensor] = []
+
+        def measure(call: AttentionCall | MapCall) -> Tensor:
+            if call.block not in self._layers:
+                return call.run()
+            outputs, loss = self._attend(given, call)
+            losses.append(loss)
+            return outputs
+
+        with AttentionIntercept(self._blocks[0], measure):
+            logits = self.model(images)
+        return logits, torch.stack(losses).mean()
+
+    def _attend(self, given: PairedFactors, call: AttentionCall | MapCall) -> tuple[Tensor, Tensor]:
+        """What a call returns, and its loss."""
+        heads = None if self._pairing.all_heads else list(self._pairing.student_heads)
+        if isinstance(call, MapCall):
+            logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
+            return call.run(), logits_distillation_loss(given.layer(call.block), logits_BHQK)
+        own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
+        if self._pairing.what == "map" and heads is None and _is_quicker_in_one_pass(call):
+            return distilled_attention(given.layer(call.block), replace(own, v_BHTD=call.value))
+        if self._pairing.needs_values:
+            own = replace(own, v_BHTD=call.value)
+        own = own if heads is None else own.select_heads(heads)
+        if self._pairing.what == "map":
+            return call.run(), attention_distillation_loss(given.layer(call.block), own)
+        return call.run(), factor_distillation_loss(given.factors(call.block), own, self._pairing.what)
+
+
+def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
+    """Whether one pass for output and loss beats the fused call and a pass for the loss beside it: on CPUs, mostly.
+
+    `benchmarks/kernels.py`, and with `--dtype bfloat16`: only in float32 at 1,370 tokens is it slower. The pass knows
+    no dropout.
+    """
+    return call.query.device.type == "cpu" and call.dropout_p == 0

@@ -1,0 +1,265 @@
+"""Which of a teacher's attention goes where in a student: layer by layer, head by head, and what of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.indices import parse_indices
+from atcache.errors import ConfigError, TeacherError
+
+What = Literal["map", "qk", "q", "k", "v", "qkv"]
+"""The map; q and k; one of q, k and v, beside the student's own others; all three."""
+WHATS: tuple[What, ...] = get_args(What)
+OF_VALUES: frozenset[What] = frozenset({"v", "qkv"})
+"""Those that need v."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """Where a teacher's attention goes in a student."""
+
+    layers: tuple[tuple[int, int], ...]
+    """(student's block, teacher's block), by the student's, each of which comes once."""
+    heads: tuple[tuple[int, int], ...]
+    """(student's head, teacher's head) in each of these layers, by the student's; each of either comes once."""
+    num_student_heads: int
+    """Heads a layer of the student must have; those that are not in `heads` stay free."""
+    what: What = "map"
+    """What is transferred."""
+
+    @classmethod
+    def equal(
+        cls,
+        geometry: FactorGeometry,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        what: What = "map",
+    ) -> Pairing:
+        """Each layer and head to its like in a student of the teacher's shape; all that the geometry has for None."""
+        return cls(
+            layers=tuple((layer, layer) for layer in (geometry.layers if layers is None else layers)),
+            heads=tuple((head, head) for head in (geometry.heads if heads is None else heads)),
+            num_student_heads=geometry.num_model_heads,
+            what=what,
+        )
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        """The teacher's blocks that are needed, ascending."""
+        return tuple(sorted({teacher for _, teacher in self.layers}))
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        """The student's blocks that are given attention."""
+        return tuple(student for student, _ in self.layers)
+
+    @property
+    def teacher_heads(self) -> tuple[int, ...]:
+        """The teacher's heads, in the order of `student_heads`."""
+        return tuple(teacher for _, teacher in self.heads)
+
+    @property
+    def student_heads(self) -> tuple[int, ...]:
+        """The student's heads that are given attention, ascending."""
+        return tuple(student for student, _ in self.heads)
+
+    @property
+    def all_heads(self) -> bool:
+        """Whether no head of the student is left free in these layers."""
+        return len(self.heads) == self.num_student_heads
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether v is transferred, alone or with others."""
+        return self.what in OF_VALUES
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return {
+            "layers": [list(pair) for pair in self.layers],
+            "heads": [list(pair) for pair in self.heads],
+            "num_student_heads": self.num_student_heads,
+            "what": self.what,
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Pairing:
+        """The pairing `to_json` came from."""
+        pairs: dict[str, Any] = {name: tuple((s, t) for s, t in fields[name]) for name in ("layers", "heads")}
+        return cls(**{**fields, **pairs})
+
+
+class TeacherFactors(Protocol):
+    """The teacher's side of one batch."""
+
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """Which of the teacher's heads `layer` gives, in this order; None for just those that are wanted."""
+        ...
+
+    def layer(self, block: int) -> LayerAttention:
+        """The factors or maps of the teacher's block `block`, for all samples of the batch."""
+        ...
+
+
+class PairedFactors:
+    """A teacher's attention as a student's blocks and heads ask for it."""
+
+    def __init__(self, teacher: TeacherFactors, pairing: Pairing) -> None:
+        self._teacher = teacher
+        self._block_of = dict(pairing.layers)
+        self._positions: list[int] | None = None
+        if teacher.heads is not None and teacher.heads != pairing.teacher_heads:
+            self._positions = [teacher.heads.index(head) for head in pairing.teacher_heads]
+
+    def layer(self, block: int) -> LayerAttention:
+        """What the student's block `block` is given, one head for each of the pairing's."""
+        attention = self._teacher.layer(self._block_of[block])
+        return attention if self._positions is None else attention.select_heads(self._positions)
+
+    def factors(self, block: int) -> LayerFactors:
+        """The same, where q, k or v themselves are wanted.
+
+        Raises:
+            ConfigError: the teacher's side has maps only.
+        """
+        attention = self.layer(block)
+        if not isinstance(attention, LayerFactors):
+            raise ConfigError(
+                "factors are wanted, but only maps are there. Leave --what out, or take a cache with q and k."
+            )
+        return attention
+
+
+def check_student(geometry: FactorGeometry, student: FactorGeometry, pairing: Pairing, *, student_name: str) -> None:
+    """Refuse a student that the teacher's attention does not fit.
+
+    Raises:
+        TeacherError: heads, tokens or layers differ; the message names both sides.
+    """
+    differences: list[str] = []
+    if student.num_model_heads != pairing.num_student_heads:
+        whose = "the teacher" if pairing.num_student_heads == geometry.num_model_heads else "the head map"
+        differences.append(f"{student.num_model_heads} heads a layer, {whose} {pairing.num_student_heads}")
+    if student.tokens != geometry.tokens:
+        differences.append(f"{_describe_tokens(student)}, the teacher {_describe_tokens(geometry)}")
+    if missing := sorted(set(pairing.student_layers) - set(student.layers)):
+        differences.append(f"{len(student.layers)} layers and so no layer {missing[0]}")
+    if differences:
+        raise TeacherError(
+            f"student {student_name} has {'; '.join(differences)}. Attention can only be transferred between equal "
+            "heads and tokens: leave --student out to use the teacher's own architecture, choose one that matches, or "
+            "say with --head-map and --layer-map which of the teacher's go where."
+        )
+    if pairing.what == "map":
+        return
+    if "maps" in (geometry.kind, student.kind):
+        whose = "teacher" if geometry.kind == "maps" else "student"
+        raise TeacherError(
+            f"--what {pairing.what} is for factors, but the {whose}'s maps are no softmax of one q k^T. Leave it out."
+        )
+    # What a live teacher hands over is known only when it runs; v is as wide as q in all of timm's ViTs.
+    v_head_dim = geometry.v_head_dim or geometry.head_dim
+    if pairing.needs_values and student.v_head_dim != v_head_dim:
+        raise TeacherError(
+            f"student {student_name} has a v of {student.v_head_dim} components a head, the teacher of {v_head_dim}. "
+            f"--what {pairing.what} needs equal ones."
+        )
+    if pairing.what != "v" and (student.head_dim, student.scale) != (geometry.head_dim, geometry.scale):
+        raise TeacherError(
+            f"student {student_name} has heads of {student.head_dim} components (scale {student.scale:.4g}), the "
+            f"teacher of {geometry.head_dim} ({geometry.scale:.4g}). --what {pairing.what} needs equal ones."
+        )
+
+
+def _describe_tokens(geometry: FactorGeometry) -> str:
+    tokens = geometry.tokens
+    return f"{tokens.num_prefix_tokens} + {tokens.grid_height}x{tokens.grid_width} tokens"
+
+
+def plan_pairing(
+    geometry: FactorGeometry,
+    *,
+    layers: str | None = None,
+    heads: str | None = None,
+    layer_map: str | None = None,
+    head_map: str | None = None,
+    what: What = "map",
+) -> Pairing:
+    """What a student is given, and where.
+
+    Args:
+        geometry: what the cache holds.
+        layers: blocks of both, such as "0-17"; None for all of the cache.
+        heads: heads of both, such as "0,3"; None for all of the cache.
+        layer_map: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4", instead of `layers`.
+        head_map: the teacher's head of each of the student's, such as "0,2,5", instead of `heads`.
+        what: what is transferred.
+
+    Raises:
+        ConfigError: the cache does not hold a layer or head, or a map cannot be read.
+    """
+    num_student_heads = geometry.num_model_heads
+    if head_map is not None:
+        head_pairs = _parse_head_map(head_map, geometry)
+        num_student_heads = len(head_pairs)
+    else:
+        head_pairs = _equal(_chosen(heads, geometry.heads, "head"))
+    if layer_map is not None:
+        layer_pairs = _parse_layer_map(layer_map, geometry)
+    else:
+        layer_pairs = _equal(_chosen(layers, geometry.layers, "layer"))
+    return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=what)
+
+
+def _equal(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((index, index) for index in indices)
+
+
+def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, ...]:
+    """The layers or heads of `text`, or all the cache holds."""
+    if text is None or text.strip() == "all":
+        return stored
+    chosen = parse_indices(text, max(stored) + 1, what=what)
+    _check_stored(chosen, stored, what)
+    return chosen
+
+
+def _check_stored(chosen: Sequence[int], stored: tuple[int, ...], what: str) -> None:
+    if missing := sorted(set(chosen) - set(stored)):
+        raise ConfigError(
+            f"{what} {missing[0]} is not in the cache, which holds {what}s {', '.join(map(str, stored))}."
+        )
+
+
+def _parse_layer_map(text: str, geometry: FactorGeometry) -> tuple[tuple[int, int], ...]:
+    """Pairs of (student's block, teacher's block) from "0:0,1:2,2:4", by the student's block."""
+    pairs: dict[int, int] = {}
+    for part in text.split(","):
+        student, _, teacher = (word.strip() for word in part.partition(":"))
+        if not (student.isdecimal() and teacher.isdecimal()):
+            raise ConfigError(
+                f"layer map {text!r}: {part.strip()!r} is no pair. Write STUDENT:TEACHER blocks, such as 0:0,1:2,2:4."
+            )
+        if int(student) in pairs:
+            raise ConfigError(f"layer map {text!r}: the student's block {int(student)} is there twice.")
+        pairs[int(student)] = int(teacher)
+    _check_stored(list(pairs.values()), geometry.layers, "layer")
+    return tuple(sorted(pairs.items()))
+
+
+def _parse_head_map(text: str, geometry: FactorGeometry) -> tuple[tuple[int, int], ...]:
+    """Pairs of (student's head, teacher's head) from the teacher's heads "0,2,5" in the order of the student's."""
+    words = [word.strip() for word in text.split(",")]
+    if wrong := [word for word in words if not word.isdecimal()]:
+        raise ConfigError(
+            f"head map {text!r}: {wrong[0]!r} is no head. Write the teacher's head for each of its own: 0,2,5."
+        )
+    heads = [int(word) for word in words]
+    if len(set(heads)) < len(heads):
+        raise ConfigError(f"head map {text!r}: a head of the teacher's is there twice.")
+    _check_stored(heads, geometry.heads, "head")
+    return tuple(enumerate(heads))

@@ -1,0 +1,1 @@
+"""Models by name: their weights, input, parts and precision."""

@@ -1,0 +1,104 @@
+"""How an image becomes a model's input: size, filter, crop and normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from atcache.errors import TeacherError
+from atcache.views.mixing import MixPolicy
+from atcache.views.policy import PolicyName, ViewPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputConfig:
+    """How an image becomes a model's input; what timm calls its data config."""
+
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    mean: tuple[float, ...]
+    """Subtracted from red, green, blue in [0, 1]."""
+    std: tuple[float, ...]
+    """Divided by, after that."""
+    interpolation: str
+    """Filter of the resize: "bicubic", "bilinear" ..."""
+    crop_pct: float
+    """Side of the centre crop over the side of the resized image, in evaluation."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    def view_policy(self, name: PolicyName, seed: int, mixing: MixPolicy | None = None) -> ViewPolicy:
+        """The policy that draws views of this size, filter and crop.
+
+        Raises:
+            ConfigError: the name or the seed cannot be used, or "eval" is to be mixed.
+        """
+        return ViewPolicy(
+            name=name,
+            seed=seed,
+            image_height=self.height,
+            image_width=self.width,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            mixing=mixing,
+        )
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> InputConfig:
+        """The config `to_json` came from."""
+        changed: dict[str, Any] = {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
+        return cls(**{**fields, **changed})
+
+
+def input_config(model: nn.Module) -> InputConfig:
+    """The input `model` was made for: its own image size, and what timm records of the rest.
+
+    Raises:
+        TeacherError: the recorded normalisation is not of three colours.
+    """
+    from timm.data import config as timm_data
+
+    config = cast("dict[str, Any]", timm_data.resolve_model_data_config(model))
+    size: Any = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][-2:]
+    height, width = (size, size) if isinstance(size, int) else size
+    mean, std = tuple(map(float, config["mean"])), tuple(map(float, config["std"]))
+    if config["input_size"][0] != 3 or len(mean) != 3 or len(std) != 3:
+        raise TeacherError(f"mean {mean} and std {std}: expected three values each, for red, green and blue.")
+    return InputConfig(
+        height=int(height),
+        width=int(width),
+        mean=mean,
+        std=std,
+        interpolation=str(config["interpolation"]),
+        crop_pct=float(config["crop_pct"]),
+    )
+
+
+def normalise_images(
+    pixels_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str
+) -> Tensor:
+    """What a model takes: float32 (batch, channel, height, width) on `device`, (pixels / 255 - mean) / std.
+
+    Args:
+        pixels_BHWC: uint8; travels to the device as bytes.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        device: where the result is wanted.
+    """
+    pixels_BCHW = pixels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    return (pixels_BCHW - _of_channels(mean, str(device))) / _of_channels(std, str(device))
+
+
+@lru_cache(maxsize=16)
+def _of_channels(values: tuple[float, ...], device: str) -> Tensor:
+    """255 times each channel's value, shape (1, channel, 1, 1); made once, since a copy to a GPU makes it wait."""
+    with torch.inference_mode(False):  # whoever asks first
+        return torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)

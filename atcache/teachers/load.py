@@ -1,0 +1,176 @@
+"""From a name to a timm model with its weights and licence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atcache.attention.blocks import find_blocks, token_layout
+from atcache.attention.tokens import TokenLayout
+from atcache.errors import TeacherError
+from atcache.teachers.inputs import InputConfig, input_config
+from atcache.teachers.names import ModelName, parse_model_name, pretrained_config
+from atcache.teachers.weights import AFTER_BLOCKS, load_weights, read_weights, weights_sha256
+
+DEMO_WEIGHTS = Path(__file__).parent.parent / "data" / "demo-mae.safetensors"
+"""Its weights."""
+_INPUT_ARGUMENTS = ("mean", "std", "interpolation", "crop_pct")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Teacher:
+    """A model whose attention is cached, ready to run: eval mode, no gradients."""
+
+    model: nn.Module
+    """The timm model."""
+    name: ModelName
+    """What it was made from; aliases are resolved."""
+    source: str
+    """Where the weights came from: a file's name, or "hub:" and a repository."""
+    weights_sha256: str
+    """Of all that the maps depend on: the state dict without norm, pooling and head after the blocks."""
+    licence: str | None
+    """Of the weights, as timm records it; None where unknown, as for a file of your own."""
+    input: InputConfig
+    """The input it expects."""
+    tokens: TokenLayout
+    """Its tokens."""
+    depth: int
+    """How many blocks it has."""
+
+
+def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.device = "cpu") -> Teacher:
+    """The teacher `name` with its trained weights, in eval mode and without gradients.
+
+    Args:
+        name: an alias ("mae-vit-l") or a timm name with arguments, see `parse_model_name`.
+        weights: a safetensors or torch file; None takes the weights timm names, from the hub or its local cache.
+        device: where the model shall be.
+
+    Raises:
+        TeacherError: the name or the weights do not do, or the hub cannot be reached; then the message names the
+            file to fetch.
+        UnsupportedAttentionError: the model's attention is known not to be one softmax over all tokens.
+    """
+    model_name = parse_model_name(name)
+    licence: str | None = pretrained_config(model_name.timm_name).get("license")
+    if weights is None and model_name == parse_model_name("demo-mae"):
+        weights, licence = DEMO_WEIGHTS, "apache-2.0"
+    elif weights is not None and "." not in model_name.timm_name:
+        licence = None  # timm's licence is of the weights a tag names, not of this file
+    # Its initial weights are replaced: a caller's student must not change because a teacher was made before it.
+    with torch.random.fork_rng(devices=[]):
+        model = _create(model_name, {})
+    blocks = find_blocks(model)
+    tokens = token_layout(model)
+    if weights is not None:
+        source = Path(weights).name
+        load_weights(model, read_weights(weights))
+    else:
+        model_name, source = _load_from_hub(model, model_name)
+    return Teacher(
+        model=model.to(device).eval().requires_grad_(False),
+        name=model_name,
+        source=source,
+        weights_sha256=weights_sha256(model, without=AFTER_BLOCKS),
+        licence=licence,
+        input=input_config(model),
+        tokens=tokens,
+        depth=len(blocks),
+    )
+
+
+def create_student(
+    name: ModelName,
+    num_classes: int,
+    *,
+    weights: Path | Mapping[str, Tensor] | None = None,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """A model to train: the architecture of `name` with fresh weights, drawn from torch's global generator.
+
+    Args:
+        name: the architecture and its arguments; `num_classes` among them is overruled.
+        num_classes: outputs of the head.
+        weights: for fine-tuning: a file, or a state dict such as a teacher's, for all but the head.
+        drop_path: probability of skipping the last block (stochastic depth); earlier ones are skipped less, linearly.
+
+    Raises:
+        TeacherError: the arguments or the weights do not fit the model.
+    """
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if drop_path > 0:
+        arguments["drop_path_rate"] = drop_path
+    model = _create(name, arguments)
+    if weights is not None:
+        tensors = weights if isinstance(weights, Mapping) else read_weights(weights)
+        load_weights(model, tensors, keep_head=False)
+    return model
+
+
+def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
+    """The timm model, fresh; timm's own complaints about arguments become TeacherError."""
+    from timm import create_model
+
+    arguments = {**name.arguments, **overrides}
+    if arguments.get("in_chans", 3) != 3:
+        raise TeacherError(f"model {name}: images have three colours here, which is in_chans=3. Leave in_chans out.")
+    overlay = {key: arguments.pop(key) for key in _INPUT_ARGUMENTS if key in arguments}
+    try:
+        model = create_model(name.timm_name, pretrained_cfg_overlay=overlay, **arguments)
+    except TypeError as error:
+        unknown = str(error).partition("unexpected keyword argument ")[2].strip("'")
+        if not unknown:
+            raise TeacherError(f"model {name}: {error}.") from error
+        raise TeacherError(f"model {name.timm_name} has no argument {unknown!r}.{_close_arguments(unknown)}") from error
+    except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise TeacherError(f"model {name}: timm cannot make it with these arguments ({error}).") from error
+    _check_patches_fit(name, model)
+    return model
+
+
+def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
+    """Refuse a size of the user's own that leaves a rim out; some published models do."""
+    if not {"img_size", "patch_size"} & name.arguments.keys():
+        return
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    sides: tuple[int, int] | None = getattr(patch_embed, "img_size", None)
+    patch: tuple[int, int] | None = getattr(patch_embed, "patch_size", None)
+    if sides is None or patch is None or getattr(patch_embed, "dynamic_img_pad", False):
+        return
+    if any(side % part for side, part in zip(sides, patch, strict=True)):
+        raise TeacherError(
+            f"model {name}: images of {sides[0]} x {sides[1]} pixels cannot be cut into patches of {patch[0]} x "
+            f"{patch[1]}. Give an img_size that is a multiple of patch_size."
+        )
+
+
+def _close_arguments(unknown: str) -> str:
+    from timm.models.vision_transformer import VisionTransformer
+
+    known = [*inspect.signature(VisionTransformer).parameters, *_INPUT_ARGUMENTS]
+    close = difflib.get_close_matches(unknown, known, n=2)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _load_from_hub(model: nn.Module, name: ModelName) -> tuple[ModelName, str]:
+    """Loads the weights; returns the name with their tag, which timm may choose differently in another version."""
+    from atcache.teachers.hub import fetch_weights
+
+    config = pretrained_config(name.timm_name)
+    if "." not in name.timm_name and name.arguments:
+        raise TeacherError(
+            f"model {name}: no weights are known for it. Give a file with --weights, or a name with a tag, such as "
+            f"{name.timm_name}.{config.get('tag') or 'TAG'}."
+        )
+    path, source = fetch_weights(name.timm_name, config)
+    load_weights(model, read_weights(path))
+    tagged = name.timm_name if "." in name.timm_name else f"{name.timm_name}.{config['tag']}"
+    return ModelName(tagged, name.arguments), source

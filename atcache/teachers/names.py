@@ -1,0 +1,162 @@
+"""Names of teachers and students: aliases and timm's names with arguments."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from atcache.errors import TeacherError
+
+DEMO_MODEL = (
+    "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg,"
+    "num_classes=0,mean=(0.5,0.5,0.5),std=(0.5,0.5,0.5),interpolation=bicubic,crop_pct=1.0"
+)
+"""The teacher that ships with the package, for 8 x 8 images of digits."""
+ALIASES: dict[str, str] = {
+    "demo-mae": DEMO_MODEL,
+    "mae-vit-b": "vit_base_patch16_224.mae",
+    "mae-vit-l": "vit_large_patch16_224.mae",
+    "mae-vit-h": "vit_huge_patch14_224.mae",
+    "dino-vit-s": "vit_small_patch16_224.dino",
+    "dino-vit-b": "vit_base_patch16_224.dino",
+    "dino-vit-s-8": "vit_small_patch8_224.dino",
+    "dino-vit-b-8": "vit_base_patch8_224.dino",
+    "dinov2-vit-s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-vit-b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-vit-l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-vit-g": "vit_giant_patch14_dinov2.lvd142m",
+    "dinov2-vit-s-reg": "vit_small_patch14_reg4_dinov2.lvd142m",
+    "dinov2-vit-b-reg": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2-vit-l-reg": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov2-vit-g-reg": "vit_giant_patch14_reg4_dinov2.lvd142m",
+    "dinov3-vit-s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3-vit-b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3-vit-l": "vit_large_patch16_dinov3.lvd1689m",
+    "dinov3-vit-h": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "clip-vit-b": "vit_base_patch16_clip_quickgelu_224.openai",
+    "clip-vit-l": "vit_large_patch14_clip_quickgelu_224.openai",
+    "siglip-vit-b": "vit_base_patch16_siglip_224.webli",
+    "siglip-vit-l": "vit_large_patch16_siglip_256.webli",
+    "siglip2-vit-b": "vit_base_patch16_siglip_224.v2_webli",
+    "siglip2-vit-l": "vit_large_patch16_siglip_256.v2_webli",
+    "deit3-vit-s": "deit3_small_patch16_224.fb_in1k",
+    "deit3-vit-b": "deit3_base_patch16_224.fb_in1k",
+    "deit3-vit-l": "deit3_large_patch16_224.fb_in1k",
+    "beitv2-vit-b": "beitv2_base_patch16_224.in1k_ft_in22k",
+    "beitv2-vit-l": "beitv2_large_patch16_224.in1k_ft_in22k",
+    "eva02-vit-s": "eva02_small_patch14_224.mim_in22k",
+    "eva02-vit-b": "eva02_base_patch14_224.mim_in22k",
+    "eva02-vit-l": "eva02_large_patch14_224.mim_m38m",
+}
+"""Short names of teachers; each stands for one timm model and one set of weights."""
+# These reach files or the network, or change what create_model returns.
+_REFUSED_ARGUMENTS = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "scriptable",
+    "exportable",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelName:
+    """A timm model and the arguments it is made with; `str()` gives text that `parse_model_name` reads back."""
+
+    timm_name: str
+    """As timm writes it, with or without the tag of its weights: "vit_large_patch16_224.mae"."""
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    """What timm's `create_model` is given, and `mean`, `std`, `interpolation`, `crop_pct` of the model's input."""
+
+    @property
+    def architecture(self) -> str:
+        """The name without its tag."""
+        return self.timm_name.partition(".")[0]
+
+    def __str__(self) -> str:
+        arguments = ",".join(f"{name}={_argument_text(value)}" for name, value in self.arguments.items())
+        return f"{self.timm_name}:{arguments}" if arguments else self.timm_name
+
+
+def parse_model_name(text: str) -> ModelName:
+    """The model that `text` names: an alias, or a timm name, with arguments after a colon.
+
+    Arguments are Python literals; text may stay unquoted: "vit_tiny_patch16_224:img_size=32,global_pool=avg".
+
+    Raises:
+        TeacherError: no such model (close names are given), or the arguments cannot be read.
+    """
+    from timm.models import is_model
+
+    base, colon, arguments_text = text.strip().partition(":")
+    if base in ("hf-hub", "hf_hub", "local-dir"):
+        raise TeacherError(
+            f"model {text!r}: {base}: names are not supported. Give timm's own name, and a file of weights."
+        )
+    if colon and not arguments_text.strip():
+        raise TeacherError(f"model {text!r}: nothing follows the colon; expected arguments such as img_size=224.")
+    if base in ALIASES:
+        meant = parse_model_name(ALIASES[base])
+        return ModelName(meant.timm_name, {**meant.arguments, **_parse_arguments(base, arguments_text)})
+    if not is_model(base.partition(".")[0]):
+        raise TeacherError(f"model {base!r} is unknown.{_close_models(base)}")
+    pretrained_config(base)
+    return ModelName(base, _parse_arguments(base, arguments_text))
+
+
+def _argument_text(value: object) -> str:
+    """An argument as a person would type it: words without quotes, which shells eat, and no spaces."""
+    if isinstance(value, str) and value.isidentifier() and value not in ("True", "False", "None"):
+        return value
+    return repr(value).replace(" ", "")
+
+
+def _parse_arguments(model: str, text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("each needs a name")
+        if len({keyword.arg for keyword in call.keywords}) < len(call.keywords):
+            raise ValueError("one is given twice")
+        arguments: dict[str, Any] = {
+            str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
+            for k in call.keywords
+        }
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise TeacherError(
+            f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by "
+            "commas, such as img_size=224,patch_size=16."
+        ) from error
+    refused = [name for name in arguments if name in _REFUSED_ARGUMENTS]
+    if refused:
+        raise TeacherError(f"model {model}: the argument {refused[0]} cannot be given in a model's name.")
+    return arguments
+
+
+def pretrained_config(timm_name: str) -> dict[str, Any]:
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    try:
+        config: Any = get_pretrained_cfg(timm_name)
+    except RuntimeError as error:
+        architecture = timm_name.partition(".")[0]
+        tags = [name for name in list_pretrained(f"{architecture}.*")]
+        raise TeacherError(
+            f"model {timm_name!r}: timm has no weights of this tag. Known: {', '.join(tags) or 'none'}."
+        ) from error
+    return dict(config.to_dict()) if config is not None else {}
+
+
+def _close_models(name: str) -> str:
+    from timm.models import list_models
+
+    known = [*ALIASES, *list_models(), *list_models(pretrained=True)]
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else " timm.list_models() lists what there is."

@@ -1,0 +1,63 @@
+"""A teacher with the device and the precision it runs in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from atcache.attention.capture import FactorCapture
+from atcache.attention.factors import LayerAttention
+from atcache.attention.indices import parse_indices
+from atcache.teachers.devices import autocast, resolve_device, resolve_precision
+from atcache.teachers.inputs import normalise_images
+from atcache.teachers.load import Teacher, load_teacher
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TeacherRun:
+    """A teacher with the precision it runs in: what calibration and building share."""
+
+    teacher: Teacher
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def load(cls, name: str, weights: Path | None, *, device: str, precision: str) -> Self:
+        """The teacher as a command's options name it.
+
+        Raises:
+            ConfigError: there is no such device or precision.
+            AtcacheError: what `load_teacher` raises.
+        """
+        place = resolve_device(device)
+        teacher = load_teacher(name, weights=weights, device=place)
+        return cls(teacher=teacher, device=place, dtype=resolve_precision(precision, place))
+
+    def select(self, layers: str | None, heads: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """The block indices and the head indices to keep; None for all heads, whose number capture finds out.
+
+        Args:
+            layers: as typed, such as "0-17"; None for all.
+            heads: as typed, such as "0,3"; None for all.
+
+        Raises:
+            ConfigError: they cannot be read, or the teacher does not have them.
+        """
+        num_heads = getattr(self.teacher.model, "num_heads", 2**16)
+        return (
+            parse_indices("all" if layers is None else layers, self.teacher.depth, what="layer"),
+            None if heads is None else parse_indices(heads, num_heads, what="head"),
+        )
+
+    def images(self, pixels_BHWC: Tensor) -> Tensor:
+        """The teacher's input, on its device."""
+        return normalise_images(pixels_BHWC, self.teacher.input.mean, self.teacher.input.std, self.device)
+
+    def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerAttention]:
+        """The wanted layers' factors, or maps, of a batch of views."""
+        with autocast(self.device, self.dtype):
+            return capture(self.images(pixels_BHWC))

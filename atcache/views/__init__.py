@@ -1,0 +1,1 @@
+"""Fixed augmentations of samples: drawn once, stored as numbers, replayed exactly."""

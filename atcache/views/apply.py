@@ -1,0 +1,130 @@
+"""Views: one fixed augmentation of a sample, drawn from (seed, sample_key, view), stored as numbers and replayed.
+
+A view is one vector of float32 parameters, the same for every policy: crop a box of the source image, resize it, cut a
+window of the wanted size, flip, up to two RandAugment operations, erase a box. The parameters are stored, not only the
+seed, because what draws them may change: numpy keeps the raw stream of a bit generator but not the methods of
+`numpy.random.Generator` across versions, and `log` and `cos` differ between machines in the last bit. So only raw
+Philox words are used, and replaying a view draws nothing but the erase noise, which is raw words too.
+
+A policy that mixes views adds the parameters of `atcache.views.mixing`; everything here is about the view before that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atcache.errors import CorruptCacheError
+from atcache.images.decode import MAX_PIXELS
+from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
+from atcache.views.randaugment import apply_operation, check_operation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+_ARGUMENTS = (PARAMETER_NAMES.index("argument_1"), PARAMETER_NAMES.index("argument_2"))
+
+
+def apply_view(
+    image: Image, parameters_P: np.ndarray[Any, Any], policy: ViewPolicy
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The view's pixels before mixing, uint8, shape (image_height, image_width, 3): a pure function.
+
+    Args:
+        image: the decoded source image, mode RGB; it is left as it is.
+        parameters_P: what `draw_view` gave for an image of this size, or stored parameters without `MIXING_NAMES`.
+        policy: only its size and interpolation are used.
+
+    Raises:
+        CorruptCacheError: the parameters do not fit the image or the policy.
+    """
+    from PIL.Image import Resampling, Transpose
+
+    values = _checked(parameters_P, image.height, image.width, policy)
+    top, left, height, width, resize_height, resize_width, window_top, window_left = values[:8]
+    # Cropped before it is resized: antialiasing must not see pixels outside the box, as in torchvision.
+    if (height, width) != (image.height, image.width):
+        image = image.crop((left, top, left + width, top + height))
+    image = image.resize((resize_width, resize_height), Resampling[policy.interpolation.upper()])
+    if (resize_height, resize_width) != (policy.image_height, policy.image_width):
+        image = image.crop(
+            (window_left, window_top, window_left + policy.image_width, window_top + policy.image_height)
+        )
+    if values[8]:
+        image = image.transpose(Transpose.FLIP_LEFT_RIGHT)
+    for position, argument in ((values[9], float(parameters_P[10])), (values[11], float(parameters_P[12]))):
+        if position >= 0:
+            image = apply_operation(image, position, argument)
+    pixels = np.array(image)
+    erase_top, erase_left, erase_height, erase_width, erase_seed = values[13:]
+    if erase_height:
+        box = _noise(erase_seed, erase_height, erase_width)
+        pixels[erase_top : erase_top + erase_height, erase_left : erase_left + erase_width] = box
+    return pixels
+
+
+def _noise(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Uniform random pixels: the bytes of raw Philox words, a stream numpy keeps stable between versions."""
+    num_values = height * width * 3
+    words = np.random.Philox(key=seed).random_raw(-(-num_values // 8))
+    return words.astype("<u8").view(np.uint8)[:num_values].reshape(height, width, 3)
+
+
+def _checked(parameters_P: np.ndarray[Any, Any], height: int, width: int, policy: ViewPolicy) -> list[int]:
+    """The parameters as whole numbers (0 for the arguments), once they are known to fit."""
+    if parameters_P.shape != (len(PARAMETER_NAMES),):
+        raise CorruptCacheError(f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES)},).")
+    numbers: list[float] = parameters_P.tolist()
+    arguments = [numbers[position] for position in _ARGUMENTS]
+    for position in _ARGUMENTS:
+        numbers[position] = 0.0
+    for name, number in zip(PARAMETER_NAMES, numbers, strict=True):
+        if not -1 <= number < 2**24 or number != int(number):
+            raise CorruptCacheError(f"{name} is {number} in a stored view, expected a whole number.")
+    values = [int(number) for number in numbers]
+    fits = (
+        _inside(values[0], values[2], height)
+        and _inside(values[1], values[3], width)
+        and _inside(values[6], policy.image_height, values[4])
+        and _inside(values[7], policy.image_width, values[5])
+        and values[4] * values[5] <= MAX_PIXELS
+        and values[8] in (0, 1)
+        and (values[15:] == [0, 0, 0] or _inside(values[13], values[15], policy.image_height))
+        and (values[15:] == [0, 0, 0] or _inside(values[14], values[16], policy.image_width))
+        and values[17] >= 0
+    )
+    if not fits:
+        named = ", ".join(f"{name} {value}" for name, value in zip(PARAMETER_NAMES, values, strict=True))
+        raise CorruptCacheError(
+            f"stored view parameters do not fit an image of {width} x {height} and views of {policy.image_width} x "
+            f"{policy.image_height}: {named}. Is this the image the cache was built from?"
+        )
+    check_operation(values[9], arguments[0])
+    check_operation(values[11], arguments[1])
+    return values
+
+
+def _inside(start: int, length: int, limit: int) -> bool:
+    return start >= 0 and length >= 1 and start + length <= limit
+
+
+def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+    """A 64-bit BLAKE2b of a view's pixels, in [0, 2**64)."""
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8, person=b"atcache pixels 1")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what makes a view's pixels: named when a replayed view differs from the stored one."""
+    from PIL import features
+
+    versions = {name: metadata.version(name) for name in ("numpy", "pillow", "timm", "torchvision")}
+    for name, feature in (("libjpeg_turbo", "libjpeg_turbo"), ("zlib", "zlib"), ("libwebp", "webp")):
+        version: str | None = features.version(feature)
+        if version is not None:
+            versions[name] = version
+    return versions

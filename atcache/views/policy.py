@@ -1,0 +1,108 @@
+"""How the views of a cache are drawn: the policy, and what the numbers of a stored view are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from atcache.errors import ConfigError
+from atcache.views.mixing import MIXING_NAMES, MixPolicy
+from atcache.views.randaugment import FILL, RESAMPLE
+
+if TYPE_CHECKING:
+    pass
+
+
+PolicyName = Literal["eval", "crop-flip", "randaug"]
+SPEC, MIXING_SPEC = 1, 2
+"""Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
+
+Policies that mix are of the second, all others of the first: who knows no mixing must refuse only the former."""
+PARAMETER_NAMES = (
+    "crop_top",
+    "crop_left",
+    "crop_height",
+    "crop_width",
+    "resize_height",
+    "resize_width",
+    "window_top",
+    "window_left",
+    "flip",
+    "operation_1",
+    "argument_1",
+    "operation_2",
+    "argument_2",
+    "erase_top",
+    "erase_left",
+    "erase_height",
+    "erase_width",
+    "erase_seed",
+)
+"""What the first numbers of `parameters_P` are, for every policy: all of them, unless views are mixed. Unused:
+operation -1, everything else 0. Whole numbers below 2**24 but for the arguments, so float32 holds them exactly."""
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPolicy:
+    """How the views of a cache are drawn."""
+
+    name: PolicyName
+    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: that, RandAugment and
+    random erasing."""
+    seed: int = 0
+    """Any whole number from 0; with sample_key and view it decides everything."""
+    image_height: int
+    """Height of the views, in pixels: what the teacher takes."""
+    image_width: int
+    """Width of the views, in pixels."""
+    interpolation: str = "bicubic"
+    """How boxes are resized: one of `INTERPOLATIONS`, always antialiased (Pillow)."""
+    crop_pct: float = 0.875
+    """`eval` only: the shortest side is resized to size / crop_pct before the centre is cut; timm's default."""
+    mixing: MixPolicy | None = None
+    """How views are mixed with those of other samples; None for not at all."""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(PolicyName):
+            raise ConfigError(f"view policy {self.name!r}: expected one of {', '.join(get_args(PolicyName))}.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation {self.interpolation!r}: expected one of {', '.join(INTERPOLATIONS)}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed}: expected a whole number from 0.")
+        if not (1 <= self.image_height <= 8192 and 1 <= self.image_width <= 8192):
+            raise ConfigError(f"views of {self.image_height} x {self.image_width}: expected 1 to 8192 pixels a side.")
+        if not 0.0 < self.crop_pct <= 1.0:
+            raise ConfigError(f"crop_pct {self.crop_pct}: expected more than 0, at most 1.")
+        if self.name == "eval" and self.mixing is not None:
+            raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """What the numbers of a stored view are."""
+        return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object, with the spec version and its fixed choices; `mixing` only where there is."""
+        fields = asdict(self)
+        if self.mixing is None:
+            del fields["mixing"]
+        spec = SPEC if self.mixing is None else MIXING_SPEC
+        return {"spec": spec, **fields, "operations": {"resample": RESAMPLE, "fill": list(FILL)}}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> ViewPolicy:
+        """The policy `to_json` came from.
+
+        Raises:
+            ConfigError: it was written for another spec.
+        """
+        rest = dict(fields)
+        spec, operations, mixing = rest.pop("spec", None), rest.pop("operations", None), rest.pop("mixing", None)
+        expected_spec = SPEC if mixing is None else MIXING_SPEC
+        if spec != expected_spec or operations != {"resample": RESAMPLE, "fill": list(FILL)}:
+            raise ConfigError(
+                f"views of spec {spec} with operations {operations}, this atcache knows spec {expected_spec} with "
+                f"{RESAMPLE} and fill {list(FILL)}. Use the version that wrote the cache."
+            )
+        return cls(**rest, mixing=None if mixing is None else MixPolicy(**mixing))

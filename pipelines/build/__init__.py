@@ -1,0 +1,1 @@
+"""Build: runs the teacher once over a dataset and keeps its attention."""

@@ -1,0 +1,283 @@
+"""Before the long run: fit the codec on a sample of views, check the teacher on it, measure what a view will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atcache.attention.capture import FactorCapture, check_capture
+from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.codecs.base import Codec, Coder, State
+from atcache.errors import ConfigError
+from atcache.images.source import SampleIndex, Source
+from atcache.students.teacher_side import CachedFactors
+from atcache.teachers.devices import autocast
+from atcache.teachers.run import TeacherRun
+from atcache.views.policy import ViewPolicy
+from atcache.views.rendering import STORED, Renderer
+
+from ..fidelity import injected_error, layer_row_kl, layer_v_error
+from .sizes import codes_nbytes, layer_nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CalibrationViews:
+    """Rendered views, in the order of their samples."""
+
+    pixels_NHWC: Tensor
+    """uint8."""
+    parameters_NP: np.ndarray
+    """What was drawn for each, float32."""
+    parameter_names: tuple[str, ...]
+    """What its columns mean."""
+    render_s: float
+    """Seconds a view takes to load in one process."""
+
+
+def render_calibration_views(
+    index: SampleIndex, policy: ViewPolicy, num_samples: int, *, skip_bad: bool
+) -> CalibrationViews:
+    """View 0 of `num_samples` good samples, or of all where there are fewer.
+
+    Args:
+        index: the samples.
+        policy: how views are drawn.
+        num_samples: wanted.
+        skip_bad: leave out images that turn out to be undecodable.
+
+    Raises:
+        BadImageError: an image cannot be decoded, and bad ones are not to be skipped.
+        ConfigError: there is not one view.
+    """
+    good = np.flatnonzero(index.problem_S == 0)
+    chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
+    # Blocks are not known yet, so these are mixed with any sample: as good to calibrate on.
+    renderer = Renderer(Source(index), policy, skip_bad=skip_bad)
+    seconds: list[float] = []
+    pixels: list[np.ndarray] = []
+    parameters: list[np.ndarray] = []
+    for sample in chosen.tolist():
+        start_s = time.perf_counter()
+        view = renderer.render(sample, 0)
+        if view.status == STORED:
+            seconds.append(time.perf_counter() - start_s)
+            pixels.append(view.pixels_HWC)
+            parameters.append(view.parameters_P)
+    if not pixels:
+        folder = index.tars[0].parent if index.tars else "the data"
+        raise ConfigError(f"{folder}: none of {len(chosen)} calibration images can be read. Check the data.")
+    return CalibrationViews(
+        pixels_NHWC=torch.from_numpy(np.stack(pixels)),
+        parameters_NP=np.stack(parameters),
+        parameter_names=policy.parameter_names,
+        render_s=statistics.fmean(seconds[1:] or seconds),  # the first one also imports the decoder
+    )
+
+
+_CHECKED_VIEWS = 4  # maps are formed for these, so few
+_HELD_BACK_SHARE = 8
+"""One view in so many is not fitted to: fidelity is measured on it."""
+_MAX_HELD_BACK = 32
+_HELD_BACK_NBYTES = 2**30
+"""Their attention is in memory at once: maps of many tokens allow few."""
+_INJECTED_VIEWS = 8
+_LAYER_VIEWS = 2  # each layer costs a forward of the teacher
+_CODES_NBYTES = 2**28
+"""Codes kept to measure how they compress."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerCard:
+    """What the codec does to one layer, on held-back views."""
+
+    layer: int
+    nbytes: float
+    """Bytes a view."""
+    row_kl_nats: float
+    injected_error: float
+    """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
+    v_error: float | None
+    """Relative error of decoded v; None where it is not stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """What was learnt from the calibration views."""
+
+    geometry: FactorGeometry
+    state: State
+    """The codec's fitted arrays."""
+    bias_LHQK: Tensor | None
+    coder: Coder
+    codes_BLTC: Tensor
+    """Codes of calibration views, held-back ones first, to measure how they compress."""
+    pixels_BHWC: Tensor
+    """The same views, uint8."""
+    num_held_back: int
+    """Views that fidelity was measured on."""
+    row_kl_nats: float
+    """Mean KL(A || decoded A) over rows, heads, layers of the held-back views."""
+    layer_row_kl_nats: tuple[float, ...]
+    """The same of each kept layer."""
+    injected_error: float
+    """Relative error of the teacher's final features when it attends with decoded factors."""
+    layer_v_error: tuple[float, ...] | None
+    """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None where v is not stored."""
+    teacher_views_per_s: float
+    """Speed of capture and encoding, without loading images."""
+
+    @property
+    def v_error(self) -> float | None:
+        """The mean of `layer_v_error`."""
+        return None if self.layer_v_error is None else float(np.mean(self.layer_v_error))
+
+    @property
+    def state_nbytes(self) -> int:
+        """What the fitted arrays take, once, before the store compresses them."""
+        return sum(array.numel() * array.element_size() for array in self.state.values())
+
+
+def calibrate(
+    run: TeacherRun,
+    codec: Codec,
+    pixels_NHWC: Tensor,
+    *,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    batch_size: int,
+    state: State | None = None,
+    with_values: bool = False,
+) -> Calibration:
+    """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
+
+    Args:
+        run: the teacher.
+        codec: to be fitted.
+        pixels_NHWC: calibration views, uint8. Every eighth is held back, or fewer where their attention is large; of
+            a single one, nothing is.
+        layers: block indices to keep; None for all.
+        heads: head indices to keep; None for all.
+        batch_size: views a forward.
+        state: what the codec was fitted to before; None fits it now.
+        with_values: whether v is stored too.
+
+    Raises:
+        UnsupportedAttentionError: the teacher's attention cannot be captured.
+        CodecError: the codec cannot hold it.
+    """
+    model = run.teacher.model
+    with autocast(run.device, run.dtype):
+        images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
+        check = check_capture(model, images, layers, heads, with_values=with_values)
+    capture = FactorCapture(model, layers, heads, with_values=with_values)
+    is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
+    held_back_NHWC = pixels_NHWC[is_held_back_N]
+    fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
+    held_back = run.factors(capture, held_back_NHWC)
+    if state is None:
+        state = codec.fit(
+            check.geometry,
+            _Batches(run, capture, fitted_NHWC, batch_size),
+            held_back=held_back,
+            nbytes_per_view=codes_nbytes,
+        )
+    coder = codec.coder(check.geometry, state, bias_LHQK=check.bias_LHQK, device=str(run.device))
+    codes_BLTC = coder.encode(held_back)
+    layer_kl = layer_row_kl(coder, held_back, codes_BLTC)
+    few = slice(0, _INJECTED_VIEWS)
+    decoded = CachedFactors(coder, codes_BLTC[few])
+    more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC)
+    return Calibration(
+        geometry=check.geometry,
+        state=state,
+        bias_LHQK=check.bias_LHQK,
+        coder=coder,
+        codes_BLTC=torch.cat([codes_BLTC.cpu(), *more]),
+        pixels_BHWC=torch.cat([held_back_NHWC, fitted_NHWC[: sum(map(len, more))]]),
+        num_held_back=len(held_back_NHWC),
+        row_kl_nats=float(np.mean(layer_kl)),
+        layer_row_kl_nats=layer_kl,
+        injected_error=injected_error(run, held_back_NHWC[few], coder.geometry, decoded),
+        layer_v_error=layer_v_error(coder, held_back, codes_BLTC),
+        teacher_views_per_s=views_per_s,
+    )
+
+
+def attention_nbytes(geometry: FactorGeometry) -> int:
+    """Bytes that a view's captured attention takes in memory, as float32."""
+    if geometry.kind == "maps":
+        return 2 * geometry.map_nbytes  # which are of float16
+    num_values = (len(geometry.heads) + geometry.num_kv_heads) * geometry.head_dim
+    num_values += geometry.num_kv_heads * geometry.v_head_dim
+    return 4 * len(geometry.layers) * geometry.tokens.num_tokens * num_values
+
+
+def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
+    """Which of the calibration views the codec is not fitted to: is_held_back_N, bool, at least one, spread evenly.
+
+    Args:
+        num_views: calibration views.
+        view_nbytes: what the attention of one takes in memory.
+    """
+    is_held_back_N = torch.zeros(num_views, dtype=torch.bool)
+    candidates_N = torch.arange(num_views)[_HELD_BACK_SHARE // 2 :: _HELD_BACK_SHARE][:_MAX_HELD_BACK]
+    most = max(1, _HELD_BACK_NBYTES // view_nbytes)
+    is_held_back_N[candidates_N[:: -(-len(candidates_N) // most) or 1]] = True
+    if not bool(is_held_back_N.any()):
+        is_held_back_N[-1] = True
+    return is_held_back_N
+
+
+class _Batches:
+    """The teacher's attention on some views, batch by batch; computed anew each time it is iterated."""
+
+    def __init__(self, run: TeacherRun, capture: FactorCapture, pixels_NHWC: Tensor, batch_size: int) -> None:
+        self._run, self._capture = run, capture
+        self._parts: tuple[Tensor, ...] = torch.split(pixels_NHWC, batch_size)
+
+    def __iter__(self) -> Iterator[list[LayerAttention]]:
+        return (self._run.factors(self._capture, part) for part in self._parts)
+
+
+def _time_encoding(
+    run: TeacherRun,
+    capture: FactorCapture,
+    coder: Coder,
+    pixels_NHWC: Tensor,
+    batch_size: int,
+    first_BLTC: Tensor,
+) -> tuple[list[Tensor], float]:
+    """Codes of views beside those of `first_BLTC`, as many as may be kept, and views encoded a second."""
+    view_nbytes = first_BLTC[:1].numel() * first_BLTC.element_size()
+    num_views = min(len(pixels_NHWC), max(1, _CODES_NBYTES // max(1, view_nbytes) - len(first_BLTC)))
+    start_s = time.monotonic()
+    codes = [coder.encode(layers).cpu() for layers in _Batches(run, capture, pixels_NHWC[:num_views], batch_size)]
+    return codes, num_views / max(1e-9, time.monotonic() - start_s)
+
+
+def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
+    """What the codec does to each layer: one short forward of the teacher a layer."""
+    coder, geometry = calibration.coder, calibration.geometry
+    held_back = slice(0, calibration.num_held_back)
+    nbytes_L = layer_nbytes(coder, calibration.codes_BLTC[held_back])
+    few = slice(0, min(_LAYER_VIEWS, calibration.num_held_back))
+    decoded = CachedFactors(coder, calibration.codes_BLTC[few].to(run.device))
+    return [
+        LayerCard(
+            layer=layer,
+            nbytes=nbytes_L[position],
+            row_kl_nats=calibration.layer_row_kl_nats[position],
+            injected_error=injected_error(
+                run, calibration.pixels_BHWC[few], dataclasses.replace(geometry, layers=(layer,)), decoded
+            ),
+            v_error=None if calibration.layer_v_error is None else calibration.layer_v_error[position],
+        )
+        for position, layer in enumerate(geometry.layers)
+    ]

@@ -1,0 +1,242 @@
+"""What a build will make and cost, and whether a cache that exists is the one asked for. Writes nothing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atcache import __version__
+from atcache.cache.differences import name_differences
+from atcache.codecs.base import Codec
+from atcache.errors import CacheMismatchError
+from atcache.images.source import SampleIndex
+from atcache.store.chunks import ChunkEncoder
+from atcache.store.layout import StoreLayout, plan_samples_per_shard
+from atcache.store.manifest import check_commit, read_commits
+from atcache.store.reader import CacheReader
+from atcache.store.writer import encode_pixels
+from atcache.teachers.load import Teacher
+from atcache.teachers.run import TeacherRun
+from atcache.views.apply import library_versions
+from atcache.views.policy import ViewPolicy
+
+from .calibrate import Calibration, CalibrationViews, layer_cards
+from .sizes import plan_codes
+
+_HASH_NBYTES = 8  # which do not compress; statuses, all alike, take next to nothing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """What a build will do and cost, before it does it."""
+
+    teacher: str
+    licence: str | None
+    """Of the teacher's weights; None where it is not known."""
+    num_samples: int
+    num_views: int
+    num_tasks: int
+    num_done_tasks: int
+    """Tasks an earlier run has committed."""
+    num_layers: int
+    num_heads: int
+    num_tokens: int
+    nbytes_per_view: int
+    """Measured on the calibration views, pixels included when they are stored."""
+    map_nbytes_per_view: int
+    """The same maps as float16."""
+    state_nbytes: int
+    """What the codec was fitted to takes, once."""
+    remaining_nbytes: int
+    """Of views, still to be written."""
+    free_nbytes: int
+    """Free on the target's disk."""
+    row_kl_nats: float
+    """Mean row KL of decoded maps on the calibration views."""
+    injected_error: float
+    """Relative error of the teacher's features when it attends with decoded maps."""
+    v_error: float | None
+    """Relative error of decoded v on the calibration views; None where it is not stored."""
+    teacher_views_per_s: float
+    """Speed of the teacher and the codec alone, without loading images or writing."""
+
+
+def identify(
+    run: TeacherRun,
+    index: SampleIndex,
+    policy: ViewPolicy,
+    *,
+    num_views: int,
+    pixels: str,
+    layers: tuple[int, ...],
+    heads: tuple[int, ...] | None,
+    codec: Codec,
+    with_values: bool,
+) -> dict[str, Any]:
+    """What two builds must agree in to be the same cache, as a JSON object."""
+    teacher = run.teacher
+    selection = {"layers": list(layers), "heads": None if heads is None else list(heads)}
+    return {
+        "teacher": {
+            "name": str(teacher.name),
+            "weights_sha256": teacher.weights_sha256,
+            "input": teacher.input.to_json(),
+            "precision": str(run.dtype).removeprefix("torch."),
+        },
+        "source": {"fingerprint": index.fingerprint, "num_samples": index.num_samples},
+        "views": {"policy": policy.to_json(), "num_views": num_views, "pixels": pixels},
+        # Caches from before v could be stored say nothing of it.
+        "selection": {**selection, "store": "v"} if with_values else selection,
+        "codec": codec.to_json(),
+    }
+
+
+def describe_cache(identity: Mapping[str, Any], run: TeacherRun, calibration: Calibration) -> dict[str, Any]:
+    """What a new cache says of itself: its identity, and what it was made with."""
+    import timm
+
+    teacher = run.teacher
+    return {
+        **identity,
+        "teacher": {
+            **identity["teacher"],
+            "weights_from": teacher.source,
+            "licence": teacher.licence,
+            "depth": teacher.depth,
+        },
+        "geometry": calibration.geometry.to_json(),
+        "calibration": {
+            "num_held_back": calibration.num_held_back,
+            "row_kl_nats": calibration.row_kl_nats,
+            "injected_error": calibration.injected_error,
+            "v_error": calibration.v_error,
+            "layers": [asdict(card) for card in layer_cards(run, calibration)],
+        },
+        "created_by": {
+            "atcache": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "device": run.device.type,
+            "views": library_versions(),
+        },
+    }
+
+
+def check_same_cache(existing: CacheReader, identity: Mapping[str, Any], samples_per_shard: int | None) -> None:
+    """Refuse to continue a cache that was begun with other parameters.
+
+    Raises:
+        CacheMismatchError: names each difference, with both values.
+    """
+    asked = dict(identity)
+    stored = {name: existing.attributes.get(name, {}) for name in identity}
+    # A cache also says of its teacher what is not asked for, such as the licence.
+    stored["teacher"] = {name: stored["teacher"].get(name) for name in identity["teacher"]}
+    layout = existing.layout
+    if samples_per_shard is not None:
+        asked["samples_per_shard"] = min(samples_per_shard, layout.num_samples)
+        stored["samples_per_shard"] = layout.samples_per_shard
+    differences = name_differences(stored, asked)
+    if differences:
+        raise CacheMismatchError(
+            f"{existing.path} exists and is another cache: {'; '.join(differences)}. "
+            "Give another --out, or the options it was begun with."
+        )
+
+
+def plan_layout(
+    calibration: Calibration,
+    views: CalibrationViews,
+    num_samples: int,
+    num_views: int,
+    pixel_shape: tuple[int, int] | None,
+    samples_per_shard: int | None,
+) -> tuple[StoreLayout, int]:
+    """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
+
+    Args:
+        calibration: its codes are compressed here with each compressor; the layout names the one that pays.
+        views: what it was made from: their parameters are compressed here, too.
+        num_samples: rows of the source.
+        num_views: views a sample.
+        pixel_shape: (height, width) of stored images; None for none.
+        samples_per_shard: as asked for; None for shards of about 256 MiB.
+    """
+    layout, codes_nbytes = plan_codes(
+        calibration.codes_BLTC.numpy(),
+        num_views=num_views,
+        num_samples=num_samples,
+        parameter_names=views.parameter_names,
+        pixels=pixel_shape,
+    )
+    record_nbytes = _HASH_NBYTES + parameters_nbytes(views, layout)
+    nbytes_per_view = round(record_nbytes + 16 * layout.codes.num_chunks_per_sample + codes_nbytes)
+    if pixel_shape is not None:
+        nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
+    if samples_per_shard is None:
+        samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
+    return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
+
+
+def parameters_nbytes(views: CalibrationViews, layout: StoreLayout) -> float:
+    """Bytes that the parameters of a view take in a shard of the calibration views."""
+    num_views = len(views.parameters_NP)
+    spec = replace(layout, num_samples=num_views, samples_per_shard=num_views).parameters
+    return len(ChunkEncoder(spec).encode(views.parameters_NP)) / num_views
+
+
+def _mean(values: list[int]) -> int:
+    return round(float(np.mean(values)))
+
+
+def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
+    """Names of the tasks whose commit records and shards agree; the others are to be done (again)."""
+    return {name for name, commit in read_commits(path).items() if not check_commit(path, commit, layout)}
+
+
+def plan_build(
+    out: Path,
+    teacher: Teacher,
+    calibration: Calibration,
+    layout: StoreLayout,
+    nbytes_per_view: int,
+    *,
+    num_done_tasks: int,
+) -> BuildPlan:
+    """The plan of a build into `out`."""
+    num_tasks = layout.num_views * layout.num_blocks
+    remaining_share = (num_tasks - num_done_tasks) / num_tasks
+    return BuildPlan(
+        teacher=str(teacher.name),
+        licence=teacher.licence,
+        num_samples=layout.num_samples,
+        num_views=layout.num_views,
+        num_tasks=num_tasks,
+        num_done_tasks=num_done_tasks,
+        num_layers=len(calibration.geometry.layers),
+        num_heads=len(calibration.geometry.heads),
+        num_tokens=layout.num_tokens,
+        nbytes_per_view=nbytes_per_view,
+        map_nbytes_per_view=calibration.geometry.map_nbytes,
+        state_nbytes=calibration.state_nbytes,
+        remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
+        free_nbytes=_free_nbytes(out),
+        row_kl_nats=calibration.row_kl_nats,
+        injected_error=calibration.injected_error,
+        v_error=calibration.v_error,
+        teacher_views_per_s=calibration.teacher_views_per_s,
+    )
+
+
+def _free_nbytes(path: Path) -> int:
+    """Free space on the disk that `path` is, or will be, on."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free

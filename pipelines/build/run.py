@@ -1,0 +1,227 @@
+"""Build: run the teacher once over a dataset and keep its attention.
+
+index -> calibrate -> plan -> create the cache -> run the tasks -> declare it complete. Typing the same command again
+continues where an earlier run stopped; typing another one for the same cache is refused.
+
+Of several processes one leads: it does all of this, and the others join it for the tasks, as if each continued the
+cache that it has created.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atcache.attention.factors import FactorGeometry
+from atcache.cache.coders import stored_coder
+from atcache.codecs.base import Codec
+from atcache.errors import ConfigError, DiskFullError
+from atcache.files.durable import only_writer, sweep_partials
+from atcache.images.source import SampleIndex, Source, index_source, relocate
+from atcache.store.layout import StoreLayout, Task
+from atcache.store.reader import CacheReader
+from atcache.store.writer import create_cache, finish_cache
+from atcache.teachers.run import TeacherRun
+from atcache.views.mixing import mix_policy
+from atcache.views.policy import ViewPolicy
+
+from ..fidelity import Expectation
+from ..running.ranks import Ranks
+from .board import Board
+from .calibrate import calibrate, render_calibration_views
+from .codec import choose_codec
+from .config import BuildConfig
+from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
+from .shared_folder import check_mark, marked, wait_for_commits
+from .summary import BuildSummary
+from .tasks import TaskRunner
+
+_SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
+
+
+def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: None) -> BuildSummary:
+    """Build a cache, or continue one; under torchrun together with the other processes.
+
+    Args:
+        config: what to build.
+        on_plan: told the plan before anything is written, in the process that leads.
+
+    Returns:
+        What was planned and done. After a dry run nothing has been written.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit; whatever was committed stays.
+    """
+    ranks = Ranks.from_environment()
+    with Board.opened(ranks) as board:
+        config = replace(config, device=ranks.device_name(config.device))
+        if ranks.leads:
+            summary = _lead(config, ranks, board, on_plan)
+            board.publish("end", summary.to_json())
+            return summary
+        _join(config, ranks, board)
+        return BuildSummary.from_json(board.receive("end"))
+
+
+def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
+    start_s = time.monotonic()
+    summarise = partial(BuildSummary.of, str(config.out))
+    index = index_source(config.data, on_bad=config.on_bad_image)
+    wanted = _Wanted.of(config, index)
+    run, policy = wanted.run, wanted.policy
+    existing = _open_existing(config.out)
+    if existing is not None:
+        check_same_cache(existing, wanted.identity, config.samples_per_shard)
+        if existing.is_complete:
+            return summarise(
+                seconds=time.monotonic() - start_s,
+                complete=existing.attributes["complete"],
+                expectation=wanted.expectation(existing),
+            )
+    num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
+    views = render_calibration_views(index, policy, num_samples, skip_bad=config.on_bad_image == "skip")
+    calibration = calibrate(
+        run,
+        wanted.codec,
+        views.pixels_NHWC,
+        layers=wanted.layers,
+        heads=wanted.heads,
+        batch_size=config.batch_size,
+        # A cache is continued with the state it has, so that all of it is coded alike.
+        state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
+        with_values=config.with_values,
+    )
+    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
+    new_layout, view_nbytes = plan_layout(
+        calibration, views, index.num_samples, config.views, pixel_shape, config.samples_per_shard
+    )
+    layout = new_layout if existing is None else existing.layout
+    if policy.mixing is not None and layout.samples_per_shard == 1:
+        raise ConfigError("a shard takes one sample only, so there is nobody to mix it with: raise samples_per_shard.")
+    done = committed_tasks(config.out, layout) if existing is not None else set[str]()
+    plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
+    on_plan(plan)
+    if config.dry_run:
+        return summarise(seconds=time.monotonic() - start_s, plan=plan)
+    if plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
+        raise DiskFullError(
+            f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
+            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some, or choose a smaller --budget or --codec, or "
+            "fewer --layers."
+        )
+    if existing is None:
+        state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
+        bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
+        create_cache(config.out, layout, describe_cache(wanted.identity, run, calibration), index, state, bias_LHQK)
+    with only_writer(config.out):
+        sweep_partials(config.out)
+        cache = CacheReader(config.out)
+        to_do = [number for number, task in enumerate(layout.tasks()) if task.name not in done]
+        with marked(config.out) as mark:
+            board.publish("job", {"mark": mark, "to_do": to_do})
+            _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(layout, to_do), board)
+        wait_for_commits(config.out, layout)
+        complete = finish_cache(config.out)
+    return summarise(
+        seconds=time.monotonic() - start_s,
+        plan=plan,
+        complete=complete,
+        expectation=wanted.expectation(cache),
+        num_built_views=board.total().num_stored,
+    )
+
+
+def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
+    """Do some of the tasks, if there are any: in a cache that the leader has created or opened, and so checked."""
+    if board.wait_for("job", "end") == "end":
+        return
+    job = board.receive("job")
+    check_mark(config.out, job["mark"], board.look)
+    cache = CacheReader(config.out)
+    index = relocate(cache.samples, config.data)
+    wanted = _Wanted.of(config, index)
+    check_same_cache(cache, wanted.identity, config.samples_per_shard)
+    _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(cache.layout, job["to_do"]), board)
+
+
+def _tasks(layout: StoreLayout, numbers: list[int]) -> list[Task]:
+    tasks = layout.tasks()
+    return [tasks[number] for number in numbers]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Wanted:
+    """What a config means, with its teacher loaded."""
+
+    run: TeacherRun
+    policy: ViewPolicy
+    codec: Codec
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: BuildConfig, index: SampleIndex) -> _Wanted:
+        """Load the teacher, and choose all that does not need calibration."""
+        run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
+        mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+        policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
+        codec = choose_codec(
+            config.codec,
+            config.target,
+            run.teacher.model,
+            index.num_samples * config.views,
+            with_values=config.with_values,
+        )
+        layers, heads = run.select(config.layers, config.heads)
+        identity = identify(
+            run,
+            index,
+            policy,
+            num_views=config.views,
+            pixels=config.pixels,
+            layers=layers,
+            heads=heads,
+            codec=codec,
+            with_values=config.with_values,
+        )
+        return cls(run=run, policy=policy, codec=codec, layers=layers, heads=heads, identity=identity)
+
+    def expectation(self, cache: CacheReader) -> Expectation:
+        """What the cache's views should have, by what was measured when it was begun."""
+        calibrated_nats = float(cache.attributes["calibration"]["row_kl_nats"])
+        return Expectation.of(self.codec, calibrated_nats, self.run.dtype)
+
+
+def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheReader, index: SampleIndex) -> TaskRunner:
+    num_processors = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+    geometry = FactorGeometry.from_json(cache.attributes["geometry"])
+    return TaskRunner(
+        out=config.out,
+        layout=cache.layout,
+        source=Source(index),
+        policy=wanted.policy,
+        run=wanted.run,
+        coder=stored_coder(cache, wanted.codec, geometry, str(wanted.run.device)),
+        batch_size=config.batch_size,
+        workers=num_processors - 1 if config.workers is None else config.workers,
+        threads=num_processors,
+        skip_bad=config.on_bad_image == "skip",
+        expectation=wanted.expectation(cache),
+    )
+
+
+def _open_existing(out: Path) -> CacheReader | None:
+    """The cache that is to be continued, or None where there is none yet."""
+    if not out.exists():
+        return None
+    if not (out / "zarr.json").exists():
+        raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
+    return CacheReader(out)

@@ -1,0 +1,1 @@
+"""Demo: attention transfer end to end on digits."""

@@ -1,0 +1,267 @@
+"""Demo: attention transfer end to end on real images, without a download, through the pipelines users run.
+
+scikit-learn's 1,797 handwritten digits (8 x 8) are written as tars; the teacher is a small ViT, MAE-pre-trained on the
+training digits without labels; the students get 100 labels. What is run is also written down as commands.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from atcache.errors import ConfigError
+from atcache.files.durable import encode_json, write_file
+from atcache.students.student import MODES, Mode
+
+from ..build.config import BuildConfig
+from ..build.run import build
+from ..build.summary import BuildSummary
+from ..pretrain.run import PretrainConfig, pretrain
+from ..train.config import TrainConfig
+from ..train.evaluate import EvaluateConfig, evaluate
+from ..train.run import train
+from .commands import as_command
+from .picture import draw_maps
+
+NUM_TRAIN = 1297
+"""Digits the teacher sees, without labels; the other 500 validate."""
+NUM_LABELS = 100
+"""Labels the students get."""
+TEACHER = "demo-mae"
+"""A name whose weights ship with the package."""
+PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=2e-3, decoder_depth=1, policy="eval")
+"""How these weights were made; data and out are filled in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    """What `atcache demo` was asked for."""
+
+    out: Path = Path("atcache-demo")
+    """Folder for tars, caches, runs, picture and commands; replaced if an earlier demo made it."""
+    seeds: int = 1
+    """Students of each mode; more give the mean's spread."""
+    pretrain: bool = False
+    """Make the teacher afresh instead of taking the shipped one."""
+    codec: str = "transform"
+    """How the teacher's factors are stored."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"seeds={self.seeds}: expected at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModeResult:
+    """What the students of one mode came to, over the seeds."""
+
+    top1: float
+    """Mean validation accuracy, percent."""
+    top1_per_seed: tuple[float, ...]
+    gap_closed: float | None
+    """(top1 - scratch) / (finetune - scratch) of the means; None where finetune is no better than scratch."""
+    seconds: float
+    """Mean time to train one student."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoSummary:
+    """What the demo came to."""
+
+    out: str
+    modes: dict[str, ModeResult]
+    """By mode, and "ensemble": distilled and fine-tuned student together."""
+    cache_nbytes_per_view: float
+    """Of the training cache, everything counted."""
+    map_nbytes_per_view: int
+    """The same maps as float16."""
+    num_views: int
+    """In both caches."""
+    seconds: float
+    commands: tuple[str, ...]
+    """What was run, to be repeated by hand in the folder above `out`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:
+    """Run the demo, with one thread: operations of this size gain little from more, and lose much on a busy machine.
+
+    Args:
+        config: what to run.
+        say: told each command before it runs.
+
+    Raises:
+        ConfigError: the folder exists and is not an earlier demo's.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _demo(config, say)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
+    start_s = time.monotonic()
+    _make_room(config.out)
+    commands: list[str] = []
+
+    def announce(command: str) -> None:
+        commands.append(command)
+        say(command)
+
+    train_tar, val_tar = write_digits(config.out / "digits")
+    weights = _pretrain(config, train_tar, announce) if config.pretrain else None
+    train_cache = _build(config, train_tar, weights, config.out / "train.zarr", announce)
+    val_cache = _build(config, val_tar, weights, config.out / "val.zarr", announce)
+    top1s: dict[str, list[float]] = {mode: [] for mode in (*MODES, "ensemble")}
+    seconds: dict[str, list[float]] = {mode: [] for mode in (*MODES, "ensemble")}
+    for seed in range(config.seeds):
+        for mode in MODES:
+            top1, mode_seconds = _train_and_evaluate(config, mode, seed, weights, announce)
+            top1s[mode].append(top1)
+            seconds[mode].append(mode_seconds)
+        together = EvaluateConfig(
+            runs=tuple(_run_folder(config, mode, seed) for mode in ("distill", "finetune")),
+            cache=config.out / "val.zarr",
+        )
+        announce(_evaluate_command(together))
+        top1s["ensemble"].append(evaluate(together).score.top1)
+        seconds["ensemble"].append(seconds["distill"][-1] + seconds["finetune"][-1])
+    draw_maps(config.out / "val.zarr", config.out / "maps.png")
+    complete = train_cache.complete
+    assert complete is not None
+    assert train_cache.plan is not None
+    assert val_cache.complete is not None
+    summary = DemoSummary(
+        out=str(config.out),
+        modes=_results(top1s, seconds),
+        cache_nbytes_per_view=complete["nbytes"] / complete["num_stored"],
+        map_nbytes_per_view=train_cache.plan.map_nbytes_per_view,
+        num_views=complete["num_stored"] + val_cache.complete["num_stored"],
+        seconds=time.monotonic() - start_s,
+        commands=tuple(commands),
+    )
+    (config.out / "commands.sh").write_text("".join(f"{command}\n" for command in commands))
+    write_file(config.out / "demo.json", encode_json(summary.to_json()))
+    return summary
+
+
+def write_digits(folder: Path) -> tuple[Path, Path]:
+    """Write scikit-learn's digits as WebDataset tars, in a fixed order; returns the training and the validation tar."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from webdataset.writer import TarWriter
+
+    digits = cast("Any", load_digits())
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    tars: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chosen in (("train", order[:NUM_TRAIN]), ("val", order[NUM_TRAIN:])):
+        tars.append(folder / f"{name}-000000.tar")
+        with TarWriter(str(tars[-1]), mtime=0) as writer:
+            for sample in chosen:
+                buffer = io.BytesIO()
+                grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)
+                Image.fromarray(grey_HW).convert("RGB").save(buffer, "PNG")
+                record = {"png": buffer.getvalue(), "cls": str(digits.target[sample])}
+                writer.write({"__key__": f"digit-{sample:04d}", **record})
+    return tars[0], tars[1]
+
+
+def _make_room(out: Path) -> None:
+    """Remove an earlier demo's folder; refuse anybody else's."""
+    if not out.exists():
+        return
+    if any(out.iterdir()) and not (out / "digits").is_dir():
+        raise ConfigError(f"{out} exists and was not made by `atcache demo`. Give another --out.")
+    shutil.rmtree(out)
+
+
+def _pretrain(config: DemoConfig, train_tar: Path, announce: Callable[[str], None]) -> Path:
+    pretraining = replace(PRETRAIN, data=str(train_tar), out=config.out / "teacher")
+    announce(as_command("pretrain", pretraining))
+    return pretrain(pretraining).weights
+
+
+def _build(
+    config: DemoConfig, tar: Path, weights: Path | None, out: Path, announce: Callable[[str], None]
+) -> BuildSummary:
+    building = BuildConfig(
+        teacher=TEACHER, weights=weights, data=str(tar), out=out, policy="eval", codec=config.codec, workers=0
+    )
+    announce(as_command("build", building))
+    return build(building)
+
+
+def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | None) -> TrainConfig:
+    """How the demo trains a student: every mode alike.
+
+    Args:
+        config: whose `out` holds the training cache and will hold the run.
+        mode: what the student is given.
+        seed: of its initial weights, its labelled digits and their order.
+        weights: the teacher's, where it was made afresh; for finetune.
+    """
+    return TrainConfig(
+        mode=mode,
+        cache=config.out / "train.zarr",
+        weights=weights if mode == "finetune" else None,
+        out=_run_folder(config, mode, seed),
+        subset=NUM_LABELS,
+        steps=400,
+        batch_size=64,
+        base_lr=4e-3,
+        label_smoothing=0.1,
+        drop_path=0.1,
+        seed=seed,
+    )
+
+
+def _run_folder(config: DemoConfig, mode: str, seed: int) -> Path:
+    return config.out / "runs" / f"{mode}-{seed}"
+
+
+def _train_and_evaluate(
+    config: DemoConfig, mode: Mode, seed: int, weights: Path | None, announce: Callable[[str], None]
+) -> tuple[float, float]:
+    """Validation accuracy of one student, and the seconds its training took."""
+    training = student_config(config, mode, seed, weights)
+    announce(as_command("train", training))
+    seconds = train(training).seconds
+    evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")
+    announce(_evaluate_command(evaluation))
+    return evaluate(evaluation).score.top1, seconds
+
+
+def _evaluate_command(config: EvaluateConfig) -> str:
+    """The command's first run is an argument; the others are --ensemble."""
+    first, *others = config.runs
+    ensemble = " ".join(f"--ensemble {run}" for run in others)
+    return " ".join(filter(None, [as_command("eval", replace(config, runs=(first,)), arguments=("runs",)), ensemble]))
+
+
+def _results(top1s: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, ModeResult]:
+    means = {mode: statistics.fmean(values) for mode, values in top1s.items()}
+    gap = means["finetune"] - means["scratch"]
+    return {
+        mode: ModeResult(
+            top1=means[mode],
+            top1_per_seed=tuple(values),
+            gap_closed=(means[mode] - means["scratch"]) / gap if gap > 0 else None,
+            seconds=statistics.fmean(seconds[mode]),
+        )
+        for mode, values in top1s.items()
+    }

@@ -1,0 +1,1 @@
+"""Plan: says what a cache would take and whether it would pay."""

@@ -1,0 +1,238 @@
+"""What `atcache plan` measures with models: sizes and fidelity as a build finds them, and speeds of a few calls."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atcache.attention.capture import FactorCapture
+from atcache.attention.factors import FactorGeometry
+from atcache.codecs.registry import CODECS, parse_codec
+from atcache.images.source import SampleIndex
+from atcache.store.chunks import decompress_into
+from atcache.store.layout import ZSTD, StoreLayout
+from atcache.store.writer import encode_pixels, encode_view
+from atcache.students.pairing import TeacherFactors
+from atcache.students.teacher_side import CachedFactors, LiveFactors
+from atcache.teachers.run import TeacherRun
+from atcache.views.mixing import mix_policy
+from atcache.views.policy import ViewPolicy
+
+from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
+from ..build.codec import check_has_values
+from ..build.plan import plan_layout
+from .config import DEFAULT_CODECS, PlanConfig
+from .steps import StudentSteps, seconds_a_call
+
+_PACKED_VIEWS = 8
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecMeasures:
+    """One codec setting on the user's images. Speeds are None where they are not wanted."""
+
+    codec: str
+    nbytes_per_view: int
+    map_nbytes_per_view: int
+    state_nbytes: int
+    """Fitted arrays, kept once."""
+    row_kl_nats: float
+    injected_error: float
+    student_img_per_s: float | None
+    encode_img_per_s: float | None
+    compress_img_per_s: float | None
+    unpack_img_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measures:
+    """What was measured with models, on this machine. Speeds are None where they are not wanted."""
+
+    device: str
+    teacher_img_per_s: float | None
+    student_img_per_s: float | None
+    """With the teacher's factors at hand, nothing to decode."""
+    scratch_img_per_s: float | None
+    """The same student without a teacher."""
+    load_img_per_s: float | None
+    shares_processors: bool
+    codecs: tuple[CodecMeasures, ...]
+
+
+def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) -> Measures:
+    """Load the teacher and measure what is not assumed.
+
+    Speeds of this machine's processors (loading, encoding, compressing) are measured only where the teacher's is, too:
+    they would say nothing of another machine.
+
+    Args:
+        config: names teacher and data.
+        index: of the data.
+        num_samples: of the dataset to plan for.
+        say: told what is being done.
+
+    Raises:
+        AtcacheError: one of its children for each thing that a build would refuse.
+    """
+    say(f"loading teacher {config.teacher}")
+    bench = _set_up(config, index)
+    run, geometry = bench.run, bench.capture.geometry
+    timed = config.assumed.teacher_img_per_s is None
+    teacher_img_per_s = None
+    if timed:
+        say("timing the teacher")
+        num_views = len(bench.pixels_BHWC)
+        teacher_img_per_s = num_views / seconds_a_call(
+            lambda: run.factors(bench.capture, bench.pixels_BHWC), run.device
+        )
+    steps = student_img_per_s = scratch_img_per_s = None
+    if config.assumed.student_img_per_s is None:
+        say(f"timing a student in mode {config.mode}")
+        steps = StudentSteps(config, run, geometry, int(index.label_S.max(initial=0)) + 1, bench.pixels_BHWC)
+        layers = run.factors(bench.capture, bench.pixels_BHWC)
+        live = LiveFactors(dict(zip(geometry.layers, layers, strict=True)))
+        student_img_per_s = steps.img_per_s(config.mode, lambda: live)
+        scratch_img_per_s = steps.img_per_s("scratch", lambda: None)
+    codecs: list[CodecMeasures] = []
+    for text in _codecs_to_measure(config, geometry):
+        say(f"calibrating codec {text}")
+        codecs.append(_measure_codec(config, text, bench, num_samples, steps, timed=timed))
+    threads = torch.get_num_threads() + config.num_workers
+    return Measures(
+        device=str(run.device),
+        teacher_img_per_s=teacher_img_per_s,
+        student_img_per_s=student_img_per_s,
+        scratch_img_per_s=scratch_img_per_s,
+        load_img_per_s=config.num_workers / bench.views.render_s if timed else None,
+        shares_processors=timed and run.device.type == "cpu" and threads > (os.cpu_count() or 1),
+        codecs=tuple(codecs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Bench:
+    """What is measured with: the teacher, and views for it."""
+
+    run: TeacherRun
+    capture: FactorCapture
+    """Has run once, so that its geometry is known."""
+    policy: ViewPolicy
+    views: CalibrationViews
+    pixels_BHWC: Tensor
+    """One batch of them."""
+
+
+def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
+    assert config.teacher is not None, "checked by PlanConfig"
+    run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
+    mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+    policy = run.teacher.input.view_policy(config.policy, 0, mixing)
+    with_values = config.store == "v"
+    if with_values:
+        check_has_values(run.teacher.model)
+    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads), with_values=with_values)
+    views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
+    pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
+    run.factors(capture, pixels_BHWC[:1])
+    return _Bench(
+        run=run,
+        capture=capture,
+        policy=policy,
+        views=views,
+        pixels_BHWC=pixels_BHWC,
+    )
+
+
+def _to_length(rows_N: Tensor, length: int) -> Tensor:
+    """So many rows: the first ones, or all of them again and again."""
+    return rows_N[torch.arange(length) % len(rows_N)]
+
+
+def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[str, ...]:
+    """The codec settings that are looked at; with an assumed size there is but one."""
+    if config.codecs:
+        return config.codecs
+    defaults = DEFAULT_CODECS[geometry.kind]
+    if config.store == "v":
+        defaults = tuple(name for name in defaults if CODECS[name].keeps_values)
+    return defaults if config.assumed.nbytes_per_view is None else defaults[:1]
+
+
+def _measure_codec(
+    config: PlanConfig, text: str, bench: _Bench, num_samples: int, steps: StudentSteps | None, *, timed: bool
+) -> CodecMeasures:
+    """Calibrate one codec as a build does, and time it."""
+    run, geometry, policy = bench.run, bench.capture.geometry, bench.policy
+    calibration = calibrate(
+        run,
+        parse_codec(text),
+        bench.views.pixels_NHWC,
+        layers=geometry.layers,
+        heads=geometry.heads,
+        batch_size=config.batch_size,
+        with_values=config.store == "v",
+    )
+    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
+    layout, nbytes_per_view = plan_layout(calibration, bench.views, num_samples, config.views, pixel_shape, None)
+    coder = calibration.coder
+    encode_img_per_s = compress_img_per_s = unpack_img_per_s = None
+    if timed:
+        layers = run.factors(bench.capture, bench.pixels_BHWC)
+        encode_img_per_s = len(bench.pixels_BHWC) / seconds_a_call(lambda: coder.encode(layers), run.device)
+        compress_img_per_s, unpack_img_per_s = _packing_img_per_s(config, layout, calibration)
+    student_img_per_s = None
+    if steps is not None:
+        codes_BLTC = _to_length(calibration.codes_BLTC, config.batch_size)
+        if run.device.type == "cuda":
+            codes_BLTC = codes_BLTC.pin_memory()  # as batches of a training are
+
+        def decoded() -> TeacherFactors:
+            return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
+
+        student_img_per_s = steps.img_per_s(steps.mode, decoded)
+    return CodecMeasures(
+        codec=text,
+        nbytes_per_view=nbytes_per_view,
+        map_nbytes_per_view=geometry.map_nbytes,
+        state_nbytes=calibration.state_nbytes,
+        row_kl_nats=calibration.row_kl_nats,
+        injected_error=calibration.injected_error,
+        student_img_per_s=student_img_per_s,
+        encode_img_per_s=encode_img_per_s,
+        compress_img_per_s=compress_img_per_s,
+        unpack_img_per_s=unpack_img_per_s,
+    )
+
+
+def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Calibration) -> tuple[float, float]:
+    """Views compressed a second by all threads of a build, and decompressed a second by all workers of a training."""
+    views: list[tuple[np.ndarray, np.ndarray]] = [
+        (codes_LTC.numpy(), pixels_HWC.numpy())
+        for codes_LTC, pixels_HWC in zip(
+            calibration.codes_BLTC[:_PACKED_VIEWS], calibration.pixels_BHWC[:_PACKED_VIEWS], strict=True
+        )
+    ]
+    compress_s: list[float] = []
+    unpack_s: list[float] = []
+    for codes_LTC, pixels_HWC in views:
+        start_s = time.perf_counter()
+        chunks = encode_view(layout, codes_LTC)
+        pixels_chunk = None if layout.pixels is None else encode_pixels(layout, pixels_HWC)
+        middle_s = time.perf_counter()
+        for chunk in chunks:
+            decompress_into(chunk, layout.compressor, np.empty(codes_LTC.nbytes // len(chunks), np.uint8))
+        if pixels_chunk is not None:
+            decompress_into(pixels_chunk, ZSTD, np.empty(pixels_HWC.nbytes, np.uint8))
+        compress_s.append(middle_s - start_s)
+        unpack_s.append(time.perf_counter() - middle_s)
+    num_threads = os.cpu_count() or 1
+    return num_threads / statistics.median(compress_s), config.num_workers / statistics.median(unpack_s)

@@ -1,0 +1,1 @@
+"""Pretrain: makes a teacher of any plain timm ViT."""

@@ -1,0 +1,125 @@
+"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from atcache.errors import CorruptCacheError
+from atcache.feed.batch import Batch
+from atcache.files.durable import write_file
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes metrics of one run; a context manager for one thread.
+
+    A continued run drops what was written after its checkpoint, so that every step stands there once.
+
+    Args:
+        folder: the run's folder.
+        first_step: steps the run continues from; 0 for a new one.
+        validates_first_step: whether that step's validation is still to come, or comes once more.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, validates_first_step: bool = False) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / METRICS_FILE
+        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
+        rewritten: list[dict[str, Any]] = []
+        if validates_first_step:  # TensorBoard can only be told to forget a whole step
+            rewritten = [row for row in kept if row["step"] == first_step and row["kind"] == "train"]
+            kept = [row for row in kept if row["step"] < first_step]
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder), purge_step=first_step + (not validates_first_step))
+        for row in rewritten:
+            values = {name: value for name, value in row.items() if name not in ("kind", "step")}
+            self.write("train", first_step, values)
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of one step; `kind` is "train" or "validation"."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """A run's metrics, oldest first; `kind` None for all. Half a line, left by a killed run, is dropped.
+
+    Raises:
+        CorruptCacheError: a whole line is no record of a step.
+    """
+    path = folder / METRICS_FILE
+    text = path.read_text() if path.exists() else ""
+    try:
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [row for row in rows if row["step"] >= 0 and kind in (None, row["kind"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(f"{path} is damaged ({error}). Delete {folder} to start this run anew.") from error
+
+
+class Speed:
+    """Images per second of training, over all ranks, and the share of its time that went into waiting for batches.
+
+    Args:
+        num_ranks: processes that train together. Each is as fast as this one: they wait for each other.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._num_ranks = num_ranks
+        self._start_s = time.monotonic()
+        self._waited_s = self._paused_s = 0.0
+        self.num_images = 0
+        """That were trained on."""
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, with all that was not training."""
+        return max(1e-9, time.monotonic() - self._start_s)
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time each takes to come counts as waiting, and its images as trained on."""
+        while True:
+            start_s = time.monotonic()
+            batch = next(batches, None)
+            self._waited_s += time.monotonic() - start_s
+            if batch is None:
+                return
+            self.num_images += len(batch.label_B) * self._num_ranks
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Something else than training, such as validation."""
+        start_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += time.monotonic() - start_s
+
+    def values(self) -> dict[str, float]:
+        """Both numbers by name."""
+        training_s = max(1e-9, self.seconds - self._paused_s)
+        return {"img_per_s": self.num_images / training_s, "waited_for_data": self._waited_s / training_s}
+
+    def __str__(self) -> str:
+        values = self.values()
+        return f"{values['img_per_s']:.4g} img/s  waited {values['waited_for_data']:.0%}"

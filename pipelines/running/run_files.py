@@ -1,0 +1,23 @@
+"""The files of a run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from atcache.files.durable import replaced_whole
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Write a timm model's weights; those of a distilled student load into any timm model of its name."""
+    from safetensors import torch as safetensors_torch
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replaced_whole(path) as temp:
+        safetensors_torch.save_file(tensors, temp, metadata={"format": "pt"})
+        # safetensors makes files that only their owner may read; whoever may read the run may read its weights.
+        temp.chmod(path.parent.stat().st_mode & 0o666)

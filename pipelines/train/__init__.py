@@ -1,0 +1,1 @@
+"""Train and evaluate: students from a cache, and the runs they are compared with."""

@@ -1,0 +1,316 @@
+"""What a training run is made of: its student, views, order, teacher and validation set, from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from atcache.attention.factors import FactorGeometry
+from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
+from atcache.feed.caches import open_caches, open_joined_views
+from atcache.feed.order import SampleOrder, choose_subset
+from atcache.feed.sample_views import FreshViews, Views
+from atcache.images.source import Source, index_source
+from atcache.store.reader import CacheReader
+from atcache.students.pairing import Pairing, plan_pairing
+from atcache.students.student import Student, check_views_fit, make_student
+from atcache.students.teacher_side import CacheTeacher, LiveTeacher, SharedTeacher, start_teacher
+from atcache.teachers.inputs import InputConfig, input_config
+from atcache.teachers.load import create_student, load_teacher
+from atcache.teachers.names import ModelName, parse_model_name
+from atcache.teachers.record import TeacherRecord
+from atcache.teachers.weights import read_weights, tensors_sha256
+from atcache.views.mixing import mix_policy
+from atcache.views.policy import ViewPolicy
+
+from .config import TrainConfig
+from .notes import training_notes, validation_notes, view_notes
+from .record import RunRecord
+from .validation import ValidationSet, open_validation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TrainingData:
+    """Everything a run reads, opened and checked."""
+
+    student: Student
+    views: Views
+    label_S: np.ndarray
+    """Class of every row of the source."""
+    order: SampleOrder
+    teacher: CacheTeacher | LiveTeacher | SharedTeacher | None
+    """Gives factors for the modes that transfer attention."""
+    validation: ValidationSet | None
+    record: RunRecord
+    identity: dict[str, Any]
+    """What was read, as JSON: runs that differ in it are different runs."""
+    notes: tuple[str, ...]
+    """What the user should know before the run."""
+
+
+def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> list[TrainingData]:
+    """Open and check all that runs need; what they share is opened once.
+
+    Each run's weights are drawn from torch's global generator, seeded with the run's seed.
+
+    Args:
+        configs: runs that are equal in their `stream()`.
+        device: where the students run.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit.
+    """
+    first = configs[0]
+    readers = open_caches(first.caches)
+    cache_teacher = TeacherRecord.of_cache(readers[0]) if readers else None
+    plans: list[_Plan] = []
+    for config in configs:
+        with _named(config, len(configs)):
+            plans.append(_plan(config, cache_teacher))
+    if not readers:
+        _check_one_size([plan.student for plan in plans])
+    pairings = [plan.pairing for plan in plans if plan.pairing is not None]
+    live_teacher: LiveTeacher | None = None
+    if cache_teacher is not None and first.live_teacher:
+        live_teacher = start_teacher(cache_teacher, first.weights, pairings, device)
+    teacher: CacheTeacher | LiveTeacher | None = None
+    if readers and pairings:
+        teacher = live_teacher or CacheTeacher(readers, pairings, device)
+    views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
+    order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
+    shared = SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None
+    stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, shared, live_teacher)
+    opened: list[TrainingData] = []
+    for config, plan in zip(configs, plans, strict=True):
+        with _named(config, len(configs)):
+            opened.append(_open_student(config, plan, stream, readers, cache_teacher, device))
+    return opened
+
+
+@contextmanager
+def _named(config: TrainConfig, num_students: int) -> Generator[None]:
+    """Say of which student of several an error is."""
+    try:
+        yield
+    except AtcacheError as error:
+        if num_students == 1:
+            raise
+        raise type(error)(f"{config.out.name}: {error}") from error
+
+
+class _Plan(NamedTuple):
+    """What a run's student is, before it is made."""
+
+    student: ModelName
+    pairing: Pairing | None
+    """What it is given of the teacher, and where; None for scratch and finetune."""
+
+
+class _Stream(NamedTuple):
+    """What runs that are trained together share."""
+
+    views: Views
+    label_S: np.ndarray
+    order: SampleOrder
+    num_classes: int
+    teacher: CacheTeacher | LiveTeacher | None
+    shared_teacher: SharedTeacher | None
+    """The teacher for students that take whole batches together; None for a student alone."""
+    live_teacher: LiveTeacher | None
+
+    @property
+    def seen_classes(self) -> np.ndarray:
+        """The classes that are trained on."""
+        return np.unique(self.label_S[self.order.sample_S])
+
+    def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
+        """What gives a run its factors."""
+        shares = config.accumulate == 1 and (config.mode == "copy" or self.live_teacher is not None)
+        return self.shared_teacher if self.shared_teacher is not None and shares else self.teacher
+
+
+def _plan(config: TrainConfig, cache_teacher: TeacherRecord | None) -> _Plan:
+    transfers = config.mode in ("copy", "distill")
+    pairing = _pairing(config, cache_teacher.geometry) if transfers and cache_teacher else None
+    return _Plan(_student_name(config, cache_teacher), pairing)
+
+
+def _pairing(config: TrainConfig, geometry: FactorGeometry) -> Pairing:
+    """What a run's student is given of what a cache holds."""
+    return plan_pairing(
+        geometry,
+        layers=config.layers,
+        heads=config.heads,
+        layer_map=config.layer_map,
+        head_map=config.head_map,
+        # Copying q and k is copying the map that is made of them, whatever basis they are in.
+        what="map" if config.mode == "copy" and config.what == "qk" else config.what,
+    )
+
+
+def _open_student(
+    config: TrainConfig,
+    plan: _Plan,
+    stream: _Stream,
+    readers: Sequence[CacheReader],
+    cache_teacher: TeacherRecord | None,
+    device: torch.device,
+) -> TrainingData:
+    """One run's own part, with what it shares."""
+    initial_weights = _initial_weights(config, cache_teacher)
+    torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
+    student = make_student(
+        config.mode,
+        plan.student,
+        stream.num_classes,
+        geometry=cache_teacher.geometry if plan.pairing and cache_teacher else None,
+        pairing=plan.pairing,
+        drop_path=config.drop_path,
+        weights=initial_weights,
+    )
+    if readers:
+        check_views_fit(student, readers[0])
+    validation = _validation(config, student, cache_teacher, stream.live_teacher, device)
+    views_identity = stream.views.identity
+    if plan.pairing is None:  # codes may be read for another student of the sweep
+        views_identity = _without_codecs(views_identity)
+    return TrainingData(
+        student=student,
+        views=stream.views,
+        label_S=stream.label_S,
+        order=stream.order,
+        teacher=stream.teacher_of(config) if plan.pairing else None,
+        validation=validation,
+        record=RunRecord(
+            mode=config.mode,
+            student=str(plan.student),
+            num_classes=stream.num_classes,
+            pairing=plan.pairing,
+            teacher=cache_teacher if plan.pairing else None,
+        ),
+        identity={
+            "views": views_identity,
+            "validation": None if validation is None else validation.views.identity,
+            "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
+        },
+        notes=(
+            *training_notes(config, plan.student, stream.num_classes, readers),
+            *view_notes(config, len(stream.order.sample_S), readers),
+            *(() if validation is None else validation_notes(stream.views, stream.seen_classes, validation)),
+        ),
+    )
+
+
+def _without_codecs(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the same views, read without codes."""
+    if "joined" in identity:
+        return {"joined": {number: _without_codecs(part) for number, part in identity["joined"].items()}}
+    return {**identity, "codec": None} if "codec" in identity else identity
+
+
+def _open_views(
+    config: TrainConfig,
+    readers: Sequence[CacheReader],
+    teacher: CacheTeacher | LiveTeacher | None,
+    name: ModelName,
+) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
+    """The views to train on, the class of every row, the rows that can be used, and those that are."""
+    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+    if not readers:
+        assert config.data, "checked by TrainConfig"
+        index = index_source(config.data)
+        eligible_S = np.flatnonzero(index.label_S >= 0)
+        sample_S = _choose(config, index.label_S, eligible_S)
+        mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
+        policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
+        fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
+        return fresh, index.label_S, eligible_S, sample_S
+    for reader in readers if config.subset is not None else ():
+        if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+            raise ConfigError(
+                f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose "
+                "images and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the "
+                "subset's tars."
+            )
+    views, label_S, eligible_S = open_joined_views(
+        readers,
+        config.data or None,
+        code_layers=teacher.code_layers if isinstance(teacher, CacheTeacher) else None,
+        keep_nbytes=keep_nbytes,
+    )
+    return views, label_S, eligible_S, _choose(config, label_S, eligible_S)
+
+
+def _choose(config: TrainConfig, label_S: np.ndarray, eligible_S: np.ndarray) -> np.ndarray:
+    """The rows to train on: all that can be used, or a subset of them."""
+    if config.subset is None:
+        return eligible_S
+    return choose_subset(label_S, eligible_S, config.subset, config.stream_seed)
+
+
+def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelName:
+    if config.student is not None:
+        return parse_model_name(config.student)
+    assert teacher is not None, "checked by TrainConfig"
+    return parse_model_name(teacher.name)
+
+
+def _input_of(name: ModelName) -> InputConfig:
+    with torch.device("meta"):
+        return input_config(create_student(name, 1))
+
+
+def _check_one_size(names: Sequence[ModelName]) -> None:
+    """Refuse students that would draw different views together."""
+    policies = [_input_of(name).view_policy("crop-flip", 0) for name in names]
+    for name, policy in zip(names, policies, strict=True):
+        if policy != policies[0]:
+            sizes = [f"{p.image_height} x {p.image_width}, {p.interpolation}" for p in (policies[0], policy)]
+            raise ConfigError(
+                f"students {names[0]} and {name} take different views ({sizes[0]}; {sizes[1]}). Without a cache the "
+                "students of a sweep share the views that are drawn: give one img_size, or train them one by one."
+            )
+
+
+def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict[str, torch.Tensor] | None:
+    """The teacher's weights for fine-tuning; they must be those the cache was built with, where there is one."""
+    if config.mode != "finetune":
+        return None
+    if config.weights is not None and teacher is None:
+        return read_weights(config.weights)
+    name = config.student if teacher is None else teacher.name
+    assert name is not None, "checked by TrainConfig"
+    loaded = load_teacher(name, weights=config.weights)
+    if teacher is not None and loaded.weights_sha256 != teacher.weights_sha256:
+        raise CacheMismatchError(
+            f"finetune would begin from {loaded.source} (sha256 {loaded.weights_sha256[:12]}...), the cache's teacher "
+            f"has {teacher.weights_sha256[:12]}.... Give the --weights that the cache was built with."
+        )
+    return loaded.model.state_dict()
+
+
+def _validation(
+    config: TrainConfig,
+    student: Student,
+    cache_teacher: TeacherRecord | None,
+    live_teacher: LiveTeacher | None,
+    device: torch.device,
+) -> ValidationSet | None:
+    if config.val_cache is None and config.val_data is None:
+        return None
+    copies = config.mode == "copy"
+    return open_validation(
+        cache=config.val_cache,
+        data=config.val_data,
+        students=[student],
+        teacher=cache_teacher if copies else None,
+        live_teacher=live_teacher if copies and config.val_cache is None else None,
+        batch_size=config.batch_size // config.accumulate,  # what fits in memory in training fits here
+        workers=config.workers,
+        device=device,
+    )

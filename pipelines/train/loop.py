@@ -1,0 +1,177 @@
+"""The loop of training: runs that take turns at each batch of one stream, until all are done."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from atcache.feed.batch import Batch
+from atcache.feed.loader import training_batches
+from atcache.files.durable import write_file
+
+from ..running.interrupts import Interrupts
+from ..running.metrics import MetricsLog, Speed, read_metrics
+from ..running.progress import Progress
+from ..running.run_folder import GIVEN_UP_FILE
+from .data import TrainingData
+from .student_run import LOG_EVERY, DivergedError, Reports, TrainingRun
+from .summary import SweepResult
+
+
+def train_to_the_end(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool) -> dict[Path, SweepResult]:
+    """Give each run the batches it lacks; what they came to, by folder.
+
+    Args:
+        runs: at least one; each goes on from its checkpoint, where there is one.
+        data: the stream they share.
+        alone: whether this is no sweep, so that a run whose loss is no number any more is an error.
+
+    Raises:
+        AtcacheError: one of its children for what fails; runs that stand between two steps are saved before.
+    """
+    ranks = runs[0].ranks
+    ranks.on_all(lambda: [run.restore() for run in runs])
+    ranks.check_equal(
+        [run.step for run in runs],
+        f"the processes do not see the same checkpoint in {runs[0].config.out}: several nodes need an --out on storage "
+        "that they share.",
+    )
+    with ExitStack() as stack:
+        return _Loop(runs, stack, alone=alone).to_the_end(data)
+
+
+class _Loop:
+    """The state of the runs' training. What is opened lives as long as the `stack`."""
+
+    def __init__(self, runs: Sequence[TrainingRun], stack: ExitStack, *, alone: bool) -> None:
+        self._runs, self._ranks, self._alone = runs, runs[0].ranks, alone
+        self._first_step, self._num_steps = min(run.step for run in runs), max(run.num_steps for run in runs)
+        self._results: dict[Path, SweepResult] = {}
+        self._restored_at = {run: run.step for run in runs}
+        self._to_validate = self._ranks.on_leader(lambda: [_lacks_validation(run) for run in runs])
+        self._progress: Progress | None = None
+        if self._ranks.leads:
+            title = runs[0].config.mode if alone else "sweep"
+            self._progress = Progress(title, total=self._num_steps, unit="steps", done=self._first_step)
+            stack.enter_context(self._progress)
+            for line in self._notes():
+                self._progress.say(line)
+        self._reports = {
+            run: self._reports_of(run, stack, validates) for run, validates in zip(runs, self._to_validate, strict=True)
+        }
+        self._interrupts = stack.enter_context(Interrupts(heeded=self._ranks.leads))
+        self._speed = Speed(self._ranks.world_size)
+
+    def to_the_end(self, data: TrainingData) -> dict[Path, SweepResult]:
+        """Take all steps."""
+        for run, validates in zip(self._runs, self._to_validate, strict=True):
+            self._after_step(run, validates=validates)
+        batches = self._speed.timed(self._batches(data))
+        for step in range(self._first_step, self._num_steps):
+            if len(self._results) == len(self._runs):
+                break
+            with self._saved_when_stopped():
+                batch = next(batches)
+            if not self._alone:  # one journey to the device for all; a run alone may want it in parts
+                batch = batch.to(self._runs[0].device)
+            # A run whose checkpoint is of a later step joins when the stream gets there.
+            current = [run for run in self._unfinished() if run.step == step]
+            for run in current:
+                self._take(run, batch)
+            self._tell(step + 1)
+            with self._saved_when_stopped():
+                for run in self._unfinished():
+                    if run in current:
+                        self._after_step(run, validates=run.is_validated)
+                if self._interrupts.came and self._unfinished():
+                    self._interrupts.end()
+        return self._results
+
+    def _batches(self, data: TrainingData) -> Iterator[Batch]:
+        """This rank's parts of all batches to come."""
+        return training_batches(
+            data.views,
+            data.label_S,
+            replace(data.order, rank=self._ranks.rank, num_ranks=self._ranks.world_size),
+            first_step=self._first_step,
+            stop_step=self._num_steps,
+            workers=self._runs[0].config.workers,
+        )
+
+    def _unfinished(self) -> list[TrainingRun]:
+        return [run for run in self._runs if run.config.out not in self._results]
+
+    def _take(self, run: TrainingRun, batch: Batch) -> None:
+        """One step of a run; one of a sweep is given up where its loss is no number any more."""
+        try:
+            run.take(batch, self._speed, self._reports[run])
+        except DivergedError as error:
+            if self._alone:
+                raise
+            out = run.config.out
+            write_file(out / GIVEN_UP_FILE, str(error).encode())
+            self._results[out] = SweepResult(name=out.name, problem=str(error))
+            self._reports[run].say(f"given up: {error}")
+
+    def _after_step(self, run: TrainingRun, *, validates: bool) -> None:
+        """Validate, and finish, when it is time."""
+        if validates:
+            with self._speed.paused(), self._interrupts.at_once():
+                run.validate(self._reports[run])
+        if run.is_done:
+            summary = self._ranks.on_leader(partial(run.finish, self._speed))
+            self._results[run.config.out] = SweepResult(name=run.config.out.name, summary=summary)
+
+    @contextmanager
+    def _saved_when_stopped(self) -> Generator[None]:
+        """Where all runs stand between two steps: save them if the process is told to end here, or something fails."""
+        try:
+            yield
+        except BaseException:
+            if self._ranks.leads:
+                trained = [run for run in self._unfinished() if run.step > self._restored_at[run]]
+                sound = [run for run in trained if run.is_sound()]
+                for run in sound:
+                    run.save(self._speed)
+                for run in trained:
+                    outcome = "is saved" if run in sound else "is not saved: weights are no numbers any more"
+                    self._reports[run].say(f"stopped after step {run.step}, which {outcome}")
+            raise
+
+    def _tell(self, num_steps: int) -> None:
+        """Show how far it is, now and then."""
+        if self._progress is not None and (num_steps % LOG_EVERY == 0 or num_steps == self._num_steps):
+            losses = " ".join(f"{run.loss:.4g}" for run in self._runs)
+            self._progress.advance(num_steps - self._progress.done, f"loss {losses}  {self._speed}")
+
+    def _reports_of(self, run: TrainingRun, stack: ExitStack, validates: bool) -> Reports:
+        """Where a run's numbers and words go; says where it continues."""
+        if self._progress is None:
+            return Reports()
+        metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step, validates_first_step=validates))
+        reports = Reports(metrics=metrics, progress=self._progress, prefix=self._prefix(run))
+        if run.step:
+            reports.say(f"continuing after step {run.step} of {run.num_steps}")
+        return reports
+
+    def _notes(self) -> Iterator[str]:
+        """What the user should know before the runs; what concerns all of them is said once."""
+        for note in dict.fromkeys(note for run in self._runs for note in run.notes):
+            concerned = [run for run in self._runs if note in run.notes]
+            if len(concerned) == len(self._runs):
+                yield note
+            else:
+                yield from (self._prefix(run) + note for run in concerned)
+
+    def _prefix(self, run: TrainingRun) -> str:
+        return "" if self._alone else f"{run.config.out.name}: "
+
+
+def _lacks_validation(run: TrainingRun) -> bool:
+    """Whether a run's step is to be validated, once more where it is the last one and the run was not finished."""
+    return run.is_validated and (
+        run.is_done or all(row["step"] != run.step for row in read_metrics(run.config.out, "validation"))
+    )

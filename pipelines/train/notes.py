@@ -1,0 +1,104 @@
+"""What a user should know before a run, where it is no reason to refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from atcache.feed.sample_views import Views
+from atcache.store.reader import CacheReader
+from atcache.teachers.components import component_differences
+from atcache.teachers.load import create_student
+from atcache.teachers.names import ModelName, parse_model_name
+from atcache.teachers.record import TeacherRecord
+
+from .config import TrainConfig
+from .recipes import read_recipe, view_differences
+from .validation import ValidationSet
+
+_MANY_TIMES = 30
+"""How often a view may be shown before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
+
+
+def training_notes(
+    config: TrainConfig, student: ModelName, num_classes: int, readers: Sequence[CacheReader]
+) -> Iterator[str]:
+    """Sentences on a run of this student from these caches, in the order of their weight.
+
+    Args:
+        config: the run.
+        student: its architecture.
+        num_classes: that the labels are of.
+        readers: the caches, of one teacher; none for a run without.
+    """
+    if readers and config.mode in ("copy", "distill") and config.student is not None:
+        yield from _notes_on_components(student, TeacherRecord.of_cache(readers[0]))
+    asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
+    if asked not in (0, num_classes):
+        yield f"NOTE: the student's num_classes={asked} is not used: the labels are of {num_classes} classes, from 0."
+    if config.recipe is not None:
+        wanted = read_recipe(config.recipe)["build"]
+        for reader in readers:
+            if differences := view_differences(wanted, reader.attributes["views"]["policy"]):
+                yield (
+                    f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: "
+                    f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
+                    "draws the recipe's."
+                )
+
+
+def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheReader]) -> Iterator[str]:
+    """A sentence where a run shows so few views so often that its student will know them by heart.
+
+    Args:
+        config: the run.
+        num_samples: that it is trained on.
+        readers: the caches; none for a run without, which draws new views. Those of policy eval can have one only.
+    """
+    drawn = [reader.attributes["views"] for reader in readers if reader.attributes["views"]["policy"]["name"] != "eval"]
+    num_epochs = config.epochs if config.steps is None else config.steps * config.batch_size / num_samples
+    num_views = max((views["num_views"] for views in drawn), default=0)
+    if num_views and num_epochs / num_views > _MANY_TIMES:
+        yield (
+            f"NOTE: the cache has {num_views} view{'s' * (num_views > 1)} of an image, which the run shows "
+            f"{num_epochs / num_views:.0f} times each: students may learn them by heart. Build it with more --views, "
+            "or vary what is seen with --student-jitter."
+        )
+
+
+def validation_notes(views: Views, seen_classes: np.ndarray, validation: ValidationSet) -> Iterator[str]:
+    """Sentences on what a run is validated on.
+
+    Args:
+        views: that it is trained on.
+        seen_classes: the labels among them.
+        validation: what it is validated on.
+    """
+    if _sources(views.identity) & _sources(validation.views.identity):
+        yield "NOTE: the run is validated on images that it is trained on: scores say nothing of other images."
+    label_S = validation.label_S[validation.sample_S]
+    if num_unseen := int((~np.isin(label_S, seen_classes)).sum()):
+        yield (
+            f"NOTE: {num_unseen:,} of {len(label_S):,} validation images are of classes without a training image; they "
+            "count as wrong."
+        )
+
+
+def _sources(identity: dict[str, Any]) -> set[str]:
+    """Fingerprints of the tars that views are of."""
+    parts = identity.get("joined", {"only": identity}).values()
+    return {part["source"] for part in parts}
+
+
+def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:
+    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
+    with torch.device("meta"):
+        models = [create_student(parse_model_name(teacher.name), 1), create_student(student, 1)]
+    if differences := component_differences(*models):
+        yield (
+            f"WARNING: the student's architecture differs from the teacher's: {' '.join(differences)} Attention "
+            "transfer is known to fail between such models; leave --student out to use the teacher's own architecture."
+        )

@@ -1,0 +1,92 @@
+"""A run's folder: which student it holds, so that it can be made again, and its weights."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atcache.errors import ConfigError
+from atcache.students.pairing import Pairing
+from atcache.students.student import Mode, Student, make_student
+from atcache.teachers.names import parse_model_name
+from atcache.teachers.record import TeacherRecord
+
+from ..running.run_files import RUN_FILE, WEIGHTS_FILE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """What is needed to make a run's student again."""
+
+    mode: Mode
+    student: str
+    """Its timm name with arguments."""
+    num_classes: int
+    pairing: Pairing | None
+    """Which of a teacher's attention goes where in it; None for scratch and finetune."""
+    teacher: TeacherRecord | None
+    """Who its attention comes from; None for scratch and finetune."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return {
+            "mode": self.mode,
+            "student": self.student,
+            "num_classes": self.num_classes,
+            "pairing": None if self.pairing is None else self.pairing.to_json(),
+            "teacher": None if self.teacher is None else self.teacher.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> RunRecord:
+        """The record `to_json` came from."""
+        rest = dict(fields)
+        teacher = None if rest["teacher"] is None else TeacherRecord.from_json(rest["teacher"])
+        # Runs of the first versions say which layers were transferred; each went to its like, with all heads.
+        layers, pairing = rest.pop("layers", None), rest.pop("pairing", None)
+        if pairing is not None:
+            pairing = Pairing.from_json(pairing)
+        elif teacher is not None and layers is not None:
+            pairing = Pairing.equal(teacher.geometry, layers)
+        values: dict[str, Any] = {**rest, "pairing": pairing, "teacher": teacher}
+        return cls(**values)
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
+    """The student of a finished run, in eval mode, and what it is.
+
+    Raises:
+        ConfigError: there is no finished run in the folder, or its weights are another student's.
+    """
+    from safetensors import SafetensorError
+    from safetensors import torch as safetensors_torch
+
+    try:
+        record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} is no run: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out {folder}`."
+        ) from error
+    if not (folder / WEIGHTS_FILE).exists():
+        raise ConfigError(
+            f"{folder} is not finished: {WEIGHTS_FILE} is missing. Run its `atcache train` command again."
+        )
+    student = make_student(
+        record.mode,
+        parse_model_name(record.student),
+        record.num_classes,
+        geometry=None if record.teacher is None else record.teacher.geometry,
+        pairing=record.pairing,
+    )
+    try:
+        student.model.load_state_dict(safetensors_torch.load_file(folder / WEIGHTS_FILE))
+    except (SafetensorError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error), 200).rstrip(".")  # torch lists every tensor
+        raise ConfigError(f"{folder / WEIGHTS_FILE} does not hold this run's weights: {reason}.") from error
+    student.module.to(device).eval()
+    return student, record

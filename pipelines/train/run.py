@@ -1,0 +1,170 @@
+"""Train: students from a cache (copy, distill), or the runs they are compared with (scratch, finetune).
+
+One run is one folder: run.json (its settings), metrics.jsonl and TensorBoard events, checkpoint.pt while it runs,
+model.safetensors when it is done. Typing the same command again continues from the checkpoint, exactly.
+
+Several students can share one stream of batches (a sweep): each still is the run it would be alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from atcache.errors import ConfigError
+from atcache.teachers.devices import resolve_device
+
+from ..running.ranks import Ranks
+from ..running.run_files import RUN_FILE, WEIGHTS_FILE
+from ..running.run_folder import GIVEN_UP_FILE, keep_record, read_record, run_folder, settle_precision
+from .config import TrainConfig
+from .data import TrainingData, open_training_data
+from .loop import train_to_the_end
+from .student_run import DivergedError, TrainingRun
+from .summary import SweepResult, TrainSummary, read_finished
+
+__all__ = ["SweepResult", "TrainConfig", "TrainSummary", "train", "train_sweep"]
+
+
+def train(config: TrainConfig) -> TrainSummary:
+    """Train a student, or continue.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit; a checkpoint that was saved stays valid.
+    """
+    (result,) = _train_together([config], alone=True)
+    if result.summary is None:
+        raise DivergedError(f"{config.out} was given up by a sweep: {result.problem} Delete it to train it anew.")
+    return result.summary
+
+
+def train_sweep(configs: Sequence[TrainConfig]) -> list[SweepResult]:
+    """Train several students from one stream of batches: what is read once serves all.
+
+    Each student is bit for bit what `train` would make of its config alone. One whose loss is no number any more is
+    given up, and the others go on.
+
+    Args:
+        configs: equal in their `stream()`, each with a folder of its own.
+
+    Raises:
+        ConfigError: the configs do not go together.
+        AtcacheError: as `train`.
+    """
+    Ranks.from_environment().refuse_several("`atcache train --sweep`")
+    _check_one_stream(configs)
+    return _train_together(configs, alone=False)
+
+
+def _check_one_stream(configs: Sequence[TrainConfig]) -> None:
+    if not configs:
+        raise ConfigError("a sweep of no students: name at least one.")
+    first, *others = [config.stream() for config in configs]
+    for other in others:
+        if differing := [name for name, value in first.items() if other[name] != value]:
+            name = differing[0]
+            raise ConfigError(
+                f"{name} is {first[name]!r} for one student of the sweep and {other[name]!r} for another. They share "
+                "one stream of batches, so it must be the same for all."
+            )
+    outs = [config.out for config in configs]
+    if len(set(outs)) < len(outs):
+        twice = next(out for out in outs if outs.count(out) > 1)
+        raise ConfigError(f"two students of the sweep would be written to {twice}. Give each a name of its own.")
+
+
+def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[SweepResult]:
+    ranks = Ranks.from_environment()
+    _check_parts(configs[0], ranks)
+    device = resolve_device(ranks.device_name(configs[0].device))
+    # What is drawn from torch's global generator must not disturb the caller's.
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ranks.connected(device),
+    ):
+        results = _train_connected(configs, ranks, device, alone=alone)
+    return [results[config.out] for config in configs]
+
+
+def _settled(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The config with the precision that its run was begun with, or begins with now."""
+    begun = read_record(config.out / RUN_FILE) or {}
+    return replace(config, precision=settle_precision(config.precision, begun.get("settings"), device))
+
+
+def _train_connected(
+    configs: Sequence[TrainConfig], ranks: Ranks, device: torch.device, *, alone: bool
+) -> dict[Path, SweepResult]:
+    """What is in here lives as long as the ranks are connected."""
+    configs = ranks.on_leader(lambda: [_settled(config, device) for config in configs])
+    opened = ranks.on_all(lambda: open_training_data(configs, device))
+    ranks.check_equal(
+        [
+            (config.settings(), config.validate_every, config.checkpoint_every, data.identity)
+            for config, data in zip(configs, opened, strict=True)
+        ],
+        "the processes see different data or options. Give all the same files and options.",
+    )
+    # Made before anything is written: an optimiser that does not exist leaves nothing behind.
+    runs = ranks.on_all(
+        lambda: [TrainingRun(config, data, device, ranks) for config, data in zip(configs, opened, strict=True)]
+    )
+    with ExitStack() as folders:
+        results = ranks.on_leader(lambda: _begin(configs, opened, folders))
+        runs = [run for run in runs if run.config.out not in results]
+        if runs:
+            results |= train_to_the_end(runs, opened[0], alone=alone)
+    return results
+
+
+def _check_parts(config: TrainConfig, ranks: Ranks) -> None:
+    if config.batch_size % (ranks.world_size * config.accumulate):
+        parts = f"{ranks.world_size} processes" + (
+            f" x accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        )
+        ranks.refuse(
+            ConfigError(
+                f"batch_size={config.batch_size} cannot be cut into equal parts for {parts}. Give a multiple of "
+                f"{ranks.world_size * config.accumulate}."
+            )
+        )
+
+
+def _begin(
+    configs: Sequence[TrainConfig], opened: Sequence[TrainingData], folders: ExitStack
+) -> dict[Path, SweepResult]:
+    """Keep in each folder which run it is, or refuse another one; results of those that are at their end already.
+
+    The folders of those that are not are this process's until `folders` is left.
+    """
+    results: dict[Path, SweepResult] = {}
+    for config, data in zip(configs, opened, strict=True):
+        with ExitStack() as own:
+            own.enter_context(run_folder(config.out))
+            begin_run(config, data)
+            if (result := _earlier_result(config)) is not None:
+                results[config.out] = result
+            else:
+                folders.enter_context(own.pop_all())
+    return results
+
+
+def begin_run(config: TrainConfig, data: TrainingData) -> None:
+    """Keep in a run's folder which run it is, or refuse to go on with another one: see `keep_record`."""
+    record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
+    # What a run is validated on changes nothing in it; but a finished one has its score.
+    is_finished = (config.out / WEIGHTS_FILE).exists()
+    keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else ("data.validation",))
+
+
+def _earlier_result(config: TrainConfig) -> SweepResult | None:
+    """What an earlier call came to, where that was the end."""
+    file = config.out / GIVEN_UP_FILE
+    if file.exists():
+        return SweepResult(name=config.out.name, problem=file.read_text())
+    summary = read_finished(config.out)
+    return None if summary is None else SweepResult(name=config.out.name, summary=summary)

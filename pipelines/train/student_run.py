@@ -1,0 +1,339 @@
+"""One student being trained: its state, the step, and what is written to its folder."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atcache.errors import ConfigError
+from atcache.feed.batch import Batch
+from atcache.feed.order import step_seed
+from atcache.files.durable import encode_json, write_file
+from atcache.students.pairing import TeacherFactors
+from atcache.students.student import Student
+from atcache.teachers.devices import autocast, resolve_precision
+from atcache.teachers.inputs import normalise_images
+from atcache.views.jitter import draw_jitter, jitter_pixels
+
+from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from ..running.metrics import MetricsLog, Speed, read_metrics
+from ..running.progress import Progress
+from ..running.ranks import Ranks
+from ..running.run_files import WEIGHTS_FILE, save_weights
+from .config import TrainConfig
+from .data import TrainingData
+from .optimiser import make_optimizer, make_scheduler
+from .summary import SUMMARY_FILE, TrainSummary
+from .validation import Score, score_student
+
+LOG_EVERY = 10
+"""Steps between two lines of metrics."""
+_MUCH_OF_THE_START = 0.05
+"""Share of the first weights in the moving average from which on a note warns."""
+
+
+class DivergedError(ConfigError):
+    """The loss is no number any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reports:
+    """Where a run's numbers and words go; nowhere on ranks that do not lead."""
+
+    metrics: MetricsLog | None = None
+    progress: Progress | None = None
+    prefix: str = ""
+    """What a line begins with."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Keep numbers of a step."""
+        if self.metrics is not None:
+            self.metrics.write(kind, step, values)
+
+    def say(self, line: str) -> None:
+        """Tell the user."""
+        if self.progress is not None:
+            self.progress.say(self.prefix + line)
+
+
+class TrainingRun:
+    """One run's changing state.
+
+    Whoever holds the batches calls `restore`, then `take` for each batch; also `validate` when a step `is_validated`,
+    and `finish` when the run `is_done`, right after `restore` too: a run may have been stopped in one of them.
+
+    Runs that are trained together know nothing of each other: every step seeds its own numbers.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    ) -> None:
+        from timm.utils.model_ema import ModelEmaV3
+
+        self.config, self.data, self.device, self.ranks = config, data, device, ranks
+        self.dtype = resolve_precision(config.precision, device)
+        self.student: Student = data.student
+        self.student.module.to(device).train()
+        self.steps_per_epoch = len(data.order.sample_S) / config.batch_size
+        self.num_steps = config.steps or math.ceil(round(config.epochs * self.steps_per_epoch, 9))
+        self.optimizer = make_optimizer(config, self.student.model, device)
+        self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
+        self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
+        self.checkpoint = config.out / CHECKPOINT_FILE
+        self._together: Student | None = None
+        """The student with its gradients averaged over the ranks, once there are gradients."""
+        self.step = 0
+        self.loss = math.nan
+        """The last logged one."""
+        self.validation: Score | None = None
+        self._seconds_before = 0.0
+        """Of the processes that trained it up to its checkpoint."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before the run."""
+        decay = self.config.ema
+        if decay is None or decay**self.num_steps < _MUCH_OF_THE_START:
+            return self.data.notes
+        return (
+            *self.data.notes,
+            f"NOTE: --ema {decay} averages over about {round(1 / (1 - decay))} steps and the run has {self.num_steps}: "
+            f"{decay**self.num_steps:.0%} of what is validated and saved are the weights it began with. Lower --ema.",
+        )
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, where there is one."""
+        if not self.checkpoint.exists():
+            return
+        contents = load_checkpoint(self.checkpoint, self.device)
+        self.step = contents["step"]
+        self._seconds_before = contents.get("seconds", 0.0)  # those of the first versions have none
+        self.student.module.load_state_dict(contents["module"])
+        self.optimizer.load_state_dict(contents["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(contents["ema"])
+        self.scheduler.step_update(self.step)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has taken all its steps."""
+        return self.step >= self.num_steps
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether the student is looked at after the step it is at: the last, and each that ends a stretch."""
+        if self.data.validation is None or not self.step:
+            return False
+        return self.is_done or self._ends_a_stretch()
+
+    def take(self, batch: Batch, speed: Speed, reports: Reports) -> None:
+        """Train on this rank's part of the current step's batch; log and save when it is time.
+
+        Raises:
+            DivergedError: the loss is no number any more.
+        """
+        losses = self.train_step(batch)
+        logs = self.step % LOG_EVERY == 0 or self.is_done
+        # Before a validation, which may fail for its images.
+        saves = self.is_validated if self.is_done else self._saves_now()
+        # A loss is looked at before its weights replace a good checkpoint.
+        if logs or saves:
+            # Reading losses waits for the device, so it is not done at every step.
+            sums = self.ranks.sum(torch.stack(list(losses.values())).double())
+            values = {name: total / self.ranks.world_size for name, total in zip(losses, sums, strict=True)}
+            self.loss = values["loss"]
+            self._refuse_divergence()
+            if logs:
+                reports.write("train", self.step, {**values, "lr": self.lr(), **speed.values()})
+        if saves and self.ranks.leads:
+            self.save(speed)
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step; returns the losses of this rank's part of the batch."""
+        config = self.config
+        student = self._student_of_all_ranks(batch)
+        totals: dict[str, Tensor] = {}
+        jitter_B3 = self._draw(len(batch.label_B))
+        jitters = config.accumulate * [None] if jitter_B3 is None else jitter_B3.chunk(config.accumulate)
+        for number, (part, part_B3) in enumerate(zip(batch.cut(config.accumulate), jitters, strict=True), start=1):
+            # The student's alone: a live teacher sees the pixels as they are.
+            pixels_BHWC = part.pixels_BHWC.to(self.device, non_blocking=True)
+            pixels_BHWC = pixels_BHWC if part_B3 is None else jitter_pixels(pixels_BHWC, part_B3)
+            images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
+            given = None if self.data.teacher is None else self.data.teacher.factors(part)
+            targets = _targets(part, self.student.num_classes).to(self.device)
+            with self._gradients_stay_here(student, number < config.accumulate):
+                losses = self._losses(student, images, targets, given)
+                (losses["loss"] / config.accumulate).backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach() / config.accumulate
+        if config.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.student.model.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.student.module, step=self.step)
+        return totals
+
+    def _losses(
+        self, student: Student, images: Tensor, targets: Tensor, given: TeacherFactors | None
+    ) -> dict[str, Tensor]:
+        with autocast(self.device, self.dtype):
+            label_loss, attention_loss = student.train_step(images, targets, given, self.config.label_smoothing)
+        if attention_loss is None:
+            return {"label_loss": label_loss, "loss": label_loss}
+        loss = label_loss + self.config.attention_weight * attention_loss
+        return {"label_loss": label_loss, "loss": loss, "attention_loss": attention_loss}
+
+    def _draw(self, num_images: int) -> Tensor | None:
+        """Seed the step's random numbers, and draw the jitter of this rank's images, where it is wanted.
+
+        They do not depend on where a run was stopped, or on how it is validated.
+        """
+        seed = step_seed(self.config.seed, self.step)
+        torch.manual_seed(seed)
+        factors_B3 = None
+        if self.config.student_jitter:
+            # Drawn for the whole batch, so that cutting it changes nothing.
+            all_B3 = draw_jitter(self.config.student_jitter, num_images * self.ranks.world_size)
+            factors_B3 = all_B3[num_images * self.ranks.rank : num_images * (self.ranks.rank + 1)]
+        if self.ranks.rank:  # or all ranks would drop the same paths
+            torch.manual_seed(step_seed(seed, self.ranks.rank))
+        return factors_B3
+
+    def _student_of_all_ranks(self, batch: Batch) -> Student:
+        """The student to train: under several ranks one whose gradients become the mean over them."""
+        if self.ranks.is_alone:
+            return self.student
+        if self._together is None:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self._freeze_what_is_unused(batch)
+            module = DistributedDataParallel(self.student.module)
+            model = module if self.student.model is self.student.module else self.student.model
+            self._together = replace(self.student, module=module, model=model)
+        return self._together
+
+    def _freeze_what_is_unused(self, batch: Batch) -> None:
+        """Tell DDP which weights get no gradient, such as q and k of a copying CaiT: it would wait for it for ever."""
+        sample = batch.rows(0, 1)
+        images = normalise_images(sample.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
+        given = None if self.data.teacher is None else self.data.teacher.factors(sample)
+        self.student.module.eval()
+        losses = self._losses(self.student, images, sample.label_B.to(self.device), given)
+        self.student.module.train()
+        weights = [weight for weight in self.student.module.parameters() if weight.requires_grad]
+        gradients = cast(
+            "Sequence[Tensor | None]", torch.autograd.grad(losses["loss"], weights, allow_unused=True)
+        )  # torch's type leaves the Nones out
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.requires_grad_(gradient is not None)
+
+    def _gradients_stay_here(self, student: Student, stay: bool) -> AbstractContextManager[None]:
+        """Where gradients are added up on each rank and not yet averaged, if they are to `stay`."""
+        no_sync = getattr(student.module, "no_sync", None)
+        return no_sync() if stay and no_sync is not None else nullcontext()
+
+    def finish(self, speed: Speed) -> TrainSummary:
+        """Save the weights and the summary, and drop the checkpoint. For the leader alone."""
+        out = self.config.out
+        save_weights(out / WEIGHTS_FILE, self._evaluated_student().model)
+        logged = read_metrics(out, "train")
+        last = logged[-max(1, len(logged) // 10) :]
+        summary = TrainSummary(
+            out=str(out),
+            mode=self.config.mode,
+            steps=self.num_steps,
+            num_samples=len(self.data.order.sample_S),
+            loss=statistics.fmean(row["loss"] for row in last),
+            label_loss=statistics.fmean(row["label_loss"] for row in last),
+            validation=self.validation,
+            seconds=self._seconds_before + speed.seconds,
+            **(speed.values() if speed.num_images else {name: last[-1][name] for name in speed.values()}),
+        )
+        write_file(out / SUMMARY_FILE, encode_json(summary.to_json()))
+        self.checkpoint.unlink(missing_ok=True)
+        return summary
+
+    def lr(self) -> float:
+        """The learning rate of the last block's weights: the highest under layer decay."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def _refuse_divergence(self) -> None:
+        if not math.isfinite(self.loss):
+            problem = f"the loss is {self.loss}. Lower --base-lr or give --clip-grad 1, in another --out."
+            self.ranks.refuse(DivergedError(f"step {self.step}: {problem}"))
+
+    def _ends_a_stretch(self) -> bool:
+        """Whether this step ends a stretch of `validate_every` epochs."""
+        if not self.config.validate_every:
+            return False
+        steps = max(1, self.config.validate_every * self.steps_per_epoch)
+        return _stretches(self.step, steps) > _stretches(self.step - 1, steps)
+
+    def _saves_now(self) -> bool:
+        return self.step % self.config.checkpoint_every == 0 or self._ends_a_stretch()
+
+    def validate(self, reports: Reports) -> None:
+        """Score the student."""
+        assert self.data.validation is not None, "the caller asks is_validated"
+        score = score_student(self._evaluated_student(), self.data.validation, self.device, self.dtype, self.ranks)
+        self.student.module.train()
+        self.validation = score
+        reports.write("validation", self.step, {"top1": score.top1, "top5": score.top5, "loss": score.loss})
+        epoch = self.step / self.steps_per_epoch
+        reports.say(
+            f"epoch {epoch:.4g}: validation top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4g}"
+        )
+
+    def _evaluated_student(self) -> Student:
+        """The student that counts: the moving average where there is one."""
+        return self.student if self.ema is None else self.student.averaged(self.ema.module)
+
+    def save(self, speed: Speed) -> None:
+        """Replace the checkpoint. For the leader alone."""
+        save_checkpoint(
+            self.checkpoint,
+            {
+                "step": self.step,
+                "seconds": self._seconds_before + speed.seconds,
+                "module": self.student.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+            },
+        )
+
+    def is_sound(self) -> bool:
+        """Whether all weights are numbers: what `take` knows only of steps whose loss it reads."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.student.module.parameters())
+
+
+def _stretches(step: int, length: float) -> int:
+    """How many stretches of so many steps, not a whole number, lie in the first `step` of them."""
+    return math.floor(round(step / length, 9))  # 0.3 / 0.1 is less than 3
+
+
+def _targets(batch: Batch, num_classes: int) -> Tensor:
+    """What to predict: classes, int64, or where views are mixed their probabilities, float32 (batch, class).
+
+    With label smoothing on top they are those of timm's `Mixup`, and the loss is its `SoftTargetCrossEntropy`.
+    """
+    if bool((batch.mix_share_B == 1).all()):
+        return batch.label_B
+    own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (batch.label_B, batch.mix_label_B))
+    share_B1 = batch.mix_share_B.unsqueeze(1)
+    return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC

@@ -1,0 +1,254 @@
+"""Validation: views with labels, and the score of students on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atcache.errors import CacheMismatchError, ConfigError
+from atcache.feed.batch import Batch
+from atcache.feed.caches import open_caches, open_joined_views
+from atcache.feed.loader import validation_batches
+from atcache.feed.sample_views import FreshViews, Views
+from atcache.files.location import Location, listed
+from atcache.images.source import Source, index_source
+from atcache.store.reader import CacheReader
+from atcache.students.pairing import Pairing
+from atcache.students.student import Student, check_views_fit
+from atcache.students.teacher_side import CacheTeacher, LiveTeacher
+from atcache.teachers.devices import autocast
+from atcache.teachers.inputs import InputConfig, normalise_images
+from atcache.teachers.record import TeacherRecord
+from atcache.views.policy import ViewPolicy
+
+from ..running.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """How well predictions fit labels."""
+
+    top1: float
+    """Share of samples whose label is the first prediction, in percent."""
+    top5: float
+    """Share of samples whose label is among the first five, in percent; equal to 100 with five classes or fewer."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ValidationSet:
+    """Views and labels to score students on, and the teacher for those that need one."""
+
+    views: Views
+    label_S: np.ndarray
+    """Class of every row of the source."""
+    sample_S: np.ndarray
+    """Rows that can be used."""
+    teacher: CacheTeacher | LiveTeacher | None
+    batch_size: int
+    workers: int
+
+    def batches(self, ranks: Ranks = Ranks()) -> Iterator[Batch]:  # noqa: B008 - frozen
+        """This rank's share of all usable samples; the ranks' shares hold each sample once."""
+        return validation_batches(
+            self.views,
+            self.label_S,
+            self.sample_S[ranks.rank :: ranks.world_size],
+            batch_size=max(1, self.batch_size // ranks.world_size),
+            workers=self.workers,
+        )
+
+
+def _open_images(data: str | tuple[str, ...], config: InputConfig) -> tuple[FreshViews, np.ndarray]:
+    """The evaluation views of tars without a cache, and the labels of all their samples.
+
+    Raises:
+        SourceError: the tars cannot be used.
+    """
+    index = index_source(data)
+    return FreshViews(Source(index), config.view_policy("eval", seed=0)), index.label_S
+
+
+def open_validation(
+    *,
+    cache: Location | tuple[Location, ...] | None,
+    data: str | tuple[str, ...] | None,
+    students: Sequence[Student],
+    teacher: TeacherRecord | None,
+    live_teacher: LiveTeacher | None,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> ValidationSet:
+    """Views to score students on.
+
+    Args:
+        cache: a validation cache, or several as one; None draws `eval` views from `data`.
+        data: the images, or where the caches' tars now are.
+        students: whose inputs and classes must fit.
+        teacher: who copying students learnt from; None when none of them copies.
+        live_teacher: that teacher, running; instead of the cache's maps.
+        batch_size: samples a batch.
+        workers: processes that read ahead.
+        device: where students run.
+
+    Raises:
+        ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
+        CacheMismatchError: a cache does not hold the maps that copying students were trained with, or caches do not go
+            together.
+    """
+    copies = teacher is not None
+    pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
+    if cache is None:
+        if copies and live_teacher is None:
+            raise ConfigError(
+                "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
+            )
+        assert data is not None, "checked by the callers' configs"
+        views, label_S = _open_images(data, students[0].input)
+        usable_S = np.flatnonzero(label_S >= 0)
+        given: CacheTeacher | LiveTeacher | None = live_teacher
+    else:
+        readers = open_caches(listed(cache))
+        for reader in readers:
+            _check_unmixed(reader)
+        given = live_teacher
+        code_layers = None
+        if teacher is not None and live_teacher is None:
+            for reader in readers:
+                _check_maps_fit(reader, teacher, pairings)
+            given = CacheTeacher(readers, pairings, device)
+            code_layers = given.code_layers
+        views, label_S, usable_S = open_joined_views(readers, data, code_layers=code_layers, keep_nbytes=0)
+        for student in students:
+            check_views_fit(student, readers[0])
+    _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
+    if cache is None:
+        _check_one_view(students)
+    return ValidationSet(
+        views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
+    )
+
+
+def _check_unmixed(reader: CacheReader) -> None:
+    """Refuse a cache whose views have no one label to predict."""
+    if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+        raise ConfigError(
+            f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
+            "validation cache with --policy eval."
+        )
+
+
+def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Sequence[Pairing]) -> None:
+    """Refuse a cache without the very maps that copying students were trained with."""
+    theirs = TeacherRecord.of_cache(reader)
+    if theirs.weights_sha256 != teacher.weights_sha256:
+        raise CacheMismatchError(
+            f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
+            f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
+        )
+    layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
+    if missing := sorted(layers - set(theirs.geometry.layers)):
+        raise CacheMismatchError(
+            f"{reader.path} has no maps of layer {missing[0]}, which the student copies. Build it with these --layers."
+        )
+    heads = {head for pairing in pairings for head in pairing.teacher_heads}
+    if missing := sorted(heads - set(theirs.geometry.heads)):
+        raise CacheMismatchError(
+            f"{reader.path} has no maps of head {missing[0]}, which the student copies. Build it with these --heads."
+        )
+
+
+def _check_one_view(students: Sequence[Student]) -> None:
+    """Refuse students that would look at images in different views; each normalises its view in its own way."""
+    first = students[0].input
+    for other in (student.input for student in students):
+        if other.view_policy("eval", seed=0) != first.view_policy("eval", seed=0):
+            raise ConfigError(
+                f"the runs cannot be averaged on tars: they resize with {first.interpolation} and show "
+                f"{first.crop_pct:g} of an image, and {other.interpolation} and {other.crop_pct:g}. Give a validation "
+                "cache, whose views are the same for all, or evaluate them one by one."
+            )
+
+
+def _check_students_fit(students: Sequence[Student], largest_label: int) -> None:
+    """Refuse students of different sizes together, and labels that they have no class for."""
+    first = students[0]
+    for student in students:
+        sizes = [(other.input.height, other.input.width, other.num_classes) for other in (first, student)]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                "the runs cannot be averaged: their (height, width, classes) are "
+                f"{sizes[0]} and {sizes[1]}. Evaluate them one by one."
+            )
+    if largest_label >= first.num_classes:
+        raise ConfigError(
+            f"the validation labels go up to {largest_label}, the student has {first.num_classes} classes, from 0. "
+            "Validate on the classes it was trained on."
+        )
+
+
+def score_student(
+    student: Student,
+    data: ValidationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Score:
+    """The score of one student, the same on all ranks; its module is left in eval mode."""
+    return score_ensemble([student], data, device, dtype, ranks)
+
+
+def score_ensemble(
+    students: Sequence[Student],
+    data: ValidationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Score:
+    """The score of the mean of the students' probabilities (Li et al. 2024); each rank scores its share."""
+    top1 = top5 = loss = num_samples = 0.0
+    for student in students:
+        student.module.eval()
+    for batch in data.batches(ranks):
+        label_B = batch.label_B.to(device)
+        probability_BC = _mean_probabilities(students, batch, data.teacher, device, dtype)
+        ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
+        top1 += float(ranked_BC[:, 0].sum())
+        top5 += float(ranked_BC.any(1).sum())
+        # The smallest normal number stands in for a probability that underflowed to 0.
+        of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
+        loss -= float(of_label_B.log().sum())
+        num_samples += len(label_B)
+    totals = torch.tensor([top1, top5, loss, num_samples], dtype=torch.float64, device=device)
+    top1, top5, loss, num_samples = ranks.sum(totals)
+    return Score(
+        top1=100 * top1 / num_samples,
+        top5=100 * top5 / num_samples,
+        loss=loss / num_samples,
+        num_samples=int(num_samples),
+    )
+
+
+@torch.no_grad()
+def _mean_probabilities(
+    students: Sequence[Student],
+    batch: Batch,
+    teacher: CacheTeacher | LiveTeacher | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    probabilities: list[Tensor] = []
+    given = None if teacher is None else teacher.factors(batch)
+    for student in students:
+        images = normalise_images(batch.pixels_BHWC, student.input.mean, student.input.std, device)
+        with autocast(device, dtype):
+            logits = student.predict(images, given)
+        probabilities.append(logits.double().softmax(dim=1))
+    return torch.stack(probabilities).mean(dim=0)

@@ -1,0 +1,1 @@
+"""Verify: proves that a cache is what its build wrote."""

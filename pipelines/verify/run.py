@@ -1,0 +1,158 @@
+"""Verify: prove that a cache is what its build wrote, and with its teacher at hand that it is still faithful.
+
+metadata -> tables and codec -> every byte of every committed task -> totals -> pixels of some views -> the teacher.
+Nothing is written, but for `repair`, which deletes the commit records of damaged tasks.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from atcache.cache.cache import Cache
+from atcache.errors import ConfigError
+from atcache.files.durable import only_writer
+from atcache.files.location import Location, Url
+from atcache.store.manifest import delete_commits
+from atcache.teachers.devices import resolve_device
+
+from .files import Finding, Report, check_all_metadata, check_all_tasks
+from .teacher import Fidelity, check_fidelity, open_teacher
+from .views import check_views, spread_views
+
+_OF_THE_TEACHER = ("weights", "teacher_sample", "threshold", "device")
+"""Fields that nothing reads without a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """What `atcache verify` was asked for."""
+
+    cache: Location
+    """The cache, complete or not."""
+    data: str | None = None
+    """Where the tars are now; None for where they were at build time."""
+    sample: int | None = 256
+    """Views whose pixels are compared with their hash, spread evenly; None for all, 0 for none."""
+    workers: int | None = None
+    """Threads that read and decompress; None takes one a processor."""
+    repair: bool = False
+    """Delete the commit records of damaged tasks, so that the same build redoes them."""
+    teacher: str | None = None
+    """Recompute views with this teacher; it must be the cache's. None does without."""
+    weights: Path | None = None
+    """The teacher's weights; None takes timm's."""
+    teacher_sample: int = 32
+    """Views that the teacher recomputes, spread evenly."""
+    threshold: float = 1.5
+    """Times the recorded or target value that row KL and injected error may have; see `check_fidelity`."""
+    device: str = "auto"
+    """Where the teacher runs: auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("sample", 0), ("workers", 1), ("teacher_sample", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}={value}: expected at least {least}.")
+        if self.repair and isinstance(self.cache, Url):
+            raise ConfigError(f"repair: {self.cache} is on a server, and only local caches are written. Repair a copy.")
+        if not self.threshold >= 1:
+            raise ConfigError(f"threshold={self.threshold}: expected at least 1, times the recorded value.")
+        if self.teacher is None:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if field.name in _OF_THE_TEACHER and value != field.default:
+                    raise ConfigError(
+                        f"{field.name}={value}: only for a comparison with the teacher. Give --teacher too, or leave "
+                        f"--{field.name.replace('_', '-')} out."
+                    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifySummary:
+    """What was looked at and found."""
+
+    path: str
+    is_complete: bool
+    """Whether all tasks are committed and the build declared the cache finished; before any repair."""
+    num_tasks: int
+    num_committed: int
+    """Tasks with a commit record; only these are looked into."""
+    nbytes: int
+    """Of the shards that were read."""
+    num_views: int
+    """Views whose pixels were compared with their hash."""
+    problems: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    """What is odd but harms nothing: files that are no part of the cache, tasks not built yet."""
+    repaired_tasks: tuple[str, ...]
+    """Tasks whose commit record was deleted."""
+    is_metadata_whole: bool
+    """Where False, nothing is repaired: what the tasks should be is not known for sure."""
+    fidelity: Fidelity | None
+    """What the teacher found; None without one, or where nothing can be decoded."""
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda _: None) -> VerifySummary:
+    """Look for everything that is wrong with a cache.
+
+    Args:
+        config: what to look at.
+        on_finding: told each problem when it is found.
+
+    Returns:
+        All problems, and what was looked at. After a repair the problems are those that were found before it.
+
+    Raises:
+        CacheMissError, CorruptCacheError: there is no cache, or its zarr.json cannot be read at all.
+        CacheMismatchError: the teacher is not the cache's.
+        SourceError: the tars are not where `data` says.
+        ConfigError: another process is writing the cache that is to be repaired.
+    """
+    start_s = time.monotonic()
+    cache = Cache(config.cache, data=config.data)
+    layout = cache.reader.layout
+    if config.data is not None and layout.pixels is not None:
+        raise ConfigError(f"data={config.data}: {cache.path} stores its images and reads no tars. Leave it out.")
+    # First of all: a wrong teacher shall not be found out after hours of reading.
+    run = None
+    if config.teacher is not None:
+        run = open_teacher(cache, config.teacher, config.weights, resolve_device(config.device))
+    report = Report(on_finding)
+    repaired: list[str] = []
+    num_threads = config.workers or os.cpu_count() or 1
+    # From the first look to the deletion, so that what is deleted is what was judged.
+    with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
+        metadata = check_all_metadata(cache, report)
+        checked = check_all_tasks(cache, num_threads, report)
+        num_views = check_views(cache, checked.whole, config.sample, num_threads, report)
+        fidelity = None
+        if run is not None and metadata.is_decodable:
+            places = spread_views(checked.whole, config.teacher_sample)
+            fidelity = check_fidelity(cache, run, places, config.threshold, report)
+        if config.repair and metadata.is_whole and isinstance(cache.path, Path):
+            repaired = delete_commits(cache.path, report.damaged_tasks)
+    return VerifySummary(
+        path=str(cache.path),
+        is_complete=checked.is_complete,
+        num_tasks=layout.num_views * layout.num_blocks,
+        num_committed=checked.num_committed,
+        nbytes=checked.nbytes,
+        num_views=num_views,
+        problems=tuple(report.findings),
+        notes=tuple(checked.notes),
+        repaired_tasks=tuple(repaired),
+        is_metadata_whole=metadata.is_whole,
+        fidelity=fidelity,
+        seconds=time.monotonic() - start_s,
+    )

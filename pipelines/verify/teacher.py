@@ -1,0 +1,270 @@
+"""A cache against its own teacher: some views recomputed, and how far decoded maps are from the live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from atcache.attention.capture import FactorCapture
+from atcache.cache.cache import Cache
+from atcache.cache.coders import stored_coder
+from atcache.cache.differences import name_differences
+from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError
+from atcache.files.location import Location
+from atcache.students.teacher_side import CachedFactors
+from atcache.teachers.load import load_teacher
+from atcache.teachers.names import ModelName, parse_model_name
+from atcache.teachers.record import TeacherRecord
+from atcache.teachers.run import TeacherRun
+from atcache.views.rendering import STORED
+
+from ..fidelity import (
+    INJECTED_ERROR_FLOOR,
+    ROW_KL_FLOOR_NATS,
+    injected_error,
+    layer_row_kl,
+    layer_v_error,
+    target_row_kl,
+)
+from ..running.progress import Progress
+from .files import Report
+from .views import Place
+
+_VIEWS_A_FORWARD = 8
+
+_TIMES_A_VIEW = 10.0  # the KL of one view may be this much over the limit of the mean: images differ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fidelity:
+    """How far decoded maps are from the live teacher's."""
+
+    teacher: str
+    num_views: int
+    """Views that were recomputed."""
+    row_kl_nats: float
+    """Mean KL(live || decoded) over rows, heads, layers and views."""
+    layer_row_kl_nats: dict[int, float]
+    """The same of each stored layer, by block index."""
+    injected_error: float
+    """Relative error of the teacher's final features when it attends with decoded maps."""
+    worst_row_kl_nats: float
+    """Mean row KL of the view where it is largest."""
+    worst_sample_key: str
+    worst_view: int
+    worst_shard: str
+    """The shard that holds that view's codes."""
+    row_kl_limit_nats: float
+    """What `row_kl_nats` may be; a single view may have ten times as much."""
+    injected_error_limit: float
+    """What `injected_error` may be."""
+    v_error: float | None
+    """Relative error of decoded v, the mean over layers and views; None where v is not stored."""
+    v_error_limit: float | None
+    """What `v_error` may be; a single view may have ten times as much."""
+    worst_v_error: float | None
+    """The largest of a view."""
+
+
+def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.device) -> TeacherRun:
+    """The cache's own teacher, running as it did at build time.
+
+    Args:
+        cache: says what its teacher was.
+        name: an alias or timm name; tags of weights do not count, the weights themselves do.
+        weights: a file; None takes timm's.
+        device: where it runs.
+
+    Raises:
+        CacheMismatchError: it is another model, or has other weights or another input.
+        TeacherError: it cannot be had.
+    """
+    record = TeacherRecord.of_cache(cache.reader)
+    _refuse_another(cache, _describe(parse_model_name(record.name)), _describe(parse_model_name(name)))
+    teacher = load_teacher(name, weights=weights, device=device)
+    recorded_input: dict[str, Any] = cache.attributes["teacher"].get("input") or {}
+    _refuse_another(cache, recorded_input, teacher.input.to_json())
+    return record.run(teacher, device)
+
+
+def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+    if differences := name_differences(recorded, given):
+        raise CacheMismatchError(
+            f"{cache.path} was built with another teacher: {'; '.join(differences)}. Give --teacher as it was built "
+            f"with: {cache.attributes['teacher']['name']}."
+        )
+
+
+def _describe(name: ModelName) -> dict[str, Any]:
+    return {"name": name.architecture, **name.arguments}
+
+
+def check_fidelity(
+    cache: Cache, run: TeacherRun, places: Iterable[Place], threshold: float, report: Report
+) -> Fidelity | None:
+    """Recompute views and compare their maps with the decoded ones.
+
+    The limit of the row KL is `threshold` times the codec's `target_kl` where it meets one; else times what the build
+    recorded, the calibration's or the tasks' mean, whichever is larger. That of the injected error is `threshold` times
+    the calibration's. Neither is below a floor for the type the teacher computes in, so that the noise of another
+    device, batch size or version of torch is no failure. Views whose own KL is ten times the limit fail too: one
+    damaged view must not hide in the mean.
+
+    Args:
+        cache: the cache.
+        run: its teacher.
+        places: the views; those that are not stored are passed over.
+        threshold: at least 1.
+        report: takes what is over a limit.
+
+    Returns:
+        None where no view could be recomputed, which is reported.
+
+    Raises:
+        CorruptCacheError: the cache does not say how faithful it was at build time.
+    """
+    limits = _limits(cache, run.dtype, threshold)
+    compare = _Comparison(cache, run)
+    measured: list[Place] = []
+    row_kl_VL: list[tuple[float, ...]] = []
+    v_error_VL: list[tuple[float, ...]] = []
+    squared_error = 0.0
+    chosen = list(places)
+    with Progress("teacher", total=len(chosen), unit="views") as progress:
+        for start in range(0, len(chosen), _VIEWS_A_FORWARD):
+            batch = chosen[start : start + _VIEWS_A_FORWARD]
+            views = [view for place in batch if (view := _read_view(cache, place, report)) is not None]
+            if views:
+                row_kl_BL, v_error_BL, error = compare(views)
+                row_kl_VL += row_kl_BL
+                v_error_VL += v_error_BL
+                squared_error += len(views) * error**2
+                measured += [view.place for view in views]
+            progress.advance(len(batch))
+    if not measured:
+        report.add(f"{cache.path}: not one view could be recomputed with the teacher.")
+        return None
+    row_kl_L, row_kl_V = np.mean(row_kl_VL, axis=0), np.mean(row_kl_VL, axis=1)
+    worst = measured[int(row_kl_V.argmax())]
+    fidelity = Fidelity(
+        teacher=str(run.teacher.name),
+        num_views=len(measured),
+        row_kl_nats=float(row_kl_L.mean()),
+        layer_row_kl_nats=dict(zip(cache.geometry.layers, map(float, row_kl_L), strict=True)),
+        injected_error=(squared_error / len(measured)) ** 0.5,
+        worst_row_kl_nats=float(row_kl_V.max()),
+        worst_sample_key=cache.reader.samples.sample_key(worst.sample),
+        worst_view=worst.view,
+        worst_shard=str(cache.path / cache.reader.layout.codes.shard_file(worst.task)),
+        row_kl_limit_nats=limits.row_kl_nats,
+        injected_error_limit=limits.injected_error,
+        v_error=float(np.mean(v_error_VL)) if v_error_VL else None,
+        v_error_limit=limits.v_error,
+        worst_v_error=float(np.mean(v_error_VL, axis=1).max()) if v_error_VL else None,
+    )
+    _judge(cache.path, fidelity, report)
+    return fidelity
+
+
+class _Limits(NamedTuple):
+    row_kl_nats: float
+    injected_error: float
+    v_error: float | None
+
+
+def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
+    """See `check_fidelity`."""
+    attributes = cache.attributes
+    try:
+        recorded_kl = float(attributes["calibration"]["row_kl_nats"])
+        recorded_error = float(attributes["calibration"]["injected_error"])
+        recorded_v_error = float(attributes["calibration"]["v_error"]) if cache.geometry.v_head_dim else None
+        if attributes.get("complete") is not None:
+            recorded_kl = max(recorded_kl, float(attributes["complete"]["quality"]["row_kl_nats"]["mean"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCacheError(
+            f"{cache.path}/zarr.json does not say how faithful its maps were at build time ({error}). Was it written "
+            "by atcache?"
+        ) from error
+    target_kl = target_row_kl(cache.codec)
+    return _Limits(
+        row_kl_nats=max(threshold * (recorded_kl if target_kl is None else target_kl), ROW_KL_FLOOR_NATS[dtype]),
+        injected_error=max(threshold * recorded_error, INJECTED_ERROR_FLOOR[dtype]),
+        v_error=None if recorded_v_error is None else max(threshold * recorded_v_error, INJECTED_ERROR_FLOOR[dtype]),
+    )
+
+
+class _View(NamedTuple):
+    place: Place
+    pixels_HWC: np.ndarray
+    codes_LTC: np.ndarray
+
+
+def _read_view(cache: Cache, place: Place, report: Report) -> _View | None:
+    """One stored view; None where there is none, or its image cannot be had, which is reported."""
+    if cache.reader.status(place.view, place.sample) != STORED:
+        return None
+    try:
+        pixels_HWC = cache.image(place.sample, place.view)
+    except AtcacheError as error:
+        report.add(str(error))
+        return None
+    return _View(place, pixels_HWC, cache.reader.read_codes(place.view, place.sample))
+
+
+class _Comparison:
+    """Runs the teacher on views and compares: what is the same for all batches is made once."""
+
+    def __init__(self, cache: Cache, run: TeacherRun) -> None:
+        self._run = run
+        self._coder = stored_coder(cache.reader, cache.codec, cache.geometry, str(run.device))
+        geometry = cache.geometry
+        self._capture = FactorCapture(
+            run.teacher.model, geometry.layers, geometry.heads, with_values=geometry.v_head_dim > 0
+        )
+
+    def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]], float]:
+        """Each view's row KL and error of v by layer (none where v is not stored), and the views' injected error."""
+        run, coder = self._run, self._coder
+        pixels_BHWC = torch.from_numpy(np.stack([view.pixels_HWC for view in views]))
+        codes_BLTC = torch.from_numpy(np.stack([view.codes_LTC for view in views])).to(run.device)
+        layers = run.factors(self._capture, pixels_BHWC)
+        row_kl_BL: list[tuple[float, ...]] = []
+        v_error_BL: list[tuple[float, ...]] = []
+        for one in (slice(row, row + 1) for row in range(len(views))):
+            live = [layer.select(one) for layer in layers]
+            row_kl_BL.append(layer_row_kl(coder, live, codes_BLTC[one]))
+            if (v_error_L := layer_v_error(coder, live, codes_BLTC[one])) is not None:
+                v_error_BL.append(v_error_L)
+        return row_kl_BL, v_error_BL, injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
+
+
+def _judge(path: Location, fidelity: Fidelity, report: Report) -> None:
+    kl, limit = fidelity.row_kl_nats, fidelity.row_kl_limit_nats
+    # Not "is it over": a KL that is no number must not pass.
+    if not (kl <= limit and fidelity.worst_row_kl_nats <= _TIMES_A_VIEW * limit):
+        worst_layer = max(fidelity.layer_row_kl_nats, key=fidelity.layer_row_kl_nats.__getitem__)
+        report.add(
+            f"{path}: decoded maps are {kl:.3g} nats (row KL) from the teacher's on average over {fidelity.num_views} "
+            f"views, the limit is {limit:.3g}; layer {worst_layer} is worst with "
+            f"{fidelity.layer_row_kl_nats[worst_layer]:.3g}, and view {fidelity.worst_view} of "
+            f"{fidelity.worst_sample_key} in {fidelity.worst_shard} with {fidelity.worst_row_kl_nats:.3g}."
+        )
+    if not fidelity.injected_error <= fidelity.injected_error_limit:
+        report.add(
+            f"{path}: with decoded maps the teacher's features are off by {fidelity.injected_error:.3g} on average "
+            f"over {fidelity.num_views} views, the limit is {fidelity.injected_error_limit:.3g}."
+        )
+    if fidelity.v_error is None or fidelity.v_error_limit is None or fidelity.worst_v_error is None:
+        return
+    v_limit = fidelity.v_error_limit
+    if not (fidelity.v_error <= v_limit and fidelity.worst_v_error <= _TIMES_A_VIEW * v_limit):
+        report.add(
+            f"{path}: decoded v is off by {fidelity.v_error:.3g} on average over {fidelity.num_views} views, the limit "
+            f"is {v_limit:.3g}; in the worst view by {fidelity.worst_v_error:.3g}."
+        )
