@@ -18,7 +18,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from unfinished import take_first_steps
+from training_runs import take_first_steps
 
 from atcache.errors import BadImageError
 from atcache.pipelines.pretrain.run import PretrainConfig, pretrain

@@ -34,7 +34,7 @@ from atcache.store.writer import TaskWriter, encode_view, finish_cache
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("format-*/*.zarr"))
+GOLDEN = sorted((Path(__file__).parent.parent.parent / "golden").glob("format-*/*.zarr"))
 
 # The tasks of these caches are 2 views of 3 blocks of 20, 20 and 8 digits.
 TASK, BLOCK_SIZE = "v0001-b000001", 20

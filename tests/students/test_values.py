@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_train import assert_equal_weights, run_until_killed
+from training_runs import assert_equal_weights, run_until_killed
 
 import atcache
 from atcache.attention.blocks import find_blocks

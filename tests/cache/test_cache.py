@@ -379,7 +379,7 @@ def test_codec_int8_is_close(digits_tars, tmp_path, expected_LVSHQK):
 
 @pytest.mark.parametrize("codec", ["exact", "exact:dtype=float32", "int8"])
 def test_the_documented_reader_gives_the_same_maps_without_atcache(digits_tars, tmp_path, codec):
-    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert "atcache import" not in code
     names: dict[str, Any] = {}

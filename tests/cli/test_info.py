@@ -120,7 +120,7 @@ def test_a_size_that_was_asked_for_is_shown_in_place_of_a_kl(tiny_cache):
 
 
 def test_a_cache_that_recorded_less_is_shown_without_a_card():
-    old = Path(__file__).parent / "golden" / "format-1" / "int8-bias.zarr"
+    old = Path(__file__).parent.parent / "golden" / "format-1" / "int8-bias.zarr"
     result = show(old)
     assert result.exit_code == 0, result.output
     assert "held back  row KL" in result.stdout

@@ -493,6 +493,7 @@ def test_damaged_images_decode_or_are_bad_images(data):
 
 
 def test_importing_the_source_loads_neither_torch_nor_webdataset():
-    code = "import sys, atcache.images.source\nprint([m for m in ('torch', 'webdataset', 'PIL', 'timm') if m in sys.modules])"
+    code = "import sys, atcache.images.source\n"
+    code += "print([m for m in ('torch', 'webdataset', 'PIL', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

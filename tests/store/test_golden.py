@@ -16,7 +16,7 @@ from atcache.store.layout import FORMAT, Status
 from atcache.store.manifest import check_commit, read_commits
 from atcache.views.apply import library_versions
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 CACHES = sorted(GOLDEN.glob("format-*/*.zarr"))
 BAD_SAMPLE = 2
 GOOD_SAMPLES = (0, 1, 3, 4, 5)
@@ -54,7 +54,7 @@ def test_maps_are_what_they_were(path):
 
 def documented_reader() -> dict[str, Any]:
     """What the code in docs/format.md defines, by name."""
-    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "format.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert "atcache import" not in code
     names: dict[str, Any] = {}

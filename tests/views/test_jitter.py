@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional
-from unfinished import take_first_steps
+from training_runs import take_first_steps
 
 from atcache.errors import ConfigError
 from atcache.feed.loader import training_batches

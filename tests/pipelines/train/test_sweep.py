@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from unfinished import take_first_steps
+from training_runs import take_first_steps
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError

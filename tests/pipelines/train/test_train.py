@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from training_runs import assert_equal_weights, run_until_killed, weights_of
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
@@ -52,16 +49,6 @@ def config_for(tiny_cache, tmp_path):
 
 def losses_of(config) -> list[float]:
     return [row["loss"] for row in read_metrics(config.out, "train")]
-
-
-def weights_of(config) -> dict[str, torch.Tensor]:
-    return load_file(config.out / "model.safetensors")
-
-
-def assert_equal_weights(config, other):
-    ours, theirs = weights_of(config), weights_of(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def training_of(config) -> TrainingRun:
@@ -151,29 +138,6 @@ def test_the_attention_weight_scales_the_attention_loss_alone(config_for):
 
 
 STOCHASTIC = {"drop_path": 0.4, "ema": 0.9, "steps": 40, "checkpoint_every": 15, "clip_grad": 1.0}
-
-KILLED = """
-import os, pickle, signal, sys, threading, time
-
-def kill_this_process_when(checkpoint, metrics):
-    while not (checkpoint.exists() and '"step": 20' in metrics.read_text()):
-        time.sleep(0.0005)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-config = pickle.load(sys.stdin.buffer)
-files = (config.out / "checkpoint.pt", config.out / "metrics.jsonl")
-threading.Thread(target=kill_this_process_when, args=files, daemon=True).start()
-from atcache.pipelines.train.run import train
-train(config)
-"""
-
-
-def run_until_killed(config):
-    """Start the run in a process that kills itself between the first checkpoint and the end."""
-    done = subprocess.run([sys.executable, "-c", KILLED], input=pickle.dumps(config), capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert (config.out / "checkpoint.pt").exists()
-    assert not (config.out / "model.safetensors").exists()
 
 
 def test_a_run_that_was_killed_continues_to_the_same_weights_bit_for_bit(config_for):

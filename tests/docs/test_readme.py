@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from atcache.cli.main import cli
 from atcache.pipelines.demo.run import write_digits
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 # What stands for what: ImageNet and the MAE ViT-L cannot be had in a test.
 STAND_INS = {
     "train-{000000..001281}.tar": "digits/train-{000000..000000}.tar",
