@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..cli import options
+from . import options
 
 
 @click.command()

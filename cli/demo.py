@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import options
+from . import options
 
 if TYPE_CHECKING:
     from ..pipelines.demo.run import DemoSummary

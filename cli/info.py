@@ -10,7 +10,7 @@ import click
 import atcache
 from atcache.files.location import Location
 
-from ..cli import options
+from . import options
 
 
 @click.command()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..cli import options
 from ..pipelines.pack import PackConfig
 from ..pipelines.pack import pack as run_pack
+from . import options
 
 
 @click.command()

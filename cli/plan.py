@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import options
+from . import options
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..cli import options
+from . import options
 
 
 @click.command()

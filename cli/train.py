@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from atcache.errors import ConfigError
 
-from ..cli import options
+from . import options
 from .sweep import read_sweep
 
 if TYPE_CHECKING:

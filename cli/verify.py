@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..cli import options
+from . import options
 
 if TYPE_CHECKING:
     from ..pipelines.verify.files import Finding
