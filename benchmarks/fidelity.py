@@ -29,8 +29,10 @@ import atcache
 from atcache.codecs.fidelity import row_kl
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
-from atcache.pipelines.demo.run import TEACHER, DemoConfig, student_config, write_digits
-from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
+from atcache.pipelines.demo.config import DemoConfig
+from atcache.pipelines.demo.run import TEACHER, student_config, write_digits
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
 from atcache.students.teacher_side import CachedFactors

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atcache.feed.order import SHUFFLES, SampleOrder
+from atcache.choices import SHUFFLES
+from atcache.feed.order import SampleOrder
 
 
 def entropy_bits(label_NB: np.ndarray) -> float:

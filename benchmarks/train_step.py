@@ -34,14 +34,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry
+from atcache.choices import PRECISIONS, Mode
 from atcache.codecs.base import Coder
 from atcache.codecs.registry import parse_codec
 from atcache.feed.batch import Batch, Codes
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.student_run import TrainingRun
-from atcache.students.student import Mode, Student, make_student
+from atcache.students.student import Student, make_student
 from atcache.students.teacher_side import CachedFactors, LiveTeacher
-from atcache.teachers.devices import PRECISIONS, autocast, resolve_device, resolve_precision
+from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config
 from atcache.teachers.load import Teacher, create_student
 from atcache.teachers.names import parse_model_name

@@ -17,15 +17,16 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from atcache.choices import Mode
 from atcache.feed.order import choose_subset
 from atcache.files.durable import replaced_whole
 from atcache.images.source import Source, index_source
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
-from atcache.pipelines.pretrain.run import PretrainConfig, pretrain
+from atcache.pipelines.pretrain.config import PretrainConfig
+from atcache.pipelines.pretrain.run import pretrain
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train_sweep
-from atcache.students.student import Mode
 
 MODEL = "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=64,num_heads=2,num_classes=10"
 """12 layers of 2 heads, 65 tokens."""

@@ -8,23 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from ..pipelines.demo.config import DemoConfig
+from .fields import options_from
 
 if TYPE_CHECKING:
     from ..pipelines.demo.run import DemoSummary
 
 
 @click.command()
-@click.option(
-    "--out",
-    type=options.OUT,
-    default=Path("atcache-demo"),
-    show_default=True,
-    help="Folder for tars, caches, runs, a picture of maps and the commands.",
-)
-@click.option("--seeds", default=1, show_default=True, help="Students of each mode.")
-@click.option("--pretrain", is_flag=True, help="Make the teacher afresh instead of taking the shipped one.")
-@click.option("--codec", default="transform", show_default=True, help="How the teacher's factors are stored.")
+@options_from(DemoConfig)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
 def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
     """Show attention transfer end to end on a small dataset, without a download.
@@ -34,7 +26,6 @@ def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one k
     \b
         atcache demo --seeds 3 --json demo.json
     """
-    from ..pipelines.demo.run import DemoConfig
     from ..pipelines.demo.run import demo as run_demo
 
     if json_file is not None:  # minutes before it is written

@@ -11,10 +11,11 @@ import atcache
 from atcache.files.location import Location
 
 from . import options
+from .fields import LOCATION
 
 
 @click.command()
-@click.argument("cache", type=options.LOCATION)
+@click.argument("cache", type=LOCATION)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON instead.")
 def info(cache: Location, as_json: bool) -> None:
     """Say what a cache holds, and what is missing.

@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pipelines.plan.config import PlanConfig
 from . import options
+from .fields import options_from
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..pipelines.plan.run import Plan
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command()
-@click.option("--teacher", help="An alias such as mae-vit-l, or a timm name with arguments.")
-@click.option("--data", metavar="TARS", help="The images; some of them will do where their number is assumed.")
-@click.option(
-    "--out", type=options.OUT, default=".", show_default=True, help="Where the cache would be: its disk is measured."
-)
-@click.option("--weights", type=_PATH, help="The teacher's weights; without it, timm's.")
-@click.option("--codec", "codecs", multiple=True, help="A codec setting to look at; repeat for several. [default: all]")
-@options.policy
-@options.mixup
-@options.cutmix
-@options.mix_prob
-@options.views
-@options.layers
-@options.heads
-@options.store
-@options.pixels
-@click.option(
-    "--mode",
-    type=click.Choice(["copy", "distill"]),
-    default="copy",
-    show_default=True,
-    help="What the student would do with the teacher's attention.",
-)
-@click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
-@click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples in one run.")
-@click.option("--runs", default=1, show_default=True, help="Training runs that would use the cache.")
-@click.option("--batch-size", default=32, show_default=True, help="Samples a step, and views a forward.")
-@click.option("--workers", type=int, help="Processes that would decode images; without it, one less than processors.")
-@click.option("--calibration-samples", default=256, show_default=True, help="Samples that sizes are measured on.")
-@options.device
-@options.precision
-@click.option(
-    "--assume",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Take a number as given instead of measuring it, for a machine that is not this one; repeat for several. "
-    "Names: samples, nbytes-per-view, teacher-img-per-s, student-img-per-s, encode-img-per-s, load-img-per-s, "
-    "disk-read-gb-per-s, disk-write-gb-per-s, disk-free-tb.",
-)
+@options_from(PlanConfig)
 def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
     """Say what a cache would take, and whether it would pay.
 
@@ -67,7 +28,6 @@ def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanCo
     \b
         atcache plan --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out /data/in1k.zarr
     """
-    from ..pipelines.plan.config import PlanConfig
     from ..pipelines.plan.run import plan as run_plan
 
     made = run_plan(PlanConfig(**config), say=lambda line: click.echo(f"{line} ...", err=True))

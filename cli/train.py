@@ -10,103 +10,25 @@ from click.core import ParameterSource
 
 from atcache.errors import ConfigError
 
+from ..pipelines.train.config import MODES_OF_OPTIONS, TrainConfig
 from . import options
+from .fields import options_from
 from .sweep import read_sweep
 
 if TYPE_CHECKING:
-    from atcache.students.student import Mode
+    from atcache.choices import Mode
 
     from ..pipelines.train.summary import SweepResult
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command()
-@click.option("--mode", type=click.Choice(["copy", "distill", "scratch", "finetune"]), help="What to do.")
+@options_from(TrainConfig, without=("recipe",), optional=("mode",))
 @options.recipe
 @click.option(
     "--sweep",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
-@click.option("--out", required=True, type=options.OUT, help="The run's folder; an unfinished run is continued.")
-@options.several(
-    "--cache",
-    type=options.LOCATION,
-    help="The training cache or its URL; several are one set of samples. scratch and finetune can do without.",
-)
-@options.several(
-    "--data",
-    metavar="TARS",
-    help="Where the caches' tars now are, or what to train on without a cache; may be given more than once.",
-)
-@options.several(
-    "--val-cache",
-    type=options.LOCATION,
-    help="Validation views with maps, from one cache or several; copying students need one to be validated.",
-)
-@options.several(
-    "--val-data",
-    metavar="TARS",
-    help="Validation images, or where the validation caches' tars now are; may be given more than once.",
-)
-@click.option("--student", help="A timm name with arguments; without it, the teacher's architecture.")
-@click.option("--weights", type=_PATH, help="The teacher's weights, for finetune and --live-teacher.")
-@click.option("--layers", help="Blocks whose attention is transferred, such as 0-17; all of the cache without it.")
-@click.option("--heads", help="Heads of them, such as 0,3; all of the cache without it.")
-@click.option("--layer-map", help="Pairs STUDENT:TEACHER of blocks, for a student of other depth, such as 0:0,1:2,2:4.")
-@click.option("--head-map", help="The teacher's head of each of the student's, for one with fewer, such as 0,2,5.")
-@click.option(
-    "--what",
-    type=click.Choice(["map", "qk", "q", "k", "v", "qkv"]),
-    default="map",
-    show_default=True,
-    help="What is transferred; of q, k or v alone, the student has its own others. v needs build --store v.",
-)
-@click.option("--live-teacher", is_flag=True, help="Run the teacher in every step instead of reading its maps.")
-@click.option(
-    "--policy",
-    type=click.Choice(["eval", "crop-flip", "randaug"]),
-    help="How views are drawn without a cache; without it, crop-flip.",
-)
-@click.option("--mixup", default=0.0, help="Blend views without a cache; alpha of the share, such as 0.8.")
-@click.option(
-    "--cutmix", default=0.0, help="Paste boxes of other views without a cache; alpha of the area, such as 1.0."
-)
-@click.option("--mix-prob", default=1.0, show_default=True, help="Share of the views that are mixed, if any.")
-@click.option("--epochs", type=float, default=100.0, show_default=True, help="Passes over the samples.")
-@click.option("--steps", type=int, help="Optimiser steps, instead of epochs.")
-@click.option("--batch-size", default=256, show_default=True, help="Samples an optimiser step.")
-@click.option("--accumulate", default=1, show_default=True, help="Parts a batch is cut into, to save memory.")
-@click.option("--subset", type=int, help="Train on so many samples only, drawn evenly over the classes.")
-@click.option("--optimizer", default="adamw", show_default=True, help="Any of timm's.")
-@click.option("--base-lr", type=float, default=1e-3, show_default=True, help="Learning rate for 256 samples a step.")
-@click.option("--min-lr", type=float, default=0.0, show_default=True, help="Where the cosine ends.")
-@click.option("--warmup-epochs", type=float, default=5.0, show_default=True, help="At most a tenth of the run.")
-@click.option("--weight-decay", type=float, default=0.05, show_default=True, help="Not of biases and norms.")
-@click.option("--beta2", type=float, help="Second of the optimiser's two betas; without it its own, AdamW's is 0.999.")
-@click.option("--layer-decay", type=float, help="Learning rate of a block relative to the one above, such as 0.75.")
-@click.option("--drop-path", type=float, default=0.0, show_default=True, help="Stochastic depth of the student.")
-@click.option("--student-jitter", default=0.0, show_default=True, help="Vary the student's light and colours, to 1.")
-@click.option("--label-smoothing", type=float, default=0.0, show_default=True, help="Spread over all classes.")
-@click.option("--clip-grad", type=float, help="Largest gradient norm.")
-@click.option("--ema", type=float, help="Decay of a moving average of the weights, such as 0.9999.")
-@click.option("--attention-weight", type=float, default=3.0, show_default=True, help="Weight of the distillation loss.")
-@options.seed
-@click.option("--order-seed", type=click.IntRange(min=0), help="Seed of the order of samples; without it, the seed.")
-@click.option(
-    "--shuffle",
-    type=click.Choice(["global", "block"]),
-    default="global",
-    show_default=True,
-    help="block reads neighbours together, for disks that hate random reads.",
-)
-@click.option("--workers", default=0, show_default=True, help="Processes that read ahead; 0 reads in this one.")
-@click.option("--keep-mib", default=256, show_default=True, help="Memory for views that were read, in MiB.")
-@options.device
-@options.precision
-@click.option("--validate-every", type=float, default=1.0, show_default=True, help="Epochs between them; 0: the end.")
-@click.option("--checkpoint-every", default=1000, show_default=True, help="Steps between checkpoints.")
 @click.pass_context
 def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noqa: ANN401 - TrainConfig's fields
     """Train a student from a cache, or from scratch.
@@ -120,7 +42,6 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
         atcache train --recipe distill-vit-l --cache in1k.zarr --val-data 'val-{00..49}.tar' --out runs/distill
     """
     from ..pipelines.running.ranks import Ranks
-    from ..pipelines.train.config import TrainConfig
     from ..pipelines.train.run import train as run_training
 
     drawn = _views_of_the_recipe(ctx, config["recipe"])
@@ -151,7 +72,6 @@ def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, An
 
 def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Train the students of a file; those without a cache draw their views as `drawn`."""
-    from ..pipelines.train.config import TrainConfig
     from ..pipelines.train.run import train_sweep
 
     out: Path = common["out"]
@@ -179,7 +99,6 @@ def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], dra
 
 def _without_other_modes(common: dict[str, Any], mode: Mode, modes: set[Mode]) -> dict[str, Any]:
     """The options of all students but those that this mode cannot have, where a student of the sweep can."""
-    from ..pipelines.train.config import MODES_OF_OPTIONS
 
     others = {
         name

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
+from ..pipelines.verify.config import VerifyConfig
 from . import options
+from .fields import options_from
 
 if TYPE_CHECKING:
     from ..pipelines.verify.files import Finding
@@ -16,35 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("cache", type=options.LOCATION)
-@click.option("--data", metavar="TARS", help="Where the cache's tars now are, if they were moved.")
-@click.option(
-    "--sample",
-    type=click.IntRange(min=0),
-    default=256,
-    show_default=True,
-    help="Views whose pixels are compared with their hash, spread evenly.",
-)
-@click.option("--all", "all_views", is_flag=True, help="Compare the pixels of all views instead.")
-@click.option("--workers", type=int, help="Threads that read; without it, one a processor.")
-@click.option("--repair", is_flag=True, help="Make the next build redo just the damaged tasks.")
-@click.option("--teacher", help="Recompute views with this teacher, an alias or timm name: the one of the build.")
-@click.option("--weights", type=click.Path(path_type=Path), help="The teacher's weights; without it, timm's.")
-@click.option(
-    "--teacher-sample",
-    default=32,
-    show_default=True,
-    help="Views that the teacher recomputes, spread evenly.",
-)
-@click.option(
-    "--threshold",
-    default=1.5,
-    show_default=True,
-    help="Times the recorded or target value that row KL and injected error may have.",
-)
-@options.device
-@click.pass_context
-def verify(ctx: click.Context, all_views: bool, sample: int, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
+@options_from(VerifyConfig)
+def verify(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
     """Prove that a cache is whole, and with its teacher that it is faithful.
 
     Reads every byte of it, and compares the images of some views with what the teacher saw. Each problem is one line
@@ -57,16 +30,12 @@ def verify(ctx: click.Context, all_views: bool, sample: int, **config: Any) -> N
         atcache verify in1k.zarr --repair
         atcache verify in1k.zarr --teacher mae-vit-l
     """
-    from ..pipelines.verify.run import VerifyConfig
     from ..pipelines.verify.run import verify as run_verify
-
-    if all_views and ctx.get_parameter_source("sample") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--sample and --all both say how many views are compared; give one of them.")
 
     def print_finding(finding: Finding) -> None:
         click.echo(finding.message, err=True)
 
-    summary = run_verify(VerifyConfig(sample=None if all_views else sample, **config), on_finding=print_finding)
+    summary = run_verify(VerifyConfig(**config), on_finding=print_finding)
     for line in (*(f"note: {note}" for note in summary.notes), *_closing_lines(summary, repair=config["repair"])):
         click.echo(line, err=True)
     options.print_json(summary.to_json())

@@ -16,6 +16,7 @@ from typing import Any
 from atcache.errors import ConfigError, DiskFullError, SourceError
 from atcache.images.decode import IMAGE_EXTENSIONS
 
+from .options import config, option, seed_option
 from .running.progress import Progress
 
 CLASSES_FILE = "classes.txt"
@@ -26,25 +27,25 @@ _SAMPLE_OVERHEAD_NBYTES = 2048
 _TAR_OVERHEAD_NBYTES = 20480
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class PackConfig:
     """What `atcache pack` was asked for."""
 
-    data: Path
-    """The image folder; each of its folders is a class, numbered in the order of their names."""
-    out: Path
-    """The folder for the tars; made if it is missing."""
-    name: str | None = None
-    """What the tars are called (NAME-000000.tar); None takes the name of `data`. Samples are known by it later, so give
-    training and validation tars different ones."""
-    samples_per_tar: int = 1000
-    """Samples in each tar but the last: about 100 MB of ImageNet, what the ImageNet tars in use have."""
-    shuffle_seed: int | None = 0
-    """Samples are shuffled by it, as tars sorted by class make poor batches; None keeps the order of the names."""
+    data: Path = option("Image folder with one folder a class; classes are numbered in the order of their names.")
+    out: Path = option("Folder for the tars and classes.txt; made if it is missing.", is_written=True)
+    name: str | None = option(
+        "What the tars are called: NAME-000000.tar. Samples are known by it later, so give training and validation "
+        "tars different ones.  [default: the image folder's name]",
+        default=None,
+    )
+    samples_per_tar: int = option("Images in each tar but the last.", default=1000, at_least=1)
+    shuffle_seed: int = seed_option("the order of the images in the tars")
+    in_order: bool = option(
+        "Keep the images in the order of their names instead of shuffling; tars sorted by class make poor batches.",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
-        if self.samples_per_tar < 1:
-            raise ConfigError(f"samples_per_tar {self.samples_per_tar}: expected at least 1.")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.tar_name):
             raise ConfigError(f"the tars cannot be called {self.tar_name!r}; give a name of letters, digits, - and _.")
 
@@ -143,7 +144,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
             f"the class folders of {root} hold no images ({', '.join(IMAGE_EXTENSIONS)}); left out: "
             f"{', '.join(f'{count} {reason}' for reason, count in sorted(ignored.items())) or 'nothing'}."
         )
-    if config.shuffle_seed is not None:
+    if not config.in_order:
         samples.sort(key=lambda sample: hashlib.blake2b(f"{config.shuffle_seed}/{sample.key}".encode()).digest())
     step = config.samples_per_tar
     tars = tuple(tuple(samples[start : start + step]) for start in range(0, len(samples), step))

@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
+from atcache.choices import SHUFFLES, Shuffle
 from atcache.errors import ConfigError
-
-Shuffle = Literal["global", "block"]
-"""How an epoch is shuffled: any sample anywhere, or blocks of neighbours that are mixed within windows."""
-SHUFFLES = get_args(Shuffle)
 
 # As orders are for ever, so are these. A block is what a disk reads in one go; a window is what is mixed, and what the
 # page cache should hold twice.
@@ -156,10 +153,6 @@ def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int,
     rank = np.empty(len(shuffled), np.int64)
     rank[np.argsort(class_S, kind="stable")] = np.arange(len(shuffled)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.sort(shuffled[np.argsort(rank, kind="stable")[:num_samples]])
-
-
-MAX_SEED = 2**63 - 1
-"""What torch's generators take."""
 
 
 def step_seed(seed: int, step: int) -> int:

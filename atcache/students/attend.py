@@ -10,7 +10,7 @@ from torch import Tensor
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.intercept import AttentionCall, MapCall
 from atcache.attention.kernels import copy_attention
-from atcache.students.pairing import What
+from atcache.choices import What
 
 
 def attend_with_given(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.choices import What
 from atcache.students.attend import attend_with_given, attend_with_one_factor
 from atcache.students.given import TakesGiven, ValueOnlyAttention, can_give_values, give_values
-from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors, What
+from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 
 
 class CopyStudent(nn.Module):

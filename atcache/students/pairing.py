@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
 from atcache.attention.indices import parse_indices
+from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError
-
-What = Literal["map", "qk", "q", "k", "v", "qkv"]
-"""The map; q and k; one of q, k and v, beside the student's own others; all three."""
-WHATS: tuple[What, ...] = get_args(What)
-OF_VALUES: frozenset[What] = frozenset({"v", "qkv"})
-"""Those that need v."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from atcache.attention.blocks import find_blocks
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry
+from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.store.reader import CacheReader
 from atcache.students.copy import CopyStudent
@@ -22,9 +22,6 @@ from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student
 from atcache.teachers.names import ModelName
 from atcache.views.policy import ViewPolicy
-
-Mode = Literal["copy", "distill", "scratch", "finetune"]
-MODES: tuple[Mode, ...] = ("copy", "distill", "scratch", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -12,12 +12,13 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
 from atcache.cache.coders import stored_coder
+from atcache.choices import OF_VALUES, What
 from atcache.codecs.base import Coder
 from atcache.codecs.registry import codec_from_json
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch, Codes
 from atcache.store.reader import CacheReader
-from atcache.students.pairing import OF_VALUES, Pairing, TeacherFactors, What
+from atcache.students.pairing import Pairing, TeacherFactors
 from atcache.teachers.load import load_teacher
 from atcache.teachers.record import TeacherRecord
 from atcache.teachers.run import TeacherRun

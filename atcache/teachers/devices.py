@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from atcache.choices import PRECISIONS
 from atcache.errors import ConfigError
-
-Precision = Literal["auto", "fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 
 
 def resolve_precision(name: str, device: str | torch.device) -> torch.dtype:

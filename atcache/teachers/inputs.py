@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atcache.choices import PolicyName
 from atcache.errors import TeacherError
 from atcache.views.mixing import MixPolicy
-from atcache.views.policy import PolicyName, ViewPolicy
+from atcache.views.policy import ViewPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

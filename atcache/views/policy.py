@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
+from atcache.choices import PolicyName
 from atcache.errors import ConfigError
 from atcache.views.mixing import MIXING_NAMES, MixPolicy
 from atcache.views.randaugment import FILL, RESAMPLE
 
-if TYPE_CHECKING:
-    pass
-
-
-PolicyName = Literal["eval", "crop-flip", "randaug"]
 SPEC, MIXING_SPEC = 1, 2
 """Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
 

@@ -6,78 +6,126 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from atcache.choices import Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
-from atcache.views.mixing import mix_policy
-from atcache.views.policy import PolicyName
 
-from .codec import CodecTarget
+from ..options import (
+    calibration_samples_option,
+    config,
+    cutmix_option,
+    decoding_workers_option,
+    device_option,
+    kept_heads_option,
+    kept_layers_option,
+    mix_prob_option,
+    mixup_option,
+    option,
+    pixels_option,
+    policy_option,
+    precision_option,
+    seed_option,
+    store_option,
+    weights_option,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CodecTarget:
+    """What the codec is to meet; at most one of them."""
+
+    kl: float | None = None
+    """Mean row KL, in nats."""
+    mb_per_view: float | None = None
+    """Megabytes a view's codes take."""
+    budget: str | None = None
+    """Bytes of all codes, such as "2TB"."""
+
+    def __post_init__(self) -> None:
+        options = {"target_kl": self.kl, "target_mb_per_view": self.mb_per_view, "budget": self.budget}
+        given = [f"{name}={value}" for name, value in options.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: one target decides. Give one of them.")
+        if self.budget is not None:
+            parse_nbytes(self.budget)
+
+    def nbytes_per_view(self, num_views: int) -> int | None:
+        """Bytes a view may take where `num_views` are stored in all; None where fidelity is the target."""
+        if self.mb_per_view is not None:
+            return max(1, round(self.mb_per_view * 1e6))
+        return None if self.budget is None else max(1, parse_nbytes(self.budget) // num_views)
+
+
+def parse_nbytes(text: str) -> int:
+    """Bytes from words such as "2TB", "750 MB" or "1.5GiB".
+
+    Raises:
+        ConfigError: it is no number of bytes.
+    """
+    from dask.utils import parse_bytes
+
+    try:
+        # "TB" alone would be read as 1TB.
+        nbytes = int(parse_bytes(text if any(character.isdigit() for character in text) else f"no number: {text}"))
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"budget={text!r}: expected bytes, such as 2TB or 500GB.") from error
+    if nbytes < 1:
+        raise ConfigError(f"budget={text!r}: expected more than 0 bytes.")
+    return nbytes
+
+
+@config
 class BuildConfig:
     """What `atcache build` was asked for."""
 
-    teacher: str
-    """An alias such as "mae-vit-l", or a timm name with arguments."""
-    data: str
-    """The images: see `atcache.images.tars.expand_tars`."""
-    out: Path
-    """The cache, a folder; an unfinished one is continued."""
-    weights: Path | None = None
-    """The teacher's weights; None takes timm's."""
-    policy: PolicyName = "crop-flip"
-    """How views are drawn. `eval` is for validation caches."""
-    mixup: float = 0.0
-    """Mixup: each view is blended with that of another sample of its block, by a share of Beta(mixup, mixup)."""
-    cutmix: float = 0.0
-    """CutMix: a box of the other view, its area by Beta(cutmix, cutmix). With mixup too, either for half the views."""
-    mix_prob: float = 1.0
-    """Share of the views that are mixed, where mixup or cutmix is given."""
-    views: int = 1
-    """Views of each sample."""
-    seed: int = 0
-    """Seed of the views."""
-    codec: str | None = None
-    """How attention becomes integers; None takes transform, int8 where v is stored too, or logmap where the teacher
-    hands over maps."""
-    target_kl: float | None = None
-    """Mean row KL, in nats, that codec transform is to meet; None for its default."""
-    target_mb_per_view: float | None = None
-    """Megabytes a view's codes may take, instead of a KL."""
-    budget: str | None = None
-    """Bytes that all codes may take, such as "2TB", instead of a KL."""
-    layers: str | None = None
-    """Block indices, such as "0-17"; None for all."""
-    heads: str | None = None
-    """Head indices, such as "0,3"; None for all."""
-    store: Literal["v"] | None = None
-    """`v` keeps the teacher's values beside q and k, for students that are given them; None keeps what maps need."""
-    pixels: Literal["replay", "store"] = "replay"
-    """`store` keeps the augmented images too: exact on any machine, and no JPEG decoding in training."""
-    on_bad_image: Literal["raise", "skip"] = "raise"
-    """`skip` records a bad sample in the cache and goes on."""
-    batch_size: int = 32
-    """Views a forward."""
-    workers: int | None = None
-    """Processes that decode and augment; None takes one less than there are processors. 0 works in this one."""
-    samples_per_shard: int | None = None
-    """Samples a task; None makes shards of about 256 MiB."""
-    calibration_samples: int = 256
-    """Samples the codec is fitted and measured on, spread over the dataset."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """auto, fp32 or bf16: what the teacher computes in."""
-    dry_run: bool = False
-    """Plan and stop before anything is written."""
+    teacher: str = option("An alias such as mae-vit-l, or a timm name with arguments.")
+    data: str = option(
+        "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
+        "URLs of any of these (http, https, s3, gs, az).",
+        metavar="TARS",
+    )
+    out: Path = option("The cache, a folder. An unfinished one is continued.", is_written=True)
+    weights: Path | None = weights_option()
+    policy: PolicyName = policy_option("How views are drawn; eval is for validation caches.")
+    mixup: float = mixup_option()
+    cutmix: float = cutmix_option()
+    mix_prob: float = mix_prob_option()
+    views: int = option("Views of each sample.", default=1, at_least=1)
+    seed: int = seed_option("the views")
+    codec: str | None = option(
+        "How attention becomes integers: transform, int8, exact, exact:dtype=float32 or logmap.  [default: transform; "
+        "int8 with --store v; logmap where the teacher's maps are not a softmax of one q k^T]",
+        default=None,
+    )
+    target_kl: float | None = option(
+        "Mean row KL that codec transform meets, in nats.  [default: 0.005]", default=None, above=0
+    )
+    target_mb_per_view: float | None = option(
+        "Megabytes that a view's codes take, instead of a KL.", default=None, above=0
+    )
+    budget: str | None = option(
+        "Bytes that all codes take, such as 2TB, instead of a KL.", default=None, metavar="BYTES"
+    )
+    layers: str | None = kept_layers_option()
+    heads: str | None = kept_heads_option()
+    store: Literal["v"] | None = store_option()
+    pixels: Pixels = pixels_option()
+    on_bad_image: Literal["raise", "skip"] = option(
+        "What an image that cannot be used does: raise stops the build, skip records it in the cache and goes on.",
+        default="raise",
+    )
+    batch_size: int = option("Views in a forward of the teacher.", default=32, at_least=1)
+    workers: int | None = decoding_workers_option()
+    samples_per_shard: int | None = option(
+        "Samples in a task, which writes one shard.  [default: as many as make about 256 MiB]", default=None, at_least=1
+    )
+    calibration_samples: int = calibration_samples_option("the codec is fitted and measured on")
+    device: str = device_option()
+    precision: Precision = precision_option()
+    dry_run: bool = option("Print the plan and stop before anything is written.", default=False)
 
     def __post_init__(self) -> None:
-        for name in ("views", "batch_size", "calibration_samples", "samples_per_shard"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1.")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"workers={self.workers}: expected 0 or more.")
+        from atcache.views.mixing import mix_policy
+
         if self.policy == "eval" and self.views > 1:
             raise ConfigError(f"views={self.views}: policy eval is the same every time; use --policy crop-flip.")
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":

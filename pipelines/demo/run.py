@@ -18,18 +18,21 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
 from atcache.files.durable import encode_json, write_file
-from atcache.students.student import MODES, Mode
 
 from ..build.config import BuildConfig
 from ..build.run import build
 from ..build.summary import BuildSummary
-from ..pretrain.run import PretrainConfig, pretrain
+from ..evaluate.config import EvaluateConfig
+from ..evaluate.run import evaluate
+from ..pretrain.config import PretrainConfig
+from ..pretrain.run import pretrain
 from ..train.config import TrainConfig
-from ..train.evaluate import EvaluateConfig, evaluate
 from ..train.run import train
 from .commands import as_command
+from .config import DemoConfig
 from .picture import draw_maps
 
 NUM_TRAIN = 1297
@@ -40,24 +43,6 @@ TEACHER = "demo-mae"
 """A name whose weights ship with the package."""
 PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=2e-3, decoder_depth=1, policy="eval")
 """How these weights were made; data and out are filled in."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
-    """What `atcache demo` was asked for."""
-
-    out: Path = Path("atcache-demo")
-    """Folder for tars, caches, runs, picture and commands; replaced if an earlier demo made it."""
-    seeds: int = 1
-    """Students of each mode; more give the mean's spread."""
-    pretrain: bool = False
-    """Make the teacher afresh instead of taking the shipped one."""
-    codec: str = "transform"
-    """How the teacher's factors are stored."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds={self.seeds}: expected at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,18 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from atcache.attention.factors import AttentionKind
-from atcache.codecs.registry import CODECS, parse_codec
+from atcache.choices import Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
-from atcache.views.mixing import mix_policy
-from atcache.views.policy import PolicyName
 
-_OF_MAPS = ("logmap",)
-DEFAULT_CODECS: dict[AttentionKind, tuple[str, ...]] = {
-    "factors": tuple(name for name in CODECS if name not in _OF_MAPS),
-    "maps": _OF_MAPS,
-}
-"""What is compared when no codec is named, by what the teacher hands over: codecs at their own defaults."""
+from ..options import (
+    calibration_samples_option,
+    config,
+    cutmix_option,
+    decoding_workers_option,
+    device_option,
+    kept_heads_option,
+    kept_layers_option,
+    mix_prob_option,
+    mixup_option,
+    option,
+    pixels_option,
+    policy_option,
+    precision_option,
+    store_option,
+    weights_option,
+)
 
 ASSUMABLE: dict[str, str] = {
     "samples": "images in the dataset",
@@ -104,76 +112,64 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class PlanConfig:
     """What `atcache plan` was asked for. What build and train also have means the same here."""
 
-    teacher: str | None = None
-    """As for build; needed unless all that it could tell is assumed."""
-    data: str | None = None
-    """The images; a sample of them will do where their number is assumed."""
-    out: Path = Path()
-    """Where the cache would be. Its disk is measured; nothing is left there."""
-    weights: Path | None = None
-    """The teacher's weights; None takes timm's."""
-    codecs: tuple[str, ...] = ()
-    """The codec settings to compare; empty for `DEFAULT_CODECS`."""
-    policy: PolicyName = "crop-flip"
-    """How views are drawn."""
-    mixup: float = 0.0
-    """As for build."""
-    cutmix: float = 0.0
-    """As for build."""
-    mix_prob: float = 1.0
-    """As for build."""
-    views: int = 1
-    """Views of each sample."""
-    layers: str | None = None
-    """Block indices to keep; None for all."""
-    heads: str | None = None
-    """Head indices to keep; None for all."""
-    store: Literal["v"] | None = None
-    """`v` keeps the teacher's values too; codecs that cannot are not compared."""
-    pixels: Literal["replay", "store"] = "replay"
-    """`store` keeps the augmented images too."""
-    mode: Literal["copy", "distill"] = "copy"
-    """What the student is to do with the teacher's attention."""
-    student: str | None = None
-    """A timm name; None takes the teacher's architecture."""
-    epochs: float = 100.0
-    """Passes over the samples in one training run; the default is train's."""
-    runs: int = 1
-    """Training runs that would use the cache."""
-    batch_size: int = 32
-    """Samples a step, and views a forward."""
-    workers: int | None = None
-    """Processes that decode and augment; None takes one less than there are processors."""
-    calibration_samples: int = 256
-    """Samples that sizes and fidelity are measured on, spread over the dataset."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """auto, fp32 or bf16."""
-    assume: tuple[str, ...] = ()
-    """What is not to be measured, as name=value; see `ASSUMABLE`."""
+    teacher: str | None = option(
+        "An alias such as mae-vit-l, or a timm name with arguments. Needed unless all that it tells is assumed.",
+        default=None,
+    )
+    data: str | None = option(
+        "The images; some of them are enough where their number is assumed.", default=None, metavar="TARS"
+    )
+    out: Path = option(
+        "Where the cache would be. Its disk is measured, and nothing is left there.", default=Path(), is_written=True
+    )
+    weights: Path | None = weights_option()
+    codec: tuple[str, ...] = option("A codec setting to look at; repeat for several.  [default: all]", default=())
+    policy: PolicyName = policy_option("How views are drawn.")
+    mixup: float = mixup_option()
+    cutmix: float = cutmix_option()
+    mix_prob: float = mix_prob_option()
+    views: int = option("Views of each sample.", default=1, at_least=1)
+    layers: str | None = kept_layers_option()
+    heads: str | None = kept_heads_option()
+    store: Literal["v"] | None = store_option()
+    pixels: Pixels = pixels_option()
+    mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
+    student: str | None = option(
+        "The student, a timm name with arguments.  [default: the teacher's architecture]", default=None
+    )
+    epochs: float = option("Passes over the samples in one run.", default=100.0, above=0)
+    runs: int = option("Training runs that would use the cache.", default=1, at_least=1)
+    batch_size: int = option("Samples in a step, and views in a forward.", default=32, at_least=1)
+    workers: int | None = decoding_workers_option()
+    calibration_samples: int = calibration_samples_option("sizes and fidelity are measured on")
+    device: str = device_option()
+    precision: Precision = precision_option()
+    assume: tuple[str, ...] = option(
+        "Take a number as given instead of measuring it, for a machine that is not this one; repeat for several. "
+        f"Names: {', '.join(ASSUMABLE)}.",
+        default=(),
+        metavar="NAME=VALUE",
+    )
     assumed: Assumptions = field(init=False)
     """`assume`, read."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "epochs", "runs", "batch_size", "calibration_samples"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected more than 0.")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"workers={self.workers}: expected 0 or more.")
+        from atcache.codecs.registry import parse_codec
+        from atcache.views.mixing import mix_policy
+
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
-        for codec in map(parse_codec, self.codecs):  # before anything takes long
+        for codec in map(parse_codec, self.codec):  # before anything takes long
             if self.store == "v":
                 codec.refuse_values()
         assumed = parse_assumptions(self.assume)
         object.__setattr__(self, "assumed", assumed)
-        if assumed.nbytes_per_view is not None and len(self.codecs) > 1:
+        if assumed.nbytes_per_view is not None and len(self.codec) > 1:
             raise ConfigError(
-                f"nbytes-per-view is assumed, and {len(self.codecs)} codecs are named: {', '.join(self.codecs)}. "
+                f"nbytes-per-view is assumed, and {len(self.codec)} codecs are named: {', '.join(self.codec)}. "
                 "Give one --codec."
             )
         if assumed.missing_of_teacher and (self.teacher is None or self.data is None):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.factors import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
 from atcache.images.source import SampleIndex
 from atcache.store.chunks import decompress_into
@@ -28,10 +28,17 @@ from atcache.views.policy import ViewPolicy
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
 from ..build.plan import plan_layout
-from .config import DEFAULT_CODECS, PlanConfig
+from .config import PlanConfig
 from .steps import StudentSteps, seconds_a_call
 
 _PACKED_VIEWS = 8
+
+_OF_MAPS = ("logmap",)
+DEFAULT_CODECS: dict[AttentionKind, tuple[str, ...]] = {
+    "factors": tuple(name for name in CODECS if name not in _OF_MAPS),
+    "maps": _OF_MAPS,
+}
+"""What is compared when no codec is named, by what the teacher hands over: codecs at their own defaults."""
 
 Say = Callable[[str], None]
 
@@ -159,8 +166,8 @@ def _to_length(rows_N: Tensor, length: int) -> Tensor:
 
 def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[str, ...]:
     """The codec settings that are looked at; with an assumed size there is but one."""
-    if config.codecs:
-        return config.codecs
+    if config.codec:
+        return config.codec
     defaults = DEFAULT_CODECS[geometry.kind]
     if config.store == "v":
         defaults = tuple(name for name in defaults if CODECS[name].keeps_values)

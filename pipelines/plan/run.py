@@ -140,7 +140,7 @@ def _costs(config: PlanConfig, measures: Measures | None) -> list[CodecCost]:
     assert assumed.student_img_per_s is not None, "or it would have been measured"
     return [
         CodecCost(
-            codec=config.codecs[0] if config.codecs else None,
+            codec=config.codec[0] if config.codec else None,
             nbytes_per_view=assumed.nbytes_per_view,
             read_nbytes_per_s=read_nbytes_per_s,
             student_img_per_s=assumed.student_img_per_s,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from atcache.attention.factors import FactorGeometry
+from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import TeacherFactors
-from atcache.students.student import Mode, Student, make_student
+from atcache.students.student import Student, make_student
 from atcache.teachers.devices import autocast
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.names import parse_model_name

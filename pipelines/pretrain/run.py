@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from atcache.attention.blocks import find_blocks
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.loader import training_batches
-from atcache.feed.order import MAX_SEED, SampleOrder, step_seed
+from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
 from atcache.images.source import Source, index_source
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
@@ -26,7 +26,6 @@ from atcache.teachers.inputs import input_config, normalise_images
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.weights import read_weights, tensors_sha256
-from atcache.views.policy import PolicyName
 
 from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from ..running.interrupts import Interrupts
@@ -35,92 +34,11 @@ from ..running.progress import Progress
 from ..running.run_files import WEIGHTS_FILE, save_weights
 from ..running.run_folder import keep_record, read_record, run_folder, settle_precision
 from .autoencoder import MaskedAutoencoder
+from .config import PretrainConfig
 
 CONFIG_FILE = "config.json"
 LOG_EVERY = 50
 """Steps between two lines of metrics."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """Everything a pre-training run depends on. Defaults are those of MAE (arXiv 2111.06377, table 8)."""
-
-    model: str
-    """A timm name with arguments, see `parse_model_name`; its head is left out."""
-    data: str
-    """Tars of images, as for `build`; labels are not needed."""
-    out: Path
-    """Folder for the weights, config, metrics and checkpoint."""
-    steps: int = 20_000
-    """Optimiser steps."""
-    batch_size: int = 256
-    """Images a step."""
-    base_lr: float = 1.5e-4
-    """Learning rate for 256 images a step; the real one is base_lr * batch_size / 256."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rate rises from 0; None takes a twentieth of all, as MAE's 40 of 800 epochs."""
-    weight_decay: float = 0.05
-    """AdamW's; not applied to biases, norms and position embeddings."""
-    mask_ratio: float = 0.75
-    """Share of the patches the encoder does not see."""
-    decoder_dim: int | None = None
-    """Width of the decoder; None takes 512, or the encoder's width where that is smaller."""
-    decoder_depth: int | None = None
-    """Blocks of the decoder; None takes 8, or half the encoder's where that is smaller."""
-    decoder_heads: int | None = None
-    """Heads of the decoder; None makes heads of 32, as MAE's."""
-    normalise_targets: bool = True
-    """Predict each patch with its own mean and deviation taken out."""
-    policy: PolicyName = "crop-flip"
-    """How images are augmented: "crop-flip" is MAE's, "eval" shows every image as it is."""
-    seed: int = 0
-    """Of weights, order, views and masks."""
-    workers: int = 0
-    """Processes that decode and augment; 0 does it between the steps."""
-    keep_mib: int = 512
-    """Memory for images that were decoded, in MiB, over all workers: small datasets are read once."""
-    precision: str = "auto"
-    """"auto", "fp32" or "bf16"."""
-    device: str = "auto"
-    """"auto", "cpu" or "cuda"."""
-    checkpoint_every: int = 1000
-    """Steps between two checkpoints; a run that died continues from the last one."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value):
-                raise ConfigError(f"{field.name} {value}: expected a number.")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ConfigError(f"seed {self.seed}: expected 0 to {MAX_SEED}.")
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)}: expected at least 1.")
-        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} {value}: expected at least 1.")
-        for name in ("workers", "keep_mib", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} {getattr(self, name)}: expected at least 0.")
-        if not self.base_lr > 0:
-            raise ConfigError(f"base_lr {self.base_lr}: expected more than 0.")
-        if not 0 < self.mask_ratio < 1:
-            raise ConfigError(f"mask_ratio {self.mask_ratio}: expected more than 0 and less than 1.")
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps < self.steps:
-            raise ConfigError(
-                f"warmup_steps {self.warmup_steps}: expected 0 to {self.steps - 1}, fewer than all steps."
-            )
-
-    @property
-    def lr(self) -> float:
-        """The highest learning rate."""
-        return self.base_lr * self.batch_size / 256
-
-    def recorded(self) -> dict[str, Any]:
-        """What the result depends on, as JSON: not where it lies, nor what only changes the speed."""
-        recorded = asdict(self)
-        for name in ("data", "out", "workers", "keep_mib", "device", "checkpoint_every"):
-            del recorded[name]
-        return recorded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from atcache.choices import MAX_SEED, Mode, PolicyName, Precision, Shuffle, What
 from atcache.errors import ConfigError
-from atcache.feed.order import MAX_SEED, SHUFFLES, Shuffle
 from atcache.files.location import Location, listed
-from atcache.students.pairing import WHATS, What
-from atcache.students.student import MODES, Mode
-from atcache.views.mixing import mix_policy
-from atcache.views.policy import PolicyName
+
+from ..options import (
+    config,
+    cutmix_option,
+    device_option,
+    mix_prob_option,
+    mixup_option,
+    option,
+    precision_option,
+    seed_option,
+)
 
 STREAM_FIELDS = (
     "cache",
@@ -47,117 +53,158 @@ MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
 _ATTENTION_WEIGHT = 3.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@config
 class TrainConfig:
     """Everything a run depends on. Epochs, learning rate and weight decay are the paper's for copy (arXiv 2411.09702).
 
     Its layer decay and moving average are off unless asked for.
     """
 
-    mode: Mode
-    """copy, distill, scratch or finetune."""
-    out: Path
-    """The run's folder; an unfinished run is continued."""
-    recipe: str | None = None
-    """The recipe these settings were taken from, by name or file. Read for one thing only: where a cache's views are
-    drawn otherwise than the recipe's, a note says so."""
-    cache: Location | tuple[Location, ...] | None = None
-    """The training cache, or several that are trained on as one: see `caches`. scratch and finetune can do without, and
-    then draw new views every epoch from `data`."""
-    data: str | tuple[str, ...] | None = None
-    """The tars: where the caches' now are, or what to train on without one."""
-    val_cache: Location | tuple[Location, ...] | None = None
-    """Validation views with maps, from one cache or several; what a copying student is validated on."""
-    val_data: str | tuple[str, ...] | None = None
-    """Validation images, or where the validation caches' tars now are."""
-    student: str | None = None
-    """A timm name; None takes the teacher's architecture."""
-    weights: Path | None = None
-    """The teacher's weights, for finetune and live_teacher; None takes timm's."""
-    layers: str | None = None
-    """Blocks whose attention is transferred, such as "0-17"; the rest is free. None for all in the cache."""
-    heads: str | None = None
-    """Heads of them, such as "0,3"; the rest is free. None for all in the cache."""
-    layer_map: str | None = None
-    """For a student of other depth, instead of layers: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4"."""
-    head_map: str | None = None
-    """For a student with fewer heads, instead of heads: a teacher's head for each of its own, such as "0,2,5"."""
-    what: What = "map"
-    """map, qk, q, k, v or qkv. Copying one of q, k and v leaves the student its own others; distilling them is a mean
-    squared error. Copying qk is copying the map, copying qkv the map and v. v needs a cache that was built to store
-    it, or a live teacher."""
-    live_teacher: bool = False
-    """Run the teacher in every step instead of reading its maps: what the cache replaces, for comparison."""
-    policy: PolicyName | None = None
-    """How views are drawn without a cache; None for crop-flip. A cache has views of its own."""
-    mixup: float = 0.0
-    """Mixup without a cache: each view is blended with another sample's, by a share of Beta(mixup, mixup)."""
-    cutmix: float = 0.0
-    """CutMix without a cache: a box of another sample's view. With mixup too, either for half the views."""
-    mix_prob: float = 1.0
-    """Share of the views that are mixed, where mixup or cutmix is given."""
-    epochs: float = 100.0
-    """Passes over the samples."""
-    steps: int | None = None
-    """Optimiser steps, instead of epochs."""
-    batch_size: int = 256
-    """Samples an optimiser step."""
-    accumulate: int = 1
-    """Parts a step's batch is cut into, one after another, where it does not fit in memory."""
-    subset: int | None = None
-    """Train on so many samples only, drawn evenly over the classes by the seed."""
-    optimizer: str = "adamw"
-    """Any of timm's."""
-    base_lr: float = 1e-3
-    """Learning rate for 256 samples a step; the real one is base_lr * batch_size / 256."""
-    min_lr: float = 0.0
-    """Where the cosine ends."""
-    warmup_epochs: float = 5.0
-    """Passes in which the learning rate rises from 0; never more than a tenth of the run."""
-    weight_decay: float = 0.05
-    """Not applied to biases and norms."""
-    beta2: float | None = None
-    """The second of an optimiser's two betas, such as AdamW's; None for its own: AdamW's is 0.999."""
-    layer_decay: float | None = None
-    """Learning rate of a block relative to the one above; None for equal ones."""
-    drop_path: float = 0.0
-    """Stochastic depth of the student."""
-    student_jitter: float = 0.0
-    """How far brightness, contrast and saturation of the student's images vary, anew at every step; 0.4 is 0.6..1.4.
-    Moves no token, so a cache's maps stay right."""
-    label_smoothing: float = 0.0
-    """Share of the label's probability spread over all classes."""
-    clip_grad: float | None = None
-    """Largest gradient norm."""
-    ema: float | None = None
-    """Decay of a moving average of the weights, which is then what is validated and saved."""
-    attention_weight: float = _ATTENTION_WEIGHT
-    """Weight of the distillation loss; 3 is the paper's."""
-    seed: int = 0
-    """Of weights and dropout, and of the stream of batches where `order_seed` is None."""
-    order_seed: int | None = None
-    """Of the stream of batches: order, subset, and views without a cache. None takes `seed`."""
-    shuffle: Shuffle = "global"
-    """global, or block for disks that hate random reads: see `SampleOrder.shuffle`."""
-    workers: int = 0
-    """Processes that read ahead; 0 reads in this one."""
-    keep_mib: int = 256
-    """Memory for views that were read, in MiB, over all workers: small datasets are read once."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """auto, fp32 or bf16 (autocast)."""
-    validate_every: float = 1.0
-    """Epochs between validations; 0 validates at the end only."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints, beside one at each validation."""
+    mode: Mode = option(
+        "What the student does: copy the teacher's attention, distill it, train from scratch without it, or finetune "
+        "the teacher's weights."
+    )
+    out: Path = option("The run's folder. An unfinished run is continued.", is_written=True)
+    recipe: str | None = option(
+        "Settings of a paper (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or a file of your own. Other "
+        "options win over it.",
+        default=None,
+        metavar="NAME",
+    )
+    cache: Location | tuple[Location, ...] | None = option(
+        "The training cache, a path or URL. Several are one set of samples. scratch and finetune can train without "
+        "one, and then draw new views every epoch.",
+        default=None,
+    )
+    data: str | tuple[str, ...] | None = option(
+        "Where the caches' tars are now, or what to train on without a cache. May be given more than once.",
+        default=None,
+        metavar="TARS",
+    )
+    val_cache: Location | tuple[Location, ...] | None = option(
+        "Validation views with maps, from one cache or several. Copying students need one to be validated.",
+        default=None,
+    )
+    val_data: str | tuple[str, ...] | None = option(
+        "Validation images, or where the validation caches' tars are now. May be given more than once.",
+        default=None,
+        metavar="TARS",
+    )
+    student: str | None = option(
+        "The student, a timm name with arguments.  [default: the teacher's architecture]", default=None
+    )
+    weights: Path | None = option(
+        "The teacher's weights, a file, for finetune and --live-teacher.  [default: those timm names]", default=None
+    )
+    layers: str | None = option(
+        "Blocks whose attention is transferred, such as 0-17; others attend freely.  [default: all in the cache]",
+        default=None,
+    )
+    heads: str | None = option(
+        "Heads of them, such as 0,3; others attend freely.  [default: all in the cache]", default=None
+    )
+    layer_map: str | None = option(
+        "Instead of --layers, for a student of another depth: pairs STUDENT:TEACHER of blocks, such as 0:0,1:2,2:4.",
+        default=None,
+    )
+    head_map: str | None = option(
+        "Instead of --heads, for a student with fewer heads: the teacher's head for each of the student's, such as "
+        "0,2,5.",
+        default=None,
+    )
+    what: What = option(
+        "What is transferred. Of q, k or v alone, copied, the student has its own others; distilled, it is a mean "
+        "squared error. v and qkv need `build --store v`, or --live-teacher.",
+        default="map",
+    )
+    live_teacher: bool = option(
+        "Run the teacher in every step instead of reading its maps, for comparison.", default=False
+    )
+    policy: PolicyName | None = option(
+        "How views are drawn without a cache, whose own are drawn already.  [default: crop-flip]", default=None
+    )
+    mixup: float = mixup_option()
+    cutmix: float = cutmix_option()
+    mix_prob: float = mix_prob_option()
+    epochs: float = option("Passes over the samples.", default=100.0, above=0)
+    steps: int | None = option("Optimiser steps, instead of epochs.", default=None, at_least=1)
+    batch_size: int = option("Samples in an optimiser step.", default=256, at_least=1)
+    accumulate: int = option("Equal parts that a step's batch is cut into, to save memory.", default=1, at_least=1)
+    subset: int | None = option(
+        "Train on so many samples only, drawn evenly over the classes by the seed.", default=None, at_least=1
+    )
+    optimizer: str = option("Any optimiser of timm's.", default="adamw")
+    base_lr: float = option(
+        "Learning rate for 256 samples in a step; the real one is base_lr * batch_size / 256.", default=1e-3, above=0
+    )
+    min_lr: float = option("Learning rate at the end of the cosine.", default=0.0, at_least=0)
+    warmup_epochs: float = option(
+        "Passes in which the learning rate rises from 0; at most a tenth of the run.", default=5.0, at_least=0
+    )
+    weight_decay: float = option("Weight decay, not of biases and norms.", default=0.05, at_least=0)
+    beta2: float | None = option(
+        "The second of the optimiser's two betas.  [default: the optimiser's own, such as AdamW's 0.999]",
+        default=None,
+        at_least=0,
+        below=1,
+    )
+    layer_decay: float | None = option(
+        "Learning rate of a block relative to the one above, such as 0.75.  [default: equal ones]",
+        default=None,
+        above=0,
+        at_most=1,
+    )
+    drop_path: float = option("Stochastic depth of the student.", default=0.0, at_least=0, below=1)
+    student_jitter: float = option(
+        "How far brightness, contrast and saturation of the student's images vary at every step; 0.4 is 0.6 to 1.4. "
+        "Moves no token, so a cache's maps stay right.",
+        default=0.0,
+        at_least=0,
+        at_most=1,
+    )
+    label_smoothing: float = option(
+        "Share of the label's probability that is spread over all classes.", default=0.0, at_least=0, below=1
+    )
+    clip_grad: float | None = option("Largest gradient norm.  [default: no limit]", default=None, above=0)
+    ema: float | None = option(
+        "Decay of a moving average of the weights, such as 0.9999, which is then what is validated and saved.",
+        default=None,
+        at_least=0,
+        below=1,
+    )
+    attention_weight: float = option(
+        "Weight of the distillation loss; 3 is the paper's.", default=_ATTENTION_WEIGHT, at_least=0
+    )
+    seed: int = seed_option("weights and dropout, and of the order of samples without --order-seed")
+    order_seed: int | None = option(
+        "Seed of the stream of batches: order, subset, and views without a cache.  [default: the seed]",
+        default=None,
+        at_least=0,
+        at_most=MAX_SEED,
+    )
+    shuffle: Shuffle = option(
+        "global mixes all samples; block reads neighbours together, for disks that are slow at random reads.",
+        default="global",
+    )
+    workers: int = option("Processes that read ahead; 0 reads in this one.", default=0, at_least=0)
+    keep_mib: int = option(
+        "Memory for views that were read, in MiB, over all workers: small datasets are read once.",
+        default=256,
+        at_least=0,
+    )
+    device: str = device_option()
+    precision: Precision = precision_option()
+    validate_every: float = option("Epochs between validations; 0 validates at the end only.", default=1.0, at_least=0)
+    checkpoint_every: int = option(
+        "Steps between checkpoints, beside one at each validation.", default=1000, at_least=1
+    )
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
-        if self.shuffle not in SHUFFLES:
-            raise ConfigError(f"shuffle={self.shuffle!r}: expected one of {', '.join(SHUFFLES)}.")
-        self._check_numbers()
+        if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
+            raise ConfigError(
+                f"min_lr={self.min_lr} is over the learning rate {lr:.4g} (base_lr * batch_size / 256): it would rise. "
+                "Lower it; it is not scaled with the batch."
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts."
@@ -190,13 +237,13 @@ class TrainConfig:
                 f"mixup={self.mixup}, cutmix={self.cutmix}, mix_prob={self.mix_prob}: the views of {self.caches[0]} "
                 "are drawn already, mixed or not; leave these options out, and give them to `atcache build`."
             )
+        from atcache.views.mixing import mix_policy
+
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
         if self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave --mixup and --cutmix out.")
 
     def _check_transfer(self, transfers: bool) -> None:
-        if self.what not in WHATS:
-            raise ConfigError(f"what={self.what!r}: expected one of {', '.join(WHATS)}.")
         given = [name for name in ("live_teacher", *_WHERE_FIELDS) if getattr(self, name)]
         given += ["what"] if self.what != "map" else []
         if given and not transfers:
@@ -209,39 +256,6 @@ class TrainConfig:
         for name, mapped in (("layers", "layer_map"), ("heads", "head_map")):
             if name in given and mapped in given:
                 raise ConfigError(f"{name} and {mapped} both say which {name} are transferred; give one of them.")
-
-    def _check_numbers(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{field.name}={value}: expected a number.")
-        for name in ("epochs", "steps", "batch_size", "accumulate", "subset", "base_lr", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name}={value}: expected more than 0.")
-        for name in ("seed", "order_seed"):
-            if (seed := getattr(self, name)) is not None and not 0 <= seed <= MAX_SEED:
-                raise ConfigError(f"{name}={seed}: expected 0 to {MAX_SEED}.")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "attention_weight", "workers", "keep_mib"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("beta2", "drop_path", "label_smoothing", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ConfigError(f"{name}={value}: expected 0 or more, and less than 1.")
-        if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
-            raise ConfigError(
-                f"min_lr={self.min_lr} is over the learning rate {lr:.4g} (base_lr * batch_size / 256): it would rise. "
-                "Lower it; it is not scaled with the batch."
-            )
-        if not 0 <= self.student_jitter <= 1:
-            raise ConfigError(f"student_jitter={self.student_jitter}: expected 0 to 1, such as 0.4.")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ConfigError(f"clip_grad={self.clip_grad}: expected more than 0.")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"layer_decay={self.layer_decay}: expected more than 0, and at most 1.")
-        if self.validate_every < 0:
-            raise ConfigError(f"validate_every={self.validate_every}: expected 0 or more.")
 
     @property
     def caches(self) -> tuple[Location, ...]:

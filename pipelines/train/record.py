@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import Pairing
-from atcache.students.student import Mode, Student, make_student
+from atcache.students.student import Student, make_student
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.record import TeacherRecord
 

@@ -10,67 +10,20 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atcache.cache.cache import Cache
 from atcache.errors import ConfigError
 from atcache.files.durable import only_writer
-from atcache.files.location import Location, Url
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
 
+from .config import VerifyConfig
 from .files import Finding, Report, check_all_metadata, check_all_tasks
 from .teacher import Fidelity, check_fidelity, open_teacher
 from .views import check_views, spread_views
-
-_OF_THE_TEACHER = ("weights", "teacher_sample", "threshold", "device")
-"""Fields that nothing reads without a teacher."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyConfig:
-    """What `atcache verify` was asked for."""
-
-    cache: Location
-    """The cache, complete or not."""
-    data: str | None = None
-    """Where the tars are now; None for where they were at build time."""
-    sample: int | None = 256
-    """Views whose pixels are compared with their hash, spread evenly; None for all, 0 for none."""
-    workers: int | None = None
-    """Threads that read and decompress; None takes one a processor."""
-    repair: bool = False
-    """Delete the commit records of damaged tasks, so that the same build redoes them."""
-    teacher: str | None = None
-    """Recompute views with this teacher; it must be the cache's. None does without."""
-    weights: Path | None = None
-    """The teacher's weights; None takes timm's."""
-    teacher_sample: int = 32
-    """Views that the teacher recomputes, spread evenly."""
-    threshold: float = 1.5
-    """Times the recorded or target value that row KL and injected error may have; see `check_fidelity`."""
-    device: str = "auto"
-    """Where the teacher runs: auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("sample", 0), ("workers", 1), ("teacher_sample", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value}: expected at least {least}.")
-        if self.repair and isinstance(self.cache, Url):
-            raise ConfigError(f"repair: {self.cache} is on a server, and only local caches are written. Repair a copy.")
-        if not self.threshold >= 1:
-            raise ConfigError(f"threshold={self.threshold}: expected at least 1, times the recorded value.")
-        if self.teacher is None:
-            for field in fields(self):
-                value = getattr(self, field.name)
-                if field.name in _OF_THE_TEACHER and value != field.default:
-                    raise ConfigError(
-                        f"{field.name}={value}: only for a comparison with the teacher. Give --teacher too, or leave "
-                        f"--{field.name.replace('_', '-')} out."
-                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +88,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
     with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
         metadata = check_all_metadata(cache, report)
         checked = check_all_tasks(cache, num_threads, report)
-        num_views = check_views(cache, checked.whole, config.sample, num_threads, report)
+        num_views = check_views(cache, checked.whole, config.num_compared_views, num_threads, report)
         fidelity = None
         if run is not None and metadata.is_decodable:
             places = spread_views(checked.whole, config.teacher_sample)

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from atcache.attention.factors import LayerFactors, LayerMaps
 from atcache.cache.cache import Cache
+from atcache.choices import SHUFFLES
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.feed.batch import Batch, Codes
 from atcache.feed.caches import open_caches, open_joined_views
 from atcache.feed.loader import BatchStream, training_batches
-from atcache.feed.order import SHUFFLES, SampleOrder
+from atcache.feed.order import SampleOrder
 from atcache.feed.sample_views import CachedViews, JoinedViews, SampleView
 from atcache.images.source import Source
 from atcache.pipelines.running.metrics import read_metrics

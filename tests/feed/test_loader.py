@@ -16,17 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atcache.cache.stacking import Stack
+from atcache.choices import SHUFFLES
 from atcache.errors import ConfigError
 from atcache.feed.loader import BatchStream, training_batches, validation_batches
-from atcache.feed.order import (
-    BLOCK_SAMPLES,
-    SHUFFLES,
-    WINDOW_BLOCKS,
-    SampleOrder,
-    choose_subset,
-    epoch_permutation,
-    step_seed,
-)
+from atcache.feed.order import BLOCK_SAMPLES, WINDOW_BLOCKS, SampleOrder, choose_subset, epoch_permutation, step_seed
 from atcache.feed.sample_views import CachedViews, FreshViews
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader

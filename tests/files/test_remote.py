@@ -31,7 +31,8 @@ from atcache.pipelines.build.run import build
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train
-from atcache.pipelines.verify.run import VerifyConfig, verify
+from atcache.pipelines.verify.config import VerifyConfig
+from atcache.pipelines.verify.run import verify
 from atcache.store.reader import CacheReader
 
 

@@ -89,7 +89,7 @@ def test_equal_folders_give_equal_bytes_and_seeds_give_orders(folder, tmp_path):
         path.touch()
     assert packed("b") == first
     assert packed("c", shuffle_seed=1) != first
-    in_order = index_source(str(tmp_path / "d" / "*.tar")) if packed("d", shuffle_seed=None) else None
+    in_order = index_source(str(tmp_path / "d" / "*.tar")) if packed("d", in_order=True) else None
     assert in_order is not None
     assert in_order.keys_S.tolist() == sorted(in_order.keys_S.tolist())
     assert in_order.label_S.tolist() == [1] * 5 + [2] * 5

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from atcache.attention.intercept import AttentionIntercept
 from atcache.errors import CacheMismatchError, ConfigError, TeacherError
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
 from atcache.pipelines.train.run import train
 from atcache.students.pairing import Pairing
 from atcache.teachers.load import create_student

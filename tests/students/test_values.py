@@ -23,12 +23,14 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, CodecError, ConfigError, TeacherError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.plan.run import plan
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
 from atcache.pipelines.train.run import train
-from atcache.pipelines.verify.run import VerifyConfig, verify
+from atcache.pipelines.verify.config import VerifyConfig
+from atcache.pipelines.verify.run import verify
 from atcache.students.copy import CopyStudent
 from atcache.students.pairing import Pairing
 from atcache.students.teacher_side import CachedFactors

@@ -13,7 +13,8 @@ from atcache.codecs.logmap import LogmapCodec
 from atcache.codecs.transform.codec import DEFAULT_TARGET_KL, TransformCodec
 from atcache.errors import CodecError, ConfigError
 from atcache.pipelines.build.calibrate import attention_nbytes, choose_held_back
-from atcache.pipelines.build.codec import CodecTarget, choose_codec, parse_nbytes
+from atcache.pipelines.build.codec import choose_codec
+from atcache.pipelines.build.config import CodecTarget, parse_nbytes
 
 NO_TARGET = CodecTarget()
 

@@ -18,10 +18,11 @@ from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.demo.commands import as_command
-from atcache.pipelines.demo.run import PRETRAIN, DemoConfig, demo
-from atcache.pipelines.pretrain.run import PretrainConfig
+from atcache.pipelines.demo.config import DemoConfig
+from atcache.pipelines.demo.run import PRETRAIN, demo
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.pretrain.config import PretrainConfig
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.evaluate import EvaluateConfig
 
 # The demo takes a minute or two; on a machine that does much else, five.
 pytestmark = pytest.mark.timeout(900)

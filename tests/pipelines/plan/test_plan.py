@@ -25,8 +25,9 @@ from atcache.codecs.registry import CODECS
 from atcache.errors import CodecError, ConfigError, TeacherError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
-from atcache.pipelines.plan.config import ASSUMABLE, DEFAULT_CODECS, PlanConfig, parse_assumptions
+from atcache.pipelines.plan.config import ASSUMABLE, PlanConfig, parse_assumptions
 from atcache.pipelines.plan.disk import DiskProbe
+from atcache.pipelines.plan.measure import DEFAULT_CODECS
 from atcache.pipelines.plan.run import plan
 from atcache.pipelines.plan.verdict import CodecCost, Machine, Workload, assess, decide, live_epoch
 
@@ -267,12 +268,12 @@ def test_bad_samples_are_not_counted_but_told(tmp_path):
 
 def test_an_unknown_codec_is_refused_before_anything_is_run():
     with pytest.raises(CodecError, match="codec 'int9' is unknown"):
-        PlanConfig(codecs=("int9",), assume=ALL_ASSUMED)
+        PlanConfig(codec=("int9",), assume=ALL_ASSUMED)
 
 
 def test_a_size_cannot_be_assumed_for_two_codecs():
     with pytest.raises(ConfigError, match=r"nbytes-per-view is assumed, and 2 codecs are named: exact, int8\."):
-        PlanConfig(codecs=("exact", "int8"), assume=ALL_ASSUMED)
+        PlanConfig(codec=("exact", "int8"), assume=ALL_ASSUMED)
 
 
 # What is measured
@@ -386,7 +387,7 @@ def test_every_codec_is_compared_for_some_teacher():
 
 def test_speeds_that_are_assumed_are_used_and_the_others_measured(config):
     assumed = ("samples=1000000", "teacher-img-per-s=12345", "load-img-per-s=777", *ASSUMED_DISK)
-    made = plan(replace(config, codecs=("int8",), assume=assumed))
+    made = plan(replace(config, codec=("int8",), assume=assumed))
     assert made.workload.num_samples == 1_000_000
     assert made.machine.teacher_img_per_s == 12345
     assert made.machine.load_img_per_s == 777
@@ -407,14 +408,14 @@ def test_an_assumed_size_is_used_with_a_measured_teacher(config):
 
 
 def test_a_distilled_student_is_timed_too(config):
-    made = plan(replace(config, mode="distill", codecs=("int8",)))
+    made = plan(replace(config, mode="distill", codec=("int8",)))
     assert made.assessments[0].cost.student_img_per_s > 1
     assert made.machine.student_img_per_s > 1
 
 
 def test_all_speeds_are_measured_and_nothing_is_left(config):
     before = listing(config.out.parent)
-    made = plan(replace(config, layers="0-1", heads="1", codecs=("int8",), assume=()))
+    made = plan(replace(config, layers="0-1", heads="1", codec=("int8",), assume=()))
     assert listing(config.out.parent) == before
     assert open_probes() == []
     (one,) = made.assessments

@@ -17,7 +17,8 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.sample_views import FreshViews
 from atcache.pipelines.pretrain.autoencoder import MaskedAutoencoder, PatchMask, num_kept_patches
-from atcache.pipelines.pretrain.run import PretrainConfig, pretrain
+from atcache.pipelines.pretrain.config import PretrainConfig
+from atcache.pipelines.pretrain.run import pretrain
 from atcache.teachers.load import load_teacher
 
 FAMILIES = {

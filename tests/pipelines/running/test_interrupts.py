@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from training_runs import take_first_steps
 
 from atcache.errors import BadImageError
-from atcache.pipelines.pretrain.run import PretrainConfig, pretrain
+from atcache.pipelines.pretrain.config import PretrainConfig
+from atcache.pipelines.pretrain.run import pretrain
 from atcache.pipelines.running.interrupts import Interrupts
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig

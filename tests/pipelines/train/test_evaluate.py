@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
 from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
 

@@ -11,10 +11,11 @@ from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.loader import training_batches
 from atcache.feed.sample_views import FreshViews
+from atcache.pipelines.evaluate.config import EvaluateConfig
+from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
-from atcache.pipelines.train.evaluate import EvaluateConfig, evaluate
 from atcache.pipelines.train.run import train
 from atcache.pipelines.train.student_run import TrainingRun, _targets
 from atcache.teachers.inputs import normalise_images

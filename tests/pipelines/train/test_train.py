@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from training_runs import assert_equal_weights, run_until_killed, weights_of
 
+from atcache.choices import MODES
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
 from atcache.feed.loader import training_batches
@@ -29,7 +30,6 @@ from atcache.pipelines.train.run import train
 from atcache.pipelines.train.student_run import TrainingRun
 from atcache.store.manifest import commit_path
 from atcache.store.reader import CacheReader
-from atcache.students.student import MODES
 
 CPU = torch.device("cpu")
 

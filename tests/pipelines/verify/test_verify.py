@@ -20,7 +20,8 @@ from atcache.files import durable
 from atcache.files.durable import encode_json, only_writer, partial_path
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
-from atcache.pipelines.verify.run import VerifyConfig, VerifySummary, verify
+from atcache.pipelines.verify.config import VerifyConfig
+from atcache.pipelines.verify.run import VerifySummary, verify
 from atcache.store.audit import check_metadata
 from atcache.store.chunks import compress, decode_index
 from atcache.store.layout import ZSTD, StoreLayout
@@ -81,7 +82,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_a_whole_cache_has_no_problem_and_is_not_written_to(kind, request):
     path = request.getfixturevalue(kind)
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in path.rglob("*")}
-    summary = look(path, sample=None, workers=3)
+    summary = look(path, all=True, workers=3)
     assert (summary.problems, summary.notes, summary.repaired_tasks) == ((), (), ())
     assert (summary.num_tasks, summary.num_committed, summary.num_views) == (6, 6, 96)
     assert summary.is_complete
@@ -317,7 +318,7 @@ def test_a_replaced_image_is_found_and_blamed_on_the_tar(cache, digits_tars, tmp
     nbytes_S = CacheReader(cache).samples.nbytes_S[16:32]
     sample, smaller = 16 + int(nbytes_S.argmax()), 16 + int(nbytes_S.argmin())
     write_over(tars / "digits-0001.tar", cache, sample=sample, by=smaller)
-    summary = look(cache, data=str(tars), sample=None, repair=True)
+    summary = look(cache, data=str(tars), all=True, repair=True)
     assert summary.num_views == 96
     name = f"{tars}/digits-0001.tar: key 'digit-{sample:05d}'"
     assert [finding.task for finding in summary.problems] == [None, None]
@@ -330,7 +331,7 @@ def test_a_stored_image_that_the_teacher_did_not_see_is_found(stored):
     """Valid chunks, another image: all checksums hold."""
     reader = CacheReader(stored)
     rewrite_task(stored, pixels=lambda sample: reader.read_pixels(1, 21 if sample == 25 else sample))
-    summary = look(stored, sample=None)
+    summary = look(stored, all=True)
     (finding,) = summary.problems
     assert finding.message.startswith(f"{stored}/pixels/rgb/c/1/1/0/0/0, sample 25: the stored image is not the one")
     assert finding.task == TASK
@@ -374,7 +375,7 @@ def test_moved_tars_are_named_once_each_and_found_by_data(tiny_vit, tiny_weights
     with pytest.raises(SourceError, match=r"digits-0002\.tar has \d+ bytes instead of \d+"):
         look(config.out, data=str(tmp_path / "there"))
     (tmp_path / "there").rename(tmp_path / "here")
-    (message,) = messages(look(config.out, sample=None))
+    (message,) = messages(look(config.out, all=True))
     assert "digits-0002.tar has" in message
 
 
@@ -495,7 +496,7 @@ def test_wrong_codes_under_right_checksums_are_found_by_the_teacher(cache, tiny_
         return reader.read_codes(1, 20 + (sample - 19) % 20 if sample in wrong else sample)
 
     rewrite_task(cache, codes=codes)
-    assert messages(look(cache, sample=None)) == [], "without the teacher nothing tells"
+    assert messages(look(cache, all=True)) == [], "without the teacher nothing tells"
     summary = look(cache, sample=0, teacher=tiny_vit, weights=tiny_weights, teacher_sample=96)
     assert str(cache / CODES) in messages(summary)[0]
     assert "decoded maps are" in messages(summary)[0]

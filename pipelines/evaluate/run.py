@@ -4,52 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from atcache.errors import ConfigError
-from atcache.files.location import Location
 from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
-from .record import load_run
-from .validation import Score, open_validation, score_ensemble
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
-    """What to measure."""
-
-    runs: tuple[Path, ...]
-    """Folders of finished runs; several are an ensemble."""
-    cache: Location | tuple[Location, ...] | None = None
-    """A validation cache, or several as one; copying students take their maps from it."""
-    data: str | tuple[str, ...] | None = None
-    """Validation images, or where the caches' tars now are."""
-    live_teacher: bool = False
-    """Run the teacher for copying students instead of reading its maps."""
-    weights: Path | None = None
-    """The live teacher's weights; None takes timm's."""
-    batch_size: int = 256
-    """Samples a forward; does not change the result."""
-    workers: int = 0
-    """Processes that read ahead."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """auto, fp32 or bf16."""
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ConfigError("no run to evaluate: name the folder of a finished `atcache train`.")
-        if self.cache is None and self.data is None:
-            raise ConfigError("nothing to evaluate on: give --cache or --data.")
-        if self.weights is not None and not self.live_teacher:
-            raise ConfigError(f"weights={self.weights}: only a live teacher has any. Give --live-teacher too.")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: expected at least 1.")
-        if self.workers < 0:
-            raise ConfigError(f"workers={self.workers}: expected 0 or more.")
+from ..train.record import load_run
+from ..train.validation import Score, open_validation, score_ensemble
+from .config import EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,40 @@
+"""What an evaluation was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atcache.choices import Precision
+from atcache.errors import ConfigError
+from atcache.files.location import Location
+
+from ..options import config, device_option, option, precision_option, weights_option
+
+
+@config
+class EvaluateConfig:
+    """What to measure."""
+
+    runs: tuple[Path, ...] = option("Folders of finished runs; several are averaged.", is_argument=True)
+    cache: Location | tuple[Location, ...] | None = option(
+        "A validation cache, or several as one; copying students take their maps from it.", default=None
+    )
+    data: str | tuple[str, ...] | None = option(
+        "Validation images, or where the caches' tars are now. May be given more than once.",
+        default=None,
+        metavar="TARS",
+    )
+    live_teacher: bool = option("Run the teacher for copying students instead of reading its maps.", default=False)
+    weights: Path | None = weights_option("The live teacher's")
+    batch_size: int = option("Samples in a forward; does not change the result.", default=256, at_least=1)
+    workers: int = option("Processes that read ahead; 0 reads in this one.", default=0, at_least=0)
+    device: str = device_option()
+    precision: Precision = precision_option()
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("no run to evaluate: name the folder of a finished `atcache train`.")
+        if self.cache is None and self.data is None:
+            raise ConfigError("nothing to evaluate on: give --cache or --data.")
+        if self.weights is not None and not self.live_teacher:
+            raise ConfigError(f"weights={self.weights}: only a live teacher has any. Give --live-teacher too.")

@@ -1,0 +1,300 @@
+"""The options of a command, each written once: as a field of the command's config.
+
+    @config
+    class BuildConfig:
+        views: int = option("Views of each sample.", default=1, at_least=1)
+
+The command line makes its options from these fields (`cli/fields.py`), and `atcache.build` its arguments
+(`pipelines/api.py`). The config itself checks types, ranges and choices, whoever made it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin, get_type_hints
+
+from atcache.choices import MAX_SEED, Pixels, PolicyName, Precision
+from atcache.errors import ConfigError
+from atcache.files.location import Url, parse_location
+
+_Value = TypeVar("_Value")
+_Config = TypeVar("_Config")
+_NO_DEFAULT: Any = dataclasses.MISSING
+_KEY = "option"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """What a field says of its option."""
+
+    help: str
+    """For a person: what it does, its unit, and what happens without it."""
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    """The value must be greater than this."""
+    below: float | None = None
+    """The value must be less than this."""
+    metavar: str | None = None
+    """What stands for the value in the help, such as TARS."""
+    is_argument: bool = False
+    """Whether the command line takes it by position, without the option's name."""
+    is_written: bool = False
+    """Whether the path is written to, so that URLs are refused."""
+
+    @property
+    def limits(self) -> str:
+        """The range in words, such as "at least 1"; empty where there is none."""
+        low = f"at least {self.at_least:g}" if self.at_least is not None else ""
+        low = f"more than {self.above:g}" if self.above is not None else low
+        high = f"at most {self.at_most:.19g}" if self.at_most is not None else ""
+        high = f"less than {self.below:g}" if self.below is not None else high
+        return " and ".join(part for part in (low, high) if part)
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptionType:
+    """What values an option takes, read from its field's annotation."""
+
+    base: type
+    """bool, int, float, str or Path."""
+    choices: tuple[str, ...] = ()
+    """The only texts it takes; empty for any."""
+    takes_urls: bool = False
+    """Whether a path may be a URL."""
+    takes_none: bool = False
+    takes_several: bool = False
+    """Whether several values are allowed, as a tuple."""
+    takes_one: bool = True
+    """Whether one value may stand alone, without a tuple."""
+
+
+def option(
+    help: str,
+    *,
+    default: Any = _NO_DEFAULT,  # noqa: ANN401 - any type
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    metavar: str | None = None,
+    is_argument: bool = False,
+    is_written: bool = False,
+) -> Any:  # noqa: ANN401 - a field stands for its value
+    """A config's field that is an option of its command; see `Option` for the arguments."""
+    about = Option(
+        help=help,
+        at_least=at_least,
+        at_most=at_most,
+        above=above,
+        below=below,
+        metavar=metavar,
+        is_argument=is_argument,
+        is_written=is_written,
+    )
+    return dataclasses.field(default=default, metadata={_KEY: about})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, dataclasses.field))
+def config(cls: type[_Config]) -> type[_Config]:
+    """Make a frozen, keyword-only dataclass whose options are converted and checked before its own `__post_init__`.
+
+    Raises:
+        ConfigError: when an instance is made with a value of the wrong type, out of range or not among the choices.
+    """
+    own: Callable[[Any], None] | None = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: Any) -> None:  # noqa: ANN401 - an instance of cls
+        _settle(self)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+
+
+def options_of(config_class: type) -> dict[str, tuple[dataclasses.Field[Any], Option, OptionType]]:
+    """The options of a config by field name, in the order of its fields."""
+    types = _types_of(config_class)
+    return {
+        field.name: (field, cast(Option, field.metadata[_KEY]), types[field.name])
+        for field in dataclasses.fields(config_class)
+        if _KEY in field.metadata
+    }
+
+
+@lru_cache
+def _types_of(config_class: type) -> Mapping[str, OptionType]:
+    hints = get_type_hints(config_class)
+    return {
+        field.name: _read_type(hints[field.name])
+        for field in dataclasses.fields(config_class)
+        if _KEY in field.metadata
+    }
+
+
+def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - whatever stands there
+    union = get_origin(annotation) in (Union, UnionType)
+    members: list[Any] = [*get_args(annotation)] if union else [annotation]
+    several = [member for member in members if get_origin(member) is tuple]
+    alone = [member for member in members if member is not NoneType and member not in several]
+    inner = [get_args(member)[0] for member in several]
+    kinds = (
+        alone or [part for one in inner for part in (get_args(one) if get_origin(one) is not Literal else ())] or inner
+    )
+    literal = next((kind for kind in kinds if get_origin(kind) is Literal), None)
+    return OptionType(
+        base=str if literal is not None else Path if Path in kinds else kinds[0],
+        choices=() if literal is None else get_args(literal),
+        takes_urls=Url in kinds,
+        takes_none=NoneType in members,
+        takes_several=bool(several),
+        takes_one=bool(alone),
+    )
+
+
+def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
+    """Convert texts to paths and lists to tuples, and check each value."""
+    for name, (_, about, kind) in options_of(cast("type[object]", type(settings))).items():
+        given = getattr(settings, name)
+        if given is None and kind.takes_none:
+            continue
+        if kind.takes_several and isinstance(given, list | tuple):
+            value: Any = tuple(_checked(name, one, about, kind) for one in cast("list[Any]", given))
+        elif kind.takes_one:
+            value = _checked(name, given, about, kind)
+        else:
+            value = (_checked(name, given, about, kind),)
+        object.__setattr__(settings, name, value)
+
+
+def _checked(name: str, value: Any, about: Option, kind: OptionType) -> Any:  # noqa: ANN401 - any option's
+    if kind.base is Path and isinstance(value, str):
+        value = parse_location(value) if kind.takes_urls else Path(value)
+    if kind.choices:
+        if value not in kind.choices:
+            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(kind.choices)}.")
+        return value
+    accepted = {float: (int, float), Path: (Path, Url) if kind.takes_urls else (Path,)}.get(kind.base, (kind.base,))
+    # To Python, True is also the number 1.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind.base is not bool):
+        raise ConfigError(f"{name}={value!r}: expected {_WORDS[kind.base]}.")
+    if isinstance(value, int | float) and kind.base is not bool:
+        if not math.isfinite(value):
+            raise ConfigError(f"{name}={value}: expected a number.")
+        if not about.holds(value):
+            raise ConfigError(f"{name}={value}: expected {about.limits}.")
+    return value
+
+
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+# Options that several commands have. Each is written once, here.
+
+
+def device_option() -> str:
+    """Where models run."""
+    return option("Where the models run: auto (a GPU if there is one), cpu, cuda or cuda:N.", default="auto")
+
+
+def precision_option() -> Precision:
+    """What products are computed in."""
+    return option(
+        "What matrix products are computed in; auto takes bf16 where the device is fast at it.", default="auto"
+    )
+
+
+def seed_option(what: str = "all randomness") -> int:
+    """A seed."""
+    return option(f"Seed of {what}.", default=0, at_least=0, at_most=MAX_SEED)
+
+
+def policy_option(help: str) -> PolicyName:
+    """How views are drawn."""
+    return option(help, default="crop-flip")
+
+
+def mixup_option() -> float:
+    """How strongly views are blended."""
+    return option(
+        "Mixup: blend each view with another sample's, by a share drawn from Beta(MIXUP, MIXUP), such as 0.8. "
+        "0: not at all.",
+        default=0.0,
+        at_least=0,
+    )
+
+
+def cutmix_option() -> float:
+    """How large the boxes are that views exchange."""
+    return option(
+        "CutMix: paste a box of another sample's view, its area drawn from Beta(CUTMIX, CUTMIX), such as 1.0. With "
+        "mixup too, each view gets one of the two.",
+        default=0.0,
+        at_least=0,
+    )
+
+
+def mix_prob_option() -> float:
+    """How many views are mixed."""
+    return option("Share of the views that are mixed, where mixup or cutmix is given.", default=1.0, above=0, at_most=1)
+
+
+def kept_layers_option() -> str | None:
+    """Layers that a cache keeps."""
+    return option("Blocks to keep, such as 0-17.  [default: all]", default=None)
+
+
+def kept_heads_option() -> str | None:
+    """Heads that a cache keeps."""
+    return option("Heads to keep, such as 0,3.  [default: all]", default=None)
+
+
+def store_option() -> Literal["v"] | None:
+    """What a cache keeps beside q and k."""
+    return option(
+        "v keeps the teacher's values too, for students that are given them (`train --what v`). Codecs int8, which is "
+        "then the default, and exact can hold them.",
+        default=None,
+    )
+
+
+def pixels_option() -> Pixels:
+    """Whether a cache keeps images."""
+    return option(
+        "store keeps the augmented images in the cache too: exact on any machine, and training decodes no JPEGs.",
+        default="replay",
+    )
+
+
+def weights_option(whose: str = "The teacher's") -> Path | None:
+    """A file of weights."""
+    return option(f"{whose} weights, a file.  [default: those timm names, from the hub]", default=None)
+
+
+def calibration_samples_option(what: str) -> int:
+    """How many samples are measured on."""
+    return option(f"Samples that {what}, spread over the dataset.", default=256, at_least=1)
+
+
+def decoding_workers_option() -> int | None:
+    """Processes that decode images."""
+    return option(
+        "Processes that decode and augment images; 0 does it in this one.  [default: one less than processors]",
+        default=None,
+        at_least=0,
+    )
