@@ -13,8 +13,8 @@ from .fields import options_from
 
 @click.command()
 @options.recipe
-@options_from(BuildConfig)
-def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of BuildConfig
+@options_from(BuildConfig, without=("recipe",))
+def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of BuildConfig
     """Run the teacher once over a dataset and keep its attention in a cache.
 
     Typing the same command again continues a build that was stopped.
@@ -24,7 +24,6 @@ def build(recipe: str | None, **config: Any) -> None:  # noqa: ANN401 - one keyw
     \b
         atcache build --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out in1k.zarr
     """
-    del recipe  # its settings are the other options' defaults
     from ..pipelines.build.plan import BuildPlan
     from ..pipelines.build.run import build as run_build
     from ..pipelines.running.ranks import Ranks

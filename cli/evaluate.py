@@ -15,10 +15,9 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command("eval")
-@click.argument("run", required=False, type=_PATH)
+@options_from(EvaluateConfig)
 @click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run, averaged in; repeat for more.")
-@options_from(EvaluateConfig, without=("runs",))
-def evaluate(run: Path | None, ensemble: tuple[Path, ...], **config: Any) -> None:  # noqa: ANN401 - EvaluateConfig's
+def evaluate(runs: tuple[Path, ...], ensemble: tuple[Path, ...], **config: Any) -> None:  # noqa: ANN401 - EvaluateConfig's
     """Measure a student's accuracy.
 
     Example:
@@ -29,5 +28,4 @@ def evaluate(run: Path | None, ensemble: tuple[Path, ...], **config: Any) -> Non
     """
     from ..pipelines.evaluate.run import evaluate as run_evaluation
 
-    runs = (*(() if run is None else (run,)), *ensemble)
-    options.print_json(run_evaluation(EvaluateConfig(runs=runs, **config)).to_json())
+    options.print_json(run_evaluation(EvaluateConfig(runs=(*runs, *ensemble), **config)).to_json())

@@ -77,7 +77,8 @@ def _parameter(
 ) -> Callable[[Any], Any]:
     default: Any = None if _is_required(field) else field.default
     if about.is_argument:
-        return click.argument(name, type=_click_type(about, kind), metavar=about.metavar)
+        nargs = -1 if kind.takes_several else 1
+        return click.argument(name, type=_click_type(about, kind), metavar=about.metavar, nargs=nargs)
     long = "--" + name.replace("_", "-")
     if kind.base is bool:
         names = (f"{long}/--no-{long.removeprefix('--')}",) if default else (long,)

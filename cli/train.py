@@ -10,14 +10,12 @@ from click.core import ParameterSource
 
 from atcache.errors import ConfigError
 
-from ..pipelines.train.config import MODES_OF_OPTIONS, TrainConfig
+from ..pipelines.train.config import TrainConfig
 from . import options
 from .fields import options_from
 from .sweep import read_sweep
 
 if TYPE_CHECKING:
-    from atcache.choices import Mode
-
     from ..pipelines.train.summary import SweepResult
 
 
@@ -73,39 +71,19 @@ def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, An
 def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Train the students of a file; those without a cache draw their views as `drawn`."""
     from ..pipelines.train.run import train_sweep
+    from ..pipelines.train.sweep import sweep_configs
 
-    out: Path = common["out"]
-    order_seed = common["seed"] if common["order_seed"] is None else common["order_seed"]
-    configs: list[TrainConfig] = []
-    sweep = read_sweep(file, command)
-    modes = {name: values.get("mode", common["mode"]) for name, values in sweep.items()}
-    for name, values in sweep.items():
-        if modes[name] is None:
-            raise ConfigError(f"{file}: student {name} has no mode. Give it one, or --mode for all.")
-        views = {} if values.get("cache", common["cache"]) else drawn
-        shared = _without_other_modes(common, modes[name], set(modes.values()))
-        try:
-            student: dict[str, Any] = {**shared, **views, **values, "out": out / name, "order_seed": order_seed}
-            configs.append(TrainConfig(**student))
-        except ConfigError as error:
-            raise ConfigError(f"{file}: student {name}: {error}") from error
+    students = read_sweep(file, command)
+    try:
+        configs = sweep_configs(students, common, drawn)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     results = train_sweep(configs)
     for result in results:
         options.print_json(result.to_json())
     _print_table(results)
     if given_up := [result.name for result in results if result.summary is None]:
         raise click.ClickException(f"{len(given_up)} of {len(results)} students were given up: {', '.join(given_up)}.")
-
-
-def _without_other_modes(common: dict[str, Any], mode: Mode, modes: set[Mode]) -> dict[str, Any]:
-    """The options of all students but those that this mode cannot have, where a student of the sweep can."""
-
-    others = {
-        name
-        for name, theirs in MODES_OF_OPTIONS.items()
-        if mode not in theirs and modes.intersection(theirs) and not (name == "weights" and common["live_teacher"])
-    }
-    return {name: value for name, value in common.items() if name not in others}
 
 
 def _print_table(results: list[SweepResult]) -> None:

@@ -50,10 +50,12 @@ class Option:
     @property
     def limits(self) -> str:
         """The range in words, such as "at least 1"; empty where there is none."""
-        low = f"at least {self.at_least:g}" if self.at_least is not None else ""
-        low = f"more than {self.above:g}" if self.above is not None else low
-        high = f"at most {self.at_most:.19g}" if self.at_most is not None else ""
-        high = f"less than {self.below:g}" if self.below is not None else high
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least} to {self.at_most}"
+        low = f"at least {self.at_least}" if self.at_least is not None else ""
+        low = f"more than {self.above}" if self.above is not None else low
+        high = f"at most {self.at_most}" if self.at_most is not None else ""
+        high = f"less than {self.below}" if self.below is not None else high
         return " and ".join(part for part in (low, high) if part)
 
     def holds(self, value: float) -> bool:
@@ -278,6 +280,19 @@ def pixels_option() -> Pixels:
     return option(
         "store keeps the augmented images in the cache too: exact on any machine, and training decodes no JPEGs.",
         default="replay",
+    )
+
+
+def recipe_option() -> str | None:
+    """Where settings come from that are not given: read before the config is made (`cli/options.py`, `api.py`).
+
+    Training keeps its name: a note says where a cache's views are drawn otherwise than the recipe's.
+    """
+    return option(
+        "Settings of a paper (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or a file of your own. Other "
+        "options win over it.",
+        default=None,
+        metavar="NAME",
     )
 
 

@@ -23,6 +23,7 @@ from ..options import (
     pixels_option,
     policy_option,
     precision_option,
+    recipe_option,
     seed_option,
     store_option,
     weights_option,
@@ -84,6 +85,7 @@ class BuildConfig:
         metavar="TARS",
     )
     out: Path = option("The cache, a folder. An unfinished one is continued.", is_written=True)
+    recipe: str | None = recipe_option()
     weights: Path | None = weights_option()
     policy: PolicyName = policy_option("How views are drawn; eval is for validation caches.")
     mixup: float = mixup_option()

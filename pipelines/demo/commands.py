@@ -1,39 +1,35 @@
-"""A pipeline's config as the command a person would type."""
+"""A config as the command a person would type."""
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from typing import Any, cast
 
+from ..options import options_of
 
-def as_command(name: str, config: Any, arguments: tuple[str, ...] = ()) -> str:  # noqa: ANN401 - any config dataclass
-    """The `atcache` command that runs `config`: every field that is not at its default, as the option of its name.
+
+def as_command(name: str, config: object) -> str:
+    """The `atcache` command that runs `config`: an option for each field that is not at its default.
 
     Args:
         name: the sub-command.
-        config: its config; fields and options have the same names.
-        arguments: fields that are given without an option's name.
+        config: its config, made with `pipelines.options.config`.
 
     >>> from atcache.pipelines.pack import PackConfig
-    >>> as_command("pack", PackConfig(data=Path("my images"), out=Path("tars")))
-    "atcache pack --data 'my images' --out tars"
+    >>> as_command("pack", PackConfig(data=Path("my images"), out=Path("tars"), name="pets"))
+    "atcache pack --data 'my images' --out tars --name pets"
     """
     words = ["atcache", name]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for field_name, (field, about, kind) in options_of(type(config)).items():
+        value: Any = getattr(config, field_name)
         if value == field.default:
             continue
-        values = cast("tuple[Any, ...]", value if isinstance(value, tuple) else (value,))
-        for single in values:
-            if field.name in arguments:
-                words.append(str(single))
-            elif isinstance(single, bool):
-                words.append(_option(field.name if single else f"no_{field.name}"))
-            else:
-                words += [_option(field.name), str(single)]
+        values = cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,)
+        option = field_name.replace("_", "-")
+        if about.is_argument:
+            words += map(str, values)
+        elif kind.base is bool:
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [word for single in values for word in (f"--{option}", str(single))]
     return shlex.join(words)
-
-
-def _option(field_name: str) -> str:
-    return "--" + field_name.replace("_", "-")

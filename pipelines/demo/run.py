@@ -122,7 +122,7 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
             runs=tuple(_run_folder(config, mode, seed) for mode in ("distill", "finetune")),
             cache=config.out / "val.zarr",
         )
-        announce(_evaluate_command(together))
+        announce(as_command("eval", together))
         top1s["ensemble"].append(evaluate(together).score.top1)
         seconds["ensemble"].append(seconds["distill"][-1] + seconds["finetune"][-1])
     draw_maps(config.out / "val.zarr", config.out / "maps.png")
@@ -227,15 +227,8 @@ def _train_and_evaluate(
     announce(as_command("train", training))
     seconds = train(training).seconds
     evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")
-    announce(_evaluate_command(evaluation))
+    announce(as_command("eval", evaluation))
     return evaluate(evaluation).score.top1, seconds
-
-
-def _evaluate_command(config: EvaluateConfig) -> str:
-    """The command's first run is an argument; the others are --ensemble."""
-    first, *others = config.runs
-    ensemble = " ".join(f"--ensemble {run}" for run in others)
-    return " ".join(filter(None, [as_command("eval", replace(config, runs=(first,)), arguments=("runs",)), ensemble]))
 
 
 def _results(top1s: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, ModeResult]:

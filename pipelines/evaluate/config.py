@@ -15,7 +15,9 @@ from ..options import config, device_option, option, precision_option, weights_o
 class EvaluateConfig:
     """What to measure."""
 
-    runs: tuple[Path, ...] = option("Folders of finished runs; several are averaged.", is_argument=True)
+    runs: tuple[Path, ...] = option(
+        "Folders of finished runs; several are averaged.", metavar="RUN...", is_argument=True
+    )
     cache: Location | tuple[Location, ...] | None = option(
         "A validation cache, or several as one; copying students take their maps from it.", default=None
     )

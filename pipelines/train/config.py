@@ -18,6 +18,7 @@ from ..options import (
     mixup_option,
     option,
     precision_option,
+    recipe_option,
     seed_option,
 )
 
@@ -65,12 +66,7 @@ class TrainConfig:
         "the teacher's weights."
     )
     out: Path = option("The run's folder. An unfinished run is continued.", is_written=True)
-    recipe: str | None = option(
-        "Settings of a paper (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or a file of your own. Other "
-        "options win over it.",
-        default=None,
-        metavar="NAME",
-    )
+    recipe: str | None = recipe_option()
     cache: Location | tuple[Location, ...] | None = option(
         "The training cache, a path or URL. Several are one set of samples. scratch and finetune can train without "
         "one, and then draw new views every epoch.",

@@ -180,7 +180,7 @@ def test_what_cannot_be_packed_is_said(folder, tmp_path):
             pack(PackConfig(data=tmp_path / data, out=tmp_path / out))
     with pytest.raises(ConfigError, match=r"cannot be called 'a/b'"):
         PackConfig(data=folder, out=tmp_path, name="a/b")
-    with pytest.raises(ConfigError, match="samples_per_tar 0"):
+    with pytest.raises(ConfigError, match="samples_per_tar=0: expected at least 1"):
         PackConfig(data=folder, out=tmp_path, samples_per_tar=0)
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shlex
-from dataclasses import replace
-from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -16,38 +11,12 @@ from PIL import Image
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.pipelines.build.config import BuildConfig
-from atcache.pipelines.demo.commands import as_command
 from atcache.pipelines.demo.config import DemoConfig
 from atcache.pipelines.demo.run import PRETRAIN, demo
-from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
-from atcache.pipelines.train.config import TrainConfig
 
 # The demo takes a minute or two; on a machine that does much else, five.
 pytestmark = pytest.mark.timeout(900)
-
-CONFIGS = [
-    (
-        "build",
-        BuildConfig(
-            teacher="demo-mae", data="my tars/a.tar", out=Path("c.zarr"), policy="eval", workers=0, layers="0-2"
-        ),
-    ),
-    ("train", TrainConfig(mode="copy", cache=Path("c.zarr"), out=Path("r"), steps=5, live_teacher=True, ema=0.99)),
-    ("pretrain", replace(PRETRAIN, data="a.tar", out=Path("t"), normalise_targets=False)),
-]
-
-
-@pytest.mark.parametrize(("name", "config"), CONFIGS, ids=[name for name, _ in CONFIGS])
-def test_a_command_made_from_a_config_is_parsed_into_the_same_config(name, config):
-    words = shlex.split(as_command(name, config))
-    command = cli.get_command(click.Context(cli), name)
-    parsed = command.make_context(name, words[2:]).params
-    fields = {field.name for field in dataclasses.fields(config)}
-    # Options that make configs, and are none's field: --sweep, and the --recipe of a build.
-    assert [name for name in parsed if name not in fields and parsed[name] is not None] == []
-    assert type(config)(**{name: value for name, value in parsed.items() if name in fields}) == config
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +71,6 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"exists and was not made by `atcache demo`. Give another --out"):
         demo(DemoConfig(out=tmp_path))
     assert (tmp_path / "thesis.tex").exists()
-
-
-def test_evaluation_of_several_runs_is_one_argument_and_options():
-    config = EvaluateConfig(runs=(Path("a"),), cache=Path("v.zarr"))
-    assert as_command("eval", config, arguments=("runs",)) == "atcache eval a --cache v.zarr"
 
 
 def test_pretraining_config_of_the_shipped_teacher_is_complete():

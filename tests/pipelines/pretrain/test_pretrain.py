@@ -252,15 +252,15 @@ def test_a_loss_that_is_no_number_stops_the_run(digits_tars, tiny_vit, tmp_path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "steps 0: expected at least 1"),
-        ({"mask_ratio": 1.0}, "mask_ratio 1.0: expected more than 0 and less than 1"),
-        ({"base_lr": 0.0}, "base_lr 0.0: expected more than 0"),
-        ({"warmup_steps": 12}, "warmup_steps 12: expected 0 to 11"),
-        ({"workers": -1}, "workers -1: expected at least 0"),
-        ({"base_lr": float("inf")}, "base_lr inf: expected a number"),
-        ({"weight_decay": float("nan")}, "weight_decay nan: expected a number"),
-        ({"seed": 2**63}, "seed 9223372036854775808: expected 0 to"),
-        ({"decoder_heads": -2}, "decoder_heads -2: expected at least 1"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio=1.0: expected more than 0 and less than 1"),
+        ({"base_lr": 0.0}, "base_lr=0.0: expected more than 0"),
+        ({"warmup_steps": 12}, "warmup_steps=12: expected at most 11"),
+        ({"workers": -1}, "workers=-1: expected at least 0"),
+        ({"base_lr": float("inf")}, "base_lr=inf: expected a number"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan: expected a number"),
+        ({"seed": 2**63}, "seed=9223372036854775808: expected 0 to"),
+        ({"decoder_heads": -2}, "decoder_heads=-2: expected at least 1"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused(fields, message, digits_tars, tiny_vit, tmp_path):

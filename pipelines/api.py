@@ -1,0 +1,244 @@
+"""The commands as functions: `atcache.build(teacher=..., data=..., out=...)` does what `atcache build` does.
+
+A function's keywords are the fields of its command's config, so that what can be typed can be called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec, TypeVar, cast
+
+from atcache.errors import ConfigError
+
+from .build.config import BuildConfig
+from .build.run import build as run_build
+from .evaluate.config import EvaluateConfig
+from .evaluate.run import evaluate as run_evaluate
+from .options import options_of
+from .pack import PackConfig
+from .pack import pack as run_pack
+from .plan.config import PlanConfig
+from .plan.run import plan as run_plan
+from .pretrain.config import PretrainConfig
+from .pretrain.run import pretrain as run_pretrain
+from .train.config import TrainConfig
+from .train.recipes import read_recipe, views_to_draw
+from .train.run import train as run_train
+from .train.run import train_sweep as run_train_sweep
+from .train.summary import SweepResult
+from .train.sweep import sweep_configs
+from .verify.config import VerifyConfig
+from .verify.run import verify as run_verify
+
+_Fields = ParamSpec("_Fields")
+_Config = TypeVar("_Config")
+_Result = TypeVar("_Result")
+
+
+def _function(
+    config_class: Callable[_Fields, _Config],
+    run: Callable[[_Config], _Result],
+    doc: str,
+    recipes_of: Literal["build", "train"] | None = None,
+) -> Callable[_Fields, _Result]:
+    """A function that takes the fields of a config as keywords, and runs it.
+
+    Args:
+        config_class: made with `pipelines.options.config`; its signature becomes the function's.
+        run: does it.
+        doc: the docstring but for the arguments, which the fields tell.
+        recipes_of: the table of a recipe that gives what is not passed; None where there are no recipes.
+    """
+
+    def function(*args: _Fields.args, **fields: _Fields.kwargs) -> _Result:
+        if recipes_of is not None:
+            wanted = _with_recipe(recipes_of, cast("type[Any]", config_class), dict(fields))
+            return run(cast("Callable[..., _Config]", config_class)(**wanted))
+        return run(config_class(*args, **fields))
+
+    signature = inspect.signature(config_class)
+    summary, _, rest = inspect.cleandoc(doc).partition("\n\nReturns:")
+    function.__name__ = function.__qualname__ = run.__name__
+    function.__doc__ = f"{summary}\n\nArgs:\n{_describe(cast('type[Any]', config_class))}\n\nReturns:{rest}"
+    # Of a dataclass, inspect says "-> None".
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        return_annotation=inspect.signature(run).return_annotation
+    )
+    return function
+
+
+def _describe(config_class: type[Any]) -> str:
+    lines = [f"{name}: {about.help}" for name, (_, about, _) in options_of(config_class).items()]
+    return "\n".join(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ") for line in lines)
+
+
+def _with_recipe(command: str, config_class: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields, and for those that are not given what their recipe says.
+
+    Raises:
+        ConfigError: there is no such recipe, it has nothing for the command, or it sets what the command does not have.
+    """
+    name = fields.get("recipe")
+    if name is None:
+        return fields
+    settings = read_recipe(name)[command]
+    if command == "train" and not fields.get("cache"):
+        settings = {**views_to_draw(name), **settings}
+    if not settings:
+        raise ConfigError(f"recipe {name}: it has no table [{command}], so it sets nothing here.")
+    if unknown := sorted(settings.keys() - options_of(config_class).keys()):
+        raise ConfigError(f"recipe {name}: [{command}] {unknown[0]} is not an option of `atcache {command}`.")
+    return {**settings, **fields}
+
+
+build = _function(
+    BuildConfig,
+    run_build,
+    """Run the teacher once over a dataset and keep its attention in a cache.
+
+    The same call continues a build that was stopped, to the same bytes.
+
+    Returns:
+        What was planned and done. After a dry run nothing has been written.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit; whatever was stored stays.
+
+    Example:
+
+        atcache.build(teacher="mae-vit-l", data="train-{000000..001281}.tar", out="in1k.zarr", views=2)
+    """,
+    recipes_of="build",
+)
+
+train = _function(
+    TrainConfig,
+    run_train,
+    """Train a student from a cache, or from scratch.
+
+    The same call continues a run that was stopped.
+
+    Returns:
+        The run's losses, scores and speed.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit; a checkpoint that was saved stays valid.
+
+    Example:
+
+        atcache.train(mode="copy", cache="in1k.zarr", val_cache="in1k-val.zarr", out="runs/copy")
+    """,
+    recipes_of="train",
+)
+
+evaluate = _function(
+    EvaluateConfig,
+    run_evaluate,
+    """Measure a finished run's accuracy, or that of several with averaged probabilities.
+
+    Returns:
+        Loss, top-1 and top-5.
+
+    Raises:
+        AtcacheError: a run is not finished, or the data do not fit it.
+
+    Example:
+
+        atcache.evaluate(runs="runs/copy", cache="in1k-val.zarr").score.top1
+    """,
+)
+
+verify = _function(
+    VerifyConfig,
+    run_verify,
+    """Prove that a cache is whole, and with its teacher that it is faithful.
+
+    Returns:
+        All problems, and what was looked at. After a repair the problems are those that were found before it.
+
+    Raises:
+        CacheMissError, CorruptCacheError: there is no cache, or its zarr.json cannot be read at all.
+        CacheMismatchError: the teacher is not the cache's.
+
+    Example:
+
+        assert not atcache.verify(cache="in1k.zarr").problems
+    """,
+)
+
+plan = _function(
+    PlanConfig,
+    run_plan,
+    """Say what a cache would take, and whether it would pay. Writes nothing.
+
+    Returns:
+        Sizes, fidelity and times of each codec, and the decision.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit.
+
+    Example:
+
+        print(atcache.plan(teacher="mae-vit-l", data="train-{000000..001281}.tar").decision.sentence)
+    """,
+)
+
+pack = _function(
+    PackConfig,
+    run_pack,
+    """Pack folders of images, one folder a class, into WebDataset tars.
+
+    Returns:
+        How many images, classes and tars there are, and what was left out.
+
+    Raises:
+        SourceError: there is nothing to pack, an image cannot be read, or tars of that name exist.
+        DiskFullError: the tars do not fit.
+
+    Example:
+
+        atcache.pack(data="imagenet/train", out="tars")
+    """,
+)
+
+pretrain = _function(
+    PretrainConfig,
+    run_pretrain,
+    """Pre-train a teacher as a masked autoencoder, without labels.
+
+    The same call continues a run that was stopped. `out`/model.safetensors is then a plain timm state dict.
+
+    Returns:
+        The run's losses and speed.
+
+    Raises:
+        AtcacheError: one of its children for each thing that does not fit.
+
+    Example:
+
+        atcache.pretrain(model="vit_small_patch16_224", data="train-{0000..0099}.tar", out="teacher", workers=8)
+    """,
+)
+
+
+def train_sweep(students: Mapping[str, Mapping[str, Any]], **common: Any) -> list[SweepResult]:  # noqa: ANN401 - fields of TrainConfig
+    """Train several students from one stream of batches: what is read once serves all.
+
+    Each student is bit for bit what `train` would make of it alone. A student whose loss becomes NaN is given up, and
+    the others go on.
+
+    Args:
+        students: for each student its name, which names its folder, and the keywords of `train` that are its own.
+        common: the keywords of `train` for all; `out` holds the students' folders.
+
+    Raises:
+        ConfigError: the students do not share one stream, or a keyword does not exist.
+        AtcacheError: as `train`.
+
+    Example:
+
+        atcache.train_sweep({"a": {}, "b": {"base_lr": 3e-4}}, mode="copy", cache="in1k.zarr", out="runs")
+    """
+    return run_train_sweep(sweep_configs(students, _with_recipe("train", TrainConfig, common)))
