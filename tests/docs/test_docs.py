@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 import tomllib
@@ -21,7 +22,33 @@ from atcache.cli.main import COMMANDS, cli
 from atcache.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+ORDER = [
+    "start.md",
+    "guide.md",
+    "guide/images.md",
+    "guide/teachers.md",
+    "guide/plan.md",
+    "guide/build.md",
+    "guide/train.md",
+    "guide/students.md",
+    "guide/python.md",
+    "guide/evaluate.md",
+    "guide/verify.md",
+    "guide/machines.md",
+    "concepts.md",
+    "api.md",
+    "format.md",
+    "design.md",
+    "design/data-and-training.md",
+    "benchmarks.md",
+    "benchmarks/does-it-work.md",
+    "benchmarks/codecs.md",
+    "benchmarks/training.md",
+    "benchmarks/reading.md",
+]
+"""The pages under docs/ in the order in which a reader meets them."""
 
 FENCE = re.compile(r"^[ ]{0,3}```[ ]*(\w*)[^\n]*\n(.*?)^[ ]{0,3}```[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -77,6 +104,45 @@ def check_call(arguments: list[str]) -> None:
 def _exists_in(module: ModuleType, name: str) -> bool:
     """Whether `from module import name` works: an attribute, or a module of the package."""
     return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
+
+
+def imported_modules(text: str) -> set[str]:
+    """Modules that a block imports, and `module.name` for each name that it imports from one."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return modules
+
+
+def is_internal(module: str) -> bool:
+    """Whether a module is one that docs must not show: a pipeline, or a private one."""
+    return f"{module}.".startswith("atcache.pipelines.") or any(part.startswith("_") for part in module.split("."))
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", FENCE.sub("", text), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        repeats = sum(bool(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", anchor)) for anchor in anchors)
+        anchors.add(f"{slug}-{repeats}" if repeats else slug)
+    return anchors
+
+
+def missing_anchors(page: Path) -> list[str]:
+    """The links of a page to headings, here or on another page, that do not exist."""
+    missing: list[str] = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        if not anchor or path.suffix != ".md" or not path.exists():  # a missing page fails a test of its own
+            continue
+        if anchor not in anchors_of(path.read_text(encoding="utf-8")):
+            missing.append(link)
+    return missing
 
 
 def check_python(text: str) -> None:
@@ -147,6 +213,43 @@ def test_links_between_files_lead_somewhere(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page: Path):
+    assert missing_anchors(page) == []
+
+
+def test_the_order_of_the_docs_has_every_page():
+    assert sorted(ORDER) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
+@pytest.mark.parametrize(("page", "following"), list(itertools.pairwise(ORDER)), ids=ORDER[:-1])
+def test_a_page_ends_with_a_link_to_the_next(page: str, following: str):
+    last_line = (DOCS / page).read_text(encoding="utf-8").rstrip().splitlines()[-1]
+    match = re.fullmatch(r"Next: \[[^\]]+\]\(([^)#]+)\)", last_line)
+    assert match is not None, f"{page} ends with {last_line!r}"
+    assert ((DOCS / page).parent / match[1]).resolve() == DOCS / following
+
+
+def test_the_readme_links_to_the_docs_in_order():
+    top = [page for page in ORDER if "/" not in page]
+    links = LINK.findall((ROOT / "README.md").read_text(encoding="utf-8").partition("## Documentation")[2])
+    assert [link.removeprefix("docs/") for link in links if link.removeprefix("docs/") in top] == top
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short_enough_to_read(page: Path):
+    if page == DOCS / "api.md":
+        pytest.skip("made from docstrings, to look things up")
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_python_imports_no_internals(page: Path):
+    for block in blocks_of([page]):
+        if block.language in ("python", "py"):
+            assert [module for module in imported_modules(block.text) if is_internal(module)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_fence_says_its_language(page: Path):
     # A block without one would be checked by none of the tests above.
     assert [block.text for block in blocks_of([page]) if not block.language] == []
@@ -176,3 +279,17 @@ def test_the_checks_bite(tmp_path: Path):
     (tmp_path / "atcache.toml").write_text("[build]\nveiws = 2\n")
     with pytest.raises(ConfigError, match="veiws is no option"):
         read_defaults(tmp_path / "atcache.toml", "build", click.Command("build"), all_commands=("build",))
+
+
+def test_the_checks_of_pages_bite(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Why `q`, and what's k?\n```sh\n# no heading\n```\n[a](#why-q-and-whats-k) [b](page.md#no-heading)\n"
+    )
+    assert missing_anchors(page) == ["page.md#no-heading"]
+    assert anchors_of("# Twice\n## Twice\n") == {"twice", "twice-1"}
+    found = imported_modules(
+        "import atcache.pipelines\nfrom atcache import pipelines\nfrom atcache._x import y\nimport atcache"
+    )
+    assert {module for module in found if is_internal(module)} == found - {"atcache"}
+    assert len(found) == 3

@@ -519,7 +519,7 @@ def test_an_unknown_assumption_is_one_sentence():
 
 
 def test_the_documented_example_gives_the_documented_answer():
-    guide = (Path(__file__).parent.parent.parent.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parent.parent.parent.parent / "docs" / "guide" / "plan.md").read_text(encoding="utf-8")
     examples = re.findall(r"```sh\n(atcache plan [^`]*?--assume[^`]*)```\n+```text\n(.*?)```", guide, re.DOTALL)
     assert len(examples) == 2
     for command, answer in examples:
