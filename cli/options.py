@@ -33,7 +33,12 @@ def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str
 
 
 recipe = click.option(
-    "--recipe", is_eager=True, callback=_use_recipe, metavar="NAME", help=options_of(TrainConfig)["recipe"][1].help
+    "--recipe",
+    default=None,
+    is_eager=True,
+    callback=_use_recipe,
+    metavar="NAME",
+    help=options_of(TrainConfig)["recipe"][1].help,
 )
 
 
