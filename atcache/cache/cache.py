@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor
 
-    from atcache.attention.factors import FactorGeometry, LayerAttention
+    from atcache.attention.factors import LayerAttention
+    from atcache.attention.geometry import FactorGeometry
     from atcache.codecs.base import Codec, Coder
     from atcache.images.source import Source
     from atcache.views.policy import ViewPolicy
@@ -103,7 +104,7 @@ class Cache:
     @cached_property
     def geometry(self) -> FactorGeometry:
         """Layers, heads and shapes of the factors."""
-        from atcache.attention.factors import FactorGeometry
+        from atcache.attention.geometry import FactorGeometry
 
         return self._parse("geometry", FactorGeometry.from_json)
 

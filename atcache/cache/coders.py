@@ -8,7 +8,7 @@ from atcache.errors import CodecError, CorruptCacheError
 from atcache.store.reader import CacheReader
 
 if TYPE_CHECKING:
-    from atcache.attention.factors import FactorGeometry
+    from atcache.attention.geometry import FactorGeometry
     from atcache.codecs.base import Codec, Coder
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.errors import ConfigError, TeacherError
 

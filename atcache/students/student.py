@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atcache.attention.blocks import find_blocks
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.errors import ConfigError
 from atcache.store.reader import CacheReader
 from atcache.students.copy import CopyStudent

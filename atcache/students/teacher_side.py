@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.geometry import FactorGeometry
 from atcache.cache.coders import stored_coder
 from atcache.codecs.base import Coder
 from atcache.codecs.registry import codec_from_json

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CacheMismatchError, CorruptCacheError
 from atcache.store.reader import CacheReader
 from atcache.teachers.devices import resolve_precision

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture
-from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.factors import LayerAttention
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import Codec, Coder, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source

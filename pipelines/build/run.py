@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.cache.coders import stored_coder
 from atcache.codecs.base import Codec
 from atcache.errors import ConfigError, DiskFullError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from atcache.attention.factors import AttentionKind
+from atcache.attention.geometry import AttentionKind
 from atcache.codecs.registry import CODECS, parse_codec
 from atcache.errors import ConfigError
 from atcache.views.mixing import mix_policy

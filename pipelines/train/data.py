@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
 from atcache.feed.caches import open_caches, open_joined_views
 from atcache.feed.order import SampleOrder, choose_subset

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import atcache
-from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.factors import LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.tokens import TokenLayout
 from atcache.cache.cache import Cache
 from atcache.cache.lazy_layers import plan_sample_chunks

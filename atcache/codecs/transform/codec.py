@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.factors import LayerAttention
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import Codec, State
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.codecs.transform.fit import fit_transform
