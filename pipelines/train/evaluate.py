@@ -13,7 +13,7 @@ from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
 from .record import load_run
-from .validation import Score, open_validation, score_ensemble
+from .validation import Score, check_records, open_validation, score_ensemble
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +73,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
     start_s = time.monotonic()
+    # First of all: a cache that cannot be used shall not be found out after the models were loaded.
+    check_records(config.cache)
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     copied = [record for _, record in loaded if record.mode == "copy"]
