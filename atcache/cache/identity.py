@@ -179,13 +179,10 @@ def _parse_codec(codec: Members) -> dict[str, Any]:
             return -LARGEST_COUNT <= value <= LARGEST_COUNT
         return value is None or isinstance(value, str | bool)
 
-    def is_target(value: object) -> bool:
-        return is_plain(value) and not isinstance(value, str | bool)
-
     kinds: dict[str, tuple[Callable[[object], bool], str]] = {
         "name": (lambda value: isinstance(value, str), "a text"),
-        "target_kl": (is_target, "a number or null"),
-        "target_nbytes": (is_target, "a number or null"),
+        "target_kl": (lambda value: type(value) in (int, float) and is_plain(value), "a number"),
+        "target_nbytes": (lambda value: value is None or (type(value) is int and value > 0), "a whole number or null"),
     }
     plain = is_plain, "a text, a number, true, false or null"
     return {name: codec.take(name, *kinds.get(name, plain)) for name in {"name": None, **dict.fromkeys(codec.names())}}

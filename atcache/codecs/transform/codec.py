@@ -49,7 +49,7 @@ class TransformCodec(Codec):
     def __post_init__(self) -> None:
         if not 0 < self.target_kl < 10:
             raise CodecError(f"codec transform: target_kl={self.target_kl!r}, expected nats above 0, such as 0.005.")
-        if self.target_nbytes is not None and not (isinstance(self.target_nbytes, int) and self.target_nbytes >= 1):
+        if self.target_nbytes is not None and self.target_nbytes < 1:
             raise CodecError(f"codec transform: target_nbytes={self.target_nbytes!r}, expected at least 1.")
         if self.basis not in ("all", "layer", "head"):
             raise CodecError(f"codec transform: basis={self.basis!r}, expected all, layer or head.")
