@@ -218,12 +218,19 @@ class CacheRecord:
         from atcache.codecs.registry import codec_from_json
 
         try:
-            return codec_from_json(dict(self.identity.codec))
+            codec = codec_from_json(dict(self.identity.codec))
         except CodecError as error:
             raise CorruptCacheError(
                 f'{self.path}/zarr.json: "codec" cannot be used: {error} Use the version that wrote the cache, or '
                 "restore the file from a copy."
             ) from error
+        # A default in place of what is missing could decode to other maps.
+        if missing := sorted(codec.to_json().keys() - self.identity.codec.keys()):
+            raise CorruptCacheError(
+                f'{self.path}/zarr.json says nothing of "codec.{missing[0]}", which codec {codec.name} has. Restore it '
+                "from a copy, or build the cache anew."
+            )
+        return codec
 
 
 def _parse_layout(attributes: Mapping[str, Any], path: Location) -> StoreLayout:
