@@ -99,8 +99,10 @@ def run(*arguments: object) -> Result:
 
 
 def names(message: str, path: Path, place: tuple[Any, ...]) -> bool:
-    """Whether a message names the file, and in one line the member or the object that lacks or holds it."""
-    return f"{path}/zarr.json" in message and any(f"{name}" in message for name in place if isinstance(name, str))
+    """Whether a message names the file, and the member or an object that it stands in."""
+    above = [place[:depth] for depth in range(1, len(place) + 1)]
+    is_named = any(f'"{".".join(map(str, one))}' in message for one in above)
+    return f"{path}/zarr.json" in message and (is_named or (place[0] in ("layout", "codec") and place[0] in message))
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +333,11 @@ def test_the_sentence_says_what_was_found_and_what_was_expected(original, place,
     [
         ({"name": "wavelet"}, r"zarr\.json: \"codec\" cannot be used: codec 'wavelet' is unknown to this version"),
         ({"name": "transform", "dct": "no"}, r"dct='no', expected True or False"),
-        ({"name": "exact"}, r"by its codec and geometry, layers of codes: 2, but its layout says 1; "),
+        ({"name": "exact"}, r'says nothing of "codec\.dtype", which codec exact has'),
+        (
+            {"name": "exact", "dtype": "float16"},
+            r"by its codec and geometry, layers of codes: 2, but its layout says 1; ",
+        ),
     ],
 )
 def test_a_codec_that_cannot_be_made_or_does_not_fit_is_named(path, codec, message):
