@@ -68,6 +68,50 @@ def _layout(num_samples: int, **changes: Any) -> Any:
     return StoreLayout(**{**fields, **changes})
 
 
+def _attributes(layout: Any, index: Any) -> dict[str, Any]:
+    """What a cache of ViT-L's attention says of itself."""
+    from atcache.attention.geometry import FactorGeometry
+    from atcache.attention.tokens import TokenLayout
+    from atcache.cache.identity import CacheIdentity, Selection
+    from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
+    from atcache.teachers.inputs import InputConfig
+    from atcache.views.policy import ViewPolicy
+
+    size, half = {"height": 224, "width": 224}, (0.5, 0.5, 0.5)
+    geometry = FactorGeometry(
+        layers=tuple(range(24)),
+        heads=tuple(range(16)),
+        num_model_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        tokens=TokenLayout(num_prefix_tokens=1, grid_height=14, grid_width=14),
+        scale=0.125,
+    )
+    identity = CacheIdentity(
+        teacher="made",
+        weights_sha256="0" * 64,
+        input=InputConfig(**size, mean=half, std=half, interpolation="bicubic", crop_pct=0.875),
+        precision="float32",
+        fingerprint=index.fingerprint,
+        num_samples=layout.num_samples,
+        policy=ViewPolicy(name="crop-flip", image_height=224, image_width=224),
+        num_views=layout.num_views,
+        pixels="replay",
+        selection=Selection(layers=geometry.layers, heads=None),
+        codec={"name": "int8"},
+    )
+    return CacheRecord(
+        path=Path("made.zarr"),
+        identity=identity,
+        weights_from="made",
+        licence=None,
+        depth=24,
+        geometry=geometry,
+        calibration=CalibrationRecord(row_kl_nats=0.0, injected_error=0.0),
+        created_by=CreatedBy(atcache="0", python="3", torch="2", timm="1", device="cpu", views={}),
+    ).to_attributes()
+
+
 def _grow(num_samples: int) -> dict[str, Any]:
     """Create a cache, write and commit all of its tasks with made codes, finish it."""
     from atcache.store.layout import Status
@@ -109,7 +153,7 @@ def _create(path: str, num_samples: int) -> dict[str, Any]:
     index = _index(num_samples, str(Path(path).parent))
     layout = _layout(num_samples, num_layers=24, num_tokens=197, num_components=64, samples_per_shard=2048)
     before_nbytes, start_s = _peak_nbytes(), time.perf_counter()
-    create_cache(path, layout, {"geometry": {"layers": list(range(24)), "heads": list(range(16))}}, index, {})
+    create_cache(path, layout, _attributes(layout, index), index, {})
     create_s, create_nbytes = time.perf_counter() - start_s, _peak_nbytes() - before_nbytes
     tasks = list(layout.tasks())
     chunks = encode_view(layout, np.arange(24 * 197 * 64, dtype=np.int32).reshape(24, 197, 64) % 7)

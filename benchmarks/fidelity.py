@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import atcache
+from atcache.cache.record import CacheRecord
 from atcache.codecs.fidelity import row_kl
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
@@ -117,12 +118,13 @@ def measure(
     differences = [
         own - other for own, other in zip(top1s, reference[0].top1_per_seed if reference else top1s, strict=True)
     ]
-    complete = CacheReader(config.out / "train.zarr").attributes["complete"]
+    complete = CacheRecord.of(CacheReader(config.out / "train.zarr")).complete
+    assert complete is not None, "built to its end"
     reference_out = out / _folder_name(reference[0].codec) if reference else config.out
     return Accuracy(
         codec=codec,
         row_kl_nats=mean_kl(reference_out / "val.zarr", config.out / "val.zarr"),
-        nbytes_per_view=complete["nbytes"] / complete["num_stored"],
+        nbytes_per_view=complete.nbytes / complete.num_stored,
         top1_per_seed=top1s,
         top1=statistics.fmean(top1s),
         standard_error=_standard_error(top1s),

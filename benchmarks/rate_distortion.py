@@ -31,7 +31,7 @@ from storage_ways import CodecWay, MapWay, Measured, Scales, Way
 from torch import Tensor
 
 from atcache.attention.capture import check_capture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.registry import parse_codec
 from atcache.errors import AtcacheError
 from atcache.images.source import Source, index_source

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from atcache.attention.blocks import find_blocks
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerMaps
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.codecs.base import Codec
 from atcache.codecs.fidelity import row_kl

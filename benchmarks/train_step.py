@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.choices import PRECISIONS, Mode
 from atcache.codecs.base import Coder
 from atcache.codecs.registry import parse_codec

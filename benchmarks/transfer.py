@@ -38,6 +38,7 @@ from transfer_runs import (
     view_ways,
 )
 
+from atcache.cache.record import CacheRecord
 from atcache.pipelines.train.summary import read_finished
 from atcache.store.reader import CacheReader
 
@@ -140,12 +141,13 @@ def read_caches(grid: Grid) -> dict[tuple[int, str], Cache]:
     for way in all_ways(grid):
         path = build_config(grid, way.views, way.codec).out
         if path.exists() and (reader := CacheReader(path)).is_complete:
-            complete = reader.attributes["complete"]
+            complete = CacheRecord.of(reader).complete
+            assert complete is not None, "the reader says so"
             caches[way.views, way.codec] = Cache(
                 views=way.views,
                 codec=way.codec,
-                row_kl_nats=max(0.0, complete["quality"]["row_kl_nats"]["mean"]),
-                nbytes_per_view=complete["nbytes"] / complete["num_stored"],
+                row_kl_nats=max(0.0, complete.quality["row_kl_nats"].mean),
+                nbytes_per_view=complete.nbytes / complete.num_stored,
             )
     return caches
 

@@ -29,7 +29,7 @@ def info(cache: Location, as_json: bool) -> None:
         atcache info https://data.example.org/in1k.zarr --json
     """
     opened = atcache.open(cache)
-    about = {**opened.describe(), "calibration": opened.attributes.get("calibration")}
+    about = {**opened.describe(), "calibration": opened.record.calibration.to_json()}
     bad = _count_bad(opened.reader.status_VS) if about["num_bad"] else {}
     if as_json:
         options.print_json({**about, "bad": bad})

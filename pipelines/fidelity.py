@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from atcache.attention.blocks import find_blocks
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.codecs.base import Codec, Coder
 from atcache.codecs.fidelity import mean_row_kl, value_error

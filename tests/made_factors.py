@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.factors import LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.tokens import TokenLayout
 from atcache.codecs.fidelity import row_kl
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from atcache.attention.factors import AttentionKind
+from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from atcache.attention.blocks import find_blocks, map_attention, model_label, token_layout, unsupported
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import checked_indices, parse_indices
 from atcache.attention.kernels import mixed_attention
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder

@@ -12,9 +12,10 @@ import numpy as np
 
 from atcache.cache.coders import stored_coder
 from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
-from atcache.errors import CacheMissError, CorruptCacheError
+from atcache.cache.record import CacheRecord
+from atcache.errors import CacheMissError
 from atcache.files.location import Location
-from atcache.store.layout import Status, describe_status
+from atcache.store.layout import FORMAT, Status, describe_status
 from atcache.store.manifest import read_commits, summarise_quality
 from atcache.store.reader import CacheReader
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor
 
-    from atcache.attention.factors import FactorGeometry, LayerAttention
+    from atcache.attention.factors import LayerAttention
+    from atcache.attention.geometry import FactorGeometry
     from atcache.codecs.base import Codec, Coder
     from atcache.images.source import Source
     from atcache.views.policy import ViewPolicy
@@ -77,8 +79,14 @@ class Cache:
         Args:
             path: its folder, or the URL of one.
             data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+
+        Raises:
+            CacheMissError, CacheMismatchError: as `CacheReader`.
+            CorruptCacheError: what it says of itself cannot be used; names the member.
         """
         self.reader = CacheReader(path)
+        self.record = CacheRecord.of(self.reader)
+        """What the cache says of itself."""
         self._data = data
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -97,22 +105,18 @@ class Cache:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the cache says of itself; `docs/format.md` lists it."""
+        """What the cache's zarr.json holds of ours, as it stands there; `docs/format.md` lists it."""
         return self.reader.attributes
 
-    @cached_property
+    @property
     def geometry(self) -> FactorGeometry:
         """Layers, heads and shapes of the factors."""
-        from atcache.attention.factors import FactorGeometry
-
-        return self._parse("geometry", FactorGeometry.from_json)
+        return self.record.geometry
 
     @cached_property
     def codec(self) -> Codec:
         """How factors became integers."""
-        from atcache.codecs.registry import codec_from_json
-
-        return self._parse("codec", codec_from_json)
+        return self.record.make_codec()
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -124,15 +128,10 @@ class Cache:
         """The codec bound to this cache's geometry, state and bias, on the CPU."""
         return stored_coder(self.reader, self.codec, self.geometry)
 
-    @cached_property
+    @property
     def policy(self) -> ViewPolicy:
         """How the views were drawn."""
-        from atcache.views.policy import ViewPolicy
-
-        def parse(views: dict[str, Any]) -> ViewPolicy:
-            return ViewPolicy.from_json(views["policy"])
-
-        return self._parse("views", parse)
+        return self.record.policy
 
     @cached_property
     def source(self) -> Source:
@@ -258,8 +257,7 @@ class Cache:
             return reader.read_pixels(view, sample)
         from atcache.views.rendering import replay_view
 
-        versions = self.attributes.get("created_by", {}).get("views", {})
-        parameters_of = partial(reader.parameters, view)
+        parameters_of, versions = partial(reader.parameters, view), self.record.created_by.views
         return replay_view(self.source, self.policy, sample, parameters_of, reader.pixel_hash(view, sample), versions)
 
     def find_sample(self, sample_key: str) -> int:
@@ -284,24 +282,18 @@ class Cache:
 
         Bytes are those of the shards; a view's are split into codes and the rest (pixels, parameters, hash, status).
         """
-        reader, layout = self.reader, self.reader.layout
-        totals = self._totals()
+        reader, layout, geometry = self.reader, self.reader.layout, self.record.geometry
+        about, totals = self.record.to_attributes(), self._totals()
         num_stored = max(1, totals["num_stored"])
-        # Not through FactorGeometry: `atcache info` shall not wait for torch.
-        layers, heads = self._parse("geometry", _layers_and_heads)
-        map_nbytes = 2 * len(layers) * len(heads) * layout.num_tokens**2
+        map_nbytes = geometry.map_nbytes
         code_nbytes = totals["codes_nbytes"] / num_stored
         return {
             "path": str(self.path),
-            "format": self.attributes["format"],
-            "teacher": self.attributes.get("teacher"),
-            "source": self.attributes.get("source"),
-            "views": self.attributes.get("views"),
-            "codec": self.attributes.get("codec"),
-            "created_by": self.attributes.get("created_by"),
-            "layers": layers,
-            "heads": heads,
-            "stores_v": bool(self.attributes["geometry"].get("v_head_dim")),
+            "format": FORMAT,
+            **{name: about[name] for name in ("teacher", "source", "views", "codec", "created_by")},
+            "layers": list(geometry.layers),
+            "heads": list(geometry.heads),
+            "stores_v": geometry.v_head_dim > 0,
             "num_tokens": layout.num_tokens,
             "num_samples": layout.num_samples,
             "num_views": layout.num_views,
@@ -317,21 +309,13 @@ class Cache:
     def _totals(self) -> dict[str, Any]:
         """Sums over the committed tasks: from the record of a complete cache, or counted."""
         names = ("num_stored", "num_bad", "nbytes", "codes_nbytes")
-        if self.reader.is_complete:
-            complete = self.attributes["complete"]
+        if self.record.complete is not None and self.reader.is_complete:
+            complete = self.record.complete.to_json()
             sums = {name: complete[name] for name in names}
             return {**sums, "num_tasks_done": complete["num_tasks"], "quality": complete["quality"]}
         commits = list(read_commits(self.path).values())
         sums = {name: sum(getattr(commit, name) for commit in commits) for name in names}
         return {**sums, "num_tasks_done": len(commits), "quality": summarise_quality(commits)}
-
-    def _parse(self, name: str, parse: Any) -> Any:  # noqa: ANN401 - one of several from_json
-        if name not in self.attributes:
-            raise CorruptCacheError(f'{self.path}/zarr.json says nothing of "{name}". Was it written by atcache?')
-        try:
-            return parse(self.attributes[name])
-        except (KeyError, TypeError) as error:
-            raise CorruptCacheError(f'{self.path}/zarr.json: "{name}" cannot be used ({error}).') from error
 
     def _layer_position(self, layer: int) -> int:
         if layer not in self.geometry.layers:
@@ -379,7 +363,3 @@ class Cache:
 
 def _reopen(path: Location, data: str | Path | Sequence[str | Path] | None) -> Cache:
     return Cache(path, data=data)
-
-
-def _layers_and_heads(geometry: dict[str, Any]) -> tuple[list[int], list[int]]:
-    return list(geometry["layers"]), list(geometry["heads"])

@@ -8,7 +8,7 @@ from atcache.errors import CodecError, CorruptCacheError
 from atcache.store.reader import CacheReader
 
 if TYPE_CHECKING:
-    from atcache.attention.factors import FactorGeometry
+    from atcache.attention.geometry import FactorGeometry
     from atcache.codecs.base import Codec, Coder
 
 
@@ -22,18 +22,13 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
         device: where the coder runs.
 
     Raises:
-        CorruptCacheError: the state cannot be read.
+        CorruptCacheError: the state cannot be read, or its codes are not those of the cache's layout.
     """
     import torch
 
-    if geometry.tokens.num_tokens != reader.layout.num_tokens:
-        raise CorruptCacheError(
-            f"{reader.path}/zarr.json: its geometry has {geometry.tokens.num_tokens} tokens, its layout "
-            f"{reader.layout.num_tokens}. Restore it from a copy."
-        )
     bias_LHQK = reader.bias_LHQK
     try:
-        return codec.coder(
+        coder = codec.coder(
             geometry,
             {name: torch.from_numpy(values) for name, values in reader.state.items()},
             bias_LHQK=None if bias_LHQK is None else torch.from_numpy(bias_LHQK),
@@ -41,3 +36,20 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
         )
     except CodecError as error:
         raise CorruptCacheError(f"{reader.path}/attention/state: {error} Restore it from a copy.") from error
+    layout = reader.layout
+    pairs = {
+        "layers of codes": (coder.num_code_layers, layout.num_layers),
+        "codes of a token": (coder.num_components, layout.num_components),
+        "type of codes": (str(coder.codes_dtype).removeprefix("torch."), layout.codes_dtype),
+    }
+    differences = [
+        f"{name}: {found!r}, but its layout says {expected!r}"
+        for name, (found, expected) in pairs.items()
+        if found != expected
+    ]
+    if differences:
+        raise CorruptCacheError(
+            f"{reader.path}/zarr.json: by its codec and geometry, {'; '.join(differences)}. Restore it from a copy, or "
+            "build the cache anew."
+        )
+    return coder

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]

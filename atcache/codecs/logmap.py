@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import Codec, Coder, State
 from atcache.errors import CodecError
 

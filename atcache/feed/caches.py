@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from atcache.cache.differences import name_differences
+from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.feed.sample_views import CachedViews, JoinedViews, Views
 from atcache.files.location import Location
 from atcache.images.source import SampleIndex, Source, relocate
 from atcache.store.reader import CacheReader
-from atcache.teachers.record import TeacherRecord
 from atcache.views.rendering import STORED
 
 
@@ -29,6 +29,8 @@ def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
         CorruptCacheError: a cache is damaged.
     """
     readers = tuple(CacheReader(path) for path in paths)
+    for reader in readers:
+        CacheRecord.of(reader).make_codec()  # a cache that cannot be used is refused before anything costs time
     for other in readers[1:]:
         _check_alike(readers[0], other)
     for first, second in combinations(readers, 2):
@@ -51,14 +53,14 @@ def _check_alike(first: CacheReader, other: CacheReader) -> None:
 
 def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
     """What is equal in all caches of one training."""
-    record = TeacherRecord.of_cache(reader).to_json()
-    del record["precision"]  # float32 and bfloat16 round the same maps
-    record["geometry"].pop("v_head_dim", None)  # who is given v asks each cache for it
-    policy, images = reader.attributes["views"]["policy"], reader.attributes["teacher"].get("input", {})
+    record = CacheRecord.of(reader)
+    teacher, policy, images = record.teacher_record.to_json(), record.policy, record.identity.input
+    del teacher["precision"]  # float32 and bfloat16 round the same maps
+    teacher["geometry"].pop("v_head_dim", None)  # who is given v asks each cache for it
     return {
-        **record,
-        "views": {name: policy[name] for name in ("image_height", "image_width")},
-        "input": {name: images.get(name) for name in ("mean", "std")},
+        **teacher,
+        "views": {"image_height": policy.image_height, "image_width": policy.image_width},
+        "input": {"mean": list(images.mean), "std": list(images.std)},
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
 from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
@@ -95,18 +96,18 @@ class CachedViews:
         self._reader, self._source = reader, source
         self._with_codes, self._code_layers = with_codes, code_layers
         self._kept = Kept[SampleView](keep_nbytes)
-        self._policy = ViewPolicy.from_json(reader.attributes["views"]["policy"])
-        self._versions: dict[str, str] = reader.attributes["created_by"]["views"]
+        self._record = CacheRecord.of(reader)
+        self._policy = self._record.policy
 
     @property
     def identity(self) -> dict[str, Any]:
         """See `Views.identity`."""
-        attributes = self._reader.attributes
+        identity = self._record.identity
         return {
-            "source": attributes["source"]["fingerprint"],
-            "policy": attributes["views"]["policy"],
-            "num_views": attributes["views"]["num_views"],
-            "codec": attributes["codec"] if self._with_codes else None,
+            "source": identity.fingerprint,
+            "policy": identity.policy.to_json(),
+            "num_views": identity.num_views,
+            "codec": dict(identity.codec) if self._with_codes else None,
         }
 
     @property
@@ -141,7 +142,7 @@ class CachedViews:
     @property
     def codes_may_narrow(self) -> bool:
         """See `Views.codes_may_narrow`. Codec exact's codes are the bits of floats."""
-        return self._reader.attributes["codec"]["name"] == "transform"
+        return self._record.identity.codec["name"] == "transform"
 
     def _read(self, view: int, sample: int) -> SampleView:
         codes_LTC = self._reader.read_codes(view, sample, self._code_layers) if self._with_codes else None
@@ -160,7 +161,7 @@ class CachedViews:
             sample,
             partial(self._reader.parameters, view),
             self._reader.pixel_hash(view, sample),
-            self._versions,
+            self._record.created_by.views,
         )
 
 

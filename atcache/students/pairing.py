@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from atcache.attention.blocks import find_blocks
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
+from atcache.cache.record import CacheRecord
 from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.store.reader import CacheReader
@@ -21,7 +22,6 @@ from atcache.students.pairing import Pairing, TeacherFactors, check_student
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student
 from atcache.teachers.names import ModelName
-from atcache.views.policy import ViewPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -109,7 +109,7 @@ def check_views_fit(student: Student, reader: CacheReader) -> None:
     Raises:
         ConfigError: naming both sizes.
     """
-    policy = ViewPolicy.from_json(reader.attributes["views"]["policy"])
+    policy = CacheRecord.of(reader).policy
     if (policy.image_height, policy.image_width) != (student.input.height, student.input.width):
         raise ConfigError(
             f"the views of {reader.path} are {policy.image_height} x {policy.image_width} pixels, the student takes "

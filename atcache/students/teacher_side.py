@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.cache.coders import stored_coder
+from atcache.cache.record import CacheRecord
 from atcache.choices import OF_VALUES, What
 from atcache.codecs.base import Coder
-from atcache.codecs.registry import codec_from_json
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch, Codes
 from atcache.store.reader import CacheReader
@@ -137,8 +137,9 @@ class CacheTeacher:
 
 def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Coder:
     """A cache's coder, which must give the teacher's own `factors` where there are any."""
-    codec = codec_from_json(reader.attributes["codec"])
-    coder = stored_coder(reader, codec, FactorGeometry.from_json(reader.attributes["geometry"]), str(device))
+    record = CacheRecord.of(reader)
+    codec = record.make_codec()
+    coder = stored_coder(reader, codec, record.geometry, str(device))
     if (of_values := sorted(factors & OF_VALUES)) and not coder.geometry.v_head_dim:
         raise ConfigError(
             f"--what {of_values[0]} needs the teacher's v, which {reader.path} does not hold. Build it with --store v, "

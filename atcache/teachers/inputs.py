@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, cast
 
 from atcache.choices import PolicyName
 from atcache.errors import TeacherError
 from atcache.views.mixing import MixPolicy
 from atcache.views.policy import ViewPolicy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,5 +102,7 @@ def normalise_images(
 @lru_cache(maxsize=16)
 def _of_channels(values: tuple[float, ...], device: str) -> Tensor:
     """255 times each channel's value, shape (1, channel, 1, 1); made once, since a copy to a GPU makes it wait."""
+    import torch  # here: who reads what a cache says of its teacher's input shall not wait for it
+
     with torch.inference_mode(False):  # whoever asks first
         return torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from atcache.attention.factors import FactorGeometry
-from atcache.errors import CacheMismatchError, CorruptCacheError
-from atcache.store.reader import CacheReader
+from atcache.attention.geometry import FactorGeometry
+from atcache.errors import CacheMismatchError
 from atcache.teachers.devices import resolve_precision
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
@@ -42,26 +41,6 @@ class TeacherRecord:
         """The record `to_json` came from."""
         values: dict[str, Any] = {**fields, "geometry": FactorGeometry.from_json(fields["geometry"])}
         return cls(**values)
-
-    @classmethod
-    def of_cache(cls, reader: CacheReader) -> TeacherRecord:
-        """The teacher a cache was built with.
-
-        Raises:
-            CorruptCacheError: the cache does not say.
-        """
-        try:
-            teacher = reader.attributes["teacher"]
-            return cls(
-                name=teacher["name"],
-                weights_sha256=teacher["weights_sha256"],
-                precision=teacher["precision"],
-                geometry=FactorGeometry.from_json(reader.attributes["geometry"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise CorruptCacheError(
-                f"{reader.path}/zarr.json does not say what its teacher was ({error}). Was it written by atcache?"
-            ) from error
 
     def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
         """A loaded teacher as it ran when the cache was built.

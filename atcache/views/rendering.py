@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -166,7 +166,7 @@ def replay_view(
     sample: int,
     parameters_of: Callable[[int], np.ndarray],
     expected_hash: int,
-    recorded_versions: dict[str, str],
+    recorded_versions: Mapping[str, str],
 ) -> np.ndarray:
     """The pixels of a stored view, uint8 (height, width, 3), bit for bit what the teacher saw.
 

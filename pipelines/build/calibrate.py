@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture
-from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.factors import LayerAttention
+from atcache.attention.geometry import FactorGeometry
+from atcache.cache.record import LayerCard
 from atcache.codecs.base import Codec, Coder, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
@@ -91,20 +93,6 @@ _INJECTED_VIEWS = 8
 _LAYER_VIEWS = 2  # each layer costs a forward of the teacher
 _CODES_NBYTES = 2**28
 """Codes kept to measure how they compress."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerCard:
-    """What the codec does to one layer, on held-back views."""
-
-    layer: int
-    nbytes: float
-    """Bytes a view."""
-    row_kl_nats: float
-    injected_error: float
-    """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
-    v_error: float | None
-    """Relative error of decoded v; None where it is not stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

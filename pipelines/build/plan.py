@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from atcache import __version__
 from atcache.cache.differences import name_differences
+from atcache.cache.identity import CacheIdentity, Pixels, Selection
+from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
 from atcache.codecs.base import Codec
 from atcache.errors import CacheMismatchError
 from atcache.images.source import SampleIndex
@@ -74,72 +74,66 @@ def identify(
     policy: ViewPolicy,
     *,
     num_views: int,
-    pixels: str,
+    pixels: Pixels,
     layers: tuple[int, ...],
     heads: tuple[int, ...] | None,
     codec: Codec,
     with_values: bool,
-) -> dict[str, Any]:
-    """What two builds must agree in to be the same cache, as a JSON object."""
+) -> CacheIdentity:
+    """What two builds must agree in to be the same cache."""
     teacher = run.teacher
-    selection = {"layers": list(layers), "heads": None if heads is None else list(heads)}
-    return {
-        "teacher": {
-            "name": str(teacher.name),
-            "weights_sha256": teacher.weights_sha256,
-            "input": teacher.input.to_json(),
-            "precision": str(run.dtype).removeprefix("torch."),
-        },
-        "source": {"fingerprint": index.fingerprint, "num_samples": index.num_samples},
-        "views": {"policy": policy.to_json(), "num_views": num_views, "pixels": pixels},
-        # Caches from before v could be stored say nothing of it.
-        "selection": {**selection, "store": "v"} if with_values else selection,
-        "codec": codec.to_json(),
-    }
+    return CacheIdentity(
+        teacher=str(teacher.name),
+        weights_sha256=teacher.weights_sha256,
+        input=teacher.input,
+        precision="bfloat16" if run.dtype == torch.bfloat16 else "float32",
+        fingerprint=index.fingerprint,
+        num_samples=index.num_samples,
+        policy=policy,
+        num_views=num_views,
+        pixels=pixels,
+        selection=Selection(layers=layers, heads=heads, store="v" if with_values else None),
+        codec=codec.to_json(),
+    )
 
 
-def describe_cache(identity: Mapping[str, Any], run: TeacherRun, calibration: Calibration) -> dict[str, Any]:
+def describe_cache(out: Path, identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
     """What a new cache says of itself: its identity, and what it was made with."""
     import timm
 
     teacher = run.teacher
-    return {
-        **identity,
-        "teacher": {
-            **identity["teacher"],
-            "weights_from": teacher.source,
-            "licence": teacher.licence,
-            "depth": teacher.depth,
-        },
-        "geometry": calibration.geometry.to_json(),
-        "calibration": {
-            "num_held_back": calibration.num_held_back,
-            "row_kl_nats": calibration.row_kl_nats,
-            "injected_error": calibration.injected_error,
-            "v_error": calibration.v_error,
-            "layers": [asdict(card) for card in layer_cards(run, calibration)],
-        },
-        "created_by": {
-            "atcache": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "device": run.device.type,
-            "views": library_versions(),
-        },
-    }
+    return CacheRecord(
+        path=out,
+        identity=identity,
+        weights_from=teacher.source,
+        licence=teacher.licence,
+        depth=teacher.depth,
+        geometry=calibration.geometry,
+        calibration=CalibrationRecord(
+            num_held_back=calibration.num_held_back,
+            row_kl_nats=calibration.row_kl_nats,
+            injected_error=calibration.injected_error,
+            v_error=calibration.v_error,
+            layers=tuple(layer_cards(run, calibration)),
+        ),
+        created_by=CreatedBy(
+            atcache=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            timm=timm.__version__,
+            device=run.device.type,
+            views=library_versions(),
+        ),
+    )
 
 
-def check_same_cache(existing: CacheReader, identity: Mapping[str, Any], samples_per_shard: int | None) -> None:
+def check_same_cache(existing: CacheReader, identity: CacheIdentity, samples_per_shard: int | None) -> None:
     """Refuse to continue a cache that was begun with other parameters.
 
     Raises:
         CacheMismatchError: names each difference, with both values.
     """
-    asked = dict(identity)
-    stored = {name: existing.attributes.get(name, {}) for name in identity}
-    # A cache also says of its teacher what is not asked for, such as the licence.
-    stored["teacher"] = {name: stored["teacher"].get(name) for name in identity["teacher"]}
+    asked, stored = identity.to_json(), CacheRecord.of(existing).identity.to_json()
     layout = existing.layout
     if samples_per_shard is not None:
         asked["samples_per_shard"] = min(samples_per_shard, layout.num_samples)

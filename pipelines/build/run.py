@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from atcache.attention.factors import FactorGeometry
 from atcache.cache.coders import stored_coder
+from atcache.cache.identity import CacheIdentity
+from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec
 from atcache.errors import ConfigError, DiskFullError
 from atcache.files.durable import only_writer, sweep_partials
@@ -73,17 +73,18 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
 def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
     start_s = time.monotonic()
     summarise = partial(BuildSummary.of, str(config.out))
+    # First of all: a cache that cannot be continued shall not be found out after the teacher was loaded.
+    existing, record = _open_existing(config.out)
     index = index_source(config.data, on_bad=config.on_bad_image)
     wanted = _Wanted.of(config, index)
     run, policy = wanted.run, wanted.policy
-    existing = _open_existing(config.out)
-    if existing is not None:
+    if existing is not None and record is not None:
         check_same_cache(existing, wanted.identity, config.samples_per_shard)
-        if existing.is_complete:
+        if record.complete is not None and existing.is_complete:
             return summarise(
                 seconds=time.monotonic() - start_s,
-                complete=existing.attributes["complete"],
-                expectation=wanted.expectation(existing),
+                complete=record.complete.to_json(),
+                expectation=wanted.expectation(record),
             )
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
     views = render_calibration_views(index, policy, num_samples, skip_bad=config.on_bad_image == "skip")
@@ -119,7 +120,8 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
-        create_cache(config.out, layout, describe_cache(wanted.identity, run, calibration), index, state, bias_LHQK)
+        record = describe_cache(config.out, wanted.identity, run, calibration)
+        create_cache(config.out, layout, record.to_attributes(), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
         cache = CacheReader(config.out)
@@ -133,7 +135,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
         seconds=time.monotonic() - start_s,
         plan=plan,
         complete=complete,
-        expectation=wanted.expectation(cache),
+        expectation=wanted.expectation(CacheRecord.of(cache)),
         num_built_views=board.total().num_stored,
     )
 
@@ -165,7 +167,7 @@ class _Wanted:
     codec: Codec
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None
-    identity: dict[str, Any]
+    identity: CacheIdentity
 
     @classmethod
     def of(cls, config: BuildConfig, index: SampleIndex) -> _Wanted:
@@ -194,34 +196,36 @@ class _Wanted:
         )
         return cls(run=run, policy=policy, codec=codec, layers=layers, heads=heads, identity=identity)
 
-    def expectation(self, cache: CacheReader) -> Expectation:
+    def expectation(self, record: CacheRecord) -> Expectation:
         """What the cache's views should have, by what was measured when it was begun."""
-        calibrated_nats = float(cache.attributes["calibration"]["row_kl_nats"])
-        return Expectation.of(self.codec, calibrated_nats, self.run.dtype)
+        return Expectation.of(self.codec, record.calibration.row_kl_nats, self.run.dtype)
 
 
 def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheReader, index: SampleIndex) -> TaskRunner:
     num_processors = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
-    geometry = FactorGeometry.from_json(cache.attributes["geometry"])
+    record = CacheRecord.of(cache)
     return TaskRunner(
         out=config.out,
         layout=cache.layout,
         source=Source(index),
         policy=wanted.policy,
         run=wanted.run,
-        coder=stored_coder(cache, wanted.codec, geometry, str(wanted.run.device)),
+        coder=stored_coder(cache, wanted.codec, record.geometry, str(wanted.run.device)),
         batch_size=config.batch_size,
         workers=num_processors - 1 if config.workers is None else config.workers,
         threads=num_processors,
         skip_bad=config.on_bad_image == "skip",
-        expectation=wanted.expectation(cache),
+        expectation=wanted.expectation(record),
     )
 
 
-def _open_existing(out: Path) -> CacheReader | None:
-    """The cache that is to be continued, or None where there is none yet."""
+def _open_existing(out: Path) -> tuple[CacheReader, CacheRecord] | tuple[None, None]:
+    """The cache that is to be continued, and what it says of itself; None where there is none yet."""
     if not out.exists():
-        return None
+        return None, None
     if not (out / "zarr.json").exists():
         raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
-    return CacheReader(out)
+    cache = CacheReader(out)
+    record = CacheRecord.of(cache)
+    record.make_codec()
+    return cache, record

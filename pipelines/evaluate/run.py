@@ -11,7 +11,7 @@ from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
 from ..train.record import load_run
-from ..train.validation import Score, open_validation, score_ensemble
+from ..train.validation import Score, check_records, open_validation, score_ensemble
 from .config import EvaluateConfig
 
 
@@ -36,6 +36,8 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
     start_s = time.monotonic()
+    # First of all: a cache that cannot be used shall not be found out after the models were loaded.
+    check_records(config.cache)
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     copied = [record for _, record in loaded if record.mode == "copy"]

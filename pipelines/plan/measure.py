@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import AttentionKind, FactorGeometry
+from atcache.attention.geometry import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
 from atcache.images.source import SampleIndex
 from atcache.store.chunks import decompress_into

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import TeacherFactors

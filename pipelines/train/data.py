@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
+from atcache.cache.record import CacheRecord
 from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
 from atcache.feed.caches import open_caches, open_joined_views
 from atcache.feed.order import SampleOrder, choose_subset
@@ -26,12 +27,11 @@ from atcache.teachers.names import ModelName, parse_model_name
 from atcache.teachers.record import TeacherRecord
 from atcache.teachers.weights import read_weights, tensors_sha256
 from atcache.views.mixing import mix_policy
-from atcache.views.policy import ViewPolicy
 
 from .config import TrainConfig
 from .notes import training_notes, validation_notes, view_notes
 from .record import RunRecord
-from .validation import ValidationSet, open_validation
+from .validation import ValidationSet, check_records, open_validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,8 +66,9 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
         AtcacheError: one of its children for each thing that does not fit.
     """
     first = configs[0]
+    check_records(first.val_cache)
     readers = open_caches(first.caches)
-    cache_teacher = TeacherRecord.of_cache(readers[0]) if readers else None
+    cache_teacher = CacheRecord.of(readers[0]).teacher_record if readers else None
     plans: list[_Plan] = []
     for config in configs:
         with _named(config, len(configs)):
@@ -231,7 +232,7 @@ def _open_views(
         fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
         return fresh, index.label_S, eligible_S, sample_S
     for reader in readers if config.subset is not None else ():
-        if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+        if CacheRecord.of(reader).policy.mixing is not None:
             raise ConfigError(
                 f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose "
                 "images and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the "

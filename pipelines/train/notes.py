@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from atcache.cache.record import CacheRecord
 from atcache.feed.sample_views import Views
 from atcache.store.reader import CacheReader
 from atcache.teachers.components import component_differences
@@ -35,14 +36,14 @@ def training_notes(
         readers: the caches, of one teacher; none for a run without.
     """
     if readers and config.mode in ("copy", "distill") and config.student is not None:
-        yield from _notes_on_components(student, TeacherRecord.of_cache(readers[0]))
+        yield from _notes_on_components(student, CacheRecord.of(readers[0]).teacher_record)
     asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
     if asked not in (0, num_classes):
         yield f"NOTE: the student's num_classes={asked} is not used: the labels are of {num_classes} classes, from 0."
     if config.recipe is not None:
         wanted = read_recipe(config.recipe)["build"]
         for reader in readers:
-            if differences := view_differences(wanted, reader.attributes["views"]["policy"]):
+            if differences := view_differences(wanted, CacheRecord.of(reader).policy.to_json()):
                 yield (
                     f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: "
                     f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
@@ -58,9 +59,9 @@ def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheRea
         num_samples: that it is trained on.
         readers: the caches; none for a run without, which draws new views. Those of policy eval can have one only.
     """
-    drawn = [reader.attributes["views"] for reader in readers if reader.attributes["views"]["policy"]["name"] != "eval"]
+    drawn = [identity for reader in readers if (identity := CacheRecord.of(reader).identity).policy.name != "eval"]
     num_epochs = config.epochs if config.steps is None else config.steps * config.batch_size / num_samples
-    num_views = max((views["num_views"] for views in drawn), default=0)
+    num_views = max((identity.num_views for identity in drawn), default=0)
     if num_views and num_epochs / num_views > _MANY_TIMES:
         yield (
             f"NOTE: the cache has {num_views} view{'s' * (num_views > 1)} of an image, which the run shows "

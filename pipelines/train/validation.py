@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.caches import open_caches, open_joined_views
@@ -23,7 +24,6 @@ from atcache.students.teacher_side import CacheTeacher, LiveTeacher
 from atcache.teachers.devices import autocast
 from atcache.teachers.inputs import InputConfig, normalise_images
 from atcache.teachers.record import TeacherRecord
-from atcache.views.policy import ViewPolicy
 
 from ..running.ranks import Ranks
 
@@ -63,6 +63,17 @@ class ValidationSet:
             batch_size=max(1, self.batch_size // ranks.world_size),
             workers=self.workers,
         )
+
+
+def check_records(cache: Location | tuple[Location, ...] | None) -> None:
+    """Refuse validation caches that cannot be used, long before they are opened in earnest.
+
+    Raises:
+        CacheMissError: there is no cache at one of the paths.
+        CorruptCacheError: what one says of itself cannot be used.
+    """
+    for path in listed(cache):
+        CacheRecord.of(CacheReader(path)).make_codec()
 
 
 def _open_images(data: str | tuple[str, ...], config: InputConfig) -> tuple[FreshViews, np.ndarray]:
@@ -138,7 +149,7 @@ def open_validation(
 
 def _check_unmixed(reader: CacheReader) -> None:
     """Refuse a cache whose views have no one label to predict."""
-    if ViewPolicy.from_json(reader.attributes["views"]["policy"]).mixing is not None:
+    if CacheRecord.of(reader).policy.mixing is not None:
         raise ConfigError(
             f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
             "validation cache with --policy eval."
@@ -147,7 +158,7 @@ def _check_unmixed(reader: CacheReader) -> None:
 
 def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Sequence[Pairing]) -> None:
     """Refuse a cache without the very maps that copying students were trained with."""
-    theirs = TeacherRecord.of_cache(reader)
+    theirs = CacheRecord.of(reader).teacher_record
     if theirs.weights_sha256 != teacher.weights_sha256:
         raise CacheMismatchError(
             f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "

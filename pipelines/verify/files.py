@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from atcache.files.location import Location
 from atcache.store.audit import check_metadata, check_tables, find_strays
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.manifest import COMMITS, Commit, check_commit, read_commit, summarise_commits
-from atcache.teachers.record import TeacherRecord
 
 from ..running.progress import Progress
 
@@ -85,44 +84,26 @@ class CheckedMetadata(NamedTuple):
 def check_all_metadata(cache: Cache, report: Report) -> CheckedMetadata:
     """Check what is written once, when a cache is created: zarr.json files, sample table, codec state."""
     problems = check_metadata(cache.path)
-    codec_problems = _check_attributes(cache)
+    codec_problems = _check_codec(cache)
     for message in [*problems, *check_tables(cache.path, cache.attributes, cache.reader.layout), *codec_problems]:
         report.add(message)
     return CheckedMetadata(not problems, not codec_problems)
 
 
-def _check_attributes(cache: Cache) -> list[str]:
-    """Attributes that contradict the layout or each other, and a codec that cannot be made of its stored state."""
-    layout, file = cache.reader.layout, cache.path / "zarr.json"
+def _check_codec(cache: Cache) -> list[str]:
+    """Why nothing can be decoded, where the codec cannot be made of its stored state or does not fit the layout."""
+    layout = cache.reader.layout
     try:
-        coder, policy = cache.coder, cache.policy
-        geometry = TeacherRecord.of_cache(cache.reader).geometry
-        views: Any = cache.attributes["views"]
-        size = (policy.image_height, policy.image_width)
-        pairs = {
-            "codec, layers of codes": (coder.num_code_layers, layout.num_layers),
-            "codec, codes of a token": (coder.num_components, layout.num_components),
-            "codec, type of codes": (str(coder.codes_dtype).removeprefix("torch."), layout.codes_dtype),
-            "geometry, tokens": (geometry.tokens.num_tokens, layout.num_tokens),
-            "views, num_views": (views.get("num_views"), layout.num_views),
-            "views, pixels": (views.get("pixels"), "replay" if layout.pixels is None else "store"),
-            "views, size of the images": (size, layout.pixels or size),
-        }
-        problems = [
-            f"{file}: {name}: {found!r}, but its layout says {expected!r}."
-            for name, (found, expected) in pairs.items()
-            if found != expected
-        ]
-        if not problems:
-            zeros_BTC = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
-            for position in range(len(geometry.layers)):
-                coder.decode(position, torch.from_numpy(zeros_BTC))
+        coder = cache.coder
+        zeros_BTC = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
+        for position in range(len(cache.geometry.layers)):
+            coder.decode(position, torch.from_numpy(zeros_BTC))
     except AtcacheError as error:
         return [str(error)]
     except Exception as error:  # a codec stumbles over its damaged state in ways of its own
         reason = f"{type(error).__name__}: {error}"
         return [f"{cache.path}: its codec cannot be made of zarr.json and attention/state ({reason})."]
-    return problems
+    return []
 
 
 class CheckedTasks(NamedTuple):
@@ -143,7 +124,7 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
     path, layout = cache.path, cache.reader.layout
     committed = cache.reader.committed_tasks()
     tasks = {task.name: task for task in layout.tasks()}
-    is_finished = cache.attributes.get("complete") is not None
+    is_finished = cache.record.complete is not None
     notes = find_strays(path, layout, committed)
     for name in sorted(committed - tasks.keys()):
         report.add(f"{path / COMMITS}/{name}.json is for a task that this cache does not have.", name)
@@ -182,8 +163,7 @@ def _check_task(path: Location, name: str, layout: StoreLayout) -> tuple[Commit 
 
 
 def _check_totals(cache: Cache, commits: list[Commit], report: Report) -> None:
-    complete: Any = cache.attributes["complete"]
-    recorded = cast("dict[str, Any]", complete) if isinstance(complete, dict) else {}
+    recorded = {} if cache.record.complete is None else cache.record.complete.to_json()
     for name, value in summarise_commits(commits).items():
         if recorded.get(name) != value:
             report.add(

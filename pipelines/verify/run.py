@@ -67,7 +67,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
         All problems, and what was looked at. After a repair the problems are those that were found before it.
 
     Raises:
-        CacheMissError, CorruptCacheError: there is no cache, or its zarr.json cannot be read at all.
+        CacheMissError, CorruptCacheError: there is no cache, or what its zarr.json says of it cannot be used.
         CacheMismatchError: the teacher is not the cache's.
         SourceError: the tars are not where `data` says.
         ConfigError: another process is writing the cache that is to be repaired.

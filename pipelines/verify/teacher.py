@@ -14,12 +14,11 @@ from atcache.attention.capture import FactorCapture
 from atcache.cache.cache import Cache
 from atcache.cache.coders import stored_coder
 from atcache.cache.differences import name_differences
-from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError
+from atcache.errors import AtcacheError, CacheMismatchError
 from atcache.files.location import Location
 from atcache.students.teacher_side import CachedFactors
 from atcache.teachers.load import load_teacher
 from atcache.teachers.names import ModelName, parse_model_name
-from atcache.teachers.record import TeacherRecord
 from atcache.teachers.run import TeacherRun
 from atcache.views.rendering import STORED
 
@@ -84,11 +83,10 @@ def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.de
         CacheMismatchError: it is another model, or has other weights or another input.
         TeacherError: it cannot be had.
     """
-    record = TeacherRecord.of_cache(cache.reader)
+    record = cache.record.teacher_record
     _refuse_another(cache, _describe(parse_model_name(record.name)), _describe(parse_model_name(name)))
     teacher = load_teacher(name, weights=weights, device=device)
-    recorded_input: dict[str, Any] = cache.attributes["teacher"].get("input") or {}
-    _refuse_another(cache, recorded_input, teacher.input.to_json())
+    _refuse_another(cache, cache.record.identity.input.to_json(), teacher.input.to_json())
     return record.run(teacher, device)
 
 
@@ -96,7 +94,7 @@ def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any
     if differences := name_differences(recorded, given):
         raise CacheMismatchError(
             f"{cache.path} was built with another teacher: {'; '.join(differences)}. Give --teacher as it was built "
-            f"with: {cache.attributes['teacher']['name']}."
+            f"with: {cache.record.identity.teacher}."
         )
 
 
@@ -124,9 +122,6 @@ def check_fidelity(
 
     Returns:
         None where no view could be recomputed, which is reported.
-
-    Raises:
-        CorruptCacheError: the cache does not say how faithful it was at build time.
     """
     limits = _limits(cache, run.dtype, threshold)
     compare = _Comparison(cache, run)
@@ -179,18 +174,11 @@ class _Limits(NamedTuple):
 
 def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
     """See `check_fidelity`."""
-    attributes = cache.attributes
-    try:
-        recorded_kl = float(attributes["calibration"]["row_kl_nats"])
-        recorded_error = float(attributes["calibration"]["injected_error"])
-        recorded_v_error = float(attributes["calibration"]["v_error"]) if cache.geometry.v_head_dim else None
-        if attributes.get("complete") is not None:
-            recorded_kl = max(recorded_kl, float(attributes["complete"]["quality"]["row_kl_nats"]["mean"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(
-            f"{cache.path}/zarr.json does not say how faithful its maps were at build time ({error}). Was it written "
-            "by atcache?"
-        ) from error
+    calibration, complete = cache.record.calibration, cache.record.complete
+    recorded_kl, recorded_error = calibration.row_kl_nats, calibration.injected_error
+    recorded_v_error = calibration.v_error if cache.geometry.v_head_dim else None
+    if complete is not None and (measured := complete.quality.get("row_kl_nats")) is not None:
+        recorded_kl = max(recorded_kl, measured.mean)
     target_kl = target_row_kl(cache.codec)
     return _Limits(
         row_kl_nats=max(threshold * (recorded_kl if target_kl is None else target_kl), ROW_KL_FLOOR_NATS[dtype]),

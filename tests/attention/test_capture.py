@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.capture import FactorCapture, check_capture
-from atcache.attention.factors import FactorGeometry
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.errors import ConfigError, UnsupportedAttentionError
 

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import webdataset
 from click.testing import CliRunner
+from made_records import made_attributes
 from PIL import Image
 
+from atcache.attention.geometry import FactorGeometry
+from atcache.attention.tokens import TokenLayout
 from atcache.cli.main import cli
 from atcache.cli.options import size_against_maps
 from atcache.images.source import SampleIndex
@@ -23,7 +26,7 @@ from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
 from atcache.store.layout import StoreLayout
 from atcache.store.writer import create_cache
-from atcache.views.policy import PARAMETER_NAMES
+from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
 
 
 @pytest.fixture
@@ -199,8 +202,18 @@ def test_a_cache_as_large_as_imagenet_opens_in_a_moment(tmp_path):
         layers_per_chunk=1,
         parameter_names=PARAMETER_NAMES,
     )
-    geometry = {"layers": list(range(24)), "heads": list(range(16))}
-    create_cache(tmp_path / "large.zarr", layout, {"geometry": geometry}, index, {})
+    geometry = FactorGeometry(
+        layers=tuple(range(24)),
+        heads=tuple(range(16)),
+        num_model_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        tokens=TokenLayout(num_prefix_tokens=1, grid_height=14, grid_width=14),
+        scale=0.125,
+    )
+    policy = ViewPolicy(name="crop-flip", image_height=224, image_width=224)
+    attributes = made_attributes(layout, index, geometry, policy, {"name": "int8"})
+    create_cache(tmp_path / "large.zarr", layout, attributes, index, {})
     start_s = time.process_time()
     result = show(tmp_path / "large.zarr")
     assert time.process_time() - start_s < 1

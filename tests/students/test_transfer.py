@@ -13,7 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
-from atcache.attention.factors import FactorGeometry, LayerFactors
+from atcache.attention.factors import LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import TeacherError

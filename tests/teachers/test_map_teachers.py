@@ -15,7 +15,8 @@ from torch.nn import functional
 import atcache
 from atcache.attention.blocks import attention_kind, find_blocks
 from atcache.attention.capture import FactorCapture, check_capture
-from atcache.attention.factors import FactorGeometry, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerFactors, LayerMaps
+from atcache.attention.geometry import FactorGeometry
 from atcache.errors import AttentionShapeError, CacheMissError, CodecError, UnsupportedAttentionError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build

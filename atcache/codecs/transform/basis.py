@@ -9,7 +9,8 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import only_factors
 from atcache.codecs.fidelity import slices_of_views
 from atcache.codecs.transform.coder import centred_vectors

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention
+from atcache.attention.factors import LayerAttention
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import Codec, State
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.codecs.transform.fit import fit_transform
@@ -52,6 +53,9 @@ class TransformCodec(Codec):
             raise CodecError(f"codec transform: target_nbytes={self.target_nbytes!r}, expected at least 1.")
         if self.basis not in ("all", "layer", "head"):
             raise CodecError(f"codec transform: basis={self.basis!r}, expected all, layer or head.")
+        for name, value in (("positions", self.positions), ("dct", self.dct)):
+            if value not in (True, False):  # a text, which counts as true, would decode to other maps
+                raise CodecError(f"codec transform: {name}={value!r}, expected True or False.")
 
     def fit(
         self,

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import FactorGeometry, LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import State
 from atcache.codecs.fidelity import mean_row_kl
 from atcache.codecs.search import find_step
