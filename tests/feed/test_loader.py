@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from atcache.cache.stacking import Stack
 from atcache.errors import ConfigError
-from atcache.feed.loader import BatchStream, training_batches, validation_batches
+from atcache.feed.loader import BatchStream, validation_batches
 from atcache.feed.order import (
     BLOCK_SAMPLES,
     SHUFFLES,
@@ -200,7 +200,7 @@ def cached(path, **fields):
 
 def batches(views, labels_S, *, first=0, stop=7, workers=0, seed=3):
     order = SampleOrder(sample_S=np.arange(48), seed=seed, batch_size=20)
-    return list(training_batches(views, labels_S, order, first_step=first, stop_step=stop, workers=workers))
+    return list(BatchStream(views, labels_S, order, first_step=first, num_steps=stop, workers=workers))
 
 
 def codes_of(batch):
