@@ -96,6 +96,11 @@ class Cache:
         return self.reader.path
 
     @property
+    def data(self) -> str | Path | Sequence[str | Path] | None:
+        """Where its tars lie now, as it was opened with; None for where they were."""
+        return self._data
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """What the cache says of itself; `docs/format.md` lists it."""
         return self.reader.attributes

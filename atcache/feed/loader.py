@@ -136,10 +136,6 @@ class BatchStream:
         """How many batches were handed out."""
         return self._step
 
-    def extend(self, num_steps: int) -> None:
-        """Have `num_steps` more batches in all: those that follow in the same order."""
-        self._num_steps += num_steps
-
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, and of what; JSON values."""
         return {"step": self._step, "order": self._order.identity, "views": self._views.identity}

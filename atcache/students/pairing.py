@@ -188,6 +188,7 @@ def plan_pairing(
     layer_map: str | None = None,
     head_map: str | None = None,
     what: What = "map",
+    copies: bool = False,
 ) -> Pairing:
     """What a student is given, and where.
 
@@ -198,6 +199,8 @@ def plan_pairing(
         layer_map: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4", instead of `layers`.
         head_map: the teacher's head of each of the student's, such as "0,2,5", instead of `heads`.
         what: what is transferred.
+        copies: whether the student copies it. Copying q and k is then copying the map that is made of them, whatever
+            basis they are in.
 
     Raises:
         ConfigError: the cache does not hold a layer or head, or a map cannot be read.
@@ -212,7 +215,8 @@ def plan_pairing(
         layer_pairs = _parse_layer_map(layer_map, geometry)
     else:
         layer_pairs = _equal(_chosen(layers, geometry.layers, "layer"))
-    return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=what)
+    given: What = "map" if copies and what == "qk" else what
+    return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=given)
 
 
 def _equal(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

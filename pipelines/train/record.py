@@ -12,7 +12,7 @@ import torch
 
 from atcache.errors import ConfigError
 from atcache.students.pairing import Pairing
-from atcache.students.student import Mode, Student, make_student
+from atcache.students.student import Mode, Student, new_student
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.record import TeacherRecord
 
@@ -76,7 +76,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         raise ConfigError(
             f"{folder} is not finished: {WEIGHTS_FILE} is missing. Run its `atcache train` command again."
         )
-    student = make_student(
+    student = new_student(
         record.mode,
         parse_model_name(record.student),
         record.num_classes,
