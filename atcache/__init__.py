@@ -133,7 +133,6 @@ def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None
         CorruptCacheError: what it says of itself cannot be read.
 
     Example:
-
         cache = atcache.open("in1k.zarr")
         view = cache.view(sample=0)
         view.maps_LHQK.shape  # (layer, head, query, key)

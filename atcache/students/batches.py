@@ -34,7 +34,12 @@ Indices: TypeAlias = str | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TrainingBatch:
-    """What one step of a training loop takes. Images, labels and attention are of the same views, row by row."""
+    """What one step of a training loop takes. Images, labels and attention are of the same views, row by row.
+
+    Example:
+        batch = next(iter(atcache.batches("in1k.zarr", batch_size=8)))
+        cache.samples.sample_key.values[batch.sample]  # which samples these are
+    """
 
     images: Tensor
     """The views, normalised: float32 (batch, channel, height, width), on the device."""
@@ -58,7 +63,6 @@ class Batches:
     goes on where it was left.
 
     Example:
-
         batches = atcache.batches("in1k.zarr", batch_size=16, epochs=2)
         for batch in batches:
             assert batch.images.shape[0] == len(batch.labels) == 16
@@ -113,7 +117,6 @@ class Batches:
             ConfigError: it is the state of other batches; names what differs.
 
         Example:
-
             batches = atcache.batches("in1k.zarr", batch_size=16, epochs=3)
             next(iter(batches))
             again = atcache.batches("in1k.zarr", batch_size=16, epochs=3)
@@ -179,9 +182,9 @@ def batches(
         subset: take so many samples only, as evenly over the classes as they go.
         layers: the teacher's layers that are read, such as "0-17" or [0, 1, 2]; None for all in the cache. Leave out
             those that no student is given, and less is read.
-        mean: of the red, green and blue that the student expects, in 0..1; None for the teacher's. With mean (0, 0, 0)
-            and std (1, 1, 1) images stay in 0..1.
-        std: their standard deviation, in 0..1; None for the teacher's.
+        mean: subtracted from red, green and blue in 0..1; None for the teacher's. A student of another family may
+            expect other values: `atcache train` takes the student's own.
+        std: divided by, after that; None for the teacher's. Mean (0, 0, 0) and std (1, 1, 1) leave images in 0..1.
         workers: processes that read ahead; 0 reads between the steps.
         keep_mib: memory for views that were read, in MiB, over all workers: small datasets are read once.
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
@@ -195,7 +198,6 @@ def batches(
         SourceError: the tars are not where they were.
 
     Example:
-
         batches = atcache.batches("in1k.zarr", batch_size=8, seed=1)
         batch = next(iter(batches))
         batch.images.shape  # (batch, channel, height, width)

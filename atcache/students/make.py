@@ -62,7 +62,6 @@ def make_student(
         TeacherError: the student does not fit the teacher's attention; names both sides.
 
     Example:
-
         student = atcache.make_student("in1k.zarr", "copy")
         batch = next(iter(atcache.batches("in1k.zarr", batch_size=4, device="cpu")))
         logits = student(batch.images, batch.attention)  # (batch, class)

@@ -19,7 +19,13 @@ OF_VALUES: frozenset[What] = frozenset({"v", "qkv"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairing:
-    """Where a teacher's attention goes in a student."""
+    """Where a teacher's attention goes in a student: the `pairing` of what `make_student` made.
+
+    Example:
+        student = atcache.make_student("in1k.zarr", "copy", layers="0", heads=[1])
+        student.pairing.layers  # ((0, 0),): the student's block 0 is given that of the teacher's block 0
+        student.pairing.heads  # ((1, 1),)
+    """
 
     layers: tuple[tuple[int, int], ...]
     """(student's block, teacher's block), by the student's, each of which comes once."""
