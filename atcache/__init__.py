@@ -1,30 +1,148 @@
-"""atcache: run the teacher once, keep its attention, train students from the cache.
+"""atcache runs a teacher ViT once over a dataset, keeps its attention in a cache, and trains students from the cache.
 
-`import atcache` is cheap: torch, timm and zarr are imported by the modules that need them.
+    import atcache
+
+    atcache.build(teacher="mae-vit-l", data="train-{000000..001281}.tar", out="in1k.zarr")  # the teacher runs once
+    atcache.train(mode="copy", cache="in1k.zarr", out="runs/copy")  # a student, without the teacher
+    cache = atcache.open("in1k.zarr")  # look at what is in it
+    maps = cache.maps(layer=5)  # lazy: view, sample, head, query, key
+    entropy_bits = atcache.stats.attention_entropy(maps[0, :100]).mean().compute()
+    batches = atcache.batches("in1k.zarr", epochs=30)  # or train it in a loop of your own
+    student = atcache.make_student("in1k.zarr", "distill").to(batches.device)
+    for batch in batches:
+        logits, attention_loss = student(batch.images, batch.attention)
+
+The functions `pack`, `pretrain`, `plan`, `build`, `verify`, `train` and `evaluate` do what the commands of the same
+names do. Every error that is a user's mistake or damaged data is an `AtcacheError`. `import atcache` takes no time:
+torch, timm, zarr and dask are imported by what needs them, when it is first used.
 """
+
+# In the checkout atcache.pipelines lies beside this folder, where pyright does not find it by this name.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from atcache.errors import (
+    AtcacheError as AtcacheError,
+    AttentionShapeError as AttentionShapeError,
+    BadImageError as BadImageError,
+    CacheMismatchError as CacheMismatchError,
+    CacheMissError as CacheMissError,
+    CodecError as CodecError,
+    ConfigError as ConfigError,
+    CorruptCacheError as CorruptCacheError,
+    DiskFullError as DiskFullError,
+    RemoteError as RemoteError,
+    SourceError as SourceError,
+    TeacherError as TeacherError,
+    UnsupportedAttentionError as UnsupportedAttentionError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from atcache.cache.cache import Cache
+    from atcache import stats as stats
+    from atcache.cache.cache import Cache as Cache, View as View
     from atcache.files.location import Location
+    from atcache.pipelines.api import (
+        build as build,
+        evaluate as evaluate,
+        pack as pack,
+        plan as plan,
+        pretrain as pretrain,
+        train as train,
+        train_sweep as train_sweep,
+        verify as verify,
+    )
+    from atcache.students.batches import Batches as Batches, TrainingBatch as TrainingBatch, batches as batches
+    from atcache.students.make import make_student as make_student
+    from atcache.students.pairing import Pairing as Pairing
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "open"]
+
+# What is imported when it is first asked for, and from where.
+_MODULE_OF = {
+    **dict.fromkeys(
+        ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"), "atcache.pipelines.api"
+    ),
+    **dict.fromkeys(("Cache", "View"), "atcache.cache.cache"),
+    **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
+    "make_student": "atcache.students.make",
+    "Pairing": "atcache.students.pairing",
+}
+
+__all__ = [
+    "AtcacheError",
+    "AttentionShapeError",
+    "BadImageError",
+    "Batches",
+    "Cache",
+    "CacheMismatchError",
+    "CacheMissError",
+    "CodecError",
+    "ConfigError",
+    "CorruptCacheError",
+    "DiskFullError",
+    "Pairing",
+    "RemoteError",
+    "SourceError",
+    "TeacherError",
+    "TrainingBatch",
+    "UnsupportedAttentionError",
+    "View",
+    "__version__",
+    "batches",
+    "build",
+    "evaluate",
+    "make_student",
+    "open",
+    "pack",
+    "plan",
+    "pretrain",
+    "stats",
+    "train",
+    "train_sweep",
+    "verify",
+]
 
 
 def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
-    """The cache at `path`, opened for reading: metadata only, whatever its size. See `atcache.Cache`.
+    """A cache, opened for reading: its maps, single views, and what it says of itself. See `Cache`.
+
+    Opening reads one small file, however large the cache is.
 
     Args:
-        path: its folder, or the URL of one.
-        data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+        path: the cache's folder, or its URL.
+        data: where its tars lie now, if they were moved since the build and images are to be read from them.
+
+    Raises:
+        CacheMissError: there is no cache at this path.
+        CorruptCacheError: what it says of itself cannot be read.
+
+    Example:
+        cache = atcache.open("in1k.zarr")
+        view = cache.view(sample=0)
+        view.maps_LHQK.shape  # (layer, head, query, key)
     """
     from atcache.cache.cache import Cache
 
     return Cache(path, data=data)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of all public names
+    if name == "stats":
+        value = importlib.import_module("atcache.stats")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    else:
+        raise AttributeError(f"module 'atcache' has no attribute {name!r}")
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

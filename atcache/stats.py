@@ -2,6 +2,12 @@
 
 The same code takes numpy and dask arrays (lazily); leading axes are free, the last two are (query, key). Values of
 views that are not stored, NaN, stay NaN.
+
+Example:
+    cache = atcache.open("in1k.zarr")
+    attn_SHQK = cache.maps(layer=0)[0, :100]  # lazy
+    entropy_bits_H = atcache.stats.attention_entropy(attn_SHQK).mean(axis=(0, 2)).compute()
+    mass_H = atcache.stats.prefix_mass(attn_SHQK, cache.geometry.tokens).mean(axis=(0, 2)).compute()
 """
 
 from __future__ import annotations
@@ -42,6 +48,9 @@ def prefix_mass(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - num
 
     Returns:
         Mass, shape (..., query), in [0, 1]; 0 without prefix tokens.
+
+    >>> prefix_mass(np.full((4, 4), 0.25), TokenLayout(num_prefix_tokens=1, grid_height=1, grid_width=3))
+    array([0.25, 0.25, 0.25, 0.25])
     """
     _check_tokens(attn_QK, tokens)
     return attn_QK[..., : tokens.num_prefix_tokens].sum(axis=-1)
@@ -60,6 +69,9 @@ def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: 
     Returns:
         Mean distance between patch centres, shape (...), in [0, diagonal of the grid]. Multiply by the patch size for
         pixels. A patch that attends to prefix tokens only counts as 0.
+
+    >>> mean_attention_distance(np.full((3, 3), 1 / 3), TokenLayout(num_prefix_tokens=0, grid_height=1, grid_width=3))
+    np.float64(0.8888888888888888)
     """
     _check_tokens(attn_QK, tokens)
     patches_QK = attn_QK[..., tokens.num_prefix_tokens :, tokens.num_prefix_tokens :]
@@ -69,7 +81,13 @@ def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: 
 
 
 def patch_distances(tokens: TokenLayout) -> np.ndarray:
-    """Euclidean distance between the centres of each two patches, float64 (patch, patch), in patches."""
+    """Euclidean distance between the centres of each two patches, float64 (patch, patch), in patches.
+
+    >>> patch_distances(TokenLayout(num_prefix_tokens=0, grid_height=1, grid_width=3))
+    array([[0., 1., 2.],
+           [1., 0., 1.],
+           [2., 1., 0.]])
+    """
     rows_P, columns_P = np.divmod(np.arange(tokens.num_patches), tokens.grid_width)
     return np.hypot(rows_P[:, None] - rows_P, columns_P[:, None] - columns_P)
 

@@ -40,7 +40,7 @@ from atcache.codecs.registry import parse_codec
 from atcache.feed.batch import Batch, Codes
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.student_run import TrainingRun
-from atcache.students.student import Student, make_student
+from atcache.students.student import Student, new_student
 from atcache.students.teacher_side import CachedFactors, LiveTeacher
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config
@@ -230,11 +230,11 @@ class Bench:
 
     def _student(self, mode: Mode, width: int) -> Student:
         torch.manual_seed(2)
-        return make_student(mode, parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=self.geometry)
+        return new_student(mode, parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=self.geometry)
 
     def _usual_student(self, mode: Mode, width: int) -> Student:
         torch.manual_seed(2)
-        plain = make_student("scratch", parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=None)
+        plain = new_student("scratch", parse_model_name(self._model_name(width)), NUM_CLASSES, geometry=None)
         module = UsualStudent(plain.model, mode)
         return Student(mode=mode, module=module, model=plain.model, input=plain.input, num_classes=NUM_CLASSES)
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from ..pipelines.pack import PackConfig
-from ..pipelines.pack import pack as run_pack
+from ..pipelines.pack import PackConfig, pack as run_pack
 from . import options
 from .fields import options_from
 

@@ -17,16 +17,14 @@ from .build.run import build as run_build
 from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
 from .options import options_of
-from .pack import PackConfig
-from .pack import pack as run_pack
+from .pack import PackConfig, pack as run_pack
 from .plan.config import PlanConfig
 from .plan.run import plan as run_plan
 from .pretrain.config import PretrainConfig
 from .pretrain.run import pretrain as run_pretrain
 from .train.config import TrainConfig
 from .train.recipes import read_recipe, views_to_draw
-from .train.run import train as run_train
-from .train.run import train_sweep as run_train_sweep
+from .train.run import train as run_train, train_sweep as run_train_sweep
 from .train.summary import SweepResult
 from .train.sweep import sweep_configs
 from .verify.config import VerifyConfig

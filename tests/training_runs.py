@@ -10,7 +10,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.pipelines.running.metrics import MetricsLog, Speed
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import begin_run
@@ -26,9 +26,7 @@ def take_first_steps(config, num_steps, *, saves=False, validates=False) -> None
     begin_run(config, data)
     with MetricsLog(config.out, first_step=0) as metrics:
         reports = Reports(metrics=metrics)
-        for batch in training_batches(
-            data.views, data.label_S, data.order, first_step=0, stop_step=num_steps, workers=0
-        ):
+        for batch in BatchStream(data.views, data.label_S, data.order, num_steps=num_steps):
             run.take(batch, speed, reports)
         if saves:
             run.save(speed)

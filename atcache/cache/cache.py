@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class View:
-    """One view of one sample, decoded."""
+    """One view of one sample, decoded: what `Cache.view` returns.
+
+    Example:
+        view = cache.view(sample=3)
+        print(view.sample_key, view.label)
+        view.maps_LHQK[-1].mean(axis=0)  # the last layer's map, mean over heads: (query, key)
+    """
 
     sample: int
     """Row of the sample table."""
@@ -71,6 +77,11 @@ class Cache:
 
     Layers and heads are the teacher's own indices. A cache that is still being built can be read; what is missing is
     NaN in arrays and a `CacheMissError` in single views. Threads may share one; pickled copies open their own files.
+
+    Example:
+        cache = atcache.open("in1k.zarr")
+        cache.geometry.layers, cache.geometry.heads  # of the teacher, as far as they are stored
+        cache.samples.label.values  # one row a sample
     """
 
     def __init__(self, path: Location | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
@@ -102,6 +113,11 @@ class Cache:
     def path(self) -> Location:
         """The cache's folder or URL."""
         return self.reader.path
+
+    @property
+    def data(self) -> str | Path | Sequence[str | Path] | None:
+        """Where its tars lie now, as it was opened with; None for where they were."""
+        return self._data
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -167,6 +183,10 @@ class Cache:
 
         Raises:
             CacheMissError: the codec stores maps, not q and k.
+
+        Example:
+            q_VSHTD, k_VSHTD, scale, bias_HQK, v_VSHTD = cache.factors(layer=0)
+            logits_HQK = scale * (q_VSHTD[0, 0] @ k_VSHTD[0, 0].swapaxes(-1, -2))
         """
         from atcache.attention.factors import LayerMaps
 
@@ -194,6 +214,9 @@ class Cache:
         Args:
             layer: block index of the teacher.
             heads: head indices of the teacher, in the order wanted; None for all that are stored.
+
+        Example:
+            attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of the first 8 samples, in view 0
         """
         position, num_tokens = self._layer_position(layer), self.reader.layout.num_tokens
         views = tuple(range(self.reader.layout.num_views))
@@ -201,7 +224,12 @@ class Cache:
         return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
 
     def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
-        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label."""
+        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label.
+
+        Example:
+            attn = cache.to_xarray(layer=0).isel(view=0)
+            mean_of_class_3 = attn[(attn.label == 3).values].mean("sample").compute()
+        """
         import xarray as xr
 
         coordinates = {
@@ -224,6 +252,10 @@ class Cache:
             CacheMissError: unknown or not stored; the message says why.
             CacheMismatchError: the image replayed from the tars is not the one the teacher saw.
             SourceError: the tars are not where they were; open the cache with `data=`.
+
+        Example:
+            view = cache.view(sample=3)
+            view.image.shape, view.maps_LHQK.shape  # (height, width, 3), (layer, head, query, key)
         """
         import torch
 
@@ -265,6 +297,10 @@ class Cache:
 
         Raises:
             CacheMissError: no sample has it.
+
+        Example:
+            key = cache.view(sample=3).sample_key
+            cache.find_sample(key)  # 3
         """
         index = self.reader.samples
         tar_name, _, key = sample_key.partition("/")
@@ -281,6 +317,9 @@ class Cache:
         """What `atcache info` shows, as a JSON object: contents, sizes, and what is missing.
 
         Bytes are those of the shards; a view's are split into codes and the rest (pixels, parameters, hash, status).
+
+        Example:
+            cache.describe()["nbytes_per_view"]
         """
         reader, layout, geometry = self.reader, self.reader.layout, self.record.geometry
         about, totals = self.record.to_attributes(), self._totals()

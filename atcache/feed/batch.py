@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,6 +37,15 @@ class Batch(NamedTuple):
     """Share of the own image, and so of `label_B`, float32 in 0..1; the rest is `mix_label_B`'s. 1 where not mixed."""
     codes: tuple[Codes, ...] = ()
     """The teacher's codes, by the caches that the samples lie in; empty where they are not wanted."""
+
+    def class_probabilities(self, num_classes: int) -> Tensor:
+        """The share of each class in each image, float32 (batch, class): two classes where two samples are mixed.
+
+        With label smoothing on top they are the targets of timm's `Mixup`, and the loss its `SoftTargetCrossEntropy`.
+        """
+        own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (self.label_B, self.mix_label_B))
+        share_B1 = self.mix_share_B.unsqueeze(1)
+        return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

@@ -11,6 +11,7 @@ import numpy as np
 from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.feed.order import choose_subset
 from atcache.feed.sample_views import CachedViews, JoinedViews, Views
 from atcache.files.location import Location
 from atcache.images.source import SampleIndex, Source, relocate
@@ -142,6 +143,41 @@ def open_joined_views(
     return parts[0] if len(parts) == 1 else JoinedViews(parts), label_S, np.concatenate(usable)
 
 
+def choose_cached_samples(
+    readers: Sequence[CacheReader], label_S: np.ndarray, usable_S: np.ndarray, *, subset: int | None, seed: int
+) -> np.ndarray:
+    """The rows to train on, ascending int64: all that can be used, or a subset of them, see `choose_subset`.
+
+    Args:
+        readers: the caches.
+        label_S: class of every row.
+        usable_S: the rows that can be used.
+        subset: how many are wanted; None for all.
+        seed: which ones.
+
+    Raises:
+        ConfigError: there are fewer, or the views of a subset would show other samples.
+    """
+    if subset is None:
+        return usable_S
+    if mixed := next((reader for reader in readers if are_mixed(reader)), None):
+        raise ConfigError(
+            f"subset={subset}: the views of {mixed.path} are mixed with those of other samples, whose images and "
+            "labels a subset must not see. Build a cache without --mixup and --cutmix, or of the subset's tars."
+        )
+    return choose_subset(label_S, usable_S, subset, seed)
+
+
+def usable_samples(reader: CacheReader) -> np.ndarray:
+    """The rows of a cache that have a label and are stored in every view, ascending int64."""
+    return np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
+
+
+def are_mixed(reader: CacheReader) -> bool:
+    """Whether a cache's views show two samples each."""
+    return CacheRecord.of(reader).policy.mixing is not None
+
+
 def _open_cache_views(
     reader: CacheReader,
     data: str | Sequence[str] | None,
@@ -160,7 +196,7 @@ def _open_cache_views(
     if reader.layout.pixels is None:
         source = Source(reader.samples if data is None else relocate(reader.samples, data))
     views = CachedViews(reader, source, with_codes=with_codes, code_layers=code_layers, keep_nbytes=keep_nbytes)
-    usable_S = np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
+    usable_S = usable_samples(reader)
     if not len(usable_S):
         raise SourceError(f"{reader.path} has no sample with a label and an image.")
     return views, usable_S

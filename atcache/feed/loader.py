@@ -28,7 +28,6 @@ __all__ = [
     "JoinedViews",
     "SampleView",
     "Views",
-    "training_batches",
     "validation_batches",
 ]
 
@@ -95,13 +94,6 @@ class _Batches(Dataset[Batch]):
                     self._views.expect(sample_S, epoch)
 
 
-def training_batches(
-    views: Views, label_S: np.ndarray, order: SampleOrder, *, first_step: int, stop_step: int, workers: int
-) -> Iterator[Batch]:
-    """The batches of steps first_step .. stop_step - 1, read ahead by `workers` processes (0: in this one)."""
-    return _load(_Batches(views, label_S, order), range(first_step, stop_step), workers)
-
-
 class BatchStream:
     """The batches of a training, which can be left at any batch and taken up there by another process.
 
@@ -112,31 +104,37 @@ class BatchStream:
         label_S: class of every row of the source.
         order: which samples a batch has.
         num_steps: batches in all.
+        first_step: how many of them were handed out before, by another stream.
         workers: processes that read ahead; 0 for none. Another number continues as well.
     """
 
     def __init__(
-        self, views: Views, label_S: np.ndarray, order: SampleOrder, *, num_steps: int, workers: int = 0
+        self,
+        views: Views,
+        label_S: np.ndarray,
+        order: SampleOrder,
+        *,
+        num_steps: int,
+        first_step: int = 0,
+        workers: int = 0,
     ) -> None:
         self._views, self._label_S, self._order = views, label_S, order
         self._num_steps, self._workers = num_steps, workers
-        self._step = 0
+        self._step = first_step
 
     def __len__(self) -> int:
         return self._num_steps - self._step
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = training_batches(
-            self._views,
-            self._label_S,
-            self._order,
-            first_step=self._step,
-            stop_step=self._num_steps,
-            workers=self._workers,
-        )
-        for batch in batches:
+        batches = _Batches(self._views, self._label_S, self._order)
+        for batch in _load(batches, range(self._step, self._num_steps), self._workers):
             self._step += 1
             yield batch
+
+    @property
+    def step(self) -> int:
+        """How many batches were handed out."""
+        return self._step
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, and of what; JSON values."""

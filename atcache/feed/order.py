@@ -6,6 +6,7 @@ They rest on raw Philox words and BLAKE2, not on `Generator.permutation` and its
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -56,6 +57,10 @@ class SampleOrder:
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
         }
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps that show each sample `epochs` times. The last of them may show the first samples of the next epoch."""
+        return math.ceil(round(epochs * len(self.sample_S) / self.batch_size, 9))
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """This rank's (sample, epoch) pairs of one step; equal for equal arguments, everywhere.

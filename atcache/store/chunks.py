@@ -11,8 +11,10 @@ from typing import Any, cast
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc as _blosc  # pyright: ignore
-from numcodecs import zstd as _zstd  # pyright: ignore
+from numcodecs import (
+    blosc as _blosc,  # pyright: ignore
+    zstd as _zstd,  # pyright: ignore
+)
 
 from atcache.store.layout import COMPRESSORS, ArraySpec
 

@@ -38,6 +38,11 @@ class CopyStudent(nn.Module):
                 self._takers[index] = taker
         self._intercepted = frozenset(pairing.student_layers) - self._takers.keys()
 
+    @property
+    def pairing(self) -> Pairing:
+        """What it is given of the teacher, and where."""
+        return self._pairing
+
     def forward(self, images: Tensor, teacher: TeacherFactors) -> Tensor:
         """Class logits, shape (batch, class).
 

@@ -37,6 +37,11 @@ class DistilledStudent(nn.Module):
         self._pairing = pairing
         self._layers = frozenset(pairing.student_layers)
 
+    @property
+    def pairing(self) -> Pairing:
+        """What is distilled of the teacher, and where."""
+        return self._pairing
+
     def forward(self, images: Tensor, teacher: TeacherFactors) -> tuple[Tensor, Tensor]:
         """Class logits (batch, class), and the attention loss: the mean over the chosen layers, in nats for maps.
 

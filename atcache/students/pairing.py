@@ -15,7 +15,13 @@ from atcache.errors import ConfigError, TeacherError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairing:
-    """Where a teacher's attention goes in a student."""
+    """Where a teacher's attention goes in a student: the `pairing` of what `make_student` made.
+
+    Example:
+        student = atcache.make_student("in1k.zarr", "copy", layers="0", heads=[1])
+        student.pairing.layers  # ((0, 0),): the student's block 0 is given that of the teacher's block 0
+        student.pairing.heads  # ((1, 1),)
+    """
 
     layers: tuple[tuple[int, int], ...]
     """(student's block, teacher's block), by the student's, each of which comes once."""
@@ -184,6 +190,7 @@ def plan_pairing(
     layer_map: str | None = None,
     head_map: str | None = None,
     what: What = "map",
+    copies: bool = False,
 ) -> Pairing:
     """What a student is given, and where.
 
@@ -194,6 +201,8 @@ def plan_pairing(
         layer_map: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4", instead of `layers`.
         head_map: the teacher's head of each of the student's, such as "0,2,5", instead of `heads`.
         what: what is transferred.
+        copies: whether the student copies it. Copying q and k is then copying the map that is made of them, whatever
+            basis they are in.
 
     Raises:
         ConfigError: the cache does not hold a layer or head, or a map cannot be read.
@@ -208,7 +217,8 @@ def plan_pairing(
         layer_pairs = _parse_layer_map(layer_map, geometry)
     else:
         layer_pairs = _equal(_chosen(layers, geometry.layers, "layer"))
-    return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=what)
+    given: What = "map" if copies and what == "qk" else what
+    return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=given)
 
 
 def _equal(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -64,7 +64,7 @@ class Student:
         return replace(self, module=module, model=model)
 
 
-def make_student(
+def new_student(
     mode: Mode,
     name: ModelName,
     num_classes: int,

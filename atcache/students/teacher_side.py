@@ -45,10 +45,17 @@ class CachedFactors:
 
     def layer(self, block: int) -> LayerAttention:
         """See `TeacherFactors.layer`."""
+        if block not in self._position_of:
+            stored = ", ".join(map(str, self._position_of))
+            raise ConfigError(f"layer {block} of the teacher is not in the cache, which holds layers {stored}.")
         position = self._position_of[block]
-        return self._coder.decode(
-            position, self._codes_BLTC[:, self._coder.code_layer(position) - self._first_code_layer]
-        )
+        row = self._coder.code_layer(position) - self._first_code_layer
+        if not 0 <= row < self._codes_BLTC.shape[1]:
+            raise ConfigError(
+                f"layer {block} of the teacher is in the cache, but was not read with this batch. Ask for it in the "
+                "`layers` of the batches."
+            )
+        return self._coder.decode(position, self._codes_BLTC[:, row])
 
 
 class LiveFactors:

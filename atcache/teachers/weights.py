@@ -140,8 +140,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], *, without: tuple[str, ...] = 
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors import torch as safetensors_torch
+    from safetensors import SafetensorError, torch as safetensors_torch
 
     try:
         return safetensors_torch.load_file(path)

@@ -13,7 +13,7 @@ from atcache.attention.geometry import FactorGeometry
 from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import TeacherFactors
-from atcache.students.student import Student, make_student
+from atcache.students.student import Student, new_student
 from atcache.teachers.devices import autocast
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.names import parse_model_name
@@ -78,7 +78,7 @@ class StudentSteps:
             geometry = self._geometry
             # A plan must not change what its caller draws next.
             with torch.random.fork_rng(devices=[]):
-                student = make_student(mode, self._name, self._num_classes, geometry=geometry)
+                student = new_student(mode, self._name, self._num_classes, geometry=geometry)
             policy, wanted = self._pixels_BHWC.shape[1:3], (student.input.height, student.input.width)
             if tuple(policy) != wanted:
                 raise ConfigError(

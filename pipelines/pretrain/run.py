@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from atcache.attention.blocks import find_blocks
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
 from atcache.images.source import Source, index_source
@@ -141,19 +141,19 @@ class _Run:
         save_weights(config.out / WEIGHTS_FILE, self.model.encoder)
         self.checkpoint.unlink(missing_ok=True)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterable[Batch]:
         config, index = self.config, self.source.index
         keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
-        return training_batches(
+        return BatchStream(
             FreshViews(self.source, self.input.view_policy(config.policy, config.seed), keep_nbytes=keep_nbytes),
             index.label_S,
             SampleOrder(sample_S=np.flatnonzero(index.problem_S == 0), seed=config.seed, batch_size=config.batch_size),
             first_step=self.step,
-            stop_step=config.steps,
+            num_steps=config.steps,
             workers=config.workers,
         )
 
-    def _train(self, batches: Iterator[Batch], metrics: MetricsLog, progress: Progress, interrupts: Interrupts) -> None:
+    def _train(self, batches: Iterable[Batch], metrics: MetricsLog, progress: Progress, interrupts: Interrupts) -> None:
         note, start_s, num_images = "", time.monotonic(), 0
         for batch in batches:
             num_images += self.config.batch_size

@@ -13,13 +13,13 @@ import torch
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import CacheRecord
 from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
-from atcache.feed.caches import open_caches, open_joined_views
+from atcache.feed.caches import choose_cached_samples, open_caches, open_joined_views
 from atcache.feed.order import SampleOrder, choose_subset
 from atcache.feed.sample_views import FreshViews, Views
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
-from atcache.students.student import Student, check_views_fit, make_student
+from atcache.students.student import Student, check_views_fit, new_student
 from atcache.students.teacher_side import CacheTeacher, LiveTeacher, SharedTeacher, start_teacher
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student, load_teacher
@@ -149,8 +149,8 @@ def _pairing(config: TrainConfig, geometry: FactorGeometry) -> Pairing:
         heads=config.heads,
         layer_map=config.layer_map,
         head_map=config.head_map,
-        # Copying q and k is copying the map that is made of them, whatever basis they are in.
-        what="map" if config.mode == "copy" and config.what == "qk" else config.what,
+        what=config.what,
+        copies=config.mode == "copy",
     )
 
 
@@ -165,7 +165,7 @@ def _open_student(
     """One run's own part, with what it shares."""
     initial_weights = _initial_weights(config, cache_teacher)
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
-    student = make_student(
+    student = new_student(
         config.mode,
         plan.student,
         stream.num_classes,
@@ -226,32 +226,21 @@ def _open_views(
         assert config.data, "checked by TrainConfig"
         index = index_source(config.data)
         eligible_S = np.flatnonzero(index.label_S >= 0)
-        sample_S = _choose(config, index.label_S, eligible_S)
+        sample_S = eligible_S
+        if config.subset is not None:
+            sample_S = choose_subset(index.label_S, eligible_S, config.subset, config.stream_seed)
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
         fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
         return fresh, index.label_S, eligible_S, sample_S
-    for reader in readers if config.subset is not None else ():
-        if CacheRecord.of(reader).policy.mixing is not None:
-            raise ConfigError(
-                f"subset={config.subset}: the views of {reader.path} are mixed with those of other samples, whose "
-                "images and labels a subset must not see. Build a cache without --mixup and --cutmix, or of the "
-                "subset's tars."
-            )
     views, label_S, eligible_S = open_joined_views(
         readers,
         config.data or None,
         code_layers=teacher.code_layers if isinstance(teacher, CacheTeacher) else None,
         keep_nbytes=keep_nbytes,
     )
-    return views, label_S, eligible_S, _choose(config, label_S, eligible_S)
-
-
-def _choose(config: TrainConfig, label_S: np.ndarray, eligible_S: np.ndarray) -> np.ndarray:
-    """The rows to train on: all that can be used, or a subset of them."""
-    if config.subset is None:
-        return eligible_S
-    return choose_subset(label_S, eligible_S, config.subset, config.stream_seed)
+    sample_S = choose_cached_samples(readers, label_S, eligible_S, subset=config.subset, seed=config.stream_seed)
+    return views, label_S, eligible_S, sample_S
 
 
 def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelName:

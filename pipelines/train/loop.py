@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from atcache.feed.batch import Batch
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.files.durable import write_file
 
 from ..running.interrupts import Interrupts
@@ -92,14 +92,15 @@ class _Loop:
 
     def _batches(self, data: TrainingData) -> Iterator[Batch]:
         """This rank's parts of all batches to come."""
-        return training_batches(
+        stream = BatchStream(
             data.views,
             data.label_S,
             replace(data.order, rank=self._ranks.rank, num_ranks=self._ranks.world_size),
             first_step=self._first_step,
-            stop_step=self._num_steps,
+            num_steps=self._num_steps,
             workers=self._runs[0].config.workers,
         )
+        return iter(stream)
 
     def _unfinished(self) -> list[TrainingRun]:
         return [run for run in self._runs if run.config.out not in self._results]

@@ -13,7 +13,7 @@ import torch
 from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import Pairing
-from atcache.students.student import Student, make_student
+from atcache.students.student import Student, new_student
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.record import TeacherRecord
 
@@ -64,8 +64,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
     Raises:
         ConfigError: there is no finished run in the folder, or its weights are another student's.
     """
-    from safetensors import SafetensorError
-    from safetensors import torch as safetensors_torch
+    from safetensors import SafetensorError, torch as safetensors_torch
 
     try:
         record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
@@ -77,7 +76,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         raise ConfigError(
             f"{folder} is not finished: {WEIGHTS_FILE} is missing. Run its `atcache train` command again."
         )
-    student = make_student(
+    student = new_student(
         record.mode,
         parse_model_name(record.student),
         record.num_classes,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from atcache.errors import ConfigError
@@ -87,7 +86,7 @@ class TrainingRun:
         self.student: Student = data.student
         self.student.module.to(device).train()
         self.steps_per_epoch = len(data.order.sample_S) / config.batch_size
-        self.num_steps = config.steps or math.ceil(round(config.epochs * self.steps_per_epoch, 9))
+        self.num_steps = config.steps or data.order.num_steps(config.epochs)
         self.optimizer = make_optimizer(config, self.student.model, device)
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
         self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
@@ -328,12 +327,5 @@ def _stretches(step: int, length: float) -> int:
 
 
 def _targets(batch: Batch, num_classes: int) -> Tensor:
-    """What to predict: classes, int64, or where views are mixed their probabilities, float32 (batch, class).
-
-    With label smoothing on top they are those of timm's `Mixup`, and the loss is its `SoftTargetCrossEntropy`.
-    """
-    if bool((batch.mix_share_B == 1).all()):
-        return batch.label_B
-    own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (batch.label_B, batch.mix_label_B))
-    share_B1 = batch.mix_share_B.unsqueeze(1)
-    return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC
+    """What to predict: classes, int64, or where views are mixed their probabilities, float32 (batch, class)."""
+    return batch.label_B if bool((batch.mix_share_B == 1).all()) else batch.class_probabilities(num_classes)

@@ -14,8 +14,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from made_records import made_attributes
 
 import atcache

@@ -17,6 +17,7 @@ import click
 import pytest
 import torch
 
+import atcache
 from atcache.cli.defaults import read_defaults
 from atcache.cli.main import COMMANDS, cli
 from atcache.errors import ConfigError
@@ -179,21 +180,25 @@ def test_documented_python_names_what_exists(page: Path):
 
 
 def test_the_guides_own_loop_trains(tiny_cache):
-    (loop,) = [block.text for block in blocks_of(PAGES) if "stream = BatchStream(" in block.text]
-    for theirs, ours in (
-        ("in1k.zarr", str(tiny_cache())),
-        ("batch_size=256", "batch_size=24"),
-        ("num_steps=1000", "num_steps=40"),
-        ("lr=1e-3", "lr=1e-2"),
-        ("    optimizer.step()", "    losses.append(float(attention_loss.detach()))\n    optimizer.step()"),
+    (loop,) = [block.text for block in blocks_of([ROOT / "docs" / "guide.md"]) if "for batch in batches:" in block.text]
+    for theirs, ours, count in (
+        ("in1k.zarr", str(tiny_cache()), 2),
+        ("batch_size=256", "batch_size=24", 1),
+        ("epochs=30", "epochs=20", 1),
+        ("lr=1e-3", "lr=1e-2", 1),
+        ("    optimizer.step()", "    losses.append(float(attention_loss.detach()))\n    optimizer.step()", 1),
+        ("    optimizer.zero_grad()", "    optimizer.zero_grad()\n    states.append(batches.state_dict())", 1),
     ):
-        assert loop.count(theirs) == 1
+        assert loop.count(theirs) == count
         loop = loop.replace(theirs, ours)
-    scope = {"losses": []}
+    scope = {"losses": [], "states": []}
     torch.manual_seed(0)
     exec(loop, scope)  # the guide's own text
-    assert scope["position"]["step"] == 40
+    assert [state["step"] for state in scope["states"]] == list(range(1, 41))
     assert sum(scope["losses"][-4:]) < 0.95 * sum(scope["losses"][:4])
+    again = atcache.batches(tiny_cache(), batch_size=24, epochs=20)
+    again.load_state_dict(scope["states"][29])
+    assert len(list(again)) == 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

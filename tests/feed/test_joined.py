@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from atcache.attention.factors import LayerFactors, LayerMaps
@@ -27,7 +26,7 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.feed.batch import Batch, Codes
 from atcache.feed.caches import open_caches, open_joined_views
-from atcache.feed.loader import BatchStream, training_batches
+from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
 from atcache.feed.sample_views import CachedViews, JoinedViews, SampleView
 from atcache.images.source import Source
@@ -82,7 +81,7 @@ def joined_views(paths, **fields):
 def batches_of(paths, *, shuffle="global", workers=0, stop=6) -> list[Batch]:
     views, label_S, usable_S = joined_views(paths)
     order = SampleOrder(sample_S=usable_S, seed=3, batch_size=20, shuffle=shuffle)
-    return list(training_batches(views, label_S, order, first_step=0, stop_step=stop, workers=workers))
+    return list(BatchStream(views, label_S, order, num_steps=stop, workers=workers))
 
 
 def codes_by_row(batch) -> torch.Tensor:
@@ -135,7 +134,7 @@ def test_every_sample_of_every_part_comes_once_an_epoch_with_its_own_codes(sizes
     order = SampleOrder(sample_S=np.arange(num_samples), seed=seed, batch_size=batch_size, shuffle=shuffle)
     stop = -(-2 * num_samples // batch_size)
     seen = []
-    for batch in training_batches(views, np.arange(num_samples), order, first_step=0, stop_step=stop, workers=0):
+    for batch in BatchStream(views, np.arange(num_samples), order, num_steps=stop):
         rows = batch.pixels_BHWC[:, 0, 0].tolist()
         seen += rows
         starts = np.cumsum([0, *sizes])

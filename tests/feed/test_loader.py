@@ -12,14 +12,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from atcache.cache.stacking import Stack
 from atcache.choices import SHUFFLES
 from atcache.errors import ConfigError
-from atcache.feed.loader import BatchStream, training_batches, validation_batches
-from atcache.feed.order import BLOCK_SAMPLES, WINDOW_BLOCKS, SampleOrder, choose_subset, epoch_permutation, step_seed
+from atcache.feed.loader import BatchStream, validation_batches
+from atcache.feed.order import (
+    BLOCK_SAMPLES,
+    WINDOW_BLOCKS,
+    SampleOrder,
+    choose_subset,
+    epoch_permutation,
+    step_seed,
+)
 from atcache.feed.sample_views import CachedViews, FreshViews
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
@@ -193,7 +199,7 @@ def cached(path, **fields):
 
 def batches(views, labels_S, *, first=0, stop=7, workers=0, seed=3):
     order = SampleOrder(sample_S=np.arange(48), seed=seed, batch_size=20)
-    return list(training_batches(views, labels_S, order, first_step=first, stop_step=stop, workers=workers))
+    return list(BatchStream(views, labels_S, order, first_step=first, num_steps=stop, workers=workers))
 
 
 def codes_of(batch):

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional
 from training_runs import take_first_steps
 
 from atcache.errors import ConfigError
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
@@ -69,7 +69,7 @@ def losses_of_first_step(config):
 
 
 def stream(data):
-    return training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=1, workers=0)
+    return iter(BatchStream(data.views, data.label_S, data.order, num_steps=1))
 
 
 def test_the_student_sees_it_and_the_teacher_does_not(config_for, tiny_cache, tiny_weights):

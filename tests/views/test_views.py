@@ -10,8 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from atcache.errors import BadImageError, ConfigError, CorruptCacheError
@@ -98,8 +97,7 @@ def test_operations_equal_timms_op_for_op():
 
 
 def test_crops_equal_torchvisions_resized_crop():
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
+    from torchvision.transforms import InterpolationMode, functional as F
 
     image, ours = picture(90, 130), policy("crop-flip", 48, 32)
     for number in range(20):

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import webdataset
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from atcache.cli.main import COMMANDS, cli

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.running.ranks import Ranks
@@ -142,7 +142,7 @@ def test_weights_that_get_no_gradient_are_not_waited_for(config_for, tiny_vit):
     (data,) = open_training_data([config], torch.device("cpu"))
     run = TrainingRun(config, data, torch.device("cpu"), Ranks())
     run.student.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
-    (batch,) = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=1, workers=0)
+    (batch,) = BatchStream(data.views, data.label_S, data.order, num_steps=1)
     run._freeze_what_is_unused(batch)
     assert [name for name, weight in run.student.model.named_parameters() if not weight.requires_grad] == ["unused"]
 

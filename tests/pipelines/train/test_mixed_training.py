@@ -9,7 +9,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.feed.sample_views import FreshViews
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
@@ -83,7 +83,7 @@ def test_mixed_labels_reach_the_loss(config_for, tiny_cache):
     config = config_for("scratch", cache=tiny_cache(views=2, **MIXED), label_smoothing=0.1)
     (data,) = open_training_data([config], CPU)
     run = TrainingRun(config, data, CPU)
-    (batch,) = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=1, workers=0)
+    (batch,) = BatchStream(data.views, data.label_S, data.order, num_steps=1)
     images = normalise_images(batch.pixels_BHWC, run.student.input.mean, run.student.input.std, CPU)
     logits_BC = run.student.predict(images, None).detach()
     share_B1 = batch.mix_share_B.unsqueeze(1)
@@ -104,7 +104,7 @@ def test_runs_without_a_cache_mix_the_samples_they_train_on(config_for, tiny_vit
         for epoch in range(6):
             partners.add(sample + data.views.read(sample, epoch).mix.partner)
     assert partners == subset
-    (batch,) = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=1, workers=0)
+    (batch,) = BatchStream(data.views, data.label_S, data.order, num_steps=1)
     assert batch.mix_share_B.min() < 0.9
     train(config)
     plain = config_for("scratch", **source, subset=16)

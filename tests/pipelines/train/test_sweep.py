@@ -15,7 +15,7 @@ from training_runs import take_first_steps
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
@@ -271,7 +271,7 @@ def test_what_a_batch_gives_students_that_copy_is_decoded_once(config_for):
     assert first is second
     assert in_parts is distilled is not first
     data = opened[0]
-    stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=2, workers=0)
+    stream = BatchStream(data.views, data.label_S, data.order, num_steps=2)
     one, other = stream
     assert first.factors(one).layer(0) is second.factors(one).layer(0)
     assert torch.equal(first.factors(one).layer(1).q_BHTD, distilled.factors(one).layer(1).q_BHTD)
@@ -291,7 +291,7 @@ def test_a_live_teacher_runs_once_a_batch_for_all_students(config_for, tiny_weig
     ran = []
     teacher = data.teacher._teacher._run.teacher.model
     teacher.patch_embed.register_forward_hook(lambda *_: ran.append(1))
-    stream = training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=3, workers=0)
+    stream = BatchStream(data.views, data.label_S, data.order, num_steps=3)
     for batch in stream:
         for run in runs:
             run.train_step(batch)

@@ -18,7 +18,7 @@ from training_runs import assert_equal_weights, run_until_killed, weights_of
 from atcache.choices import MODES
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
-from atcache.feed.loader import training_batches
+from atcache.feed.loader import BatchStream
 from atcache.feed.order import choose_subset
 from atcache.images.source import index_source
 from atcache.pipelines.build.config import BuildConfig
@@ -60,7 +60,7 @@ def training_of(config) -> TrainingRun:
 def batches_of(run, stop_step=1):
     """The first batches of a run's stream."""
     data = run.data
-    return training_batches(data.views, data.label_S, data.order, first_step=0, stop_step=stop_step, workers=0)
+    return iter(BatchStream(data.views, data.label_S, data.order, num_steps=stop_step))
 
 
 def images_of(run, batch) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""The pages of the API are what docs/make_api.py makes of the docstrings, and every example on them runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import atcache
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# What needs a teacher's weights and ImageNet. tests/docs/test_readme.py runs commands.
+COMMAND = re.compile(r"^atcache\.(build|train)\(.*\n", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def make_api():
+    spec = importlib.util.spec_from_file_location("make_api", DOCS / "make_api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def names(tiny_cache, tmp_path, monkeypatch):
+    """What examples may use: a small cache in place of ImageNet's, in the working folder."""
+    shutil.copytree(tiny_cache(views=2), tmp_path / "in1k.zarr")
+    monkeypatch.chdir(tmp_path)
+    return {"atcache": atcache, "torch": torch, "cache": atcache.open("in1k.zarr")}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall((DOCS / page).read_text(encoding="utf-8")) if found == language]
+
+
+def test_the_pages_are_what_the_docstrings_say(make_api):
+    made = make_api.make_pages()
+    assert {page: (DOCS / page).read_text(encoding="utf-8") for page in made} == made
+    assert {path.name for path in DOCS.glob("api*.md")} == set(made)
+
+
+@pytest.mark.parametrize(("page", "num_blocks"), [("api.md", 11), ("api-training.md", 6)])
+def test_the_examples_run(page, num_blocks, names):
+    examples = blocks(page, "python")
+    assert len(examples) == num_blocks
+    for example in examples:
+        exec(COMMAND.sub("", example).replace("layer=5", "layer=1"), dict(names))
+
+
+def test_the_examples_of_statistics_give_what_they_say():
+    runner = doctest.DocTestRunner(verbose=False)
+    for number, example in enumerate(blocks("api.md", "pycon")):
+        runner.run(doctest.DocTestParser().get_doctest(example, vars(atcache.stats).copy(), str(number), None, None))
+    results = runner.summarize(verbose=False)
+    assert (results.failed, results.attempted) == (0, 4)
+
+
+def test_public_names_that_are_no_errors_are_on_a_page(make_api):
+    shown = {*make_api.LOOKING, *make_api.LOOP, *make_api.COMMANDS, "stats", "__version__"}
+    assert shown == {name for name in atcache.__all__ if not name.endswith("Error")}
+
+
+def test_the_script_renders_what_a_docstring_may_hold(make_api):
+    def sample(size: int, *, scale: float = 1.0) -> list[str]:
+        """The first line.
+
+        Args:
+            size: how many, in a text
+                of two lines.
+
+        Returns:
+            The result.
+
+        Raises:
+            ConfigError: too many.
+
+        Example:
+            sample(3)
+
+        >>> 1 + 1
+        2
+        """
+        raise NotImplementedError
+
+    assert make_api.render_function(sample, "atcache.sample", "###") == [
+        "### `atcache.sample` -> `list[str]`",
+        "The first line.",
+        "- `size`: how many, in a text of two lines.\n- `scale=1.0`",
+        "Returns: The result.",
+        "Raises `ConfigError`: too many.",
+        "```python\nsample(3)\n```",
+        "```pycon\n>>> 1 + 1\n2\n```",
+    ]
