@@ -36,8 +36,9 @@ def make_student(
 
     Its `forward` takes images and the teacher's attention of the same views. Mode "copy" returns logits (batch, class).
     Mode "distill" returns logits and the attention loss: a scalar, the mean over layers, heads and queries of the
-    cross-entropy between the teacher's maps and the student's, in nats. The timm model inside is `.model`; that of a
-    distilled student is an ordinary one, which needs no teacher to predict.
+    cross-entropy between the teacher's maps and the student's, in nats; with another `what` than "map", the mean squared
+    error. The timm model inside is `.model`; that of a distilled student is an ordinary one, which needs no teacher to
+    predict.
 
     `torch.compile` makes one graph of either. Weights come from torch's global generator: see `torch.manual_seed`.
 
@@ -54,7 +55,7 @@ def make_student(
             as {0: 0, 1: 11, 2: 23} or "0:0,1:11,2:23".
         head_map: instead of `heads`, for a student with other heads: the teacher's head for each of its own.
         what: what is transferred: "map", "qk", "q", "k", "v" or "qkv". All but "map" need a cache that keeps the
-            teacher's own q and k, and those with v one that stores v.
+            teacher's own q and k, and those with v one that stores v. Copying "qk" is copying the map.
         drop_path: the largest rate of stochastic depth.
 
     Raises:
