@@ -6,7 +6,6 @@ The pages are never edited by hand; a test compares them with what this script m
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.util
 import inspect
 import itertools
@@ -79,16 +78,8 @@ def render_function(function: Callable[..., object], title: str, heading: str) -
     }
     return [
         f"{heading} `{title}`" + (f" -> `{returned}`" if is_told else ""),
-        *render_text(documented(function), arguments=arguments, helps=helps_of(function)),
+        *render_text(documented(function), arguments=arguments),
     ]
-
-
-def helps_of(function: Callable[..., object]) -> dict[str, str]:
-    """The help of each argument, where a function names the config whose fields they are in its attribute `config`."""
-    config = getattr(function, "config", None)
-    if config is None or not dataclasses.is_dataclass(config):
-        return {}
-    return {field.name: field.metadata["help"] for field in dataclasses.fields(config) if "help" in field.metadata}
 
 
 def render_class(cls: type) -> list[str]:
@@ -119,19 +110,16 @@ def attribute_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def render_text(
-    docstring: str, *, arguments: dict[str, str] | None = None, helps: dict[str, str] | None = None
-) -> list[str]:
+def render_text(docstring: str, *, arguments: dict[str, str] | None = None) -> list[str]:
     """A docstring as Markdown: its text, lists of arguments and errors, then its examples as code.
 
     Args:
         docstring: without the indent of its first lines.
         arguments: what a caller writes, by name, such as "size=3".
-        helps: texts for arguments that the docstring does not describe.
     """
     found = dict(SECTION.findall(docstring + "\n"))
     blocks = blocks_of(SECTION.sub("", docstring + "\n"))
-    described = {**(helps or {}), **entries(found.get("Args", ""))}
+    described = entries(found.get("Args", ""))
     parts = [block for block in blocks if not block.startswith("```pycon")]
     if arguments:
         parts.append("\n".join(bullet(shown, described.get(name, "")) for name, shown in arguments.items()))

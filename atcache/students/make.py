@@ -36,9 +36,9 @@ def make_student(
 
     Its `forward` takes images and the teacher's attention of the same views. Mode "copy" returns logits (batch, class).
     Mode "distill" returns logits and the attention loss: a scalar, the mean over layers, heads and queries of the
-    cross-entropy between the teacher's maps and the student's, in nats; with another `what` than "map", the mean squared
-    error. The timm model inside is `.model`; that of a distilled student is an ordinary one, which needs no teacher to
-    predict.
+    cross-entropy between the teacher's maps and the student's, in nats; for another `what` than "map", the mean
+    squared error. The timm model inside is `.model`; that of a distilled student is an ordinary one, which needs no
+    teacher to predict.
 
     `torch.compile` makes one graph of either. Weights come from torch's global generator: see `torch.manual_seed`.
 
