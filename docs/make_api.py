@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import os.path
 import re
 import textwrap
 from collections.abc import Callable
@@ -31,14 +32,18 @@ ENTRY = re.compile(r"^(\w+): ", re.MULTILINE)
 def make_pages() -> dict[str, str]:
     """The text of each page, by file name."""
     below = {
-        "api-training.md": ("A training loop of your own", LOOP),
-        "api-commands.md": ("Commands as functions", COMMANDS),
+        "api/training.md": ("A training loop of your own", LOOP),
+        "api/commands.md": ("Commands as functions", COMMANDS),
     }
     links = "\n".join(f"- [{title}]({page})" for page, (title, _) in below.items())
-    pages = {"api.md": joined(["# The API", *render_text(documented(atcache)), MADE, links, *api_parts()])}
+    parts = {"api.md": ["# The API", *render_text(documented(atcache)), MADE, links, *api_parts()]}
     for page, (title, names) in below.items():
-        pages[page] = joined([f"# {title}", f"A part of [the API](api.md). {MADE}", *render_names(names)])
-    return pages
+        parts[page] = [f"# {title}", "A part of [the API](../api.md).", MADE, *render_names(names)]
+    titles = {**{page: title for page, (title, _) in below.items()}, "format.md": "The format"}
+    return {
+        page: joined([*texts, f"Next: [{title}]({os.path.relpath(following, Path(page).parent)})"])
+        for (page, texts), (following, title) in zip(parts.items(), titles.items(), strict=True)
+    }
 
 
 def api_parts() -> list[str]:
@@ -72,7 +77,7 @@ def render_function(function: Callable[..., object], title: str, heading: str) -
     returned = signature.return_annotation
     is_told = isinstance(returned, str) and returned not in ("None", "Any")
     arguments = {
-        name: name if parameter.default is parameter.empty else f"{name}={parameter.default!r}"
+        name: name if parameter.default is parameter.empty else f"{name}={_as_typed(parameter.default)}"
         for name, parameter in signature.parameters.items()
         if name not in ("self", "cls")
     }
@@ -80,6 +85,11 @@ def render_function(function: Callable[..., object], title: str, heading: str) -
         f"{heading} `{title}`" + (f" -> `{returned}`" if is_told else ""),
         *render_text(documented(function), arguments=arguments),
     ]
+
+
+def _as_typed(default: object) -> str:
+    """A default as a caller would write it."""
+    return repr(str(default) if isinstance(default, Path) else default)
 
 
 def render_class(cls: type) -> list[str]:

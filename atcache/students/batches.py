@@ -15,7 +15,7 @@ from torch import Tensor
 from atcache.cache.cache import Cache
 from atcache.cache.record import CacheRecord
 from atcache.choices import MAX_SEED, Shuffle
-from atcache.errors import ConfigError, CorruptCacheError
+from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.caches import are_mixed, choose_cached_samples, open_caches, open_joined_views
 from atcache.feed.loader import BatchStream
@@ -294,12 +294,7 @@ def _listed_data(data: str | Path | Sequence[str | Path]) -> list[str]:
 def _colours(name: str, given: Sequence[float] | None, reader: CacheReader) -> tuple[float, ...]:
     """The mean or std of red, green and blue: the given one, or the teacher's."""
     if given is None:
-        try:
-            given = cast("Sequence[float]", reader.attributes["teacher"]["input"][name])
-        except (KeyError, TypeError) as error:
-            raise CorruptCacheError(
-                f"{reader.path}/zarr.json does not say how its teacher's images are normalised. Give mean and std."
-            ) from error
+        given = cast("tuple[float, ...]", getattr(CacheRecord.of(reader).identity.input, name))
     values = tuple(map(float, given))
     if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
         positive = "three positive numbers" if name == "std" else "three numbers"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from atcache.cache.record import CacheRecord
+from atcache.choices import WHATS, What
 from atcache.errors import ConfigError
 from atcache.feed.caches import open_caches, usable_samples
 from atcache.students.batches import Caches, Indices, index_text, locations_of
 from atcache.students.copy import CopyStudent
 from atcache.students.distil import DistilledStudent
-from atcache.students.pairing import What, plan_pairing
+from atcache.students.pairing import plan_pairing
 from atcache.students.student import check_views_fit, new_student
 from atcache.students.teacher_side import CacheTeacher
 from atcache.teachers.names import parse_model_name
@@ -36,8 +37,9 @@ def make_student(
 
     Its `forward` takes images and the teacher's attention of the same views. Mode "copy" returns logits (batch, class).
     Mode "distill" returns logits and the attention loss: a scalar, the mean over layers, heads and queries of the
-    cross-entropy between the teacher's maps and the student's, in nats. The timm model inside is `.model`; that of a
-    distilled student is an ordinary one, which needs no teacher to predict.
+    cross-entropy between the teacher's maps and the student's, in nats; for another `what` than "map", the mean
+    squared error. The timm model inside is `.model`; that of a distilled student is an ordinary one, which needs no
+    teacher to predict.
 
     `torch.compile` makes one graph of either. Weights come from torch's global generator: see `torch.manual_seed`.
 
@@ -54,7 +56,7 @@ def make_student(
             as {0: 0, 1: 11, 2: 23} or "0:0,1:11,2:23".
         head_map: instead of `heads`, for a student with other heads: the teacher's head for each of its own.
         what: what is transferred: "map", "qk", "q", "k", "v" or "qkv". All but "map" need a cache that keeps the
-            teacher's own q and k, and those with v one that stores v.
+            teacher's own q and k, and those with v one that stores v. Copying "qk" is copying the map.
         drop_path: the largest rate of stochastic depth.
 
     Raises:
@@ -71,8 +73,8 @@ def make_student(
             f"mode={mode!r}: expected copy or distill. Other students are given no attention: timm.create_model makes "
             "them."
         )
-    if what not in get_args(What):
-        raise ConfigError(f"what={what!r}: expected one of {', '.join(get_args(What))}.")
+    if what not in WHATS:
+        raise ConfigError(f"what={what!r}: expected one of {', '.join(WHATS)}.")
     if not 0 <= drop_path < 1:
         raise ConfigError(f"drop_path={drop_path}: expected 0 or more, and less than 1.")
     for name, chosen, mapped in (("layers", layers, layer_map), ("heads", heads, head_map)):
