@@ -51,7 +51,7 @@ class DemoConfig:
     """What `atcache demo` was asked for."""
 
     out: Path = Path("atcache-demo")
-    """Folder for tars, caches, runs, picture and commands. Those of an earlier demo are replaced; all else in it stays."""
+    """Folder for tars, caches, runs, picture and commands. An earlier demo's are replaced; all else in it stays."""
     seeds: int = 1
     """Students of each mode; more give the mean's spread."""
     pretrain: bool = False
