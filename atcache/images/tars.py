@@ -15,9 +15,16 @@ from atcache.files.location import Location, Url, looks_like_url, parse_location
 from atcache.files.ranges import list_files
 from atcache.images.decode import IMAGE_EXTENSIONS
 
+PACK_RECORD = "moving.json"
+"""In the folder of an unfinished pack: which files it is just putting in place."""
 _MAX_TARS = 1_000_000
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
+
+
+def pack_folder(out: Path, name: str) -> Path:
+    """Where `atcache pack` makes `out`/NAME-000000.tar; there only while it runs, or after it was killed."""
+    return out / f".{name}.atcache-pack"
 
 
 def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]:
@@ -30,7 +37,8 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
             and folders only where the server can list.
 
     Raises:
-        SourceError: nothing matches, a tar is missing, is no plain tar, or shares its basename with another.
+        SourceError: nothing matches, a tar is missing, is no plain tar, is of an unfinished `atcache pack`, or shares
+            its basename with another.
     """
     specs = [data] if isinstance(data, (str, Path)) else list(data)
     tars = tuple(path for spec in specs for path in _expand(str(spec)))
@@ -63,6 +71,12 @@ def _expand(spec: str) -> Sequence[Location]:
         )
     for path in paths:
         _check_suffix(path)
+    for out, name in dict.fromkeys((path.parent, path.stem.rpartition("-")[0]) for path in paths):
+        if (pack_folder(out, name) / PACK_RECORD).exists():
+            raise SourceError(
+                f"the tars {name}-*.tar in {out} are not complete: an `atcache pack` was stopped while it put them in "
+                "place. Run the same command again."
+            )
     return paths
 
 
