@@ -107,20 +107,7 @@ def _image(rng: np.random.Generator) -> np.ndarray:
 
 
 def read_by_atcache(path: Path, _threads: int) -> Read:
-    """`CacheReader` into memory that each thread uses again, as the limit does."""
-    reader, memory = CacheReader(path), local()
-
-    def read(place):
-        if not hasattr(memory, "both"):
-            memory.both = reader.read_codes(*place), reader.read_pixels(*place)
-        codes_LTC, pixels_HWC = memory.both
-        return reader.read_codes(*place, out=codes_LTC), reader.read_pixels(*place, out=pixels_HWC)
-
-    return read
-
-
-def read_new_by_atcache(path: Path, _threads: int) -> Read:
-    """`CacheReader`, new arrays for each view."""
+    """`CacheReader`, as the loader uses it: new arrays for each view."""
     reader = CacheReader(path)
     return lambda place: (reader.read_codes(*place), reader.read_pixels(*place))
 
@@ -215,7 +202,6 @@ WAYS: dict[str, Callable[[Path, int], Read]] = {
     "pread": read_bytes_alone,
     LIMIT: read_plainly,
     "atcache": read_by_atcache,
-    "atcache, new arrays": read_new_by_atcache,
     "tensorstore": read_by_tensorstore,
     "zarr-python": read_by_zarr,
 }

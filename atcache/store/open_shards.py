@@ -106,8 +106,7 @@ class OpenShard:
 class OpenShards:
     """The shards of one cache. Threads may share it; a forked copy opens its own files."""
 
-    def __init__(self, path: Location, max_open: int) -> None:
-        self.max_open = max_open
+    def __init__(self, path: Location) -> None:
         self._path = path
         self._reset()
 
@@ -172,7 +171,7 @@ class OpenShards:
             return None
         with self._lock:
             self._shards[key] = shard
-            if len(self._shards) > self.max_open:
+            if len(self._shards) > MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
 

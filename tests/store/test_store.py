@@ -243,9 +243,10 @@ def test_a_pickled_reader_reads(pristine):
     assert np.array_equal(copy.read_codes(0, 5), reader.read_codes(0, 5))
 
 
-def test_threads_share_a_reader_whose_shards_are_evicted_meanwhile(tmp_path):
+def test_threads_share_a_reader_whose_shards_are_evicted_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.store.open_shards.MAX_OPEN_SHARDS", 2)
     layout = replace(LAYOUT, samples_per_shard=1, num_views=1)
-    reader, (codes, _) = CacheReader(build(tmp_path / "cache.zarr", layout), max_open_shards=2), draw_codes(layout)
+    reader, (codes, _) = CacheReader(build(tmp_path / "cache.zarr", layout)), draw_codes(layout)
     samples = [sample for sample in range(10) if sample != BAD_SAMPLE]
     wrong: list[int] = []
 
@@ -262,9 +263,10 @@ def test_threads_share_a_reader_whose_shards_are_evicted_meanwhile(tmp_path):
     assert wrong == []
 
 
-def test_open_files_are_bounded_and_closed(tmp_path):
+def test_open_files_are_bounded_and_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.store.open_shards.MAX_OPEN_SHARDS", 5)
     layout = replace(LAYOUT, samples_per_shard=1, num_samples=20, num_views=1, pixels=None)
-    reader = CacheReader(build(tmp_path / "cache.zarr", layout), max_open_shards=5)
+    reader = CacheReader(build(tmp_path / "cache.zarr", layout))
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir()))
     for sample in range(20):
@@ -273,24 +275,6 @@ def test_open_files_are_bounded_and_closed(tmp_path):
     assert len(list(descriptors.iterdir())) - before == 5
     del reader
     assert len(list(descriptors.iterdir())) == before
-
-
-@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
-def test_reading_into_memory_that_is_used_again_reads_the_same(compressor, tmp_path):
-    layout = replace(LAYOUT, compressor=compressor)
-    reader = CacheReader(build(tmp_path / "cache.zarr", layout))
-    for layers in (None, slice(1, 3), slice(1, 2)):
-        memory, pixels = reader.read_codes(1, 0, layers), reader.read_pixels(1, 0)
-        for view, sample in ((0, 1), (1, 9)):
-            expected = reader.read_codes(view, sample, layers)
-            assert reader.read_codes(view, sample, layers, out=memory) is memory
-            assert np.array_equal(memory, expected)
-            assert reader.read_pixels(view, sample, out=pixels) is pixels
-            assert np.array_equal(pixels, reader.read_pixels(view, sample))
-    with pytest.raises(ConfigError, match=r"out has shape .* read_codes returned for the same layers"):
-        reader.read_codes(0, 0, out=np.empty((1, 1, 1), layout.codes_dtype))
-    with pytest.raises(ConfigError, match=r"out has shape \(6, 7, 3\), int8: expected \(6, 7, 3\), uint8"):
-        reader.read_pixels(0, 0, out=np.empty((6, 7, 3), np.int8))
 
 
 def test_a_view_is_one_pread_of_codes_and_one_of_pixels(tmp_path, monkeypatch):
