@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,8 +108,13 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> Dem
         say: told each command before it runs.
 
     Raises:
-        ConfigError: the folder exists and is not an earlier demo's.
+        ConfigError: the folder exists and is not an earlier demo's, or scikit-learn is not installed.
     """
+    if find_spec("sklearn") is None:
+        raise ConfigError(
+            "`atcache demo` needs scikit-learn for its handwritten digits, which is not installed. Install it with "
+            "pip install 'atcache[demo]'."
+        )
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,6 +154,30 @@ def test_a_file_in_the_demos_way_is_refused(tmp_path):
     (tmp_path / "demo").write_text("x")
     with pytest.raises(ConfigError, match=r"demo is a file, expected a folder. Give another --out"):
         demo(DemoConfig(out=tmp_path / "demo"))
+
+
+def test_a_demo_without_scikit_learn_says_how_to_get_it_before_it_makes_anything(tmp_path):
+    code = """if True:
+        import sys
+        from importlib.machinery import PathFinder
+
+        class Hidden(PathFinder):
+            @classmethod
+            def find_spec(cls, name, path=None, target=None):
+                return None if name.partition(".")[0] == "sklearn" else PathFinder.find_spec(name, path, target)
+
+        sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden
+        from atcache.cli.main import main
+        main()
+    """
+    command = [sys.executable, "-c", code, "demo", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: `atcache demo` needs scikit-learn for its handwritten digits, which is not installed. Install it with "
+        "pip install 'atcache[demo]'.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluation_of_several_runs_is_one_argument_and_options():
