@@ -92,11 +92,11 @@ def make_cache(path: Path, num_samples: int, draw: Callable[[np.random.Generator
     create_cache(path, layout, {}, index, {})
     made = [(encode_view(layout, codes_LTC), encode_pixels(layout, _image(rng))) for codes_LTC in codes]
     for task in layout.tasks():
-        with TaskWriter(path, layout, task) as writer:
-            for sample in range(task.start, task.stop):
-                chunks, pixels = made[(sample + task.view) % DISTINCT]
-                writer.add(sample, status=Status.STORED, pixel_hash=1, chunks=chunks, pixels_chunk=pixels)
-            writer.commit()
+        writer = TaskWriter(path, layout, task)
+        for sample in range(task.start, task.stop):
+            chunks, pixels = made[(sample + task.view) % DISTINCT]
+            writer.add(sample, status=Status.STORED, pixel_hash=1, chunks=chunks, pixels_chunk=pixels)
+        writer.commit()
     finish_cache(path)
 
 

@@ -17,24 +17,12 @@ import numpy as np
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
 from atcache.files.ranges import RangeFile, open_file
-from atcache.images.decode import IMAGE_EXTENSIONS, decode_image
-from atcache.images.tar_samples import LABEL_EXTENSIONS, Problem, index_tar
+from atcache.images.decode import decode_image
+from atcache.images.tar_samples import Problem, index_tar
 from atcache.images.tars import expand_tars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "LABEL_EXTENSIONS",
-    "Problem",
-    "SampleIndex",
-    "Source",
-    "decode_image",
-    "expand_tars",
-    "index_source",
-    "relocate",
-]
 
 _MAX_OPEN_TARS = 64
 _NUM_REQUESTS = 16

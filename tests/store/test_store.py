@@ -72,22 +72,23 @@ def draw_codes(layout):
 def write_task(path, layout, task, *, stop=None):
     """Write a task; with `stop`, leave off before that sample, without commit."""
     codes, pixels = draw_codes(layout)
-    with TaskWriter(path, layout, task) as writer:
-        for sample in range(task.start, task.stop):
-            if sample == stop:
-                return
-            if sample == BAD_SAMPLE:
-                writer.add(sample, status=Status.UNDECODABLE)
-                continue
-            writer.add(
-                sample,
-                status=Status.STORED,
-                parameters_P=np.array([sample, -task.view], np.float32),
-                pixel_hash=2**64 - 1 - sample,
-                chunks=encode_view(layout, codes[task.view, sample]),
-                pixels_chunk=encode_pixels(layout, pixels[task.view, sample]) if layout.pixels else None,
-            )
-        writer.commit({"row_kl_nats": 0.25 * (task.block + 1)})
+    writer = TaskWriter(path, layout, task)
+    for sample in range(task.start, task.stop):
+        if sample == stop:
+            writer.abort()
+            return
+        if sample == BAD_SAMPLE:
+            writer.add(sample, status=Status.UNDECODABLE)
+            continue
+        writer.add(
+            sample,
+            status=Status.STORED,
+            parameters_P=np.array([sample, -task.view], np.float32),
+            pixel_hash=2**64 - 1 - sample,
+            chunks=encode_view(layout, codes[task.view, sample]),
+            pixels_chunk=encode_pixels(layout, pixels[task.view, sample]) if layout.pixels else None,
+        )
+    writer.commit({"row_kl_nats": 0.25 * (task.block + 1)})
 
 
 def build(path, layout=LAYOUT, *, finish=True):
@@ -456,20 +457,21 @@ def test_samples_out_of_order_or_incomplete_are_our_own_mistakes(tmp_path):
     create_cache(tmp_path / "cache.zarr", LAYOUT, {}, make_index(10), {})
     task = LAYOUT.tasks()[0]
     chunks = encode_view(LAYOUT, np.zeros((4, 5, 24), np.int8))
-    with TaskWriter(tmp_path / "cache.zarr", LAYOUT, task) as writer:
-        with pytest.raises(ValueError, match=r"sample 1 added to task v0000-b000000, expected 0"):
-            writer.add(1, status=2)
-        with pytest.raises(ValueError, match="status PENDING"):
-            writer.add(0, status=0)
-        with pytest.raises(ValueError, match="comes with none chunks of 2"):
-            writer.add(0, status=1)
-        with pytest.raises(ValueError, match="comes with 2 chunks"):
-            writer.add(0, status=6, chunks=chunks)
-        with pytest.raises(ValueError, match="pixels are given or missing"):
-            writer.add(0, status=1, chunks=chunks)
-        writer.add(0, status=2)
-        with pytest.raises(ValueError, match="ends at sample 4, added up to 1"):
-            writer.commit()
+    writer = TaskWriter(tmp_path / "cache.zarr", LAYOUT, task)
+    with pytest.raises(ValueError, match=r"sample 1 added to task v0000-b000000, expected 0"):
+        writer.add(1, status=2)
+    with pytest.raises(ValueError, match="status PENDING"):
+        writer.add(0, status=0)
+    with pytest.raises(ValueError, match="comes with none chunks of 2"):
+        writer.add(0, status=1)
+    with pytest.raises(ValueError, match="comes with 2 chunks"):
+        writer.add(0, status=6, chunks=chunks)
+    with pytest.raises(ValueError, match="pixels are given or missing"):
+        writer.add(0, status=1, chunks=chunks)
+    writer.add(0, status=2)
+    with pytest.raises(ValueError, match="ends at sample 4, added up to 1"):
+        writer.commit()
+    writer.abort()
     with pytest.raises(ValueError, match=r"holds int8, got float64"):
         encode_view(LAYOUT, np.zeros((4, 5, 24)))
     with pytest.raises(ValueError, match=r"has shape \(1, 1, 2, 5, 24\), got \(2, 5, 23\)"):
@@ -499,12 +501,13 @@ rng = np.random.default_rng(0)
 chunks = encode_view(layout, rng.integers(-128, 127, (4, 2000, 24)).astype(np.int8))
 pixels = encode_pixels(layout, np.zeros((6, 7, 3), np.uint8))
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+writer = TaskWriter(sys.argv[1], layout, task)
 try:
-    with TaskWriter(sys.argv[1], layout, task) as writer:
-        for sample in range(task.start, task.stop):
-            writer.add(sample, status=1, chunks=chunks, pixels_chunk=pixels)
-        writer.commit()
+    for sample in range(task.start, task.stop):
+        writer.add(sample, status=1, chunks=chunks, pixels_chunk=pixels)
+    writer.commit()
 except DiskFullError as error:
+    writer.abort()
     print(error)
 """
     result = run_python(code, tmp_path / "cache.zarr")
