@@ -129,11 +129,11 @@ def _grow(num_samples: int) -> dict[str, Any]:
         marks.append(time.perf_counter())
         parameters_P = np.ones(len(layout.parameter_names), np.float32)
         for task in layout.tasks():
-            with TaskWriter(path, layout, task) as writer:
-                for sample in range(task.start, task.stop):
-                    chunks = encode_view(layout, codes_BLTC[sample % len(codes_BLTC)])
-                    writer.add(sample, status=Status.STORED, parameters_P=parameters_P, pixel_hash=1, chunks=chunks)
-                writer.commit({"row_kl_nats": 0.005})
+            writer = TaskWriter(path, layout, task)
+            for sample in range(task.start, task.stop):
+                chunks = encode_view(layout, codes_BLTC[sample % len(codes_BLTC)])
+                writer.add(sample, status=Status.STORED, parameters_P=parameters_P, pixel_hash=1, chunks=chunks)
+            writer.commit({"row_kl_nats": 0.005})
         marks.append(time.perf_counter())
         finish_cache(path)
         marks.append(time.perf_counter())
@@ -158,15 +158,15 @@ def _create(path: str, num_samples: int) -> dict[str, Any]:
     tasks = list(layout.tasks())
     chunks = encode_view(layout, np.arange(24 * 197 * 64, dtype=np.int32).reshape(24, 197, 64) % 7)
     for task in (tasks[0], tasks[-1]):
-        with TaskWriter(path, layout, task) as writer:
-            for sample in range(task.start, task.stop):
-                is_stored = sample < task.start + 8
-                writer.add(
-                    sample,
-                    status=Status.STORED if is_stored else Status.UNDECODABLE,
-                    chunks=chunks if is_stored else None,
-                )
-            writer.commit()
+        writer = TaskWriter(path, layout, task)
+        for sample in range(task.start, task.stop):
+            is_stored = sample < task.start + 8
+            writer.add(
+                sample,
+                status=Status.STORED if is_stored else Status.UNDECODABLE,
+                chunks=chunks if is_stored else None,
+            )
+        writer.commit()
     return {
         "num_samples": num_samples,
         "create_s": round(create_s, 3),

@@ -92,11 +92,11 @@ def make_cache(path: Path, num_samples: int, draw: Callable[[np.random.Generator
     create_cache(path, layout, {}, index, {})
     made = [(encode_view(layout, codes_LTC), encode_pixels(layout, _image(rng))) for codes_LTC in codes]
     for task in layout.tasks():
-        with TaskWriter(path, layout, task) as writer:
-            for sample in range(task.start, task.stop):
-                chunks, pixels = made[(sample + task.view) % DISTINCT]
-                writer.add(sample, status=Status.STORED, pixel_hash=1, chunks=chunks, pixels_chunk=pixels)
-            writer.commit()
+        writer = TaskWriter(path, layout, task)
+        for sample in range(task.start, task.stop):
+            chunks, pixels = made[(sample + task.view) % DISTINCT]
+            writer.add(sample, status=Status.STORED, pixel_hash=1, chunks=chunks, pixels_chunk=pixels)
+        writer.commit()
     finish_cache(path)
 
 
@@ -107,20 +107,7 @@ def _image(rng: np.random.Generator) -> np.ndarray:
 
 
 def read_by_atcache(path: Path, _threads: int) -> Read:
-    """`CacheReader` into memory that each thread uses again, as the limit does."""
-    reader, memory = CacheReader(path), local()
-
-    def read(place):
-        if not hasattr(memory, "both"):
-            memory.both = reader.read_codes(*place), reader.read_pixels(*place)
-        codes_LTC, pixels_HWC = memory.both
-        return reader.read_codes(*place, out=codes_LTC), reader.read_pixels(*place, out=pixels_HWC)
-
-    return read
-
-
-def read_new_by_atcache(path: Path, _threads: int) -> Read:
-    """`CacheReader`, new arrays for each view."""
+    """`CacheReader`, as the loader uses it: new arrays for each view."""
     reader = CacheReader(path)
     return lambda place: (reader.read_codes(*place), reader.read_pixels(*place))
 
@@ -215,7 +202,6 @@ WAYS: dict[str, Callable[[Path, int], Read]] = {
     "pread": read_bytes_alone,
     LIMIT: read_plainly,
     "atcache": read_by_atcache,
-    "atcache, new arrays": read_new_by_atcache,
     "tensorstore": read_by_tensorstore,
     "zarr-python": read_by_zarr,
 }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.files.durable import encode_json, fsync_path, only_writer, write_file
 from atcache.images.decode import IMAGE_EXTENSIONS
+from atcache.images.tars import PACK_RECORD, pack_folder
 
 from .options import config, option, seed_option
 from .running.progress import Progress
@@ -195,32 +197,39 @@ def _unique_key(relative: Path, keys: set[str]) -> str:
 def pack(config: PackConfig) -> PackSummary:
     """Write the tars and `classes.txt` into `config.out`; equal folders and configs give equal bytes.
 
-    The tars get their names only when all are written, so a pack that failed leaves none.
+    The tars are made in a hidden folder beside their places and put there when all are written: a pack that failed
+    leaves none. One that was killed is undone by the next; until then its tars are refused wherever they are named.
 
     Raises:
         SourceError: there is nothing to pack, an image cannot be read, or tars of that name exist.
         DiskFullError: the tars do not fit.
+        ConfigError: another process packs tars of that name there.
     """
     plan = plan_pack(config)
     names = tuple(f"{config.tar_name}-{position:06d}.tar" for position in range(len(plan.tars)))
     out = config.out.expanduser()
-    _check_out(out, config.data.expanduser().resolve(), config.tar_name, plan)
-    partial = Path(tempfile.mkdtemp(prefix=f".{config.tar_name}.partial-", dir=out))
-    try:
-        with Progress("pack", total=plan.num_samples, unit="images") as progress:
-            for name, samples in zip(names, plan.tars, strict=True):
-                _write_tar(partial / name, samples)
-                progress.advance(len(samples))
-        (partial / CLASSES_FILE).write_bytes(_classes_text(plan))
-        nbytes = sum((partial / name).stat().st_size for name in names)
-        for name in (*names, CLASSES_FILE):
-            (partial / name).replace(out / name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept.") from error
-        raise
-    finally:
-        shutil.rmtree(partial)
+    _make_out(out, config.data.expanduser().resolve())
+    partial = pack_folder(out, config.tar_name)
+    partial.mkdir(exist_ok=True)
+    with only_writer(partial, where_possible=True):
+        partial.mkdir(exist_ok=True)  # another pack may have ended, and removed it, while this one waited
+        _undo(partial, out)
+        try:
+            _check_out(out, config.tar_name, plan)
+            with Progress("pack", total=plan.num_samples, unit="images") as progress:
+                for name, samples in zip(names, plan.tars, strict=True):
+                    _write_tar(partial / name, samples)
+                    progress.advance(len(samples))
+            (partial / CLASSES_FILE).write_bytes(_classes_text(plan))
+            nbytes = sum((partial / name).stat().st_size for name in names)
+            _put_in_place(partial, out, names)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DiskFullError(f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept.") from error
+            raise
+        finally:
+            _undo(partial, out)
+            partial.rmdir()
     return PackSummary(
         tars=tuple(str(out / name) for name in names),
         num_samples=plan.num_samples,
@@ -234,13 +243,46 @@ def _classes_text(plan: PackPlan) -> bytes:
     return b"".join(os.fsencode(name) + b"\n" for name in plan.classes)
 
 
-def _check_out(out: Path, root: Path, tar_name: str, plan: PackPlan) -> None:
-    """Refuse before anything is written."""
+def _put_in_place(partial: Path, out: Path, names: tuple[str, ...]) -> None:
+    """Move the tars to `out`. While that lasts, a record says which are this pack's."""
+    moves = names if (out / CLASSES_FILE).exists() else (*names, CLASSES_FILE)
+    record = partial / PACK_RECORD
+    write_file(record, encode_json({name: _identity(partial / name) for name in moves}))
+    for name in moves:
+        (partial / name).replace(out / name)
+    fsync_path(out)
+    record.unlink()
+
+
+def _undo(partial: Path, out: Path) -> None:
+    """Remove what a pack that did not finish has made, also what it had put in place already."""
+    record = partial / PACK_RECORD
+    if record.exists():
+        for name, identity in json.loads(record.read_text()).items():
+            # Nobody else's: its place was empty, and this is still the file that was moved there.
+            if not (partial / name).exists() and (out / name).exists() and _identity(out / name) == identity:
+                (out / name).unlink()
+        fsync_path(out)
+    for path in partial.iterdir():
+        path.unlink()
+
+
+def _identity(path: Path) -> list[int]:
+    """What stays the same when a file is moved, and hardly ever when it is replaced."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def _make_out(out: Path, root: Path) -> None:
+    """Make the folder for the tars."""
     if out.exists() and not out.is_dir():
         raise SourceError(f"{out} is a file, expected a folder for the tars. Give another --out.")
     if out.resolve().is_relative_to(root):
         raise SourceError(f"{out} lies inside the image folder, where it would become a class. Give another --out.")
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
+    """Refuse before anything is written."""
     existing = sorted(out.glob(f"{tar_name}-*.tar"))
     if existing:
         raise SourceError(

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from atcache.attention.blocks import find_blocks, map_attention, model_label, token_layout, unsupported
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.indices import checked_indices, parse_indices
+from atcache.attention.indices import checked_indices
 from atcache.attention.kernels import mixed_attention
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
 from atcache.errors import UnsupportedAttentionError
-
-__all__ = ["CaptureCheck", "FactorCapture", "check_capture", "find_blocks", "parse_indices", "token_layout"]
 
 
 class CaptureCheck(NamedTuple):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,24 +17,12 @@ import numpy as np
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
 from atcache.files.ranges import RangeFile, open_file
-from atcache.images.decode import IMAGE_EXTENSIONS, decode_image
-from atcache.images.tar_samples import LABEL_EXTENSIONS, Problem, index_tar
+from atcache.images.decode import decode_image
+from atcache.images.tar_samples import Problem, index_tar
 from atcache.images.tars import expand_tars
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "IMAGE_EXTENSIONS",
-    "LABEL_EXTENSIONS",
-    "Problem",
-    "SampleIndex",
-    "Source",
-    "decode_image",
-    "expand_tars",
-    "index_source",
-    "relocate",
-]
 
 _MAX_OPEN_TARS = 64
 _NUM_REQUESTS = 16
@@ -177,7 +163,9 @@ def _stamp(path: Location | None) -> _Stamp | None:
     return None if file is None else _Stamp(file.nbytes, file.version)
 
 
-def _open_tar(path: Location, expected_nbytes: int, expected_version: str) -> RangeFile:
+def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
+    path, expected_nbytes = index.tars[tar], index.tar_nbytes[tar]
+    expected_version = index.tar_versions[tar] if index.tar_versions else ""
     try:
         file = open_file(path)
     except OSError as error:
@@ -204,8 +192,7 @@ class Source:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, RangeFile] = OrderedDict()
+        self._open = lru_cache(_MAX_OPEN_TARS)(partial(_open_tar, self.index))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index}
@@ -263,13 +250,4 @@ class Source:
     def _tar(self, tar: int) -> RangeFile:
         if self._pid != os.getpid():
             self._reset()
-        with self._lock:
-            opened = self._open.get(tar)
-            if opened is None:
-                versions = self.index.tar_versions
-                opened = _open_tar(self.index.tars[tar], self.index.tar_nbytes[tar], versions[tar] if versions else "")
-                self._open[tar] = opened
-                if len(self._open) > _MAX_OPEN_TARS:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(tar)
-        return opened
+        return self._open(tar)

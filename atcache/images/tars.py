@@ -15,9 +15,16 @@ from atcache.files.location import Location, Url, looks_like_url, parse_location
 from atcache.files.ranges import list_files
 from atcache.images.decode import IMAGE_EXTENSIONS
 
+PACK_RECORD = "moving.json"
+"""In the folder of an unfinished pack: which files it is just putting in place."""
 _MAX_TARS = 1_000_000
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
+
+
+def pack_folder(out: Path, name: str) -> Path:
+    """Where `atcache pack` makes `out`/NAME-000000.tar; there only while it runs, or after it was killed."""
+    return out / f".{name}.atcache-pack"
 
 
 def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]:
@@ -25,11 +32,13 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
 
     Args:
         data: a brace pattern (`train-{000000..001281}.tar`) or shell pattern (`train-*.tar`), one tar, a folder of tars
-            (taken in the order of their names), or a list of any of these. `~` is the home folder. Each may be a URL;
-            shell patterns and folders only where the server can list.
+            (taken in the order of their names), or a list of any of these. Braces are expanded first, so that
+            `{train,extra}-*.tar` and `part-{0..3}/` work too. `~` is the home folder. Each may be a URL; shell patterns
+            and folders only where the server can list.
 
     Raises:
-        SourceError: nothing matches, a tar is missing, is no plain tar, or shares its basename with another.
+        SourceError: nothing matches, a tar is missing, is no plain tar, is of an unfinished `atcache pack`, or shares
+            its basename with another.
     """
     specs = [data] if isinstance(data, (str, Path)) else list(data)
     tars = tuple(path for spec in specs for path in _expand(str(spec)))
@@ -50,14 +59,8 @@ def _expand(spec: str) -> Sequence[Location]:
     if looks_like_url(spec):
         return _expand_url(spec)
     path = Path(spec).expanduser()
-    if path.is_dir():
-        return _tars_in(path)
-    if path.exists():
-        paths = [path]
-    elif glob.has_magic(spec):
-        paths = [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207 - Path.glob takes no absolute pattern
-    else:
-        paths = [Path(name) for name in _expand_braces(str(path))]
+    names = [path] if path.exists() else [Path(name) for name in _expand_braces(str(path))]
+    paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
     if len(missing) == len(paths):
         raise SourceError(f"{spec!r} matches no file. Check the folder ({path.parent}) and the pattern.")
@@ -68,7 +71,22 @@ def _expand(spec: str) -> Sequence[Location]:
         )
     for path in paths:
         _check_suffix(path)
+    for out, name in dict.fromkeys((path.parent, path.stem.rpartition("-")[0]) for path in paths):
+        if (pack_folder(out, name) / PACK_RECORD).exists():
+            raise SourceError(
+                f"the tars {name}-*.tar in {out} are not complete: an `atcache pack` was stopped while it put them in "
+                "place. Run the same command again."
+            )
     return paths
+
+
+def _find(path: Path) -> list[Path]:
+    """The tars of a folder, or what a shell pattern matches; `path` itself where it is neither or matches nothing."""
+    if path.is_dir():
+        return _tars_in(path)
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path)))] or [path]  # noqa: PTH207 - Path.glob takes no absolute pattern
 
 
 def _expand_url(spec: str) -> list[Url]:
@@ -102,6 +120,8 @@ def _list_tars(url: Url) -> list[Url]:
 def _expand_braces(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
+    if "{" not in pattern and "}" not in pattern:
+        return [pattern]  # braceexpand would drop backslashes
     # Counted before it is expanded: braceexpand makes whole ranges at once.
     num_tars = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
     if num_tars > _MAX_TARS:

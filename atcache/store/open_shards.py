@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,26 +105,17 @@ class OpenShard:
 class OpenShards:
     """The shards of one cache. Threads may share it; a forked copy opens its own files."""
 
-    def __init__(self, path: Location, max_open: int) -> None:
-        self.max_open = max_open
+    def __init__(self, path: Location) -> None:
         self._path = path
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._shards: OrderedDict[tuple[str, int, int], OpenShard] = OrderedDict()
-        self._blocks: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._remote_files: dict[str, RangeFile] = {}
-
-    def _file(self, name: str) -> RangeFile:
-        """A file of the cache. Remote ones hold nothing open, and are kept: opening one again would ask the server."""
-        if isinstance(self._path, Path):
-            return open_file(self._path / name)
-        file = self._remote_files.get(name)
-        if file is None:
-            file = self._remote_files[name] = open_file(self._path / name)
-        return file
+        # Remote files hold nothing open, and are all kept: opening one again would ask the server.
+        find = open_file if isinstance(self._path, Path) else cache(open_file)
+        self._read_block = partial(_read_block, self._path, find)
+        self._kept_shard = lru_cache(MAX_OPEN_SHARDS)(partial(_open_shard, self._path, find))
+        self._kept_block = lru_cache(MAX_VIEW_BLOCKS)(self._read_block)
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """The results in order; of a remote cache, several at once, since each waits for a server."""
@@ -146,11 +136,7 @@ class OpenShards:
                 else:
                     self.get(*place)
 
-        specs = (*specs, *block_specs)
-        self.map(open_quietly, [(spec, task) for task in tasks for spec in specs if not self._is_open(spec, task)])
-
-    def _is_open(self, spec: ArraySpec, task: Task) -> bool:
-        return (spec.name, task.view, task.block) in self._shards or spec.shard_file(task) in self._blocks
+        self.map(open_quietly, [(spec, task) for task in tasks for spec in (*specs, *block_specs)])
 
     def get(self, spec: ArraySpec, task: Task) -> OpenShard | None:
         """The open shard, or None if there is no such file: its task is not done.
@@ -160,21 +146,10 @@ class OpenShards:
         """
         if self._pid != os.getpid():
             self._reset()
-        key = (spec.name, task.view, task.block)
-        with self._lock:
-            shard = self._shards.get(key)
-            if shard is not None:
-                self._shards.move_to_end(key)
-                return shard
         try:
-            shard = OpenShard(self._file(spec.shard_file(task)), spec)
+            return self._kept_shard(spec, task)
         except FileNotFoundError:
             return None
-        with self._lock:
-            self._shards[key] = shard
-            if len(self._shards) > self.max_open:
-                self._shards.popitem(last=False)
-        return shard
 
     def view_block(self, spec: ArraySpec, task: Task, *, keep: bool = True) -> np.ndarray | None:
         """One shard of a views array, which is one chunk; None if its task is not done.
@@ -184,24 +159,21 @@ class OpenShards:
         """
         if self._pid != os.getpid():
             self._reset()
-        name = spec.shard_file(task)
-        with self._lock:
-            block = self._blocks.get(name)
-            if block is not None:
-                self._blocks.move_to_end(name)
-                return block
         try:
-            shard = OpenShard(self._file(name), spec)
+            return self._kept_block(spec, task) if keep else self._read_block(spec, task)
         except FileNotFoundError:
             return None
-        block = np.empty(spec.chunk_shape[1:], spec.dtype)
-        ranges: list[list[int]] = shard.index_N2[:1].tolist()
-        if ranges[0][0] == EMPTY:
-            raise DamagedChunkError("its only chunk is missing")
-        shard.read_into(ranges, spec, block.reshape(-1).view(np.uint8))
-        if keep:
-            with self._lock:
-                self._blocks[name] = block
-                if len(self._blocks) > MAX_VIEW_BLOCKS:
-                    self._blocks.popitem(last=False)
-        return block
+
+
+def _open_shard(path: Location, find: Callable[[Location], RangeFile], spec: ArraySpec, task: Task) -> OpenShard:
+    return OpenShard(find(path / spec.shard_file(task)), spec)
+
+
+def _read_block(path: Location, find: Callable[[Location], RangeFile], spec: ArraySpec, task: Task) -> np.ndarray:
+    shard = _open_shard(path, find, spec, task)
+    block = np.empty(spec.chunk_shape[1:], spec.dtype)
+    ranges: list[list[int]] = shard.index_N2[:1].tolist()
+    if ranges[0][0] == EMPTY:
+        raise DamagedChunkError("its only chunk is missing")
+    shard.read_into(ranges, spec, block.reshape(-1).view(np.uint8))
+    return block

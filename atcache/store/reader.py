@@ -6,7 +6,7 @@ training.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +19,7 @@ from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_b
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
 from atcache.store.metadata import read_root
-from atcache.store.open_shards import MAX_OPEN_SHARDS, OpenShard, OpenShards
+from atcache.store.open_shards import OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
 
 if TYPE_CHECKING:
@@ -46,12 +46,11 @@ class CacheReader:
     a task is seen once its shards are in place, except that `status_VS` and `samples` keep what they first read.
     """
 
-    def __init__(self, path: Location | str, *, max_open_shards: int = MAX_OPEN_SHARDS) -> None:
+    def __init__(self, path: Location | str) -> None:
         """Open a cache. Reads one small file, whatever the cache's size.
 
         Args:
             path: its folder, or the URL of one.
-            max_open_shards: file descriptors and indexes kept; lower it where many processes share a limit.
 
         Raises:
             CacheMissError: there is none at `path`.
@@ -70,10 +69,10 @@ class CacheReader:
             )
         self._codes = _SampleArray(self.layout.codes)
         self._rgb = None if self.layout.rgb is None else _SampleArray(self.layout.rgb)
-        self._shards = OpenShards(self.path, max_open_shards)
+        self._shards = OpenShards(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(CacheReader, max_open_shards=self._shards.max_open), (self.path,)
+        return CacheReader, (self.path,)
 
     @property
     def is_remote(self) -> bool:
@@ -100,20 +99,17 @@ class CacheReader:
         committed = self.committed_tasks()
         return [task for task in self.layout.tasks() if task.name not in committed]
 
-    def read_codes(
-        self, view: int, sample: int, layers: slice | None = None, *, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read_codes(self, view: int, sample: int, layers: slice | None = None) -> np.ndarray:
         """Codes of one view of one sample.
 
         Args:
             view: from 0.
             sample: its index in the source.
             layers: rows of L, without step; None for all.
-            out: memory to read into, from an earlier call with the same layers; saves threads the making of new pages.
 
         Returns:
-            codes_LTC: a new array, or `out`. Where chunks are stored transposed, so it lies in memory: each
-            component's tokens together.
+            codes_LTC: a new array. Where chunks are stored transposed, so it lies in memory: each component's tokens
+            together.
 
         Raises:
             CacheMissError: not stored; the message says why.
@@ -126,32 +122,13 @@ class CacheReader:
         width = layout.layers_per_chunk
         first_chunk, stop_chunk = first // width, -(-stop // width)
         stored_first, num_stored = first_chunk * width, (stop_chunk - first_chunk) * width
-        if out is not None and num_stored == stop - first:
-            stored = self._memory_of(out, num_stored)
-        else:
-            stored = np.empty((num_stored, *array.stored_sides), array.spec.dtype)
+        stored = np.empty((num_stored, *array.stored_sides), array.spec.dtype)
         self._read_into(stored, array, view, sample, first_chunk, stop_chunk)
         wanted = stored[first - stored_first : stop - stored_first]
-        codes_LTC = wanted.swapaxes(1, 2) if array.is_transposed else wanted
-        if out is None or num_stored == stop - first:
-            return codes_LTC if out is None else out
-        out[...] = codes_LTC
-        return out
+        return wanted.swapaxes(1, 2) if array.is_transposed else wanted
 
-    def _memory_of(self, out: np.ndarray, num_layers: int) -> np.ndarray:
-        """`out`'s memory in the order chunks are stored in."""
-        array = self._codes
-        stored = out.swapaxes(1, 2) if array.is_transposed and out.ndim == 3 else out
-        shape = (num_layers, *array.stored_sides)
-        if stored.shape != shape or stored.dtype != array.spec.dtype or not stored.flags.c_contiguous:
-            raise ConfigError(
-                f"out has shape {out.shape}, {out.dtype} and strides {out.strides}: expected an array that read_codes "
-                "returned for the same layers."
-            )
-        return stored
-
-    def read_pixels(self, view: int, sample: int, *, out: np.ndarray | None = None) -> np.ndarray:
-        """The stored image of one view of one sample: pixels_HWC uint8, RGB; a new array, or contiguous `out`.
+    def read_pixels(self, view: int, sample: int) -> np.ndarray:
+        """The stored image of one view of one sample: pixels_HWC uint8, RGB; a new array.
 
         Raises:
             CacheMissError: this cache stores no pixels, or not these.
@@ -160,12 +137,7 @@ class CacheReader:
         array = self._rgb
         if array is None:
             raise CacheMissError(f"{self.path} stores no pixels; views are replayed from the tars.")
-        shape = array.spec.chunk_shape[2:]
-        pixels_HWC = np.empty(shape, np.uint8) if out is None else out
-        if pixels_HWC.shape != shape or pixels_HWC.dtype != np.uint8 or not pixels_HWC.flags.c_contiguous:
-            raise ConfigError(
-                f"out has shape {pixels_HWC.shape}, {pixels_HWC.dtype}: expected {shape}, uint8, contiguous."
-            )
+        pixels_HWC = np.empty(array.spec.chunk_shape[2:], np.uint8)
         self._read_into(pixels_HWC, array, view, sample, 0, 1)
         return pixels_HWC
 

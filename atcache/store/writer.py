@@ -11,8 +11,7 @@ import errno
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -163,7 +162,7 @@ class TaskWriter:
     """Writes the shards of one task, then its commit record.
 
     Samples are added in order, each once; memory holds the index and the small views arrays, not the codes. Until
-    `commit` the cache is unchanged; leaving the `with` block without it removes the temp files. One thread at a time.
+    `commit` the cache is unchanged; `abort` removes the temp files of a task that will have none. One thread at a time.
     """
 
     def __init__(self, path: Path | str, layout: StoreLayout, task: Task) -> None:
@@ -284,14 +283,6 @@ class TaskWriter:
         """Remove the temp files; after `commit` there are none, and this does nothing."""
         for shard in self._shards.values():
             shard.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.abort()
 
 
 def finish_cache(path: Path | str) -> dict[str, Any]:

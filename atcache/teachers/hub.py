@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import urllib.error
-import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
         TeacherError: there are none, the hub cannot be reached, or it refuses (some weights need an account).
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository = config.get("hf_hub_id")
     if not repository:
@@ -40,30 +38,18 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
     cached = huggingface_hub.try_to_load_from_cache(repository, filename)
     if isinstance(cached, str):
         return Path(cached), source
-    if not _is_reachable(repository, filename):
-        raise TeacherError(f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}")
+    unreachable = f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}"
+    try:
+        # One short question first: the download would ask for minutes before it gave up.
+        with suppress(HfHubHTTPError):  # an answer; the download will say what is wrong
+            huggingface_hub.get_hf_file_metadata(
+                huggingface_hub.hf_hub_url(repository, filename), timeout=_REACH_TIMEOUT_S
+            )
+    except Exception as error:  # those of the HTTP client that the hub's own uses
+        raise TeacherError(unreachable) from error
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename)), source
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise TeacherError(f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}") from error
+    except LocalEntryNotFoundError as error:
+        raise TeacherError(unreachable) from error
     except HfHubHTTPError as error:
         raise TeacherError(f"{timm_name}: the hub does not give {source} ({error}). {by_hand}") from error
-
-
-def _is_reachable(repository: str, filename: str) -> bool:
-    """Whether the hub answers at all, whatever it says; its own client retries for half a minute before it gives up."""
-    from huggingface_hub import constants, hf_hub_url
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(hf_hub_url(repository, filename), method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=_REACH_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # A certificate Python does not know may be one the hub's client does: let that client decide.
-        return not isinstance(error.reason, socket.gaierror | TimeoutError | ConnectionError)
-    except TimeoutError:
-        return False
-    return True

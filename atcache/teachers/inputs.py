@@ -53,12 +53,6 @@ class InputConfig:
             mixing=mixing,
         )
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> InputConfig:
-        """The config `to_json` came from."""
-        changed: dict[str, Any] = {"mean": tuple(fields["mean"]), "std": tuple(fields["std"])}
-        return cls(**{**fields, **changed})
-
 
 def input_config(model: nn.Module) -> InputConfig:
     """The input `model` was made for: its own image size, and what timm records of the rest.

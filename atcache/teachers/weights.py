@@ -10,7 +10,6 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +25,7 @@ PREFIXES = ("_orig_mod.", "module.", "backbone.", "encoder.")
 """What wrappers and training code put before a parameter's name."""
 AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
 """Parameters that run after the last block. No map depends on them, so a file may lack them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadReport:
-    """What became of a file's weights."""
-
-    num_loaded: int
-    """Tensors of the model that came from the file."""
-    fresh: tuple[str, ...]
-    """Parameters after the blocks that the file lacks; they keep their initial values."""
-    dropped: tuple[str, ...]
-    """First parts of the names of the file's tensors that the model has no place for, such as "decoder_blocks"."""
+_HEADS = ("head.", "head_dist.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -65,25 +53,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: bool = True) -> LoadReport:
-    """Put `weights` into `model`, in place, through timm's own conversion for its family, and say what was left over.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: bool = True) -> None:
+    """Put `weights` into `model`, in place, through timm's own conversion for its family.
 
     Position and patch embeddings of another size are interpolated by timm. All that the maps depend on must be there.
+    Where anything else that counts was left over or is missing, a note in the log says what.
 
     Args:
         model: a timm model.
         weights: as from `read_weights`; not changed.
-        keep_head: False leaves the model's classifier as it is. One of another shape is never taken.
+        keep_head: False leaves the model's classifier as it is, for a student. One of another shape is never taken.
 
     Raises:
         TeacherError: something before or in the blocks is missing or has another shape, or the weights of the blocks
             have more than the model; the message names it. The model is unchanged then.
     """
-    weights, decoder = _without_decoder(weights)
+    weights = _without_decoder(weights)
     fitted = _converted(model, weights)
     wanted = model.state_dict()
     for name in list(fitted):
-        is_head = name.startswith(("head.", "head_dist."))
+        is_head = name.startswith(_HEADS)
         if is_head and (not keep_head or name not in wanted or fitted[name].shape != wanted[name].shape):
             del fitted[name]
     missing = [name for name in wanted if name not in fitted and not name.startswith(AFTER_BLOCKS)]
@@ -100,19 +89,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
             f"{model_label(model)}: {len(misfits)} tensors have another shape in the weights, the first {name}: "
             f"{tuple(known[name].shape)}, expected {tuple(wanted[name].shape)}. Choose the model these weights are of."
         )
-    if unplaced := [name for name in fitted if name not in wanted and _matters_in_a_block(name, fitted[name])]:
+    unused = [name for name in fitted if name not in wanted and _matters(name, fitted[name])]
+    if unplaced := [name for name in unused if name.startswith("blocks.")]:
         raise TeacherError(
             f"{model_label(model)}: {len(unplaced)} tensors of the weights' blocks have no place in the model, the "
             f"first {_first(unplaced)}. The weights are of another model, such as one with more blocks."
         )
     _warn_of_another_patch_size(model, weights)
     model.load_state_dict(known, strict=False)
-    dropped = [name for name in (*decoder, *fitted) if name not in wanted]
-    return LoadReport(
-        num_loaded=len(known),
-        fresh=tuple(name for name in wanted if name not in known),
-        dropped=tuple(sorted({name.partition(".")[0] for name in dropped})),
-    )
+    # No map depends on what comes after the blocks, so it only counts for a student. Its head is expected to be fresh.
+    without = _HEADS if not keep_head else AFTER_BLOCKS
+    fresh = [name for name in wanted if name not in known]
+    _note_what_was_left(model, *([name for name in names if not name.startswith(without)] for names in (unused, fresh)))
 
 
 def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
@@ -180,13 +168,13 @@ def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
-def _without_decoder(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights without those of MAE's decoder, and the names of these."""
+def _without_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without those of MAE's decoder."""
     decoder = [name for name in weights if name.startswith("decoder")]
-    if decoder and "mask_token" in weights:
+    if decoder:
         # timm takes a file with a mask token for DINOv2's; this one is the decoder's.
         decoder.append("mask_token")
-    return {name: tensor for name, tensor in weights.items() if name not in decoder}, decoder
+    return {name: tensor for name, tensor in weights.items() if name not in decoder}
 
 
 def _converted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,10 +202,24 @@ def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions ar
     return getattr(sys.modules[module], "checkpoint_filter_fn", None)
 
 
-def _matters_in_a_block(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor changes what a block does: no table that models compute, no bias that shifts logit rows."""
-    computed = ("relative_position_index", "k_bias", "rope.")
-    return name.startswith("blocks.") and tensor.is_floating_point() and not any(part in name for part in computed)
+def _matters(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor changes what a model does: no table that models compute, no bias that shifts logit rows."""
+    without_effect = ("relative_position_index", "k_bias", "rope.", "mask_token")
+    return tensor.is_floating_point() and not any(part in name for part in without_effect)
+
+
+def _note_what_was_left(model: nn.Module, unused: list[str], fresh: list[str]) -> None:
+    parts: list[str] = []
+    if unused:
+        parts.append(
+            f"{len(unused)} tensors of the weights have no place in it and are not used, the first {_first(unused)}"
+        )
+    if fresh:
+        parts.append(
+            f"{len(fresh)} of its own are not in the weights and keep their initial values, the first {_first(fresh)}"
+        )
+    if parts:
+        logging.getLogger(__name__).info("NOTE: %s: %s.", model_label(model), "; ".join(parts))
 
 
 def _warn_of_another_patch_size(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

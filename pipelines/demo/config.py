@@ -12,8 +12,8 @@ class DemoConfig:
     """What `atcache demo` was asked for."""
 
     out: Path = option(
-        "Folder for tars, caches, runs, a picture of maps and the commands. What an earlier demo left there is "
-        "replaced.",
+        "Folder for tars, caches, runs, a picture of maps and the commands. What an earlier demo made there is "
+        "replaced; all else stays.",
         default=Path("atcache-demo"),
         is_written=True,
     )

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import torch
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
-from atcache.files.durable import encode_json, write_file
+from atcache.files.durable import encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
 from ..build.run import build
@@ -43,6 +44,10 @@ TEACHER = "demo-mae"
 """A name whose weights ship with the package."""
 PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=2e-3, decoder_depth=1, policy="eval")
 """How these weights were made; data and out are filled in."""
+_MARKER = ".made-by-atcache-demo"
+"""The file a demo puts into its folder first. Without it the folder is somebody else's."""
+_MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
+"""What a demo makes in its folder, beside the tars and the runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +93,13 @@ def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> Dem
         say: told each command before it runs.
 
     Raises:
-        ConfigError: the folder exists and is not an earlier demo's.
+        ConfigError: the folder exists and is not an earlier demo's, or scikit-learn is not installed.
     """
+    if find_spec("sklearn") is None:
+        raise ConfigError(
+            "`atcache demo` needs scikit-learn for its handwritten digits, which is not installed. Install it with "
+            "pip install 'atcache[demo]'."
+        )
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -152,27 +162,43 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
 
     digits = cast("Any", load_digits())
     order = np.random.RandomState(0).permutation(len(digits.target))
-    tars: list[Path] = []
+    tars = _digit_tars(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (("train", order[:NUM_TRAIN]), ("val", order[NUM_TRAIN:])):
-        tars.append(folder / f"{name}-000000.tar")
-        with TarWriter(str(tars[-1]), mtime=0) as writer:
+    for tar, chosen in zip(tars, (order[:NUM_TRAIN], order[NUM_TRAIN:]), strict=True):
+        with TarWriter(str(tar), mtime=0) as writer:
             for sample in chosen:
                 buffer = io.BytesIO()
                 grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)
                 Image.fromarray(grey_HW).convert("RGB").save(buffer, "PNG")
                 record = {"png": buffer.getvalue(), "cls": str(digits.target[sample])}
                 writer.write({"__key__": f"digit-{sample:04d}", **record})
-    return tars[0], tars[1]
+    return tars
+
+
+def _digit_tars(folder: Path) -> tuple[Path, Path]:
+    return folder / "train-000000.tar", folder / "val-000000.tar"
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier demo's folder; refuse anybody else's."""
-    if not out.exists():
-        return
-    if any(out.iterdir()) and not (out / "digits").is_dir():
+    """Make the folder, or remove what an earlier demo made in it; refuse anybody else's."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, expected a folder. Give another --out.")
+    marker = out / _MARKER
+    if out.exists() and any(out.iterdir()) and not marker.is_file():
         raise ConfigError(f"{out} exists and was not made by `atcache demo`. Give another --out.")
-    shutil.rmtree(out)
+    make_folder(out)
+    marker.touch()
+    # Only what a demo makes goes, name by name: the folder may hold work of the user's by now.
+    digits, runs = out / "digits", out / "runs"
+    of_modes = [path for mode in MODES for path in runs.glob(f"{mode}-*") if path.name[len(mode) + 1 :].isdecimal()]
+    for path in (*(out / name for name in _MADE), *_digit_tars(digits), *of_modes):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in (digits, runs):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _pretrain(config: DemoConfig, train_tar: Path, announce: Callable[[str], None]) -> Path:

@@ -30,6 +30,7 @@ from ..build.codec import check_has_values
 from ..build.plan import plan_layout
 from .config import PlanConfig
 from .steps import StudentSteps, seconds_a_call
+from .verdict import UNLIMITED, CodecCost
 
 _PACKED_VIEWS = 8
 
@@ -44,23 +45,6 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CodecMeasures:
-    """One codec setting on the user's images. Speeds are None where they are not wanted."""
-
-    codec: str
-    nbytes_per_view: int
-    map_nbytes_per_view: int
-    state_nbytes: int
-    """Fitted arrays, kept once."""
-    row_kl_nats: float
-    injected_error: float
-    student_img_per_s: float | None
-    encode_img_per_s: float | None
-    compress_img_per_s: float | None
-    unpack_img_per_s: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
     """What was measured with models, on this machine. Speeds are None where they are not wanted."""
 
@@ -72,7 +56,8 @@ class Measures:
     """The same student without a teacher."""
     load_img_per_s: float | None
     shares_processors: bool
-    codecs: tuple[CodecMeasures, ...]
+    costs: tuple[CodecCost, ...]
+    """One a codec setting; the speed of the disk is still to be measured."""
 
 
 def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) -> Measures:
@@ -109,10 +94,10 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
         live = LiveFactors(dict(zip(geometry.layers, layers, strict=True)))
         student_img_per_s = steps.img_per_s(config.mode, lambda: live)
         scratch_img_per_s = steps.img_per_s("scratch", lambda: None)
-    codecs: list[CodecMeasures] = []
+    costs: list[CodecCost] = []
     for text in _codecs_to_measure(config, geometry):
         say(f"calibrating codec {text}")
-        codecs.append(_measure_codec(config, text, bench, num_samples, steps, timed=timed))
+        costs.append(_measure_codec(config, text, bench, num_samples, steps, timed=timed))
     threads = torch.get_num_threads() + config.num_workers
     return Measures(
         device=str(run.device),
@@ -121,7 +106,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
         scratch_img_per_s=scratch_img_per_s,
         load_img_per_s=config.num_workers / bench.views.render_s if timed else None,
         shares_processors=timed and run.device.type == "cpu" and threads > (os.cpu_count() or 1),
-        codecs=tuple(codecs),
+        costs=tuple(costs),
     )
 
 
@@ -176,9 +161,9 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
 
 def _measure_codec(
     config: PlanConfig, text: str, bench: _Bench, num_samples: int, steps: StudentSteps | None, *, timed: bool
-) -> CodecMeasures:
-    """Calibrate one codec as a build does, and time it."""
-    run, geometry, policy = bench.run, bench.capture.geometry, bench.policy
+) -> CodecCost:
+    """Calibrate one codec as a build does, and time it. What is assumed stands in place of what was measured."""
+    run, geometry, policy, assumed = bench.run, bench.capture.geometry, bench.policy, config.assumed
     calibration = calibrate(
         run,
         parse_codec(text),
@@ -196,7 +181,7 @@ def _measure_codec(
         layers = run.factors(bench.capture, bench.pixels_BHWC)
         encode_img_per_s = len(bench.pixels_BHWC) / seconds_a_call(lambda: coder.encode(layers), run.device)
         compress_img_per_s, unpack_img_per_s = _packing_img_per_s(config, layout, calibration)
-    student_img_per_s = None
+    student_img_per_s = assumed.student_img_per_s
     if steps is not None:
         codes_BLTC = _to_length(calibration.codes_BLTC, config.batch_size)
         if run.device.type == "cuda":
@@ -206,17 +191,19 @@ def _measure_codec(
             return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
 
         student_img_per_s = steps.img_per_s(steps.mode, decoded)
-    return CodecMeasures(
+    assert student_img_per_s is not None, "measured where it is not assumed"
+    return CodecCost(
         codec=text,
-        nbytes_per_view=nbytes_per_view,
-        map_nbytes_per_view=geometry.map_nbytes,
-        state_nbytes=calibration.state_nbytes,
-        row_kl_nats=calibration.row_kl_nats,
-        injected_error=calibration.injected_error,
+        nbytes_per_view=assumed.nbytes_per_view or nbytes_per_view,
+        read_nbytes_per_s=assumed.read_nbytes_per_s or UNLIMITED,
         student_img_per_s=student_img_per_s,
-        encode_img_per_s=encode_img_per_s,
+        encode_img_per_s=assumed.encode_img_per_s or encode_img_per_s,
         compress_img_per_s=compress_img_per_s,
         unpack_img_per_s=unpack_img_per_s,
+        state_nbytes=calibration.state_nbytes,
+        map_nbytes_per_view=geometry.map_nbytes,
+        row_kl_nats=calibration.row_kl_nats,
+        injected_error=calibration.injected_error,
     )
 
 

@@ -19,11 +19,10 @@ from atcache.images.source import SampleIndex, index_source
 
 from .config import PlanConfig
 from .disk import DiskProbe, existing_folder
-from .measure import CodecMeasures, Measures, Say, measure
-from .verdict import DISK, Assessment, CodecCost, Decision, Machine, Workload, assess, decide, size
+from .measure import Measures, Say, measure
+from .verdict import DISK, UNLIMITED, Assessment, CodecCost, Decision, Machine, Workload, assess, decide, size
 
 _MUCH_STATE = 0.02  # share of a cache from which on its state is mentioned
-_UNLIMITED = float("inf")  # a disk's speed before it has been looked at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +124,7 @@ def _machine(config: PlanConfig, measures: Measures | None) -> Machine:
         teacher_img_per_s=teacher,
         student_img_per_s=student,
         load_img_per_s=assumed.load_img_per_s or (measures and measures.load_img_per_s),
-        write_nbytes_per_s=assumed.write_nbytes_per_s or _UNLIMITED,
+        write_nbytes_per_s=assumed.write_nbytes_per_s or UNLIMITED,
         free_nbytes=assumed.free_nbytes or shutil.disk_usage(existing_folder(config.out)).free,
         shares_processors=measures is not None and measures.shares_processors,
     )
@@ -133,39 +132,19 @@ def _machine(config: PlanConfig, measures: Measures | None) -> Machine:
 
 def _costs(config: PlanConfig, measures: Measures | None) -> list[CodecCost]:
     assumed = config.assumed
-    read_nbytes_per_s = assumed.read_nbytes_per_s or _UNLIMITED
     if measures is not None:
-        return [_cost(config, codec, read_nbytes_per_s) for codec in measures.codecs]
+        return list(measures.costs)
     assert assumed.nbytes_per_view is not None, "or it would have been measured"
     assert assumed.student_img_per_s is not None, "or it would have been measured"
     return [
         CodecCost(
             codec=config.codec[0] if config.codec else None,
             nbytes_per_view=assumed.nbytes_per_view,
-            read_nbytes_per_s=read_nbytes_per_s,
+            read_nbytes_per_s=assumed.read_nbytes_per_s or UNLIMITED,
             student_img_per_s=assumed.student_img_per_s,
             encode_img_per_s=assumed.encode_img_per_s,
         )
     ]
-
-
-def _cost(config: PlanConfig, measured: CodecMeasures, read_nbytes_per_s: float) -> CodecCost:
-    assumed = config.assumed
-    student_img_per_s = assumed.student_img_per_s or measured.student_img_per_s
-    assert student_img_per_s is not None, "measured where it is not assumed"
-    return CodecCost(
-        codec=measured.codec,
-        nbytes_per_view=assumed.nbytes_per_view or measured.nbytes_per_view,
-        read_nbytes_per_s=read_nbytes_per_s,
-        student_img_per_s=student_img_per_s,
-        encode_img_per_s=assumed.encode_img_per_s or measured.encode_img_per_s,
-        compress_img_per_s=measured.compress_img_per_s,
-        unpack_img_per_s=measured.unpack_img_per_s,
-        state_nbytes=measured.state_nbytes,
-        map_nbytes_per_view=measured.map_nbytes_per_view,
-        row_kl_nats=measured.row_kl_nats,
-        injected_error=measured.injected_error,
-    )
 
 
 def _with_disk(

@@ -19,6 +19,8 @@ Verdict = Literal["pays", "too late", "slower", "does not fit"]
 """`too late`: only after more epochs than are planned; `slower`: never, an epoch from the cache takes no less."""
 
 DISK = "the disk"
+UNLIMITED = float("inf")
+"""A disk's speed before it has been looked at."""
 # A cache whose total time is within this factor of the best is as good; the smallest of those is taken.
 _AS_GOOD = 1.05
 

@@ -219,7 +219,7 @@ class _Run:
             self.step = contents["step"]
             self.model.load_state_dict(contents["model"])
             self.optimizer.load_state_dict(contents["optimizer"])
-            self.losses = contents.get("losses", [])  # checkpoints of the first versions have none
+            self.losses = contents["losses"]
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from atcache.errors import CorruptCacheError
 from atcache.feed.batch import Batch
 from atcache.files.durable import write_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,8 +35,6 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, first_step: int, validates_first_step: bool = False) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / METRICS_FILE
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
         rewritten: list[dict[str, Any]] = []
@@ -39,7 +43,7 @@ class MetricsLog:
             kept = [row for row in kept if row["step"] < first_step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=first_step + (not validates_first_step))
+        self._board = _open_board(folder, purge_step=first_step + (not validates_first_step))
         for row in rewritten:
             values = {name: value for name, value in row.items() if name not in ("kind", "step")}
             self.write("train", first_step, values)
@@ -48,8 +52,9 @@ class MetricsLog:
         """Add the values of one step; `kind` is "train" or "validation"."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +63,29 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _open_board(folder: Path, *, purge_step: int) -> SummaryWriter | None:
+    """A writer of TensorBoard's events from `purge_step` on; None where TensorBoard is not installed."""
+    if not _has_tensorboard():
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+@cache
+def _has_tensorboard() -> bool:
+    """Whether it is installed. The first question is answered to the user too."""
+    if find_spec("tensorboard") is not None:
+        return True
+    logging.getLogger(__name__).info(
+        f"NOTE: TensorBoard is not installed: metrics are written to {METRICS_FILE} only. For TensorBoard too, "
+        "pip install 'atcache[tensorboard]'."
+    )
+    return False
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -97,7 +97,6 @@ def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[s
     elif stored == asked:
         return
     elif _first_of(_SAVED, folder):
-        _settle_precision_of_first_versions(stored, asked)
         differences = {
             name: values
             for name, values in find_differences(stored, asked).items()
@@ -128,13 +127,6 @@ def settle_precision(asked: str, settings: object, device: torch.device) -> str:
 
 def _first_of(names: Sequence[str], folder: Path) -> str | None:
     return next((name for name in names if (folder / name).exists()), None)
-
-
-def _settle_precision_of_first_versions(stored: dict[str, Any], asked: Mapping[str, Any]) -> None:
-    """Take what is asked for where runs of the first versions say "auto", which could be anything."""
-    settings, wanted = (record.get("settings", record) for record in (stored, asked))
-    if isinstance(settings, dict) and settings.get("precision") == "auto":
-        settings["precision"] = wanted.get("precision")
 
 
 def _is_below(name: str, prefix: str) -> bool:

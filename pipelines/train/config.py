@@ -278,8 +278,4 @@ class TrainConfig:
             del settings[name]
         if self.stream_seed == self.seed:
             settings["order_seed"] = None
-        if self.mix_prob == 1:
-            del settings["mix_prob"]  # runs of the first versions have none
-        if self.beta2 is None:
-            settings["beta2"] = 0.999  # what runs of the first versions say; an optimiser's own is in its checkpoint
         return settings

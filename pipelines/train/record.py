@@ -46,15 +46,9 @@ class RunRecord:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RunRecord:
         """The record `to_json` came from."""
-        rest = dict(fields)
-        teacher = None if rest["teacher"] is None else TeacherRecord.from_json(rest["teacher"])
-        # Runs of the first versions say which layers were transferred; each went to its like, with all heads.
-        layers, pairing = rest.pop("layers", None), rest.pop("pairing", None)
-        if pairing is not None:
-            pairing = Pairing.from_json(pairing)
-        elif teacher is not None and layers is not None:
-            pairing = Pairing.equal(teacher.geometry, layers)
-        values: dict[str, Any] = {**rest, "pairing": pairing, "teacher": teacher}
+        teacher = None if fields["teacher"] is None else TeacherRecord.from_json(fields["teacher"])
+        pairing = None if fields["pairing"] is None else Pairing.from_json(fields["pairing"])
+        values: dict[str, Any] = {**fields, "pairing": pairing, "teacher": teacher}
         return cls(**values)
 
 

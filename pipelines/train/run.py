@@ -27,8 +27,6 @@ from .loop import train_to_the_end
 from .student_run import DivergedError, TrainingRun
 from .summary import SweepResult, TrainSummary, read_finished
 
-__all__ = ["SweepResult", "TrainConfig", "TrainSummary", "train", "train_sweep"]
-
 
 def train(config: TrainConfig) -> TrainSummary:
     """Train a student, or continue.

@@ -118,7 +118,7 @@ class TrainingRun:
             return
         contents = load_checkpoint(self.checkpoint, self.device)
         self.step = contents["step"]
-        self._seconds_before = contents.get("seconds", 0.0)  # those of the first versions have none
+        self._seconds_before = contents["seconds"]
         self.student.module.load_state_dict(contents["module"])
         self.optimizer.load_state_dict(contents["optimizer"])
         if self.ema is not None:
@@ -143,6 +143,7 @@ class TrainingRun:
         Raises:
             DivergedError: the loss is no number any more.
         """
+        lr = self.lr()  # before the step, which sets the next one's
         losses = self.train_step(batch)
         logs = self.step % LOG_EVERY == 0 or self.is_done
         # Before a validation, which may fail for its images.
@@ -155,7 +156,7 @@ class TrainingRun:
             self.loss = values["loss"]
             self._refuse_divergence()
             if logs:
-                reports.write("train", self.step, {**values, "lr": self.lr(), **speed.values()})
+                reports.write("train", self.step, {**values, "lr": lr, **speed.values()})
         if saves and self.ranks.leads:
             self.save(speed)
 
@@ -269,7 +270,7 @@ class TrainingRun:
         return summary
 
     def lr(self) -> float:
-        """The learning rate of the last block's weights: the highest under layer decay."""
+        """The next step's learning rate for the last block's weights: the highest under layer decay."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _refuse_divergence(self) -> None:

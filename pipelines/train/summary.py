@@ -25,8 +25,8 @@ class TrainSummary:
     num_samples: int
     loss: float
     """The mean over the last tenth of the logged steps; of a distilled student with its attention loss."""
-    label_loss: float | None
-    """The same of the labels' part alone, which students of all modes have; None in runs of the first versions."""
+    label_loss: float
+    """The same of the labels' part alone, which students of all modes have."""
     validation: Score | None
     """At the end; None without validation data."""
     seconds: float
@@ -45,7 +45,6 @@ class TrainSummary:
         """The summary `to_json` came from."""
         score = fields["validation"]
         values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
-        values.setdefault("label_loss", None)
         return cls(**values)
 
 

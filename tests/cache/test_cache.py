@@ -86,21 +86,21 @@ def build(path, tars, *, pixels=None, geometry=GEOMETRY, num_tasks=None, codec="
     create_cache(path, layout, attributes, index, {}, BIAS_LHQK.numpy())
     renderer = Renderer(source, POLICY, skip_bad=False)
     for task in layout.tasks()[:num_tasks]:
-        with TaskWriter(path, layout, task) as writer:
-            for sample in range(task.start, task.stop):
-                if sample == BAD_SAMPLE:
-                    writer.add(sample, status=Status.UNDECODABLE)
-                    continue
-                view = renderer.render(sample, task.view)
-                writer.add(
-                    sample,
-                    status=Status.STORED,
-                    parameters_P=view.parameters_P,
-                    pixel_hash=view.pixel_hash,
-                    chunks=encode_view(layout, codes_VSLTC[task.view][sample]),
-                    pixels_chunk=None if pixels is None else encode_pixels(layout, view.pixels_HWC),
-                )
-            writer.commit({"row_kl_nats": 0.0})
+        writer = TaskWriter(path, layout, task)
+        for sample in range(task.start, task.stop):
+            if sample == BAD_SAMPLE:
+                writer.add(sample, status=Status.UNDECODABLE)
+                continue
+            view = renderer.render(sample, task.view)
+            writer.add(
+                sample,
+                status=Status.STORED,
+                parameters_P=view.parameters_P,
+                pixel_hash=view.pixel_hash,
+                chunks=encode_view(layout, codes_VSLTC[task.view][sample]),
+                pixels_chunk=None if pixels is None else encode_pixels(layout, view.pixels_HWC),
+            )
+        writer.commit({"row_kl_nats": 0.0})
     if num_tasks is None:
         finish_cache(path)
     return path

@@ -302,6 +302,25 @@ def test_tars_can_be_named_in_every_way(tmp_path, monkeypatch):
     assert [path.name for path in expand_tars(str(paths[1]))] == ["t-01.tar"]
 
 
+def test_braces_stand_with_stars_and_folders_too(tmp_path, monkeypatch):
+    for name in ("a-0", "a-1", "b-0", "c-0", "x/d-0", "y/e-0", "y/e-1", "{f}-0", "g\\-0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / f"{name}.tar", sample("k"))
+    monkeypatch.chdir(tmp_path)
+    for data, expected in (
+        ("{b,a}-*.tar", ["b-0", "a-0", "a-1"]),
+        ("{c-0,a-*}.tar", ["c-0", "a-0", "a-1"]),
+        ("{x,y}/*-0.tar", ["d-0", "e-0"]),
+        ("{y,x}", ["e-0", "e-1", "d-0"]),
+        ("{f}-*.tar", ["{f}-0"]),
+        ("{f}-0.tar", ["{f}-0"]),
+        ("g\\-*.tar", ["g\\-0"]),
+    ):
+        assert [path.stem for path in expand_tars(data)] == expected
+    with pytest.raises(SourceError, match=r"1 of the 3 tars of .* are missing, the first is .*v-\*\.tar"):
+        expand_tars("{a,v}-*.tar")
+
+
 def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
     write_tar(tmp_path / "t-00.tar", sample("a"))
     (tmp_path / "other").mkdir()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,7 +23,9 @@ from PIL import Image
 
 from atcache.cli.pack import pack as pack_command
 from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.files.durable import only_writer
 from atcache.images.source import Source, index_source
+from atcache.images.tars import expand_tars, pack_folder
 from atcache.pipelines import pack as pipeline
 from atcache.pipelines.pack import PackConfig, pack, plan_pack
 
@@ -161,6 +169,100 @@ def test_a_disk_that_fills_up_leaves_no_tars(folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"no space left in .*out for \d+ bytes\. Nothing was kept", done.stdout)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def pack_and_die(config, at) -> int | None:
+    """Pack in a process that kills itself just before its change number `at` of a folder; its exit code."""
+
+    def run():
+        changes = itertools.count()
+
+        def kill(event, arguments):
+            # Files are opened to be written too, which is a change of their folder.
+            changes_folder = event in CHANGES or (event == "open" and str(config.out) in str(arguments[0]))
+            if changes_folder and next(changes) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        pack(config)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def content_of(out) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("classes_are_there", [False, True])
+def test_a_pack_killed_at_any_moment_is_done_again_by_the_same_command(folder, tmp_path, classes_are_there):
+    whole = PackConfig(data=folder, out=tmp_path / "whole", samples_per_tar=4)
+    pack(whole)
+    of_others = {"notes.txt": b"x", "train.tar": b"x", "val-000000.tar": b"x"}
+    if classes_are_there:
+        of_others["classes.txt"] = (whole.out / "classes.txt").read_bytes()
+    num_refused = 0
+    for at in itertools.count():
+        config = replace(whole, out=tmp_path / f"out-{at}")
+        config.out.mkdir()
+        for name, content in of_others.items():
+            (config.out / name).write_bytes(content)
+        killed = pack_and_die(config, at)
+        expected = {**of_others, **content_of(whole.out)}
+        found = content_of(config.out)
+        assert {name: found[name] for name in of_others} == of_others
+        tars = [name for name in found if name.startswith("train-")]
+        if killed == 0:
+            assert found == expected
+            break
+        assert killed == -signal.SIGKILL
+        try:
+            for data in (config.out, config.out / "train-*.tar", config.out / "train-{000000..000000}.tar"):
+                expand_tars(data)
+            is_finished = bool(tars)
+        except SourceError as error:
+            is_finished = False
+            num_refused += "Run the same command again" in str(error)
+        if is_finished:  # what may be used is complete, and as usual not overwritten
+            assert {name: content for name, content in found.items() if content is not None} == expected
+            with pytest.raises(SourceError, match="already holds 3 tars"):
+                pack(config)
+        else:
+            pack(config)
+        assert content_of(config.out) == expected
+    assert at > 10
+    assert num_refused >= 3
+
+
+def test_a_killed_pack_takes_back_only_its_own_tars(folder, tmp_path):
+    config = PackConfig(data=folder, out=tmp_path / "out", samples_per_tar=4)
+    at = 0
+    while len(list(config.out.glob("train-*.tar"))) != 2:
+        shutil.rmtree(config.out, ignore_errors=True)
+        assert pack_and_die(config, at) == -signal.SIGKILL
+        at += 1
+    (config.out / "train-000001.tar").write_bytes(b"somebody else's by now")
+    with pytest.raises(SourceError, match=r"already holds 1 tars .* such as train-000001\.tar"):
+        pack(config)
+    assert (config.out / "train-000001.tar").read_bytes() == b"somebody else's by now"
+
+
+def test_two_packs_of_one_name_do_not_meet(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.1)
+    config = PackConfig(data=folder, out=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    pack_folder(config.out, "train").mkdir()
+    with (
+        only_writer(pack_folder(config.out, "train")),
+        pytest.raises(ConfigError, match=r"another process is writing .*out/\.train\.atcache-pack"),
+    ):
+        pack(config)
+    pack(config)
 
 
 def test_what_cannot_be_packed_is_said(folder, tmp_path):

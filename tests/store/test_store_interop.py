@@ -59,23 +59,23 @@ def cache(request, tmp_path_factory):
     create_cache(path, layout, {"teacher": "tiny"}, index, {"steps": steps}, np.ones((6, 2, 7, 7), np.float32))
     rng = np.random.default_rng(0)
     for task in layout.tasks():
-        with TaskWriter(path, layout, task) as writer:
-            for sample in range(task.start, task.stop):
-                if sample == BAD_SAMPLE:
-                    writer.add(sample, status=Status.UNDECODABLE)
-                    continue
-                codes_LTC = rng.integers(0, 40, (6, 7, 40)).astype(codes_dtype)
-                pixels_HWC = rng.integers(0, 256, (16, 12, 3)).astype(np.uint8)
-                writer.add(
-                    sample,
-                    status=Status.STORED,
-                    parameters_P=rng.normal(size=3).astype(np.float32),
-                    pixel_hash=int(rng.integers(0, 2**63)) * 2 + 1,
-                    # Sample 0 is all zeros, the fill value: its chunks must be there all the same.
-                    chunks=encode_view(layout, codes_LTC * (sample > 0)),
-                    pixels_chunk=encode_pixels(layout, pixels_HWC),
-                )
-            writer.commit({})
+        writer = TaskWriter(path, layout, task)
+        for sample in range(task.start, task.stop):
+            if sample == BAD_SAMPLE:
+                writer.add(sample, status=Status.UNDECODABLE)
+                continue
+            codes_LTC = rng.integers(0, 40, (6, 7, 40)).astype(codes_dtype)
+            pixels_HWC = rng.integers(0, 256, (16, 12, 3)).astype(np.uint8)
+            writer.add(
+                sample,
+                status=Status.STORED,
+                parameters_P=rng.normal(size=3).astype(np.float32),
+                pixel_hash=int(rng.integers(0, 2**63)) * 2 + 1,
+                # Sample 0 is all zeros, the fill value: its chunks must be there all the same.
+                chunks=encode_view(layout, codes_LTC * (sample > 0)),
+                pixels_chunk=encode_pixels(layout, pixels_HWC),
+            )
+        writer.commit({})
     finish_cache(path)
     return path
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,6 +34,36 @@ def test_a_continued_run_drops_what_came_after_its_checkpoint(tmp_path):
     write_steps(tmp_path, 3, 4, offset=0.5)
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path, "train")] == [(1, 1), (2, 2), (3, 3), (4, 4.5)]
     assert [row["step"] for row in read_metrics(tmp_path, "validation")] == [4]
+
+
+def test_without_tensorboard_metrics_are_written_and_that_is_said_once(tmp_path):
+    code = """if True:
+        import logging, sys
+        from importlib.machinery import PathFinder
+        from pathlib import Path
+
+        class Hidden(PathFinder):
+            @classmethod
+            def find_spec(cls, name, path=None, target=None):
+                return None if name.partition(".")[0] == "tensorboard" else PathFinder.find_spec(name, path, target)
+
+        sys.meta_path[sys.meta_path.index(PathFinder)] = Hidden
+        from atcache.pipelines.running.metrics import MetricsLog
+        logging.basicConfig(format="%(message)s", level=logging.INFO)
+        for folder in ("a", "b"):
+            Path(folder).mkdir()
+            with MetricsLog(Path(folder), first_step=0) as log:
+                log.write("train", 1, {"loss": 0.5})
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "NOTE: TensorBoard is not installed: metrics are written to metrics.jsonl only. For TensorBoard too, "
+        "pip install 'atcache[tensorboard]'.\n"
+    )
+    for folder in ("a", "b"):
+        assert read_metrics(tmp_path / folder) == [{"kind": "train", "step": 1, "loss": 0.5}]
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}'])

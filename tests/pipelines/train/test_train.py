@@ -232,7 +232,31 @@ def test_the_learning_rate_rises_and_falls_to_its_end(config_for):
     assert max(rates) < 1e-2 * 48 / 256
     assert rates[0] > 0.98 * 1e-2 * 48 / 256  # warm-up is over after 5 epochs, which are 5 steps
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(1e-5)
+    assert 1e-5 < rates[-1] < 1.2e-5  # of the last step, which comes just before the end of the cosine
+
+
+def test_the_logged_learning_rate_is_the_one_that_was_used(config_for):
+    config = config_for("scratch", steps=20, batch_size=24, min_lr=0.0)
+    run = training_of(config)
+    used: dict[int, float] = {}
+
+    def note_rate(optimizer, *_):
+        used[run.step + 1] = optimizer.param_groups[-1]["lr"]
+
+    run.optimizer.register_step_pre_hook(note_rate)
+    for batch in batches_of(run, stop_step=20):
+        run.train_step(batch)
+    train(config)
+    assert {row["step"]: row["lr"] for row in read_metrics(config.out, "train")} == {10: used[10], 20: used[20]}
+    assert used[20] > 0
+
+
+def test_a_beta2_given_later_is_another_run(config_for):
+    for optimizer in ("lion", "adamw"):  # lion's own is 0.99
+        config = config_for("scratch", steps=2, optimizer=optimizer)
+        train(config)
+        with pytest.raises(CacheMismatchError, match=r"another run: --beta2 is None there and 0\.999 here"):
+            train(replace(config, beta2=0.999))
 
 
 def test_biases_and_norms_are_not_decayed(config_for):
@@ -313,12 +337,6 @@ def test_a_run_keeps_the_precision_it_was_begun_in(config_for):
     begun = config_for("copy", steps=2, precision="auto")
     train(begun)
     assert recorded_precision(begun) in ("fp32", "bf16")
-    # Runs of the first versions did not say what "auto" was; they go on, and say it from then on.
-    file = config.out / "run.json"
-    file.write_text(file.read_text().replace('"precision": "fp32"', '"precision": "auto"'))
-    assert recorded_precision(config) == "auto"
-    assert train(config) == summary
-    assert recorded_precision(config) == "fp32"
 
 
 def recorded_precision(config) -> str:

@@ -343,18 +343,18 @@ def rewrite_task(path, *, codes=None, pixels=None) -> None:
     layout, commit = reader.layout, read_commit(path, TASK)
     codes = codes or (lambda sample: reader.read_codes(1, sample))
     pixels = pixels or (lambda sample: reader.read_pixels(1, sample))
-    with TaskWriter(path, layout, commit.task) as writer:
-        for sample in range(commit.task.start, commit.task.stop):
-            rgb = None if layout.rgb is None else compress(pixels(sample), ZSTD)
-            writer.add(
-                sample,
-                status=reader.status(1, sample),
-                parameters_P=reader.parameters(1, sample),
-                pixel_hash=reader.pixel_hash(1, sample),
-                chunks=encode_view(layout, codes(sample)),
-                pixels_chunk=rgb,
-            )
-        writer.commit(commit.quality)
+    writer = TaskWriter(path, layout, commit.task)
+    for sample in range(commit.task.start, commit.task.stop):
+        rgb = None if layout.rgb is None else compress(pixels(sample), ZSTD)
+        writer.add(
+            sample,
+            status=reader.status(1, sample),
+            parameters_P=reader.parameters(1, sample),
+            pixel_hash=reader.pixel_hash(1, sample),
+            chunks=encode_view(layout, codes(sample)),
+            pixels_chunk=rgb,
+        )
+    writer.commit(commit.quality)
     finish_cache(path)
 
 
