@@ -1,1 +1,5 @@
-"""Pretrain: makes a teacher of any plain timm ViT."""
+"""Pretrain: make a teacher from any timm ViT, on images without labels.
+
+- `run`: the whole training, which can be stopped and continued
+- `autoencoder`: the masked autoencoder that is trained
+"""
