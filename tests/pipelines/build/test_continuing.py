@@ -44,6 +44,8 @@ def test_a_build_killed_at_20_moments_equals_one_in_one_go(config, tmp_path):
         if exit_code == 0:
             assert differences(killed.out, config.out) == []
             started += 1
+        if not num_partly_done:
+            whole_s *= 1.1  # a machine that has become slower since would be killed before its first commit for ever
     build(killed)
     for path in (tmp_path / "killed").iterdir():
         assert path.suffix == ".zarr", "temp folders are left"
