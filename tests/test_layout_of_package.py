@@ -35,7 +35,10 @@ def too_long(paths: list[Path], most: int) -> list[str]:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_folder_lists_its_modules_and_nothing_else(folder):
     init = folder / "__init__.py"
-    assert sorted(listed(ast.get_docstring(ast.parse(init.read_text())) or "")) == sorted(beside(init))
+    names = listed(ast.get_docstring(ast.parse(init.read_text())) or "")
+    missing, invented = set(beside(init)) - set(names), set(names) - set(beside(init))
+    assert (missing, invented) == (set(), set()), f"{init} does not list {missing} and invents {invented}"
+    assert len(names) == len(set(names)), "each once"
 
 
 def test_modules_are_short_enough_to_read():
