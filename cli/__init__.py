@@ -1,1 +1,17 @@
-"""The `atcache` command: one file a sub-command."""
+"""The `atcache` command: one file for each sub-command.
+
+- `main`: find the sub-command, import only that one, and turn errors into messages
+- `plan`: `atcache plan`
+- `build`: `atcache build`
+- `info`: `atcache info`
+- `verify`: `atcache verify`
+- `train`: `atcache train`
+- `evaluate`: `atcache eval`
+- `pretrain`: `atcache pretrain`
+- `pack`: `atcache pack`
+- `demo`: `atcache demo`
+- `fields`: click options made from the fields of a config
+- `options`: options that several commands share
+- `defaults`: defaults for options, from a TOML file
+- `sweep`: the file that lists the students of a sweep
+"""

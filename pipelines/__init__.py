@@ -1,1 +1,15 @@
-"""Pipelines: a config, a pure plan, idempotent tasks, a run."""
+"""What the commands do. Each has a config and a function that runs it, which Python can call as well.
+
+- `pack`: make tars from a folder of images
+- `plan/`: what a cache would cost, and whether it would pay
+- `build/`: run the teacher once and store its attention
+- `verify/`: check that a cache is what its build wrote
+- `train/`: train students
+- `evaluate/`: accuracy and loss of finished runs
+- `pretrain/`: make a teacher from any timm ViT
+- `demo/`: all of it on handwritten digits, in minutes
+- `api`: what the commands do, as functions to call
+- `options`: the options of a command, written once as the fields of its config
+- `running/`: what every long run needs
+- `fidelity`: how far decoded maps are from the teacher's, and when to warn
+"""

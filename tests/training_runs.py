@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from atcache.feed.loader import BatchStream
-from atcache.pipelines.running.metrics import MetricsLog, Speed
+from atcache.pipelines.running.metrics import MetricsLog, Speed, read_metrics
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import begin_run
 from atcache.pipelines.train.student_run import Reports, TrainingRun
@@ -66,3 +66,28 @@ def assert_equal_weights(config, other):
     ours, theirs = weights_of(config), weights_of(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+CPU = torch.device("cpu")
+
+
+def losses_of(config) -> list[float]:
+    return [row["loss"] for row in read_metrics(config.out, "train")]
+
+
+def training_of(config) -> TrainingRun:
+    """The state of a run before its first step."""
+    (data,) = open_training_data([config], CPU)
+    return TrainingRun(config, data, CPU)
+
+
+def batches_of(run, stop_step=1):
+    """The first batches of a run's stream."""
+    data = run.data
+    return iter(BatchStream(data.views, data.label_S, data.order, num_steps=stop_step))
+
+
+def images_of(run, batch) -> torch.Tensor:
+    """The student's input, normalised by hand."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (run.student.input.mean, run.student.input.std))
+    return (batch.pixels_BHWC.permute(0, 3, 1, 2) / 255 - mean) / std

@@ -1,1 +1,14 @@
-"""The only part of atcache that knows Zarr: layout, writer, commit records, reader."""
+"""The format on disk, and the only part of atcache that knows Zarr: writing, reading and checking a cache.
+
+- `layout`: which arrays a cache has, how they are cut into shards and chunks, and which task writes what
+- `writer`: create a cache, write one task at a time, finish it
+- `reader`: read the codes and pixels of one sample
+- `manifest`: commit records, which say which tasks are done
+- `metadata`: the zarr.json files of a cache, and the checksum over what they say
+- `tables`: arrays written once: samples, the codec's state, the teacher's bias
+- `chunks`: chunks and shard indexes as bytes
+- `shard_file`: write one shard
+- `open_shards`: shards that are open for reading, a limited number of them
+- `shard_check`: check every byte of one shard
+- `audit`: what is wrong with metadata, tables and files
+"""

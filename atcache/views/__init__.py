@@ -1,1 +1,12 @@
-"""Fixed augmentations of samples: drawn once, stored as numbers, replayed exactly."""
+"""Views: fixed augmentations of a sample, drawn once, stored as numbers and replayed exactly.
+
+- `policy`: how the views of a cache are drawn, and the names of their numbers
+- `draw`: draw the numbers of one view
+- `philox`: the random words that views are drawn from
+- `randaugment`: the operations of RandAugment
+- `mixing`: Mixup and CutMix as part of a view
+- `apply`: make the pixels of a view from an image and the view's numbers
+- `rendering`: views from stored samples, drawn for the first time or replayed and checked
+- `kept`: keep in memory what was read, up to a limit
+- `jitter`: change the colours of a student's images during training
+"""

@@ -1,1 +1,9 @@
-"""Plan: says what a cache would take and whether it would pay."""
+"""Plan: what a cache would cost, and whether it would pay.
+
+- `config`: what a plan is asked for, and what it is told instead of measuring it
+- `run`: the whole plan, from start to end
+- `verdict`: does a cache pay? Arithmetic on speeds and sizes
+- `measure`: sizes, fidelity and speeds, measured with the models
+- `steps`: how long a student's training step takes
+- `disk`: how fast a disk writes and reads
+"""

@@ -1,1 +1,10 @@
-"""What every long run needs: its folder, processes, checkpoints, metrics, progress, interrupts."""
+"""What every long run needs: its folder, processes, checkpoints, metrics and progress, and how it is stopped.
+
+- `run_folder`: a folder belongs to one run, and one process at a time works in it
+- `run_files`: the names of the files in that folder
+- `checkpoint`: save the state of a run and load it again
+- `interrupts`: stop between two steps at Ctrl-C or SIGTERM
+- `metrics`: the numbers of a run, in a file and for TensorBoard
+- `progress`: tell a person how far a run is
+- `ranks`: several processes that work together, as `torchrun` starts them
+"""

@@ -1,0 +1,28 @@
+"""`atcache train` takes every field of the config and prints the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from click.testing import CliRunner
+
+from atcache.cli.main import cli
+from atcache.pipelines.train.config import TrainConfig
+
+
+def test_every_field_of_the_config_is_an_option_of_the_command():
+    options = {parameter.name for parameter in cli.get_command(None, "train").params}
+    assert options == {field.name for field in dataclasses.fields(TrainConfig)} | {"sweep"}
+
+
+def test_the_command_prints_the_summary(tiny_cache, tmp_path):
+    arguments = ["train", "--mode", "copy", "--cache", str(tiny_cache()), "--out", str(tmp_path / "run")]
+    arguments += ["--val-cache", str(tiny_cache(policy="eval")), "--steps", "4", "--batch-size", "24"]
+    done = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert (summary["mode"], summary["steps"], summary["validation"]["num_samples"]) == ("copy", 4, 48)
+    refused = CliRunner().invoke(cli, [*arguments, "--device", "cpu", "--precision", "fp32", "--seed", "1"])
+    assert refused.exit_code == 1
+    assert "--seed is 0 there and 1 here" in refused.stderr

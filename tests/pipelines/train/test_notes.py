@@ -1,0 +1,81 @@
+"""What a user should know of a run is said, and nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from training_runs import CPU, training_of, weights_of
+
+from atcache.feed.order import choose_subset
+from atcache.images.source import index_source
+from atcache.pipelines.train.data import open_training_data
+from atcache.pipelines.train.run import train
+
+
+def test_an_average_over_more_steps_than_the_run_has_is_warned_of(config_for, capsys):
+    config = config_for("scratch", ema=0.99, steps=20)
+    train(config)
+    expected = (
+        "NOTE: --ema 0.99 averages over about 100 steps and the run has 20: 82% of what is validated and saved are"
+    )
+    assert expected in capsys.readouterr().err
+    train(config_for("scratch", ema=0.8, steps=20))
+    assert "NOTE" not in capsys.readouterr().err
+
+
+def test_missing_components_are_warned_about(config_for, tiny_vit, capsys):
+    config = config_for("distill", student=f"{tiny_vit},init_values=0.1", steps=1)
+    (note,) = open_training_data([config], CPU)[0].notes
+    assert note.startswith("WARNING: the student's architecture differs from the teacher's: ")
+    assert "LayerScale" in note
+    assert note.endswith("leave --student out to use the teacher's own architecture.")
+    train(config)
+    assert note in capsys.readouterr().err
+    others = config_for("distill", student=tiny_vit), config_for("scratch", student=f"{tiny_vit},init_values=0.1")
+    assert [open_training_data([other], CPU)[0].notes for other in others] == [(), ()]
+
+
+def test_the_labels_say_how_many_classes_a_student_has(config_for, tiny_vit, capsys):
+    for num_classes in (5, 0, 10):
+        student = tiny_vit.replace("num_classes=10", f"num_classes={num_classes}")
+        config = config_for("copy", student=student, steps=1)
+        train(config)
+        assert weights_of(config)["head.bias"].shape == (10,)
+        said = "NOTE: the student's num_classes=5 is not used: the labels are of 10 classes, from 0." in (
+            capsys.readouterr().err.splitlines()
+        )
+        assert said == (num_classes == 5)
+
+
+def test_a_validation_that_says_little_is_noted(config_for, tiny_cache, digits_tars, tiny_vit, capsys):
+    fresh = {"cache": None, "student": tiny_vit, "steps": 1, "val_data": str(digits_tars[0])}
+    train(config_for("scratch", **fresh, data=str(digits_tars[0])))
+    assert "NOTE: the run is validated on images that it is trained on" in capsys.readouterr().err
+    train(config_for("scratch", **fresh, data=str(digits_tars[1]), subset=10, batch_size=5))
+    said = capsys.readouterr().err
+    assert "validated on images that it is trained on" not in said
+    train(config_for("copy", steps=1, val_cache=tiny_cache(policy="eval")))
+    assert "NOTE: the run is validated on images that it is trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("views", "steps", "warns"), [(1, 60, False), (1, 64, True), (2, 64, False)])
+def test_too_few_views_for_so_many_epochs_are_noted(views, steps, warns, config_for, tiny_cache):
+    run = training_of(config_for("copy", cache=tiny_cache(views=views), steps=steps))  # an epoch is two steps
+    expected = (
+        "NOTE: the cache has 1 view of an image, which the run shows 32 times each: students may learn them by heart. "
+        "Build it with more --views, or vary what is seen with --student-jitter."
+    )
+    assert (expected in run.notes) == warns
+    assert warns or not run.notes
+
+
+def test_validation_images_of_classes_that_were_not_trained_on_are_counted(config_for, digits_tars, tiny_vit, capsys):
+    index = index_source(str(digits_tars[0]))
+    few = {"data": str(digits_tars[0]), "subset": 3, "batch_size": 3}
+    config = config_for("scratch", cache=None, student=tiny_vit, steps=1, val_data=str(digits_tars[1]), **few)
+    seen = index.label_S[choose_subset(index.label_S, np.arange(16), 3, config.seed)]
+    num_unseen = int((~np.isin(index_source(str(digits_tars[1])).label_S, seen)).sum())
+    train(config)
+    assert (
+        f"NOTE: {num_unseen} of 16 validation images are of classes without a training image" in capsys.readouterr().err
+    )
