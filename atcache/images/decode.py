@@ -38,8 +38,8 @@ def decode_image(data: bytes, *, where: str) -> Image:
         image = _open(data)
         if image is None:
             raise BadImageError(
-                f"{where}: not a JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}). Convert it or take "
-                "it out of the tar."
+                f"{where}: not a JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}). Convert it, or "
+                "take it out of the tar."
             )
         if math.prod(image.size) > MAX_PIXELS:
             raise BadImageError(

@@ -170,12 +170,12 @@ def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
         file = open_file(path)
     except OSError as error:
         raise SourceError(
-            f"{path} cannot be opened: {error.strerror}. If the tars were moved, say where they are now."
+            f"{path} cannot be opened: {error.strerror}. If the tars were moved, name their new folder as the data."
         ) from error
     if file.nbytes != expected_nbytes:
         raise SourceError(
-            f"{path} has changed: it has {file.nbytes} bytes, but had {expected_nbytes} when it was indexed. Restore it, "
-            "or index again."
+            f"{path} has changed: it has {file.nbytes} bytes, but had {expected_nbytes} when it was indexed. Restore "
+            "it, or index again."
         )
     if expected_version and file.version != expected_version:
         raise SourceError(f"{path} has changed on the server since it was indexed. Start again.")
@@ -235,7 +235,7 @@ class Source:
         return any(isinstance(tar, Url) for tar in self.index.tars)
 
     def expect(self, sample_S: np.ndarray) -> None:
-        """Start to fetch those of these samples whose tars are remote, and do not wait. `sample_S` are positions."""
+        """Start to fetch these samples (positions in the index) if their tars are remote, without waiting for them."""
         index = self.index
         if self.is_remote:
             for sample in sample_S[index.nbytes_S[sample_S] > 0].tolist():

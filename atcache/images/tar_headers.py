@@ -96,8 +96,8 @@ def read_members(path: Location, file: RangeFile) -> Iterator[TarMember]:
             continue
         if kind == b"S":
             raise DamagedTarError(
-                f"{path}: the member at byte {start} is a sparse file, which cannot be read in place. Make the tar again "
-                "without sparse files.",
+                f"{path}: the member at byte {start} is a sparse file, which cannot be read in place. Make the tar "
+                "again without sparse files.",
                 name,
             )
         if kind in _REGULAR and not is_folder and not extension.is_sparse and _is_safe(name):
@@ -164,8 +164,8 @@ def _extend(path: Location, file: RangeFile, kind: bytes, start: int, nbytes: in
     """`extension`, updated with what the extension header at `start` says."""
     if nbytes > _MAX_EXTENSION_NBYTES:
         raise DamagedTarError(
-            f"{path}: the extension header at byte {start} has {nbytes} bytes, expected at most {_MAX_EXTENSION_NBYTES}. "
-            "Make the tar again with shorter names."
+            f"{path}: the extension header at byte {start} has {nbytes} bytes, expected at most "
+            f"{_MAX_EXTENSION_NBYTES}. Make the tar again with shorter names."
         )
     body = file.pread(nbytes, start)
     if kind == b"K":  # a long link name, and links are left out

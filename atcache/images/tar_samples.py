@@ -90,8 +90,8 @@ class _Sample:
             found = ", ".join(sorted({extension.decode(errors="replace") for extension in self.extensions}))
             self.blame(
                 Problem.NO_IMAGE,
-                f"has no image: its extensions are {found or 'none'}, expected one of {', '.join(IMAGE_EXTENSIONS)} (the "
-                "extension begins at the first dot of the file name, so a key cannot contain dots)",
+                f"has no image: its extensions are {found or 'none'}, expected one of {', '.join(IMAGE_EXTENSIONS)} "
+                "(the extension begins at the first dot of the file name, so a key cannot contain dots)",
             )
         elif labels_required and self.label < 0:
             self.blame(Problem.NO_LABEL, "has no label (.cls). Add it, or run without labels")
@@ -187,7 +187,8 @@ def _is_utf8(key: bytes) -> bool:
 def _check_key(path: Location, key: bytes) -> None:
     if len(key) > _MAX_KEY_NBYTES:
         raise SourceError(
-            f"{path}: a key has {len(key)} bytes ({key[:40]!r}...), expected at most {_MAX_KEY_NBYTES}. Rename the member."
+            f"{path}: a key has {len(key)} bytes ({key[:40]!r}...), expected at most {_MAX_KEY_NBYTES}. Rename the "
+            "member."
         )
     if not _is_utf8(key):
         raise SourceError(f"{path}: key {key!r} is not UTF-8. Rename the member.")

@@ -48,8 +48,8 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
     for path in tars:
         if path.name in seen:
             raise SourceError(
-                f"two tars are called {path.name} ({seen[path.name]} and {path}), but a sample is identified by the name "
-                "of its tar and its key. Rename one."
+                f"two tars are called {path.name} ({seen[path.name]} and {path}), but a sample is identified by its "
+                "tar's name and its key. Rename one."
             )
         seen[path.name] = path
     return tars
@@ -63,7 +63,7 @@ def _expand(spec: str) -> Sequence[Location]:
     paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
     if len(missing) == len(paths):
-        raise SourceError(f"{spec!r} does not match any file. Check the folder ({path.parent}) and the pattern.")
+        raise SourceError(f"{spec!r} matches no file. Check the folder ({path.parent}) and the pattern.")
     if missing:
         raise SourceError(
             f"{len(missing)} of the {len(paths)} tars of {spec!r} are missing, the first is {missing[0]}. Copy them "
@@ -108,12 +108,13 @@ def _list_tars(url: Url) -> list[Url]:
     """The tars in a folder on a server, or those that match a shell pattern, in the order of their names."""
     if not url.can_list:
         raise SourceError(
-            f"{url} is not a .tar, and a web server cannot list a folder. Name the tars, as URL/train-{{0000..0146}}.tar."
+            f"{url} is not a .tar, and a web server cannot list a folder. Name the tars, such as "
+            "URL/train-{0000..0146}.tar."
         )
     folder, pattern = (url.parent, url.name) if glob.has_magic(url.name) else (url, "*.tar")
     names = [name for name in list_files(folder) if "/" not in name and fnmatchcase(name, pattern)]
     if not names:
-        raise SourceError(f"{str(url)!r} does not match any file on the server. Check the folder and the pattern.")
+        raise SourceError(f"{str(url)!r} matches no file on the server. Check the folder and the pattern.")
     return [folder / name for name in names]
 
 

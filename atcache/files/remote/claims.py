@@ -53,7 +53,7 @@ class Claims:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, _place(key))
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
         except OSError:
-            return  # the system may report a deadlock, because it looks at processes, not threads; the caller tries again
+            return  # the system may see a deadlock, as it looks at processes, not threads; the caller tries again
 
 
 def _place(key: bytes) -> int:
