@@ -341,7 +341,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
         ("https://x/tars", "is not a .tar, and a web server cannot list a folder"),
         (tmp_path / "x.tar.gz", "is compressed. Decompress it first"),
         (tmp_path / "x.txt", "is not a .tar file"),
-        (tmp_path / "y.png", "Run `atcache pack`"),
+        (tmp_path / "y.png", "is an image. To make tars, run `atcache pack`"),
         (tmp_path / "images", "looks like an image folder. Run `atcache pack"),
         (tmp_path / "empty", "holds no tars"),
         ([], "no tars were given"),
