@@ -1,4 +1,4 @@
-"""Token layout: which rows and columns of a map are prefix tokens and which are patches. Pure arithmetic."""
+"""Token layout: which rows and columns of a map are prefix tokens, and which are patches."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class TokenLayout:
     """The order of a ViT's tokens: prefix tokens (CLS, registers) first, then the patches row by row."""
 
     num_prefix_tokens: int
-    """How many tokens come before the first patch; 0 for models that pool their patches."""
+    """The number of tokens before the first patch; 0 for models that pool their patches."""
     grid_height: int
-    """Patch rows."""
+    """The number of patch rows."""
     grid_width: int
-    """Patches in a row."""
+    """The number of patches in a row."""
 
     def __post_init__(self) -> None:
         if self.num_prefix_tokens < 0 or self.grid_height < 1 or self.grid_width < 1:
             raise ConfigError(
-                f"token layout of {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
+                f"the token layout has {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
                 f"{self.grid_width}: expected at least 0 prefix tokens and a grid of at least 1 x 1."
             )
 
     @property
     def num_patches(self) -> int:
-        """Patches in the grid.
+        """The number of patches in the grid.
 
         >>> TokenLayout(num_prefix_tokens=1, grid_height=14, grid_width=14).num_patches
         196
@@ -45,5 +45,5 @@ class TokenLayout:
 
     @classmethod
     def from_json(cls, fields: dict[str, int]) -> TokenLayout:
-        """The layout `to_json` came from."""
+        """The layout that `to_json` turned into `fields`."""
         return cls(**fields)

@@ -421,9 +421,9 @@ def test_an_object_store_is_listed_so_caches_there_may_be_incomplete(server, tin
         ("pipe:cat /etc/passwd", r"cannot be read: expected a path"),
         ("https://me:secret@host/a.zarr", r"^https://host/a.zarr: a URL must have no password"),
         ("https://host/a.zarr?sig=secret", r"^https://host/a.zarr: a URL must have no password, query"),
-        ("s3://bucket/../other/a.zarr", r"is no place on a server"),
-        ("https://host/a%2F..%2Fb", r"is no place on a server"),
-        ("s3:///a.zarr", r"names no host or bucket"),
+        ("s3://bucket/../other/a.zarr", r"is not a path on a server"),
+        ("https://host/a%2F..%2Fb", r"is not a path on a server"),
+        ("s3:///a.zarr", r"does not name a host or bucket"),
         (Path("s3://bucket/a.zarr"), r"was a URL before it became a Path"),
     ],
 )
@@ -454,10 +454,10 @@ def test_a_size_or_folder_that_cannot_be_is_refused(server, monkeypatch, tmp_pat
     with pytest.raises(AtcacheError, match="ATCACHE_BLOCKS_GIB='much': expected a number of GiB"):
         open_url(server, "file")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0")
-    with pytest.raises(AtcacheError, match="0 bytes hold no blocks; expected at least 1 MiB"):
+    with pytest.raises(AtcacheError, match="0 bytes are too few for any block; expected at least 1 MiB"):
         open_url(server, "file")
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "1")
     monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(tmp_path / "a file"))
-    with pytest.raises(AtcacheError, match=r"a file cannot keep what is read from servers: .*ATCACHE_BLOCKS_DIR"):
+    with pytest.raises(AtcacheError, match=r"a file cannot store what is read from servers: .*ATCACHE_BLOCKS_DIR"):
         open_url(server, "file")

@@ -185,7 +185,7 @@ except DiskFullError as error:
     print(error)
 """
     result = run_python(code, tmp_path / "cache.zarr")
-    assert "What was stored before is valid; make room and run the same command again" in result.stdout
+    assert "What was stored before is valid. Free some space and run the same command again" in result.stdout
     assert not list(tmp_path.rglob("*.partial"))
     assert issubclass(DiskFullError, OSError)
 

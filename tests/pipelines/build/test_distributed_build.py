@@ -144,7 +144,7 @@ def test_an_error_is_told_once_whoever_has_it(config, tmp_path, capfd):
     broken = replace(config, data=str(write_tar(tmp_path / "bad.tar", images)), calibration_samples=1)
     assert sorted(in_two_processes(partial(build, broken))) == [1, 3]
     error = capfd.readouterr().err
-    assert error.count("told:") == error.count("key 'sample-030': no JPEG, PNG") == 1
+    assert error.count("told:") == error.count("key 'sample-030': not a JPEG, PNG") == 1
     nowhere = replace(config, data="nowhere.tar")
     assert in_two_processes(partial(build, nowhere)) == [3, 1]
     assert capfd.readouterr().err.count("told:") == 1
