@@ -192,8 +192,8 @@ def mix_pixels(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The mixed view, a new uint8 array.
 
-    With a box, the pixels in it are the partner's. Without one, each value is
-    (w * own + (65536 - w) * partner + 32768) >> 16 with w = 65536 * share: the blend, rounded to the nearest, halves up.
+    With a box, the pixels in it are the partner's. Without one, each value is the blend
+    (w * own + (65536 - w) * partner + 32768) >> 16 with w = 65536 * share: rounded to the nearest, halves up.
     """
     if mix.height:
         mixed_HWC = own_HWC.copy()
