@@ -1,4 +1,4 @@
-"""Finds what in a cache's metadata, tables and files differs from what a build writes. Only reads; returns sentences."""
+"""Finds what differs from a build's output in a cache's metadata, tables and files. Only reads; returns sentences."""
 
 from __future__ import annotations
 
