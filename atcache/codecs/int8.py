@@ -15,7 +15,7 @@ from atcache.codecs.base import Codec, Coder, State, only_factors
 from atcache.errors import CodecError
 
 _LARGEST_CODE = 127
-_SCALE_NBYTES = 2  # a float16, stored as two int8 codes behind the vectors' codes
+_SCALE_NBYTES = 2  # a float16, stored as two int8 codes after the vectors' codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -270,7 +270,7 @@ class StoreLayout:
 
     @property
     def pixel_hash(self) -> ArraySpec:
-        """`views/pixel_hash`: hash of each augmented image; 0 where there is none."""
+        """`views/pixel_hash`: hash of each augmented image; 0 if there is none."""
         return self._views_array("pixel_hash", "uint64")
 
     @property

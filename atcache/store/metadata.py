@@ -41,7 +41,7 @@ def seal_holds(values: Mapping[str, Any]) -> bool:
 
 
 ATTRIBUTES = "atcache"
-"""The key in the root group's attributes under which atcache keeps all of its own."""
+"""The key in the root group's attributes under which all of atcache's attributes are."""
 
 
 def read_root(path: Location | str) -> tuple[dict[str, Any], StoreLayout]:

@@ -76,7 +76,7 @@ class CacheReader:
 
     @property
     def is_remote(self) -> bool:
-        """Whether reading asks a server."""
+        """Whether the cache is read from a server."""
         return isinstance(self.path, Url)
 
     @property
@@ -108,7 +108,7 @@ class CacheReader:
             layers: a range of rows along L, without a step; None for all.
 
         Returns:
-            codes_LTC: a new array. If chunks are stored transposed, it is so in memory too: each component's tokens lie
+            codes_LTC: a new array. If chunks are stored transposed, so is its memory: each component's tokens are
             together.
 
         Raises:

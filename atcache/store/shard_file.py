@@ -48,6 +48,7 @@ class ShardFile:
     def place(self) -> None:
         """Give the sealed shard its name."""
         self._partial.replace(self.path)
+        # A rename survives a power cut only once its folder is on the disk.
         fsync_path(self.path.parent)
 
     def discard(self) -> None:

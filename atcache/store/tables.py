@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 65_536
 MAX_KEY_NBYTES = 4096
+# Limits on what a damaged or hostile cache can make a reader allocate.
 MAX_ARRAY_NBYTES = 2**34
 MAX_STATE_NBYTES = 2**31
 """Limit for a codec's fitted arrays together. Codec transform's take a few hundred MB for a ViT-g."""
 
 SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
-"""Columns of the sample table beside `key`."""
+"""Columns of the sample table except `key`."""
 
 _STATE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
@@ -71,6 +72,7 @@ def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tupl
     from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
     row_nbytes = math.prod(values.shape[1:]) * values.itemsize
+    # At most 64 MiB in a chunk, but at least one row.
     num_rows = max(1, min(ROWS_PER_CHUNK, 2**26 // max(1, row_nbytes), *values.shape[:1]))
     array = zarr.create_array(
         store=str(root),
@@ -83,7 +85,7 @@ def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tupl
         compressors=[ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
         fill_value=0,
         dimension_names=dimension_names,
-        config={"write_empty_chunks": True},
+        config={"write_empty_chunks": True},  # readers take a missing file for damage, not for a chunk of zeros
     )
     array[...] = values
 

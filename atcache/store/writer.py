@@ -60,7 +60,7 @@ def create_cache(
     Args:
         path: the folder to create.
         layout: the cache's arrays.
-        attributes: members of `attributes["atcache"]` beside format, layout and completeness; JSON values.
+        attributes: members of `attributes["atcache"]` in addition to format, layout and completeness; JSON values.
         index: the samples, `layout.num_samples` of them.
         state: the codec's arrays, float32.
         bias_LHQK: the teacher's bias for the stored layers and heads, float32, if it has one.
@@ -199,10 +199,10 @@ class TaskWriter:
         Args:
             sample: its index in the source; must be the one after the last added.
             status: a `Status`; not PENDING.
-            parameters_P: the view's drawn parameters, float32; None for all 0, when the sample could not be read.
-            pixel_hash: hash of the augmented image; 0 when there is none.
-            chunks: from `encode_view`; exactly when `status` is STORED.
-            pixels_chunk: from `encode_pixels`; exactly when `status` is STORED and the layout stores pixels.
+            parameters_P: the view's drawn parameters, float32; None if the sample could not be read, stored as zeros.
+            pixel_hash: hash of the augmented image; 0 if there is none.
+            chunks: from `encode_view`; given if and only if `status` is STORED.
+            pixels_chunk: from `encode_pixels`; given if and only if `status` is STORED and the layout stores pixels.
         """
         layout, row = self._layout, sample - self.task.start
         is_stored = status == Status.STORED
@@ -235,7 +235,7 @@ class TaskWriter:
 
         Args:
             quality: finite numbers measured on the task, by name.
-            num_checked: views they were measured on.
+            num_checked: how many views they were measured on.
 
         Returns:
             The commit as recorded.
@@ -251,6 +251,8 @@ class TaskWriter:
             try:
                 for name, array in values.items():
                     self._shards[name].append(0, self._encoders[name].encode(array))
+                # All shards are on the disk before any gets its name, and the record is written last: whatever a record
+                # names is complete.
                 records = {name: shard.seal() for name, shard in self._shards.items()}
                 self._forget_old_commit()
                 for shard in self._shards.values():
@@ -272,7 +274,7 @@ class TaskWriter:
         return commit
 
     def _forget_old_commit(self) -> None:
-        # A task written again may differ in bytes (another device): its old record must not vouch for new shards.
+        # A task written again may have other bytes (from another device), so its old record must not cover new shards.
         old = commit_path(self._root, self.task)
         if old.exists():
             old.unlink()

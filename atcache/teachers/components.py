@@ -15,7 +15,7 @@ _Check = Callable[[nn.Module, list[nn.Module]], bool]
 
 
 def component_differences(teacher_model: nn.Module, student_model: nn.Module) -> list[str]:
-    """One sentence for each component that only one of the two timm models has; empty where they match.
+    """One sentence for each component in which the two timm models differ; empty if they match.
 
     >>> import timm
     >>> plain = timm.create_model("vit_tiny_patch16_224", depth=1)

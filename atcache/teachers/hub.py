@@ -12,7 +12,7 @@ _REACH_TIMEOUT_S = 10.0
 
 
 def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
-    """The file of a timm model's weights on this machine, and a name for where it came from.
+    """The file of a timm model's weights on this machine, and the name of its source.
 
     A copy that was downloaded before is taken without using the network.
 

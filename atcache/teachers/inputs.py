@@ -87,7 +87,7 @@ def normalise_images(
         pixels_BHWC: uint8; converted only on the device, so that the copy is small.
         mean: mean of each channel, in 0..1.
         std: standard deviation of each channel, in 0..1.
-        device: where the result is wanted.
+        device: the device of the result.
     """
     pixels_BCHW = pixels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
     return (pixels_BCHW - _of_channels(mean, str(device))) / _of_channels(std, str(device))

@@ -170,7 +170,7 @@ def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _without_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without those of MAE's decoder."""
+    """The weights without MAE's decoder."""
     decoder = [name for name in weights if name.startswith("decoder")]
     if decoder:
         # The mask token is part of the decoder. timm would take a file that has one for a file of DINOv2.
