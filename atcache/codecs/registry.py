@@ -24,14 +24,14 @@ def parse_codec(text: str) -> Codec:
     ExactCodec(dtype='float32')
 
     Raises:
-        CodecError: no such codec, or no such field.
+        CodecError: there is no such codec, or it has no such field.
     """
     name, _, arguments = text.partition(":")
     fields: dict[str, Any] = {}
     for argument in filter(None, arguments.split(",")):
         key, equals, value = argument.partition("=")
         if not equals:
-            raise CodecError(f"codec {text!r}: {argument!r} is no field=value.")
+            raise CodecError(f"codec {text!r}: {argument!r} is not of the form field=value.")
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

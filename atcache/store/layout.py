@@ -1,4 +1,6 @@
-"""The shape of a cache: which arrays it has, how they are cut into shards and chunks, which task writes what. Pure."""
+"""The shape of a cache: which arrays it has, how they are cut into shards and chunks, which task writes what.
+
+Pure functions of numbers: nothing here reads or writes files."""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ FORMAT = 1
 """The format number this version writes and reads; `docs/format.md` says what it means."""
 
 CODES_DTYPES = ("int8", "uint8", "int16", "int32")
-"""Integers every Zarr v3 library reads."""
+"""Integer types that every Zarr v3 library reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,7 @@ COMPRESSORS: Mapping[str, Compressor] = {
     "transpose-blosc-zstd-shuffle": Compressor(shuffle="shuffle", is_transposed=True),
     "transpose-blosc-zstd-bitshuffle": Compressor(shuffle="bitshuffle", is_transposed=True),
 }
-"""By the names caches record, fastest to read first. Which is smallest depends on the codes: a build measures."""
+"""By the names that caches record, fastest to read first. A build measures which is smallest for its codes."""
 
 # Limits that no real cache comes near. They keep a damaged or hostile layout from asking for absurd memory.
 MAX_CHUNK_NBYTES = 2**30
@@ -92,7 +94,7 @@ class Task:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the block; fewer in the last one of a view."""
+        """Samples in the block; the last block of a view may have fewer."""
         return self.stop - self.start
 
 
@@ -112,7 +114,7 @@ class ArraySpec:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of one decompressed chunk, always: chunks that stick out of the array are padded."""
+        """Bytes of any decompressed chunk: chunks that reach beyond the array are padded to the full size."""
         return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -137,7 +139,7 @@ class ArraySpec:
 
     @property
     def max_encoded_nbytes(self) -> int:
-        """More than any encoded chunk can have: zstd and blosc add less than this to incompressible data."""
+        """An upper bound for an encoded chunk: zstd and blosc add less than this to incompressible data."""
         return self.chunk_nbytes + self.chunk_nbytes // 64 + 1024
 
     def shard_file(self, task: Task) -> str:
@@ -151,7 +153,7 @@ class ArraySpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreLayout:
-    """The numbers every array of a cache follows from. Stored in the cache's attributes."""
+    """The numbers that determine every array of a cache. Stored in the cache's attributes."""
 
     num_views: int
     num_samples: int
@@ -171,7 +173,7 @@ class StoreLayout:
     pixels: tuple[int, int] | None = None
     """(height, width) of the stored images; None when views are replayed from the tars."""
     compressor: str = BLOSC
-    """How codes are compressed, one of `COMPRESSORS`. Which is smallest depends on the codes: measure."""
+    """How codes are compressed, one of `COMPRESSORS`."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -220,11 +222,11 @@ class StoreLayout:
         return -(-self.num_samples // self.samples_per_shard)
 
     def tasks(self) -> list[Task]:
-        """All tasks, views first, blocks of samples in order within."""
+        """All tasks: view by view, and block by block within a view."""
         return [self.task(view, block) for view in range(self.num_views) for block in range(self.num_blocks)]
 
     def task(self, view: int, block: int) -> Task:
-        """One task by its place."""
+        """The task of one view and block."""
         start = block * self.samples_per_shard
         return Task(view, block, start, min(start + self.samples_per_shard, self.num_samples))
 
@@ -268,7 +270,7 @@ class StoreLayout:
 
     @property
     def pixel_hash(self) -> ArraySpec:
-        """`views/pixel_hash`: hash of each augmented image; 0 where there is none."""
+        """`views/pixel_hash`: hash of each augmented image; 0 if there is none."""
         return self._views_array("pixel_hash", "uint64")
 
     @property
@@ -289,7 +291,10 @@ class StoreLayout:
         )
 
     def arrays(self) -> list[ArraySpec]:
-        """The arrays tasks write, in the order their shards are put in place: status last, so that it vouches."""
+        """The arrays that tasks write, in the order their shards are put in place.
+
+        Status is last: once its shard is there, the others are too.
+        """
         pixels = [] if self.rgb is None else [self.rgb]
         return [self.codes, *pixels, self.parameters, self.pixel_hash, self.status]
 
@@ -330,13 +335,13 @@ def _check_count(name: str, value: object, limit: int) -> None:
 def plan_samples_per_shard(
     nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = 8192
 ) -> int:
-    """Samples a task takes, so that its shard has about `target_nbytes`.
+    """How many samples a task takes, so that its shard has about `target_nbytes`.
 
     Args:
-        nbytes_per_view: bytes one sample of one view takes on disk, or before compression: the caller's choice.
+        nbytes_per_view: bytes of one view of one sample, on disk or before compression: the caller chooses.
         num_samples: samples in the source; a shard is never larger.
         target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
-        max_samples: bounds the index of a shard, and the work lost, where views are tiny.
+        max_samples: limits the index of a shard, and the work lost, if views are tiny.
 
     >>> plan_samples_per_shard(1_500_000, 1_281_167)
     178
@@ -347,7 +352,7 @@ def plan_samples_per_shard(
 def plan_layers_per_chunk(layer_nbytes: int, num_layers: int, target_nbytes: int = 32 * 2**10) -> int:
     """Layers in a chunk: the largest divisor of `num_layers` whose chunk stays within `target_nbytes`, or 1.
 
-    A chunk is what a reader decompresses at least, so one layer of a large model; small ones share a chunk, because
+    A reader decompresses at least one chunk, so a large layer has a chunk of its own. Small layers share one, because
     compressors do badly on a few hundred bytes.
 
     >>> plan_layers_per_chunk(4096, 12)

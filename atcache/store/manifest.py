@@ -1,4 +1,4 @@
-"""Commit records: one small JSON a finished task, written after its shards. They say what can be trusted."""
+"""Commit records: one small JSON file per finished task, written after its shards. Only these tasks are trusted."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """What one shard file must be."""
+    """The size and checksum that one shard file must have."""
 
     nbytes: int
     crc32: int
-    """zlib's, of the whole file. Not crc32c: what ends in its own crc32c has a constant one, so that a shard's crc32c
-    would depend on the lengths of its parts alone."""
+    """zlib's crc32 of the whole file. Not crc32c: bytes that end in their own crc32c all have the same one, so a
+    shard's would depend only on the lengths of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +45,11 @@ class Commit:
     num_stored: int
     """Samples with codes."""
     num_bad: int
-    """Samples without, whose status says why."""
+    """Samples without codes; their status says why."""
     quality: dict[str, Any]
     """Numbers the build measured on this task."""
     num_checked: int | None = None
-    """Views they were measured on; None in records that do not say."""
+    """How many views they were measured on; None in records that do not say."""
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +75,7 @@ class Commit:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Commit:
-        """The commit `to_json` came from; KeyError, TypeError or ValueError when it is none."""
+        """The commit that `to_json` was called on; KeyError, TypeError or ValueError if `values` is not one."""
         files = {
             str(name): FileRecord(nbytes=int(record["nbytes"]), crc32=int(record["crc32"]))
             for name, record in dict(values["files"]).items()
@@ -99,7 +99,7 @@ def commit_path(path: Location, task: Task) -> Location: ...
 
 
 def commit_path(path: Location, task: Task) -> Location:
-    """Where a task's commit record lies."""
+    """The path of a task's commit record."""
     return path / f"{COMMITS}/{task.name}.json"
 
 
@@ -109,14 +109,14 @@ def write_commit(path: Path | str, commit: Commit) -> None:
 
 
 def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
-    """Delete commit records, durably, so that the same build redoes their tasks. No other writer may be at work.
+    """Delete commit records, durably, so that the same build redoes their tasks. Nobody else may write meanwhile.
 
     Args:
         path: the cache.
-        names: names of tasks; those without a record are passed over.
+        names: names of tasks; those without a record are skipped.
 
     Returns:
-        The names whose record is gone now, in order.
+        The names whose record was deleted, in order.
     """
     folder = Path(path) / COMMITS
     deleted: list[str] = []
@@ -134,7 +134,7 @@ def list_commits(path: Location | str) -> set[str]:
     """Names of the committed tasks, from the folder's listing alone.
 
     Raises:
-        RemoteError: a web server, which cannot list.
+        RemoteError: the cache is on a web server, which cannot list files.
     """
     names = list_files(parse_location(path) / COMMITS)
     return {name.removesuffix(".json") for name in names if COMMIT_NAME.fullmatch(name)}
@@ -144,14 +144,14 @@ def read_commit(path: Location | str, name: str) -> Commit:
     """One commit record.
 
     Raises:
-        CorruptCacheError: it cannot be read, or is another task's.
+        CorruptCacheError: it cannot be read, or is the record of another task.
     """
     file = parse_location(path) / f"{COMMITS}/{name}.json"
     try:
         commit = Commit.from_json(json.loads(read_file(file)))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(
-            f"{file} is no commit record ({type(error).__name__}: {error}). Delete it and run the same "
+            f"{file} is not a commit record ({type(error).__name__}: {error}). Delete it and run the same "
             "`atcache build` command again: only this task is redone."
         ) from error
     if commit.task.name != name:
@@ -168,15 +168,15 @@ def read_commits(path: Location | str) -> dict[str, Commit]:
 
 
 def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
-    """What is wrong with a committed task, one sentence each; empty when it can be trusted.
+    """What is wrong with a committed task, one sentence each; empty if it can be trusted.
 
-    Looks at the size and the index of every shard. With `deep` also at every byte: the record's own checksum, the whole
-    files' checksums, every chunk's, that each decompresses to its size, and that status, chunks and counts agree.
-    Memory is one chunk.
+    Checks the size and the index of every shard. With `deep` it reads every byte and also checks the checksums of the
+    record, the files and the chunks, that each chunk decompresses to its size, and that status, chunks and counts
+    agree. Memory is one chunk.
     """
     task = commit.task
     if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
-        return [f"{commit_path(path, task)} is for {task}, which is no task of this cache."]
+        return [f"{commit_path(path, task)} is for {task}, which is not a task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
     if set(commit.files) != set(specs):
         return [f"{commit_path(path, task)} lists {sorted(commit.files)}, expected {sorted(specs)}."]
@@ -204,13 +204,13 @@ def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: b
 def _record_seal_holds(path: Location, task: Task) -> bool:
     try:
         record: Any = json.loads(read_file(commit_path(path, task)))
-    except (OSError, ValueError):  # it changed since it was read
+    except (OSError, ValueError):  # it was valid when `commit` was read from it, and has changed since
         return False
     return isinstance(record, dict) and seal_holds(cast("dict[str, Any]", record))
 
 
 def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
-    """Statuses that a finished task cannot have, and counts in the record that are not those of the statuses."""
+    """A sentence if there are statuses that a finished task cannot have, and one if the record counts other numbers."""
     task, file = commit.task, path / layout.status.shard_file(commit.task)
     rows_S, padding_S = status_S[: task.num_samples], status_S[task.num_samples :]
     problems: list[str] = []
@@ -229,9 +229,9 @@ def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S:
 def _check_presence(
     path: Location, spec: ArraySpec, task: Task, check: ShardCheck, is_stored_S: np.ndarray
 ) -> str | None:
-    """A shard that lacks what the statuses say is stored, or has what they say is not."""
+    """A sentence if a shard lacks views that the statuses say are stored, or has others; None if it is right."""
     if check.is_there_N is None:
-        return None  # its damage is named already
+        return None  # its damage is reported already
     if not spec.num_chunks_per_sample:
         return None if check.is_there_N.all() else f"{path / spec.shard_file(task)} lacks its only chunk."
     is_there_SN = check.is_there_N.reshape(-1, spec.num_chunks_per_sample)
@@ -240,9 +240,7 @@ def _check_presence(
     if not len(wrong_S):
         return None
     samples = name_samples((wrong_S + task.start).tolist())
-    return (
-        f"{path / spec.shard_file(task)} does not have just the views that are stored by their status: see {samples}."
-    )
+    return f"{path / spec.shard_file(task)} does not hold exactly the views whose status is STORED: see {samples}."
 
 
 def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
@@ -267,7 +265,7 @@ def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
 def summarise_quality(commits: Iterable[Commit]) -> dict[str, dict[str, float]]:
     """Mean and maximum of each number in the commits' `quality`.
 
-    The mean is weighted by the views that were looked at, or by the stored ones where a record does not say how many.
+    The mean is weighted by the number of views measured, or of views stored if any record does not say how many were.
     """
     commits = list(commits)
     all_say = all(commit.num_checked is not None for commit in commits)

@@ -1,4 +1,4 @@
-"""What caches and runs remember of a teacher, and checking that a loaded one is that teacher."""
+"""What caches and runs remember of a teacher, and a check that a loaded teacher is the same one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TeacherRecord:
     name: str
     """Its timm name with arguments."""
     weights_sha256: str
-    """Of the weights its maps depend on."""
+    """sha256 of the weights that its maps depend on."""
     precision: str
-    """torch's name of the type it computed in."""
+    """torch's name of the float type it computed in."""
     geometry: FactorGeometry
     """Shapes of its factors."""
 
@@ -43,10 +43,10 @@ class TeacherRecord:
         return cls(**values)
 
     def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
-        """A loaded teacher as it ran when the cache was built.
+        """The loaded teacher, to run in the precision in which the cache was built.
 
         Raises:
-            CacheMismatchError: it has other weights than the recorded ones.
+            CacheMismatchError: its weights are not the recorded ones.
         """
         if teacher.weights_sha256 != self.weights_sha256:
             raise CacheMismatchError(

@@ -13,7 +13,7 @@ from atcache.views.randaugment import FILL, RESAMPLE
 SPEC, MIXING_SPEC = 1, 2
 """Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
 
-Policies that mix are of the second, all others of the first: who knows no mixing must refuse only the former."""
+Policies that mix have the second, all others the first: a reader that cannot mix must refuse only those that mix."""
 PARAMETER_NAMES = (
     "crop_top",
     "crop_left",
@@ -34,8 +34,8 @@ PARAMETER_NAMES = (
     "erase_width",
     "erase_seed",
 )
-"""What the first numbers of `parameters_P` are, for every policy: all of them, unless views are mixed. Unused:
-operation -1, everything else 0. Whole numbers below 2**24 but for the arguments, so float32 holds them exactly."""
+"""Names of the first numbers of `parameters_P`, for every policy; all of them unless views are mixed. An unused
+operation is -1, everything else unused is 0. All but the arguments are whole numbers below 2**24, exact in float32."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -44,12 +44,12 @@ class ViewPolicy:
     """How the views of a cache are drawn."""
 
     name: PolicyName
-    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: that, RandAugment and
-    random erasing."""
+    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: the same crop and
+    flip, then RandAugment and random erasing."""
     seed: int = 0
-    """Any whole number from 0; with sample_key and view it decides everything."""
+    """Any whole number from 0; with sample_key and view it decides everything that is random."""
     image_height: int
-    """Height of the views, in pixels: what the teacher takes."""
+    """Height of the views, in pixels, as the teacher takes them."""
     image_width: int
     """Width of the views, in pixels."""
     interpolation: str = "bicubic"
@@ -57,7 +57,7 @@ class ViewPolicy:
     crop_pct: float = 0.875
     """`eval` only: the shortest side is resized to size / crop_pct before the centre is cut; timm's default."""
     mixing: MixPolicy | None = None
-    """How views are mixed with those of other samples; None for not at all."""
+    """How views are mixed with those of other samples; None if they are not mixed."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PolicyName):
@@ -75,11 +75,11 @@ class ViewPolicy:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """What the numbers of a stored view are."""
+        """Names of the numbers of a stored view, in order."""
         return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, with the spec version and its fixed choices; `mixing` only where there is."""
+        """The fields as JSON, with the spec version and its fixed choices; without `mixing` if views are not mixed."""
         fields = asdict(self)
         if self.mixing is None:
             del fields["mixing"]

@@ -348,7 +348,7 @@ def test_what_a_server_damaged_once_is_fetched_again_and_then_raised(server, tin
     expected = CacheReader(tiny_cache(codec="int8")).read_codes(0, 5)
     reader = CacheReader(url)
     server.fault = "garbage"
-    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S* is damaged: its index .* It is so on the server"):
+    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S* is damaged: its index .* The file on the server is"):
         reader.read_codes(0, 5)
     server.fault = ""  # what is kept locally is garbage with a good checksum of its own
     assert np.array_equal(reader.read_codes(0, 5), expected)

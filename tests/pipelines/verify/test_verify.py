@@ -68,7 +68,8 @@ def test_an_unfinished_cache_is_whole_as_far_as_it_is_built(cache):
     summary = look(cache)
     assert (messages(summary), summary.is_complete, summary.num_committed) == ([], False, 5)
     assert summary.notes == (
-        f"{cache} has shards without commit record, from {TASK} on (1 in all); the next build writes them again.",
+        f"{cache} has shards of tasks without a commit record, the first is {TASK} (1 in all); the next build writes "
+        "them again.",
         f"{cache}: 1 of 6 tasks are not built yet, the first is {TASK}.",
     )
 
@@ -161,7 +162,7 @@ def test_options_that_cannot_be_used_are_refused(cache):
     ):
         with pytest.raises(ConfigError, match=message):
             look(cache, **fields)
-    with pytest.raises(CacheMissError, match="is no cache"):
+    with pytest.raises(CacheMissError, match="is not a cache"):
         look(cache / "nowhere", repair=True)
 
 
