@@ -7,17 +7,17 @@
     cache = atcache.open("in1k.zarr")  # look at what is in it
     maps = cache.maps(layer=5)  # lazy: view, sample, head, query, key
     entropy_bits = atcache.stats.attention_entropy(maps[0, :100]).mean().compute()
-    batches = atcache.batches("in1k.zarr", epochs=30)  # or train it in a loop of your own
+    batches = atcache.batches("in1k.zarr", epochs=30)  # or train a student in a loop of your own
     student = atcache.make_student("in1k.zarr", "distill").to(batches.device)
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
 The functions `pack`, `pretrain`, `plan`, `build`, `verify`, `train` and `evaluate` do what the commands of the same
-names do. Every error that is a user's mistake or damaged data is an `AtcacheError`. `import atcache` takes no time:
-torch, timm, zarr and dask are imported by what needs them, when it is first used.
+names do. Every error that a user's mistake or damaged data causes is an `AtcacheError`. `import atcache` is fast:
+torch, timm, zarr and dask are imported only when something that needs them is first used.
 """
 
-# In the checkout atcache.pipelines lies beside this folder, where pyright does not find it by this name.
+# In the checkout, pipelines/ is next to this folder, so pyright cannot find it as atcache.pipelines.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What is imported when it is first asked for, and from where.
+# Public names that are imported on first use, and the module of each.
 _MODULE_OF = {
     **dict.fromkeys(
         ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"), "atcache.pipelines.api"
@@ -111,17 +111,17 @@ __all__ = [
 
 
 def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
-    """A cache, opened for reading: its maps, single views, and what it says of itself. See `Cache`.
+    """Open a cache for reading: its maps, single views, and what it records about itself. See `Cache`.
 
     Opening reads one small file, however large the cache is.
 
     Args:
         path: the cache's folder, or its URL.
-        data: where its tars lie now, if they were moved since the build and images are to be read from them.
+        data: where the cache's tars are now, if they were moved since the build. Only needed to read images from them.
 
     Raises:
         CacheMissError: there is no cache at this path.
-        CorruptCacheError: what it says of itself cannot be read.
+        CorruptCacheError: what the cache records about itself cannot be read.
 
     Example:
         cache = atcache.open("in1k.zarr")
@@ -133,14 +133,14 @@ def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None
     return Cache(path, data=data)
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of all public names
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
     if name == "stats":
         value = importlib.import_module("atcache.stats")
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module 'atcache' has no attribute {name!r}")
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # so that Python finds it without this function next time
     return value
 
 
