@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @options_from(PlanConfig)
 def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
-    """Say what a cache would take, and whether it would pay.
+    """Say what a cache would cost, and whether it would pay off.
 
     Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and writes nothing.
 
