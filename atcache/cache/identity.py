@@ -23,7 +23,7 @@ _MOST_PIXELS = 8192
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """Which of the teacher's attention was asked for."""
+    """Which part of the teacher's attention the user chose."""
 
     layers: tuple[int, ...] | str | None
     """Block indices; None for all. The first versions recorded the text that was typed."""
@@ -64,7 +64,7 @@ class CacheIdentity:
     pixels: Pixels
     """Whether the views' images are replayed or stored."""
     selection: Selection
-    """Which layers and heads were asked for, and whether v."""
+    """Which layers and heads were chosen, and whether v was."""
     codec: Mapping[str, Any]
     """The codec's name and fields, as JSON; `CacheRecord.make_codec` makes it."""
 

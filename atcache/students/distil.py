@@ -84,6 +84,6 @@ def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
     """Whether one pass for output and loss is faster than the fused call plus a pass for the loss: on CPUs, mostly.
 
     Measured by `benchmarks/kernels.py`, also with `--dtype bfloat16`: on CPUs it is slower only in float32 at 1,370
-    tokens. The one pass cannot do dropout.
+    tokens. The single pass cannot do dropout.
     """
     return call.query.device.type == "cpu" and call.dropout_p == 0
