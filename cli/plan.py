@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @options_from(PlanConfig)
 def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
-    """Say what a cache would take, and whether it would pay.
+    """Say what a cache would cost, and whether it would pay off.
 
     Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and writes nothing.
 
@@ -73,9 +73,9 @@ def _cache_table(plan: Plan) -> Table:
     from ..pipelines.plan.verdict import duration, number, size
 
     table = _table(
-        "What a cache would be", ["codec", "a view", "in all", "than float16 maps", "row KL", "features off"]
+        "What a cache would be", ["codec", "one view", "whole cache", "than float16 maps", "row KL", "features off"]
     )
-    for heading in ("encodes", "build", "build waits for"):
+    for heading in ("encodes", "build takes", "build limited by"):
         table.add_column(heading, justify="right")
     for one in plan.assessments:
         cost = one.cost
@@ -103,12 +103,12 @@ def _training_table(plan: Plan) -> Table:
 
     headings = [
         "training from",
-        "a step alone",
-        "needs",
+        "steps alone",
+        "must read",
         "disk reads",
         "one epoch",
-        "waits for",
-        "pays after",
+        "limited by",
+        "pays off after",
         "verdict",
     ]
     table = _table("What an epoch would take", headings)

@@ -1,4 +1,4 @@
-"""What two builds must agree in to be the same cache: its teacher, source, views, selection and codec."""
+"""What two builds must have in common to make the same cache: teacher, source, views, selection and codec."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from atcache.teachers.inputs import InputConfig
 from atcache.views.policy import INTERPOLATIONS, PolicyName, ViewPolicy
 
 Precision = Literal["float32", "bfloat16"]
-"""torch's names of the types a teacher may have computed in."""
+"""The types a teacher may have computed in, by torch's names."""
 Pixels = Literal["replay", "store"]
-"""Whether a cache's images are made again from its tars, or stored."""
+"""Whether a cache's images are replayed from its tars, or stored."""
 _MOST_PIXELS = 8192
+"""Largest height or width; no ViT's input comes near."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """Which of the teacher's attention was asked for."""
+    """Which part of the teacher's attention the user chose."""
 
     layers: tuple[int, ...] | str | None
-    """Block indices. The first versions recorded what was typed; None for all."""
+    """Block indices; None for all. The first versions recorded the text that was typed."""
     heads: tuple[int, ...] | str | None
-    """Head indices, likewise."""
+    """Head indices, in the same form."""
     store: Literal["v"] | None = None
-    """Whether v was to be stored too; caches from before that was possible say nothing of it."""
+    """Whether v was to be stored too. Caches from before that was possible do not record it."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -42,18 +43,18 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheIdentity:
-    """What two builds must agree in to be the same cache."""
+    """What two builds must have in common to make the same cache."""
 
     teacher: str
     """The teacher's timm name with arguments."""
     weights_sha256: str
-    """Of the weights its maps depend on."""
+    """SHA-256 of the weights that its maps depend on."""
     input: InputConfig
-    """How images became its input."""
+    """How images became the teacher's input."""
     precision: Precision
-    """What it computed in."""
+    """The type it computed in."""
     fingerprint: str
-    """Of the sample table."""
+    """Fingerprint of the sample table."""
     num_samples: int
     """Rows of the sample table."""
     policy: ViewPolicy
@@ -61,9 +62,9 @@ class CacheIdentity:
     num_views: int
     """Views of each sample."""
     pixels: Pixels
-    """What became of the views' images."""
+    """Whether the views' images are replayed or stored."""
     selection: Selection
-    """Which layers and heads were asked for, and whether v."""
+    """Which layers and heads were chosen, and whether v was."""
     codec: Mapping[str, Any]
     """The codec's name and fields, as JSON; `CacheRecord.make_codec` makes it."""
 
@@ -87,12 +88,12 @@ def parse_identity(about: Members, layout: StoreLayout, path: Location) -> Cache
     """The identity of a cache.
 
     Args:
-        about: its attributes.
-        layout: which they must agree with.
+        about: the cache's attributes.
+        layout: the cache's layout, which the attributes must agree with.
         path: the cache, for messages.
 
     Raises:
-        CorruptCacheError: as `CacheRecord.from_attributes`.
+        CorruptCacheError: as in `CacheRecord.from_attributes`.
     """
     teacher, source, views = (about.object(name) for name in ("teacher", "source", "views"))
     num_samples, num_views = source.count("num_samples", 1), views.count("num_views", 1)
@@ -151,8 +152,8 @@ def _parse_policy(policy: Members, layout: StoreLayout, path: Location) -> ViewP
         raise CorruptCacheError(f'{path}/zarr.json: "views.policy" cannot be used: {error}') from error
     if parsed.parameter_names != layout.parameter_names:
         raise CorruptCacheError(
-            f'{path}/zarr.json: "views.policy" draws {len(parsed.parameter_names)} parameters for a view, its layout '
-            f"has {len(layout.parameter_names)}, or others. Restore it from a copy, or build the cache anew."
+            f'{path}/zarr.json: "views.policy" draws {len(parsed.parameter_names)} parameters for a view, which are '
+            f"not the {len(layout.parameter_names)} of its layout. Restore it from a copy, or build the cache again."
         )
     return parsed
 
@@ -172,7 +173,7 @@ def _parse_selection(selection: Members) -> Selection:
 
 
 def _parse_codec(codec: Members) -> dict[str, Any]:
-    """The codec's name and fields, which the codec itself judges when it is made; here that they can be shown."""
+    """The codec's name and fields. Only that they can be shown is checked here; the codec checks the rest when made."""
 
     def is_plain(value: object) -> bool:
         if isinstance(value, float | int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The members of a JSON object in a cache's zarr.json: each has a type and a range, or is refused in a sentence."""
+"""Read the members of a JSON object in a cache's zarr.json, and refuse those of a wrong type or out of range."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, cast, final
 from atcache.errors import CorruptCacheError
 
 LARGEST_COUNT = 2**53
-"""Whole numbers up to here are exact in every JSON reader; no count of a real cache comes near."""
+"""Whole numbers up to this one are exact in every JSON reader; no count of a real cache comes near."""
 
 
 @final
 class Members:
-    """One JSON object of a file. Every method takes a member by its name, and refuses what it cannot be.
+    """One JSON object of a file. Its methods return a member by name, and refuse values that it cannot have.
 
     All raise CorruptCacheError, which names the file, the member by its dotted place, what was found and what was
-    expected. Whole numbers and numbers come back as JSON had them: 1 stays an int, 1.0 a float.
+    expected. Numbers come back as JSON had them: 1 stays an int, 1.0 stays a float.
     """
 
     def __init__(self, values: object, file: str, place: str = "") -> None:
         """Take an object.
 
         Args:
-            values: what JSON gave.
-            file: it was read from, for messages.
+            values: the parsed JSON.
+            file: where it was read from, for messages.
             place: its dotted place in the file, for messages; empty for the outermost one.
         """
         self._file, self._place = file, place
@@ -41,11 +41,11 @@ class Members:
         return list(self._values)
 
     def take(self, name: str, fits: Callable[[Any], bool], expected: str) -> Any:  # noqa: ANN401 - JSON
-        """A member that fits; `expected` says in words what does."""
+        """A member that `fits` accepts; `expected` says in words what that is."""
         if name not in self._values:
             raise CorruptCacheError(
-                f'{self._file} says nothing of "{self._where(name)}", expected {expected}. Restore it from a copy, or '
-                "build the cache anew."
+                f'{self._file} has no "{self._where(name)}", expected {expected}. Restore it from a copy, or build '
+                "the cache again."
             )
         value = self._values[name]
         if not fits(value):
@@ -53,16 +53,16 @@ class Members:
         return value
 
     def object(self, name: str) -> Members:
-        """An object, to take members of in turn."""
+        """A member that is an object itself."""
         return Members(self.take(name, lambda _: True, "an object"), self._file, self._where(name))
 
     def objects(self, name: str) -> list[Members]:
-        """A list of objects."""
+        """A member that is a list of objects."""
         values = self.take(name, lambda value: isinstance(value, list), "a list of objects")
         return [Members(value, self._file, f"{self._where(name)}[{number}]") for number, value in enumerate(values)]
 
     def text(self, name: str, among: Collection[str] | None = None) -> str:
-        """A text that is not empty; one of `among`, where that is given."""
+        """A text that is not empty, and is one of `among` if that is given."""
         if among is None:
             return self.take(name, lambda value: isinstance(value, str) and value != "", "a text")
         expected = f"one of {', '.join(among)}"
@@ -77,7 +77,7 @@ class Members:
         return self.take(name, lambda value: _is_count(value, least, most), _describe_count(least, most))
 
     def counts(self, name: str, most: int) -> tuple[int, ...]:
-        """A list of different whole numbers from 0 to `most`, ascending, at least one."""
+        """An ascending list of at least one whole number from 0 to `most`, without repeats."""
 
         def fits(value: Any) -> bool:  # noqa: ANN401 - JSON
             return (
@@ -99,7 +99,7 @@ class Members:
         return self.take(name, lambda value: fits(value, 0, most) and value > 0, expected)
 
     def optional_number(self, name: str) -> float | None:
-        """A number from 0 or null; None also where the member is missing."""
+        """A number of at least 0; None if the member is null or missing."""
         return None if self._values.get(name) is None else self.number(name)
 
     def numbers(self, name: str, size: int, fits: Callable[[float], bool], expected: str) -> tuple[float, ...]:
@@ -117,13 +117,13 @@ class Members:
         Args:
             name: the member, which is there.
             expected: what it must be.
-            why: who says so.
+            why: what says so, in words.
         """
         if self._values[name] != expected:
             raise self._error(self._where(name), self._values[name], f"{expected!r}, {why}")
 
     def refuse_others(self, known: Collection[str]) -> None:
-        """Refuse members beside `known`: what they mean is not known, and they cannot be left out."""
+        """Refuse members other than `known`: they may change what the others mean, so they cannot be ignored."""
         for name in self._values:
             if name not in known:
                 raise CorruptCacheError(
@@ -137,7 +137,7 @@ class Members:
     def _error(self, where: str, found: object, expected: str) -> CorruptCacheError:
         return CorruptCacheError(
             f'{self._file}: "{where}" is {reprlib.repr(found)}, expected {expected}. Restore it from a copy, or build '
-            "the cache anew."
+            "the cache again."
         )
 
 
@@ -152,5 +152,5 @@ def _describe_count(least: int, most: int | None) -> str:
 
 
 def _is_number(value: object, least: float, most: float) -> bool:
-    """Whether it is a number in the range; NaN, which Python reads in JSON, is in none."""
+    """Whether this is a number in the range. NaN, which Python's JSON reader accepts, is in no range."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most

@@ -1,7 +1,7 @@
-"""CacheRecord: what a cache says of itself, typed. The one place that judges the attributes in a cache's zarr.json.
+"""CacheRecord: what a cache records about itself, with types. Only here are the attributes in its zarr.json checked.
 
-Below it the store keeps `format`, `layout`, the seal and whether the cache is complete; `docs/format.md` lists all
-members. Reading a record needs no torch: the codec stays JSON until it is made.
+The store itself keeps `format`, `layout`, the seal and whether the cache is complete; `docs/format.md` lists all
+members. Reading a record does not import torch: the codec stays JSON until `make_codec`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS = 4096
 _MOST_VALUES = 2**20
-"""More than any count of heads or of a head's components comes near."""
+"""No count of heads, or of a head's components, comes near this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,12 +35,12 @@ class LayerCard:
 
     layer: int
     nbytes: float
-    """Bytes a view."""
+    """Bytes per view."""
     row_kl_nats: float
     injected_error: float
     """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
     v_error: float | None
-    """Relative error of decoded v; None where it is not stored."""
+    """Relative error of decoded v; None if v is not stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +52,14 @@ class CalibrationRecord:
     injected_error: float
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: float | None = None
-    """Relative error of decoded v; None where it is not stored."""
+    """Relative error of decoded v; None if v is not stored."""
     num_held_back: int | None = None
-    """How many views; None in the first caches, which do not say."""
+    """Number of these views; None in the first caches, which do not record it."""
     layers: tuple[LayerCard, ...] | None = None
-    """Each kept layer by itself; None in the first caches."""
+    """The same for each stored layer; None in the first caches, which do not record it."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, without what the first caches do not say."""
+        """The fields as a JSON object, without those that the first caches do not record."""
         fields: dict[str, Any] = {
             "row_kl_nats": self.row_kl_nats,
             "injected_error": self.injected_error,
@@ -81,7 +81,7 @@ class CreatedBy:
     torch: str
     timm: str
     device: str
-    """The kind the teacher ran on: "cpu" or "cuda"."""
+    """The kind of device the teacher ran on: "cpu" or "cuda"."""
     views: Mapping[str, str]
     """Versions of the libraries that make pixels."""
 
@@ -92,7 +92,7 @@ class CreatedBy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """One number that was measured on the tasks."""
+    """One quantity that was measured on the tasks."""
 
     mean: float
     max: float
@@ -106,15 +106,15 @@ class Completion:
     num_stored: int
     """Views with codes."""
     num_bad: int
-    """Views without."""
+    """Views without codes."""
     nbytes: int
-    """Of all shards."""
+    """Bytes of all shards."""
     codes_nbytes: int
-    """Of the shards of codes."""
+    """Bytes of the shards of codes."""
     quality: Mapping[str, Quality]
     """What the tasks measured, by name, such as "row_kl_nats"."""
     num_checked: int | None = None
-    """Views it was measured on; None where the tasks do not say."""
+    """Views that the quality was measured on; None if the tasks do not record it."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -126,18 +126,18 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRecord:
-    """What a cache says of itself."""
+    """What a cache records about itself."""
 
     path: Location = field(compare=False)
     """The cache, for messages."""
     identity: CacheIdentity
-    """What another build of it would have to agree in."""
+    """What another build must have in common with it to make the same cache."""
     weights_from: str
     """Where the teacher's weights came from: a file's name, or "hub:" and a repository."""
     licence: str | None
-    """Of the teacher's weights; None where it is not known."""
+    """Licence of the teacher's weights; None if it is not known."""
     depth: int
-    """Blocks the teacher has."""
+    """Number of the teacher's blocks."""
     geometry: FactorGeometry
     """Layers, heads and shapes of what is stored."""
     calibration: CalibrationRecord
@@ -147,20 +147,20 @@ class CacheRecord:
 
     @classmethod
     def of(cls, reader: CacheReader) -> CacheRecord:
-        """What an open cache says of itself; see `from_attributes`."""
+        """The record of an open cache; see `from_attributes`."""
         return cls.from_attributes(reader.attributes, reader.path)
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], path: Location) -> CacheRecord:
-        """What a cache's attributes say.
+        """The record in a cache's attributes.
 
         Args:
             attributes: `attributes["atcache"]` of its zarr.json.
             path: the cache, for messages.
 
         Raises:
-            CorruptCacheError: a member is missing, is not what it must be, or contradicts another; names both file
-                and member, what was found and what was expected.
+            CorruptCacheError: a member is missing, has a wrong value, or contradicts another; the message names the
+                file and the member, what was found and what was expected.
         """
         about = Members(dict(attributes), f"{path}/zarr.json")
         layout = _parse_layout(attributes, path)
@@ -180,7 +180,7 @@ class CacheRecord:
         )
 
     def to_attributes(self) -> dict[str, Any]:
-        """The attributes `from_attributes` came from: all that the store does not write itself, and the totals."""
+        """The attributes that `from_attributes` reads: all that the store does not write itself, and the totals."""
         attributes = self.identity.to_json()
         made_from = {"weights_from": self.weights_from, "licence": self.licence, "depth": self.depth}
         return {
@@ -210,10 +210,10 @@ class CacheRecord:
         )
 
     def make_codec(self) -> Codec:
-        """How factors became integers. Imports torch.
+        """The codec that turned factors into integers. Imports torch.
 
         Raises:
-            CorruptCacheError: this version knows no such codec, or not with these fields.
+            CorruptCacheError: this version does not know the codec, or not with these fields.
         """
         from atcache.codecs.registry import codec_from_json
 
@@ -224,17 +224,17 @@ class CacheRecord:
                 f'{self.path}/zarr.json: "codec" cannot be used: {error} Use the version that wrote the cache, or '
                 "restore the file from a copy."
             ) from error
-        # A default in place of what is missing could decode to other maps.
+        # With a default in place of a missing field, the codes could decode to other maps.
         if missing := sorted(codec.to_json().keys() - self.identity.codec.keys()):
             raise CorruptCacheError(
-                f'{self.path}/zarr.json says nothing of "codec.{missing[0]}", which codec {codec.name} has. Restore it '
-                "from a copy, or build the cache anew."
+                f'{self.path}/zarr.json has no "codec.{missing[0]}", which codec {codec.name} needs. Restore it from a '
+                "copy, or build the cache again."
             )
         return codec
 
 
 def _parse_layout(attributes: Mapping[str, Any], path: Location) -> StoreLayout:
-    """What the store judged when it opened the cache; again here, as the other members must agree with it."""
+    """The layout. The store has checked it already; it is read again here, as other members must agree with it."""
     try:
         return StoreLayout.from_json(attributes["layout"])
     except (KeyError, TypeError, ConfigError) as error:

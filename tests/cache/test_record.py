@@ -263,7 +263,7 @@ def test_a_validation_cache_is_judged_before_a_model_is_loaded(original, path, t
     training = ("--mode", "copy", "--cache", original, "--live-teacher", "--weights", tmp_path / "nothing.safetensors")
     result = run("train", *training, "--val-cache", path, "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert 'damaged.zarr/zarr.json says nothing of "created_by"' in result.stderr
+    assert 'damaged.zarr/zarr.json has no "created_by"' in result.stderr
 
 
 def test_a_cache_that_lacks_what_the_first_versions_lacked_serves_every_command(
@@ -333,7 +333,7 @@ def test_the_sentence_says_what_was_found_and_what_was_expected(original, place,
     [
         ({"name": "wavelet"}, r"zarr\.json: \"codec\" cannot be used: codec 'wavelet' is unknown to this version"),
         ({"name": "transform", "dct": "no"}, r"dct='no', expected True or False"),
-        ({"name": "exact"}, r'says nothing of "codec\.dtype", which codec exact has'),
+        ({"name": "exact"}, r'has no "codec\.dtype", which codec exact needs'),
         (
             {"name": "exact", "dtype": "float16"},
             r"by its codec and geometry, layers of codes: 2, but its layout says 1; ",

@@ -443,7 +443,7 @@ def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     assert f"repair: {url} is on a server, and only local caches are written" in run.output
     run = CliRunner().invoke(cli, ["build", "--teacher", "vit", "--data", "x.tar", "--out", "s3://bucket/new.zarr"])
     assert run.exit_code == 2
-    assert "'s3://bucket/new.zarr' is a URL, and servers are only read" in run.output
+    assert "'s3://bucket/new.zarr' is a URL, but servers are only read" in run.output
     run = CliRunner().invoke(cli, ["info", "ftp://host/a.zarr"])
     assert "cannot be read: expected a path, or a URL that begins with http://" in run.output
 

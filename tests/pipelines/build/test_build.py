@@ -78,7 +78,7 @@ def test_chosen_layers_and_heads_are_those_of_the_whole(config, tmp_path):
     whole, part = atcache.open(config.out), atcache.open(tmp_path / "part.zarr")
     assert (part.geometry.layers, part.geometry.heads) == ((1,), (1,))
     assert np.allclose(part.maps(layer=1).compute(), whole.maps(layer=1, heads=[1]).compute(), atol=1e-6)
-    with pytest.raises(CacheMissError, match=r"layer 0 of the teacher is not stored .* stored are 1"):
+    with pytest.raises(CacheMissError, match=r"layer 0 of the teacher is not stored in .*, only layers 1"):
         part.maps(layer=0)
 
 

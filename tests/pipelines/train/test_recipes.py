@@ -154,12 +154,12 @@ def test_a_sweep_of_a_recipe_may_say_itself_what_to_train_on(tiny_cache, digits_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[train]\nepoch = 3", r"mine.toml: [train] epoch is no option of 'atcache train'; did you mean epochs?"),
+        ("[train]\nepoch = 3", r"mine.toml: [train] epoch is not an option of 'atcache train'; did you mean epochs?"),
         ("[train]\nepochs = true", "mine.toml: [train] epochs = True, but --epochs takes a number."),
         ('[build]\nmixup = "much"', "mine.toml: [build] mixup = 'much', but --mixup takes a number."),
-        ("[build]\nmixin = 0.8", "mine.toml: [build] mixin is no option of 'atcache build'; did you mean mix"),
-        ("[eval]\nbatch-size = 3", "mine.toml: 'eval' is no command of atcache; there are build, train."),
-        ("epochs = 3", "mine.toml: 'epochs' is no command"),
+        ("[build]\nmixin = 0.8", "mine.toml: [build] mixin is not an option of 'atcache build'; did you mean mix"),
+        ("[eval]\nbatch-size = 3", "mine.toml: 'eval' is not a command of atcache; expected one of build, train."),
+        ("epochs = 3", "mine.toml: 'epochs' is not a command"),
         ("[train", "mine.toml is not valid TOML"),
     ],
 )

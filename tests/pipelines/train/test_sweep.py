@@ -228,12 +228,12 @@ name = "plain"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[student]]\nmode = "copy"\nepoch = 3', r"sweep\.toml: student 0: epoch is no option of 'atcache train'; "),
+        ('[[student]]\nmode = "copy"\nepoch = 3', r"sweep\.toml: student 0: epoch is not an option of 'atcache train'"),
         ('[[student]]\nmode = "copy"\nseed = "one"', r"student 0: seed = 'one', but --seed takes a whole number"),
         ('[[student]]\nmode = "copy"\nout = "x"', r"student 0: out is for all students; give it with --out"),
         ('[[student]]\nmode = "copy"\norder-seed = 1', r"student 0: order-seed is for all students; give it"),
-        ('[[student]]\nmode = "copy"\nname = "../x"', r"student 0: name = '../x' cannot be a folder's"),
-        ('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"', r"student 1: there is a student 'copy' already"),
+        ('[[student]]\nmode = "copy"\nname = "../x"', r"student 0: name = '../x' cannot be a folder's name"),
+        ('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"', r"student 1: there is already a student 'copy'"),
         ("[[student]]\nseed = 1", r"student seed=1 has no mode\. Give it one, or --mode for all"),
         ('[student]\nmode = "copy"', r"a sweep is a list of students, each a table of options that "),
         ("[[student]", r"sweep\.toml is not valid TOML"),
@@ -256,7 +256,7 @@ def test_the_command_fails_when_a_student_was_given_up(sweep_of):
 def test_without_a_sweep_a_mode_is_needed(tmp_path):
     done = CliRunner().invoke(cli, ["train", "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
-    assert "Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one." in done.stderr
+    assert "Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe sets one." in done.stderr
 
 
 def test_what_a_batch_gives_students_that_copy_is_decoded_once(config_for):

@@ -194,8 +194,8 @@ def test_the_command_lists_problems_repairs_and_says_what_to_type(cache):
     record = json.loads(result.stdout)
     for problem in record["problems"]:
         assert problem["message"] in lines
-    assert f"1 task can be redone: `atcache verify {cache} --repair`, then the same `atcache build`" in lines
-    assert any("in what a build does not write again: restore the files from a copy" in line for line in lines)
+    assert f"1 task can be redone: run `atcache verify {cache} --repair`, then the same `atcache build`" in lines
+    assert any("in files that a build does not write again: restore them from a copy" in line for line in lines)
     assert len(list_commits(cache)) == 6
     result = run_cli(cache, "--repair")
     assert result.exit_code == 1
