@@ -221,5 +221,5 @@ def test_what_runs_in_one_process_says_that_build_takes_several(monkeypatch):
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(cli, ["plan"])
     assert done.exit_code == 1
-    assert "`atcache plan` runs in one process and was started in 2" in done.stderr
-    assert "Only `atcache build` and `atcache train` of one student take several." in done.stderr
+    assert "`atcache plan` runs in one process but was started in 2" in done.stderr
+    assert "Only `atcache build` and `atcache train` of one student can use several." in done.stderr

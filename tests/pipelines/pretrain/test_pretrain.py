@@ -220,7 +220,7 @@ def test_another_config_in_the_same_folder_is_refused_by_name(digits_tars, tiny_
     pretrain(config)
     with pytest.raises(CacheMismatchError, match="--seed is 0 there and 1 here; --steps is 12 there and 13 here"):
         pretrain(replace(config, seed=1, steps=13))
-    with pytest.raises(CacheMismatchError, match="another run: its images are others"):
+    with pytest.raises(CacheMismatchError, match="another run: its images are different"):
         pretrain(replace(config, data=str(digits_tars[0])))
 
 
