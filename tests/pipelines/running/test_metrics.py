@@ -69,7 +69,9 @@ def test_without_tensorboard_metrics_are_written_and_that_is_said_once(tmp_path)
 @pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}'])
 def test_a_damaged_line_is_an_error_that_names_the_file(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises(CorruptCacheError, match=r"metrics\.jsonl is damaged \(.*\)\. Delete .* to start this run again"):
+    with pytest.raises(
+        CorruptCacheError, match=r"metrics\.jsonl is damaged \(.*\)\. Delete .* to start this run again"
+    ):
         read_metrics(tmp_path)
 
 
