@@ -1,4 +1,4 @@
-"""What a build will make and cost, and whether a cache that exists is the one asked for. Writes nothing."""
+"""What a build will make and cost, and whether it may continue an existing cache. Writes nothing."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from atcache.views.policy import ViewPolicy
 from .calibrate import Calibration, CalibrationViews, layer_cards
 from .sizes import plan_codes
 
-_HASH_NBYTES = 8  # which do not compress; statuses, all alike, take next to nothing
+_HASH_NBYTES = 8  # hashes do not compress; statuses, which are all alike, take almost nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """What a build will do and cost, before it does it."""
+    """What a build will do and cost."""
 
     teacher: str
     licence: str | None
-    """Of the teacher's weights; None where it is not known."""
+    """The licence of the teacher's weights; None if it is not known."""
     num_samples: int
     num_views: int
     num_tasks: int
@@ -51,19 +51,19 @@ class BuildPlan:
     nbytes_per_view: int
     """Measured on the calibration views, pixels included when they are stored."""
     map_nbytes_per_view: int
-    """The same maps as float16."""
+    """Bytes that the same maps take as float16."""
     state_nbytes: int
-    """What the codec was fitted to takes, once."""
+    """Bytes of the codec's fitted arrays, stored once."""
     remaining_nbytes: int
-    """Of views, still to be written."""
+    """Bytes of the views that are still to be written."""
     free_nbytes: int
-    """Free on the target's disk."""
+    """Bytes free on the disk of the cache."""
     row_kl_nats: float
     """Mean row KL of decoded maps on the calibration views."""
     injected_error: float
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: float | None
-    """Relative error of decoded v on the calibration views; None where it is not stored."""
+    """Relative error of decoded v on the calibration views; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
 
@@ -80,7 +80,7 @@ def identify(
     codec: Codec,
     with_values: bool,
 ) -> CacheIdentity:
-    """What two builds must agree in to be the same cache."""
+    """The identity of a cache: two builds must agree in all of it to make the same cache."""
     teacher = run.teacher
     return CacheIdentity(
         teacher=str(teacher.name),
@@ -98,7 +98,7 @@ def identify(
 
 
 def describe_cache(out: Path, identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
-    """What a new cache says of itself: its identity, and what it was made with."""
+    """The record of a new cache: its identity, and what it was made with."""
     import timm
 
     teacher = run.teacher
@@ -157,12 +157,12 @@ def plan_layout(
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
     Args:
-        calibration: its codes are compressed here with each compressor; the layout names the one that pays.
-        views: what it was made from: their parameters are compressed here, too.
-        num_samples: rows of the source.
-        num_views: views a sample.
-        pixel_shape: (height, width) of stored images; None for none.
-        samples_per_shard: as asked for; None for shards of about 256 MiB.
+        calibration: its codes are compressed with each compressor, to choose the one for the layout.
+        views: the views it was made from; their parameters are compressed too.
+        num_samples: samples of the source.
+        num_views: views of each sample.
+        pixel_shape: (height, width) of stored images; None if none are stored.
+        samples_per_shard: what the user wants; None for shards of about 256 MiB.
     """
     layout, codes_nbytes = plan_codes(
         calibration.codes_BLTC.numpy(),
@@ -172,6 +172,7 @@ def plan_layout(
         pixels=pixel_shape,
     )
     record_nbytes = _HASH_NBYTES + parameters_nbytes(views, layout)
+    # 16: each chunk has an offset and a size in the index of its shard.
     nbytes_per_view = round(record_nbytes + 16 * layout.codes.num_chunks_per_sample + codes_nbytes)
     if pixel_shape is not None:
         nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
@@ -181,7 +182,7 @@ def plan_layout(
 
 
 def parameters_nbytes(views: CalibrationViews, layout: StoreLayout) -> float:
-    """Bytes that the parameters of a view take in a shard of the calibration views."""
+    """Bytes that a view's parameters take, when those of all calibration views are in one shard."""
     num_views = len(views.parameters_NP)
     spec = replace(layout, num_samples=num_views, samples_per_shard=num_views).parameters
     return len(ChunkEncoder(spec).encode(views.parameters_NP)) / num_views
@@ -192,7 +193,7 @@ def _mean(values: list[int]) -> int:
 
 
 def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
-    """Names of the tasks whose commit records and shards agree; the others are to be done (again)."""
+    """Names of the tasks whose commit records and shards agree; the others must be done (again)."""
     return {name for name, commit in read_commits(path).items() if not check_commit(path, commit, layout)}
 
 

@@ -16,7 +16,7 @@ class BuildSummary:
 
     out: str
     plan: BuildPlan | None
-    """None when the cache was complete already."""
+    """None if the cache was complete already."""
     complete: dict[str, Any] | None
     """The totals of the finished cache; None after a dry run."""
     num_built_views: int
@@ -24,7 +24,7 @@ class BuildSummary:
     row_kl_nats: float | None
     """Mean row KL of decoded maps on some views of each task; None after a dry run."""
     warning: str | None
-    """What is wrong with that, in a sentence; None where it is as it should be."""
+    """A sentence if the row KL is higher than expected, else None."""
     seconds: float
     """From the first look at the data to the end."""
 
@@ -60,7 +60,7 @@ class BuildSummary:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The summary `to_json` came from."""
+        """The summary that `to_json` turned into `values`."""
         plan = values["plan"]
         fields: dict[str, Any] = {**values, "plan": None if plan is None else BuildPlan(**plan)}
         return cls(**fields)

@@ -1,4 +1,4 @@
-"""What `atcache plan` measures with models: sizes and fidelity as a build finds them, and speeds of a few calls."""
+"""What `atcache plan` measures with models: sizes and fidelity as a build measures them, and speeds of a few calls."""
 
 from __future__ import annotations
 
@@ -39,41 +39,41 @@ DEFAULT_CODECS: dict[AttentionKind, tuple[str, ...]] = {
     "factors": tuple(name for name in CODECS if name not in _OF_MAPS),
     "maps": _OF_MAPS,
 }
-"""What is compared when no codec is named, by what the teacher hands over: codecs at their own defaults."""
+"""The codecs to compare if none is named, each at its defaults, by what the teacher hands over (factors or maps)."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measures:
-    """What was measured with models, on this machine. Speeds are None where they are not wanted."""
+    """What was measured with models, on this machine. A speed is None if it was not measured."""
 
     device: str
     teacher_img_per_s: float | None
     student_img_per_s: float | None
-    """With the teacher's factors at hand, nothing to decode."""
+    """With the teacher's factors already in memory, and nothing to decode."""
     scratch_img_per_s: float | None
     """The same student without a teacher."""
     load_img_per_s: float | None
     shares_processors: bool
     costs: tuple[CodecCost, ...]
-    """One a codec setting; the speed of the disk is still to be measured."""
+    """One for each codec setting; the speed of the disk is still to be measured."""
 
 
 def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) -> Measures:
     """Load the teacher and measure what is not assumed.
 
-    Speeds of this machine's processors (loading, encoding, compressing) are measured only where the teacher's is, too:
-    they would say nothing of another machine.
+    The speeds of loading, encoding and compressing are measured only if the teacher's is measured too. If it is
+    assumed, it may be that of another machine, of which this one's speeds would say nothing.
 
     Args:
         config: names teacher and data.
-        index: of the data.
-        num_samples: of the dataset to plan for.
-        say: told what is being done.
+        index: the samples of the data.
+        num_samples: samples of the dataset to plan for.
+        say: called with a line on what is being done.
 
     Raises:
-        AtcacheError: one of its children for each thing that a build would refuse.
+        AtcacheError: a child of it names what does not fit, as for a build.
     """
     say(f"loading teacher {config.teacher}")
     bench = _set_up(config, index)
@@ -112,7 +112,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Bench:
-    """What is measured with: the teacher, and views for it."""
+    """The teacher, and the views that it is measured with."""
 
     run: TeacherRun
     capture: FactorCapture
@@ -120,7 +120,7 @@ class _Bench:
     policy: ViewPolicy
     views: CalibrationViews
     pixels_BHWC: Tensor
-    """One batch of them."""
+    """One batch of the views."""
 
 
 def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
@@ -145,12 +145,12 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
 
 
 def _to_length(rows_N: Tensor, length: int) -> Tensor:
-    """So many rows: the first ones, or all of them again and again."""
+    """`length` rows: the first ones, or all of them repeatedly if there are fewer."""
     return rows_N[torch.arange(length) % len(rows_N)]
 
 
 def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[str, ...]:
-    """The codec settings that are looked at; with an assumed size there is but one."""
+    """The codec settings to measure; only one if the size is assumed."""
     if config.codec:
         return config.codec
     defaults = DEFAULT_CODECS[geometry.kind]
@@ -162,7 +162,7 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
 def _measure_codec(
     config: PlanConfig, text: str, bench: _Bench, num_samples: int, steps: StudentSteps | None, *, timed: bool
 ) -> CodecCost:
-    """Calibrate one codec as a build does, and time it. What is assumed stands in place of what was measured."""
+    """Calibrate one codec as a build does, and time it. Assumed numbers replace the measured ones."""
     run, geometry, policy, assumed = bench.run, bench.capture.geometry, bench.policy, config.assumed
     calibration = calibrate(
         run,
@@ -185,7 +185,7 @@ def _measure_codec(
     if steps is not None:
         codes_BLTC = _to_length(calibration.codes_BLTC, config.batch_size)
         if run.device.type == "cuda":
-            codes_BLTC = codes_BLTC.pin_memory()  # as batches of a training are
+            codes_BLTC = codes_BLTC.pin_memory()  # as the batches in training are
 
         def decoded() -> TeacherFactors:
             return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
@@ -208,7 +208,7 @@ def _measure_codec(
 
 
 def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Calibration) -> tuple[float, float]:
-    """Views compressed a second by all threads of a build, and decompressed a second by all workers of a training."""
+    """Views per second that all threads of a build compress, and that all workers in training decompress."""
     views: list[tuple[np.ndarray, np.ndarray]] = [
         (codes_LTC.numpy(), pixels_HWC.numpy())
         for codes_LTC, pixels_HWC in zip(

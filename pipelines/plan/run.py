@@ -1,7 +1,7 @@
-"""Plan: says before anything is written what a cache would take and whether it would pay.
+"""Plan: say, before anything is written, what a cache would take and whether it would pay.
 
-index -> measure with the teacher -> measure the disk -> arithmetic. What is assumed is not measured; where all that a
-teacher could tell is assumed, none is loaded.
+index -> measure with the teacher -> measure the disk -> arithmetic. What is assumed is not measured. If all that the
+teacher is needed for is assumed, it is not loaded.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from .disk import DiskProbe, existing_folder
 from .measure import Measures, Say, measure
 from .verdict import DISK, UNLIMITED, Assessment, CodecCost, Decision, Machine, Workload, assess, decide, size
 
-_MUCH_STATE = 0.02  # share of a cache from which on its state is mentioned
+_MUCH_STATE = 0.02  # a note tells of fitted state that takes more than this share of the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What was found, and the answer."""
+    """What was measured, and the answer."""
 
     teacher: str | None
     out: str
     device: str | None
-    """Where speeds were measured; None where no model was run."""
+    """Where speeds were measured; None if no model was run."""
     mode: str
     workload: Workload
     machine: Machine
     scratch_img_per_s: float | None
-    """The student's speed without a teacher; None where it was not measured."""
+    """The student's speed without a teacher; None if it was not measured."""
     assessments: tuple[Assessment, ...]
-    """One a codec setting."""
+    """One for each codec setting."""
     decision: Decision
     assumed: tuple[str, ...]
-    """What was taken as given, as it was typed."""
+    """The assumptions, as they were typed."""
     notes: tuple[str, ...]
-    """What the user should know of how this came about."""
+    """What the user should know about how the numbers came about."""
     seconds: float
     """Time the plan took."""
 
@@ -58,13 +58,13 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
 
     Args:
         config: what to plan for.
-        say: told what is being done.
+        say: called with a line on what is being done.
 
     Returns:
-        The plan. Nothing has been written, except for a file without a name on the target's disk, which is gone.
+        The plan. Nothing was written, except a temp file without a name on the target's disk, which is gone.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit.
+        AtcacheError: a child of it names what does not fit.
     """
     start_s = time.monotonic()
     assumed = config.assumed
@@ -113,7 +113,7 @@ def _count_good(index: SampleIndex | None) -> int:
 
 
 def _machine(config: PlanConfig, measures: Measures | None) -> Machine:
-    """The speeds, assumed or measured; the disk's, where they are not assumed, come later."""
+    """The speeds, assumed or measured. `_with_disk` adds those of the disk if they are not assumed."""
     assumed = config.assumed
     teacher, student = assumed.teacher_img_per_s, assumed.student_img_per_s
     if measures is not None:
@@ -150,7 +150,7 @@ def _costs(config: PlanConfig, measures: Measures | None) -> list[CodecCost]:
 def _with_disk(
     config: PlanConfig, machine: Machine, costs: Sequence[CodecCost], say: Say
 ) -> tuple[Machine, list[CodecCost], list[str]]:
-    """The same with the disk's speeds, measured where they are not assumed; and what is to be said of that."""
+    """Machine and costs with the disk's speeds, which are measured if they are not assumed; and notes about them."""
     assumed = config.assumed
     if assumed.read_nbytes_per_s is not None and assumed.write_nbytes_per_s is not None:
         return machine, list(costs), []
@@ -168,19 +168,19 @@ def _with_disk(
     notes = {
         "dropped": [],
         "kept": [
-            f"The page cache cannot be dropped for {folder}: the read speed is that of memory. For the disk's own, "
-            "--assume disk-read-gb-per-s."
+            f"The page cache cannot be dropped for {folder}, so the read speed is that of memory. To plan with the "
+            "disk's own speed, --assume disk-read-gb-per-s."
         ],
         "unknown": [
-            f"{folder} cannot say whether its page cache was dropped: the read speed may be that of memory. To be "
-            "sure, --assume disk-read-gb-per-s."
+            f"The file system of {folder} does not tell whether the page cache was dropped, so the read speed may be "
+            "that of memory. To be sure, --assume disk-read-gb-per-s."
         ],
     }
     return machine, measured, notes[probe.page_cache]
 
 
 def _memory_notes(config: PlanConfig, assessments: Sequence[Assessment]) -> list[str]:
-    """Where the disk only seems to be the limit."""
+    """A note for each cache that fits in memory, so that the disk is its limit only at first."""
     if config.assumed.read_nbytes_per_s is not None:
         return []
     memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -193,10 +193,10 @@ def _memory_notes(config: PlanConfig, assessments: Sequence[Assessment]) -> list
 
 
 def _state_notes(assessments: Sequence[Assessment]) -> list[str]:
-    """Where what a codec keeps once is no small part of the cache."""
+    """A note for each codec whose fitted state is a large part of the cache."""
     return [
-        f"Codec {one.cost.codec} keeps {size(one.cost.state_nbytes)} of fitted state beside the views, once for "
-        "however many there are."
+        f"Codec {one.cost.codec} stores {size(one.cost.state_nbytes)} of fitted state beside the views, once for all "
+        "of them."
         for one in assessments
         if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes
     ]
@@ -207,15 +207,15 @@ def _notes(config: PlanConfig, index: SampleIndex | None, machine: Machine, meas
     if index is not None and (num_bad := int(np.count_nonzero(index.problem_S))):
         notes.append(f"Samples without image or label: {num_bad}. To leave them out, build with --on-bad-image skip.")
     if assumed.teacher_img_per_s is not None and assumed.student_img_per_s is None:
-        notes.append("The teacher's speed is assumed and the student's was measured here: are both of one machine?")
+        notes.append("The teacher's speed is assumed and the student's was measured here: is that the same machine?")
     if assumed.teacher_img_per_s is None and assumed.student_img_per_s is not None:
-        notes.append("The student's speed is assumed and the teacher's was measured here: are both of one machine?")
+        notes.append("The student's speed is assumed and the teacher's was measured here: is that the same machine?")
     if assumed.nbytes_per_view is not None and measures is not None:
-        notes.append("The size is assumed: row KL and features off are those of the codec as it is, whatever its size.")
+        notes.append("The size is assumed, but row KL and features off were measured with the codec at its own size.")
     if machine.load_img_per_s is None:
         notes.append(
-            "Loading images is taken to be no limit, for cache and teacher alike; to see it, --assume load-img-per-s."
+            "Loading images is not counted as a limit, with or without a cache. To count it, --assume load-img-per-s."
         )
     if machine.shares_processors:
-        notes.append("The models run on the processors that load and compress: these times are added up.")
+        notes.append("The models run on the processors that also load and compress, so these times are added up.")
     return notes

@@ -407,7 +407,7 @@ def test_a_killed_run_goes_on_and_other_caches_are_another_run(config_for, part_
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (died.out / "model.safetensors").exists()
     for others in (paths[::-1], paths[:1], paths[1:]):
-        with pytest.raises(CacheMismatchError, match=r"another run: .*its training images are others"):
+        with pytest.raises(CacheMismatchError, match=r"another run: .*its training images are different"):
             train(replace(died, cache=others))
     train(died)
     train(whole)

@@ -191,7 +191,7 @@ def test_texts_become_paths_and_lists_tuples():
         ({"count": True}, "count=True: expected a whole number."),
         ({"count": None}, "count=None: expected a whole number."),
         ({"share": 1.0}, "share=1.0: expected more than 0 and less than 1."),
-        ({"share": float("nan")}, "share=nan: expected a number."),
+        ({"share": float("nan")}, "share=nan: expected a finite number."),
         ({"share": "0.5"}, "share='0.5': expected a number."),
         ({"size": 10}, "size=10: expected 0 to 9."),
         ({"way": "of"}, "way='of': expected one of on, off."),

@@ -183,7 +183,7 @@ def test_a_cache_with_v_is_not_continued_without_it(values_cache, tiny_vit, tiny
     [
         ({"codec": "transform"}, CodecError, "codec transform stores only what the maps .*Use --codec int8 or exact"),
         ({"codec": "logmap"}, CodecError, "codec logmap stores only what the maps are made from"),
-        ({"target_kl": 0.01}, ConfigError, "codec int8 meets no target"),
+        ({"target_kl": 0.01}, ConfigError, "codec int8 takes no target"),
         ({"teacher": CAIT}, ConfigError, "store=v: this teacher hands over maps.*Leave --store out"),
     ],
 )

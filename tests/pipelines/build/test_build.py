@@ -173,7 +173,7 @@ def test_mixing_that_cannot_be_is_refused_before_anything_is_written(config):
     for fields, message in (
         ({"policy": "eval", "mixup": 0.8}, "views of policy eval are never mixed"),
         ({"mix_prob": 0.5}, r"mix_prob=0\.5 without mixup or cutmix"),
-        ({"cutmix": 1.0, "samples_per_shard": 1}, "a shard takes one sample only, so there is nobody to mix it with"),
+        ({"cutmix": 1.0, "samples_per_shard": 1}, "a shard holds one sample only, so there is none to mix it with"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(replace(config, **fields))

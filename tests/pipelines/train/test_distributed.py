@@ -242,10 +242,10 @@ def test_a_batch_that_ranks_cannot_share_is_refused(config_for):
 def test_what_runs_in_one_process_is_refused_in_several(config_for, tmp_path):
     done = CliRunner().invoke(cli, ["info", str(tmp_path)])
     assert done.exit_code == 1
-    assert "`atcache info` runs in one process and was started in 2: call it without torchrun." in done.stderr
+    assert "`atcache info` runs in one process but was started in 2: call it without torchrun." in done.stderr
     with pytest.raises(ConfigError, match="`atcache train --sweep` runs in one process"):
         train_sweep([config_for("run", "copy")])
-    with pytest.raises(ConfigError, match="device 'cuda:1' would be every process's: give auto, cpu or cuda"):
+    with pytest.raises(ConfigError, match="device 'cuda:1' would be used by every process: give auto, cpu or cuda"):
         Ranks.from_environment().device_name("cuda:1")
 
 

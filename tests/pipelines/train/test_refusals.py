@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
         ({"attention_weight": 1.0}, r"attention_weight=1\.0: mode copy has no attention loss to weigh\. Leave"),
         ({"beta2": 1.0}, r"beta2=1\.0: expected 0 or more, and less than 1"),
         *(
-            ({name: value}, f"{name}={value}: expected a number")
+            ({name: value}, f"{name}={value}: expected a finite number")
             for name in ("epochs", "base_lr", "weight_decay", "clip_grad", "min_lr", "warmup_epochs", "validate_every")
             for value in (float("nan"), float("inf"))
         ),

@@ -158,7 +158,7 @@ def test_options_that_cannot_be_used_are_refused(cache):
         ({"sample": -1}, "sample=-1: expected at least 0"),
         ({"workers": 0}, "workers=0: expected at least 1"),
         ({"threshold": 0.5}, "threshold=0.5: expected at least 1"),
-        ({"threshold": float("nan")}, "threshold=nan: expected a number"),
+        ({"threshold": float("nan")}, "threshold=nan: expected a finite number"),
     ):
         with pytest.raises(ConfigError, match=message):
             look(cache, **fields)
