@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(runs, val_cache, tiny_cache, digits_tars, 
         config_of(copy)
     with pytest.raises(ConfigError, match=r"batch_size=0: expected at least 1"):
         config_of(copy, cache=val_cache, batch_size=0)
-    with pytest.raises(ConfigError, match="workers=-1: expected 0 or more"):
+    with pytest.raises(ConfigError, match="workers=-1: expected at least 0"):
         config_of(copy, cache=val_cache, workers=-1)
     with pytest.raises(ConfigError, match=r"weights=mine\.pt is for a live teacher only\. Give --live-teacher too"):
         config_of(copy, cache=val_cache, weights=Path("mine.pt"))
