@@ -168,7 +168,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
         with TarWriter(str(tar), mtime=0) as writer:
             for sample in chosen:
                 buffer = io.BytesIO()
-                grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)  # they are 0 to 16
+                grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)  # pixels are 0 to 16
                 Image.fromarray(grey_HW).convert("RGB").save(buffer, "PNG")
                 record = {"png": buffer.getvalue(), "cls": str(digits.target[sample])}
                 writer.write({"__key__": f"digit-{sample:04d}", **record})

@@ -79,7 +79,7 @@ class MaskedAutoencoder(nn.Module):
         if decoder_dim % 4 or decoder_dim % decoder_heads:
             raise ConfigError(f"decoder_dim {decoder_dim}: expected a multiple of 4 and of {decoder_heads} heads.")
         patch_drop: Any = encoder.patch_drop
-        self.mask = PatchMask(self.tokens.num_prefix_tokens, returns_indices=patch_drop is None)
+        self.mask = PatchMask(self.tokens.num_prefix_tokens, returns_indices=patch_drop is None)  # None: EVA
         encoder.patch_drop = self.mask
         self.encoder = encoder
         patch_embed: Any = encoder.patch_embed

@@ -108,7 +108,7 @@ class _Run:
             opt="adamw",
             lr=config.lr,
             weight_decay=config.weight_decay,
-            betas=(0.9, 0.95),
+            betas=(0.9, 0.95),  # MAE's, table 8
             fused=device.type in ("cpu", "cuda"),
         )
         warmup_steps = config.steps // 20 if config.warmup_steps is None else config.warmup_steps
@@ -143,7 +143,7 @@ class _Run:
 
     def _batches(self) -> Iterable[Batch]:
         config, index = self.config, self.source.index
-        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps images of its own
         return BatchStream(
             FreshViews(self.source, self.input.view_policy(config.policy, config.seed), keep_nbytes=keep_nbytes),
             index.label_S,

@@ -271,14 +271,14 @@ class TrainConfig:
         return self.seed if self.order_seed is None else self.order_seed
 
     def stream(self) -> dict[str, Any]:
-        """What students that share one stream of batches must share: what makes the stream, and where it runs."""
+        """The settings that students of one stream must have in common: what makes the stream, and where it runs."""
         common = {name: getattr(self, name) for name in STREAM_FIELDS}
         # All students share one live teacher and its weights. Without it, `weights` are where each student starts.
         weights = self.weights if self.live_teacher else None
         return {**common, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
 
     def settings(self) -> dict[str, Any]:
-        """The settings that identify this run: not paths, the device or how often it validates and saves."""
+        """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
         places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
         for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):

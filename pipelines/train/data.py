@@ -48,7 +48,7 @@ class TrainingData:
     validation: ValidationSet | None
     record: RunRecord
     identity: dict[str, Any]
-    """Which data the run reads, as JSON: runs that differ in it are different runs."""
+    """What the run reads, as JSON: runs that differ in it are different runs."""
     notes: tuple[str, ...]
     """What the user should know before the run."""
 
@@ -85,6 +85,7 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
     views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
     order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
     shared = SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None
+    # Classes are counted over all usable labels, so that a subset does not change the student.
     stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, shared, live_teacher)
     opened: list[TrainingData] = []
     for config, plan in zip(configs, plans, strict=True):
@@ -121,7 +122,7 @@ class _Stream(NamedTuple):
     num_classes: int
     teacher: CacheTeacher | LiveTeacher | None
     shared_teacher: SharedTeacher | None
-    """Decodes each batch once for several students; None if there is only one student."""
+    """Gives several students the same factors of a batch; None for a student alone."""
     live_teacher: LiveTeacher | None
 
     @property
@@ -131,7 +132,7 @@ class _Stream(NamedTuple):
 
     def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
         """The teacher that gives a run its factors."""
-        # Sharing keeps all layers of a batch in memory. See `SharedTeacher` for who gains from that.
+        # Parts of a batch cannot be shared. `SharedTeacher` says why only copying students share a cache's factors.
         shares = config.accumulate == 1 and (config.mode == "copy" or self.live_teacher is not None)
         return self.shared_teacher if self.shared_teacher is not None and shares else self.teacher
 
@@ -222,7 +223,7 @@ def _open_views(
     name: ModelName,
 ) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
     """The views to train on, the class of every row, the rows that can be used, and the rows that are used."""
-    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps views of its own
     if not readers:
         assert config.data, "checked by TrainConfig"
         index = index_source(config.data)

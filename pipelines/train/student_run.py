@@ -67,7 +67,7 @@ class TrainingRun:
     """The state of one run, which changes with every step.
 
     The loop over batches calls `restore`, then `take` for each batch. After each of these it calls `validate` if the
-    step `is_validated`, and `finish` if the run `is_done`; after `restore` too, as a run may have been stopped in them.
+    step `is_validated`, and `finish` if the run `is_done`; after `restore` too, as either may have been interrupted.
 
     Runs that are trained together do not affect each other: every step seeds its own random numbers.
     """
