@@ -115,7 +115,7 @@ class TrainConfig:
     )
     what: What = option(
         "What is transferred. A student that copies only q, k or v computes the others itself. Distilling anything "
-        "but maps uses a mean squared error. v and qkv need a cache of `build --store v`, or --live-teacher.",
+        "but maps uses a mean squared error. v and qkv need --live-teacher, or a cache of `build --store v`.",
         default="map",
     )
     live_teacher: bool = option(
