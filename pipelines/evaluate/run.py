@@ -17,7 +17,7 @@ from .config import EvaluateConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateSummary:
-    """What came out."""
+    """The result of an evaluation."""
 
     runs: tuple[str, ...]
     modes: tuple[str, ...]
@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
     start_s = time.monotonic()
-    # First of all: a cache that cannot be used shall not be found out after the models were loaded.
+    # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
     check_records(config.cache)
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]

@@ -1,4 +1,4 @@
-"""A run's folder: which student it holds, so that it can be made again, and its weights."""
+"""What a run's folder records of its student, and how to load the student from it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class RunRecord:
 
     mode: Mode
     student: str
-    """Its timm name with arguments."""
+    """The student's timm name, with arguments."""
     num_classes: int
     pairing: Pairing | None
-    """Which of a teacher's attention goes where in it; None for scratch and finetune."""
+    """Which of the teacher's layers and heads go where in the student; None for scratch and finetune."""
     teacher: TeacherRecord | None
-    """Who its attention comes from; None for scratch and finetune."""
+    """The teacher whose attention it uses; None for scratch and finetune."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -45,7 +45,7 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> RunRecord:
-        """The record `to_json` came from."""
+        """The record that `to_json` wrote."""
         teacher = None if fields["teacher"] is None else TeacherRecord.from_json(fields["teacher"])
         pairing = None if fields["pairing"] is None else Pairing.from_json(fields["pairing"])
         values: dict[str, Any] = {**fields, "pairing": pairing, "teacher": teacher}
@@ -53,10 +53,10 @@ class RunRecord:
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
-    """The student of a finished run, in eval mode, and what it is.
+    """The student of a finished run, in eval mode, and the run's record.
 
     Raises:
-        ConfigError: there is no finished run in the folder, or its weights are another student's.
+        ConfigError: there is no finished run in the folder, or its weights do not fit its student.
     """
     from safetensors import SafetensorError, torch as safetensors_torch
 
@@ -64,7 +64,8 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder} is no run: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out {folder}`."
+            f"{folder} is not a run's folder: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out "
+            f"{folder}`."
         ) from error
     if not (folder / WEIGHTS_FILE).exists():
         raise ConfigError(

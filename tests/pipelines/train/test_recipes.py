@@ -182,6 +182,6 @@ def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do():
 def test_a_file_with_other_tables_is_no_recipe(tmp_path):
     (tmp_path / "mine.toml").write_text("epochs = 3")
     with pytest.raises(
-        ConfigError, match=r"'epochs' is no table of a recipe; it has the tables \[train\] and \[build\]"
+        ConfigError, match=r"'epochs' is not a table of a recipe\. Expected only \[train\] and \[build\]"
     ):
         read_recipe(str(tmp_path / "mine.toml"))

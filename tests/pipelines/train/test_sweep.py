@@ -115,7 +115,7 @@ def test_a_student_that_diverges_is_given_up_and_the_others_go_on(config_for, tm
     before = (tmp_path / "sweep" / "tame" / "model.safetensors").stat().st_mtime_ns
     assert train_sweep([wild, tame]) == [first, second]
     assert (tmp_path / "sweep" / "tame" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"wild was given up by a sweep: step 10: .* Delete it to train it anew"):
+    with pytest.raises(ConfigError, match=r"wild was given up by a sweep: step 10: .* Delete it to train it again"):
         train(wild)
 
 
@@ -160,7 +160,7 @@ def test_students_without_a_cache_share_views_of_one_size(config_for, digits_tar
 def test_two_students_in_one_folder_and_none_at_all_are_refused(config_for):
     with pytest.raises(ConfigError, match=r"two students of the sweep would be written to .*/a"):
         train_sweep([config_for("a", "copy"), config_for("a", "copy", seed=1)])
-    with pytest.raises(ConfigError, match="a sweep of no students"):
+    with pytest.raises(ConfigError, match="the sweep has no students"):
         train_sweep([])
 
 

@@ -151,10 +151,10 @@ def test_repair_waits_its_turn(cache, monkeypatch):
 
 def test_options_that_cannot_be_used_are_refused(cache):
     for fields, message in (
-        ({"weights": Path("w.pth")}, "weights=w.pth: only for a comparison with the teacher. Give --teacher too"),
-        ({"threshold": 2.0}, "threshold=2.0: only .* Give --teacher too, or leave --threshold out"),
-        ({"teacher_sample": 8}, "teacher_sample=8: only .* Give --teacher too, or leave --teacher-sample out"),
-        ({"device": "cpu"}, "device=cpu: only .* Give --teacher too, or leave --device out"),
+        ({"weights": Path("w.pth")}, "weights=w.pth is only for a comparison with the teacher. Give --teacher too"),
+        ({"threshold": 2.0}, "threshold=2.0 is only .* Give --teacher too, or leave --threshold out"),
+        ({"teacher_sample": 8}, "teacher_sample=8 is only .* Give --teacher too, or leave --teacher-sample out"),
+        ({"device": "cpu"}, "device=cpu is only .* Give --teacher too, or leave --device out"),
         ({"sample": -1}, "sample=-1: expected at least 0"),
         ({"workers": 0}, "workers=0: expected at least 1"),
         ({"threshold": 0.5}, "threshold=0.5: expected at least 1"),
