@@ -6,7 +6,7 @@ Pure arithmetic on a list of uniform numbers, one for each random word. Each ste
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +21,6 @@ from atcache.views.randaugment import (
     OPERATIONS,
     level_argument,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 NO_OPERATIONS = (-1.0, 0.0, -1.0, 0.0)
 NO_ERASING = (0.0, 0.0, 0.0, 0.0, 0.0)
