@@ -3,9 +3,9 @@
     python benchmarks/rate_distortion.py --teacher NAME --weights FILE --data TARS --views 32 --out FOLDER
 
 Codecs are fitted on calibration views. Everything is measured on other, held-back views of the same data. The script
-prints a table and, for each codec, the fewest bytes that any general-purpose compressor needs for the same KL. It writes
-all numbers to FOLDER/rate_distortion.json, the tables to FOLDER/rate_distortion.md, and a plot of bytes against KL to
-FOLDER/rate_distortion.png.
+prints a table and, for each codec, the fewest bytes that any general-purpose compressor needs for the same KL. It
+writes all numbers to FOLDER/rate_distortion.json, the tables to FOLDER/rate_distortion.md, and a plot of bytes against
+KL to FOLDER/rate_distortion.png.
 
 Everything runs on one thread. A codec encodes factors to stored bytes and decodes them to factors; a compressor of maps
 encodes maps and decodes to maps. Speeds of both are in megabytes of float16 maps per second.
@@ -223,7 +223,7 @@ def equal_kls(rows: Sequence[Measured]) -> list[EqualKl]:
 
 
 def interpolated_nbytes(family: Sequence[Measured], row_kl_nats: float) -> float | None:
-    """Fewest bytes of one family at a KL, interpolated on logarithmic axes; None if all its settings have a larger KL."""
+    """Fewest bytes of a family at a KL, interpolated on logarithmic axes; None if all its settings have a larger KL."""
     reached = [row for row in family if row.row_kl_nats <= row_kl_nats]
     if not reached:
         return None

@@ -47,7 +47,7 @@ DISTINCT = 16  # views with different bytes; the others repeat these bytes elsew
 
 
 def transform_codes(rng: np.random.Generator, num_components: int) -> np.ndarray:
-    """codes_LTC like those of codec transform: one layer of int32, mostly 0, 1 and 2, larger in the first components."""
+    """codes_LTC like those of codec transform: one layer of int32, mostly 0 to 2, larger in the first components."""
     scale_C = 30 * (1 + np.arange(num_components)) ** -0.7
     scale_T = 2 * (1 + np.arange(TOKENS)) ** -0.2
     steps = np.rint(rng.laplace(size=(1, TOKENS, num_components)) * scale_C * scale_T[:, None]).astype(np.int32)

@@ -46,7 +46,7 @@ class Way(Protocol):
     """Whether this is one of atcache's codecs."""
 
     def prepare(self, layers: Sequence[LayerAttention]) -> Any:
-        """The input of `encode`. Making it is not timed: who stores maps has maps, and who stores factors has factors."""
+        """The input of `encode`. Making it is not timed: users of maps have maps, and users of factors have factors."""
 
     def encode(self, prepared: Any) -> list[list[list[bytes]]]:
         """For each view and each of its chunks, the parts of the chunk's bytes."""

@@ -182,14 +182,14 @@ class Bench:
             state = random_state(self.geometry, options.transform_components) if name == "transform" else {}
             coder = codec.coder(self.geometry, state, device=str(self.device))
             codes_BLTC = coder.encode(layers).cpu()
-            # The loader gives int16 too.
+            # The loader, too, gives int32 codes as int16 if they fit.
             codes_BLTC = codes_BLTC.short() if codes_BLTC.dtype == torch.int32 else codes_BLTC
             self._cached[name] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
             if name == "transform":
                 self.transform_shape = tuple(state["mixing_LJC"].shape[1:])
 
     def ways(self, width: int, modes: Sequence[Mode]) -> Iterator[Way]:
-        """All ways to train a student of this width in these modes. Our ways of one mode share weights and optimiser."""
+        """All ways to train a student of this width in these modes. In a mode, our ways share weights and optimiser."""
         for mode in modes:
             ours = self._run(self._student(mode, width))
             if mode == "scratch":
@@ -342,7 +342,7 @@ def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, mod
         ms = f"{1e3 * row.seconds:.0f}"
         print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {ms} | {row.gflop:.4g} | {row.peak_mib:.0f} |")
     print("\nAgainst live, the bound is live / (live - teacher forward): the speed if reading the cache took no time.")
-    print("Against scratch, the bound is the ratio of the GFLOP.\n")
+    print("Against scratch, it is the ratio of the GFLOP.\n")
     print("| student's width | cache | against | times as fast | bound |\n|---|---|---|---|---|")
     widths = sorted({width for _, width in measured if width}, reverse=True)
     for width in widths:
