@@ -289,7 +289,7 @@ def recipe_option() -> str | None:
     The config keeps the name, because training notes where a cache's views differ from the recipe's.
     """
     return option(
-        "Take settings from a recipe: one of a paper's (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or "
+        "Recipe to take settings from: copy-vit-l, distill-vit-l, finetune-vit-l or scratch-vit-l, as in the paper, or "
         "a file of your own. Options that you give win over it.",
         default=None,
         metavar="NAME",

@@ -32,7 +32,7 @@ from ..options import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecTarget:
-    """The target that the codec is to meet. At most one of them is given."""
+    """The target that the codec is to meet. At most one is given."""
 
     kl: float | None = None
     """Mean row KL, in nats."""
@@ -78,7 +78,7 @@ def parse_nbytes(text: str) -> int:
 class BuildConfig:
     """The options of `atcache build`."""
 
-    teacher: str = option("The teacher: an alias such as mae-vit-l, or a timm model name, also with arguments.")
+    teacher: str = option("The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments.")
     data: str = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
         "URLs of any of these (http, https, s3, gs, az).",

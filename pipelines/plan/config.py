@@ -117,8 +117,8 @@ class PlanConfig:
     """The options of `atcache plan`. Those that build and train have too mean the same here."""
 
     teacher: str | None = option(
-        "The teacher: an alias such as mae-vit-l, or a timm model name, also with arguments. Not needed if all that is "
-        "measured with it is assumed.",
+        "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments. Not needed if "
+        "all that is measured with it is assumed.",
         default=None,
     )
     data: str | None = option(
@@ -142,7 +142,8 @@ class PlanConfig:
     pixels: Pixels = pixels_option()
     mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
     student: str | None = option(
-        "The student, a timm name with arguments.  [default: the teacher's architecture]", default=None
+        "The student: a timm model name, optionally with arguments.  [default: the teacher's architecture]",
+        default=None,
     )
     epochs: float = option("Epochs of one training run.", default=100.0, above=0)
     runs: int = option("Training runs that would use the cache.", default=1, at_least=1)

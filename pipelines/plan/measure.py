@@ -191,7 +191,7 @@ def _measure_codec(
             return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
 
         student_img_per_s = steps.img_per_s(steps.mode, decoded)
-    assert student_img_per_s is not None, "measured where it is not assumed"
+    assert student_img_per_s is not None, "measured if it is not assumed"
     return CodecCost(
         codec=text,
         nbytes_per_view=assumed.nbytes_per_view or nbytes_per_view,

@@ -118,8 +118,8 @@ def _machine(config: PlanConfig, measures: Measures | None) -> Machine:
     teacher, student = assumed.teacher_img_per_s, assumed.student_img_per_s
     if measures is not None:
         teacher, student = teacher or measures.teacher_img_per_s, student or measures.student_img_per_s
-    assert teacher is not None, "measured where it is not assumed"
-    assert student is not None, "measured where it is not assumed"
+    assert teacher is not None, "measured if it is not assumed"
+    assert student is not None, "measured if it is not assumed"
     return Machine(
         teacher_img_per_s=teacher,
         student_img_per_s=student,

@@ -19,5 +19,5 @@ def save_weights(path: Path, model: nn.Module) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replaced_whole(path) as temp:
         safetensors_torch.save_file(tensors, temp, metadata={"format": "pt"})
-        # safetensors makes files that only their owner may read. All who may read the folder shall read its weights.
+        # safetensors makes files that only their owner may read. Let all read the weights who may read the folder.
         temp.chmod(path.parent.stat().st_mode & 0o666)
