@@ -22,6 +22,8 @@ def parse_codec(text: str) -> Codec:
 
     >>> parse_codec("exact:dtype=float32")
     ExactCodec(dtype='float32')
+    >>> parse_codec("transform:dct=false").dct
+    False
 
     Raises:
         CodecError: there is no such codec, or it has no such field.
@@ -35,7 +37,8 @@ def parse_codec(text: str) -> Codec:
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
-            fields[key.strip()] = value.strip()
+            word = value.strip()
+            fields[key.strip()] = {"true": True, "false": False}.get(word.lower(), word)
     return codec_from_json({"name": name.strip(), **fields})
 
 
