@@ -69,7 +69,10 @@ def _function(
 
 def _describe(config_class: type[Any]) -> str:
     lines = [f"{name}: {about.help}" for name, (_, about, _) in options_of(config_class).items()]
-    return "\n".join(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ") for line in lines)
+    return "\n".join(
+        textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def _with_recipe(command: str, config_class: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
