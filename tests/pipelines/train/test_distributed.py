@@ -225,7 +225,8 @@ def test_who_loses_the_other_process_says_so(capfd):
 
 
 @pytest.fixture
-def as_leader_of_two(monkeypatch):
+def as_leader_of_two(monkeypatch, tiny_cache):
+    tiny_cache()  # built before, or building would look for the second process
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
 
