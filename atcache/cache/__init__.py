@@ -2,7 +2,6 @@
 
 - `cache`: what `atcache.open` returns
 - `identity`: what two builds must agree in to be the same cache
-- `members`: members of a JSON object, each of a type and in a range
 - `record`: what a cache says of itself, read and written in one place
 - `coders`: the coder that decodes a cache
 - `lazy_layers`: one layer of a cache as an array that is decoded where it is sliced

@@ -132,7 +132,7 @@ class Cache:
     @cached_property
     def codec(self) -> Codec:
         """How factors became integers."""
-        return self.record.make_codec()
+        return self.record.make_codec(self.path)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -322,7 +322,7 @@ class Cache:
             cache.describe()["nbytes_per_view"]
         """
         reader, layout, geometry = self.reader, self.reader.layout, self.record.geometry
-        about, totals = self.record.to_attributes(), self._totals()
+        about, totals = self.record.to_json(), self._totals()
         num_stored = max(1, totals["num_stored"])
         map_nbytes = geometry.map_nbytes
         code_nbytes = totals["codes_nbytes"] / num_stored
