@@ -241,7 +241,7 @@ def _fit_plain(value: Any, kind: type, place: str, limits: Range) -> Any:  # noq
         if not limits.holds(value):
             raise Misfit(place, value, limits.limits)
         if isinstance(value, int) and limits.at_most is None and abs(value) > LARGEST_COUNT:
-            raise Misfit(place, value, f"at most {LARGEST_COUNT}")
+            raise Misfit(place, value, f"a number from -{LARGEST_COUNT} to {LARGEST_COUNT}")
     return value
 
 
@@ -264,7 +264,7 @@ def _fit_members(values: Any, cls: type[JsonFields], place: str) -> JsonFields: 
         known = [member.name for member in members]
         if unknown := [name for name in values if cls.is_strict and name not in known]:
             expected = (
-                f"only {', '.join(known)} there, which this version of atcache knows. Use the version that wrote it"
+                f"only {', '.join(known)} there: this version of atcache knows no others. Use the version that wrote it"
             )
             raise Misfit(_join(place, unknown[0]), values[unknown[0]], expected)
         return cls(**given)
