@@ -101,7 +101,6 @@ def _attributes(layout: Any, index: Any) -> dict[str, Any]:
         codec={"name": "int8"},
     )
     return CacheRecord(
-        path=Path("made.zarr"),
         identity=identity,
         weights_from="made",
         licence=None,
@@ -109,7 +108,7 @@ def _attributes(layout: Any, index: Any) -> dict[str, Any]:
         geometry=geometry,
         calibration=CalibrationRecord(row_kl_nats=0.0, injected_error=0.0),
         created_by=CreatedBy(atcache="0", python="3", torch="2", timm="1", device="cpu", views={}),
-    ).to_attributes()
+    ).to_json()
 
 
 def _grow(num_samples: int) -> dict[str, Any]:

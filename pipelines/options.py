@@ -11,7 +11,6 @@ arguments (`pipelines/api.py`). The config itself checks types, ranges and choic
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_
 
 from atcache.choices import MAX_SEED, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
+from atcache.fields import Misfit, Range, fit
 from atcache.files.location import Url, parse_location
 
 _Value = TypeVar("_Value")
@@ -29,43 +29,17 @@ _KEY = "option"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
+class Option(Range):
     """What a config's field states about its option: help, range and form on the command line."""
 
     help: str
     """The help text: what the option does, its unit, and what happens without it."""
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    """The value must be greater than this."""
-    below: float | None = None
-    """The value must be less than this."""
     metavar: str | None = None
     """The placeholder for the value in the help, such as TARS."""
     is_argument: bool = False
     """Whether the command line takes it by position, without the option's name."""
     is_written: bool = False
     """Whether the command writes to the path. URLs are then refused."""
-
-    @property
-    def limits(self) -> str:
-        """The range in words, such as "at least 1"; empty if there is no range."""
-        if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least} to {self.at_most}"
-        low = f"at least {self.at_least}" if self.at_least is not None else ""
-        low = f"more than {self.above}" if self.above is not None else low
-        high = f"at most {self.at_most}" if self.at_most is not None else ""
-        high = f"less than {self.below}" if self.below is not None else high
-        return " and ".join(part for part in (low, high) if part)
-
-    def holds(self, value: float) -> bool:
-        """Whether a number lies in the range."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,39 +146,24 @@ def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - any annotation
 
 def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
     """Convert texts to paths and lists to tuples, and check each value."""
+    hints = get_type_hints(cast("type[object]", type(settings)))
     for name, (_, about, kind) in options_of(cast("type[object]", type(settings))).items():
-        given = getattr(settings, name)
-        if given is None and kind.takes_none:
-            continue
-        if kind.takes_several and isinstance(given, list | tuple):
-            value: Any = tuple(_checked(name, one, about, kind) for one in cast("list[Any]", given))
-        elif kind.takes_one:
-            value = _checked(name, given, about, kind)
-        else:
-            value = (_checked(name, given, about, kind),)
-        object.__setattr__(settings, name, value)  # the config is frozen
+        value = getattr(settings, name)
+        is_list = isinstance(value, list | tuple)
+        if kind.base is Path:
+            value = [_as_path(one, kind) for one in cast("list[Any]", value)] if is_list else _as_path(value, kind)
+        if not kind.takes_one and not is_list and (value is not None or not kind.takes_none):
+            value = [value]
+        try:
+            object.__setattr__(settings, name, fit(value, hints[name], name, about))
+        except Misfit as misfit:
+            raise ConfigError(f"{misfit.place}={misfit.found!r}: expected {misfit.expected}.") from misfit
 
 
-def _checked(name: str, value: Any, about: Option, kind: OptionType) -> Any:  # noqa: ANN401 - the value of any option
-    if kind.base is Path and isinstance(value, str):
-        value = parse_location(value) if kind.takes_urls else Path(value)
-    if kind.choices:
-        if value not in kind.choices:
-            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(kind.choices)}.")
+def _as_path(value: object, kind: OptionType) -> object:
+    if not isinstance(value, str):
         return value
-    accepted = {float: (int, float), Path: (Path, Url) if kind.takes_urls else (Path,)}.get(kind.base, (kind.base,))
-    # To Python, True is also the number 1.
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind.base is not bool):
-        raise ConfigError(f"{name}={value!r}: expected {_WORDS[kind.base]}.")
-    if isinstance(value, int | float) and kind.base is not bool:
-        if not math.isfinite(value):
-            raise ConfigError(f"{name}={value}: expected a finite number.")
-        if not about.holds(value):
-            raise ConfigError(f"{name}={value}: expected {about.limits}.")
-    return value
-
-
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return parse_location(value) if kind.takes_urls else Path(value)
 
 
 # Options that several commands have. Each is written once, here.

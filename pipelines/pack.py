@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.fields import JsonFields
 from atcache.files.durable import encode_json, fsync_path, only_writer, write_file
 from atcache.images.decode import IMAGE_EXTENSIONS
 from atcache.images.tars import PACK_RECORD, pack_folder
@@ -93,7 +93,7 @@ class PackPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackSummary:
+class PackSummary(JsonFields):
     """What a pack has written."""
 
     tars: tuple[str, ...]
@@ -101,10 +101,6 @@ class PackSummary:
     num_classes: int
     nbytes: int
     ignored: dict[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def plan_pack(config: PackConfig) -> PackPlan:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields, Range
+
+MOST_VALUES = 2**20
+"""More than any count of heads, of tokens or of a head's components comes near."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLayout:
+class TokenLayout(JsonFields):
     """The order of a ViT's tokens: prefix tokens (CLS, registers) first, then the patches row by row."""
 
-    num_prefix_tokens: int
+    is_strict: ClassVar[bool] = True
+    num_prefix_tokens: Annotated[int, Range(at_least=0, at_most=MOST_VALUES)]
     """The number of tokens before the first patch; 0 for models that pool their patches."""
-    grid_height: int
+    grid_height: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
     """The number of patch rows."""
-    grid_width: int
+    grid_width: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
     """The number of patches in a row."""
 
     def __post_init__(self) -> None:
@@ -38,12 +44,3 @@ class TokenLayout:
     def num_tokens(self) -> int:
         """Prefix tokens and patches together: the side of a map."""
         return self.num_prefix_tokens + self.num_patches
-
-    def to_json(self) -> dict[str, int]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, int]) -> TokenLayout:
-        """The layout that `to_json` turned into `fields`."""
-        return cls(**fields)

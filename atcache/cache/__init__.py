@@ -2,7 +2,6 @@
 
 - `cache`: what `atcache.open` returns
 - `identity`: what two builds must have in common to make the same cache
-- `members`: read the members of a JSON object, and check their types and ranges
 - `record`: what a cache records about itself, read and written in one place
 - `coders`: make the coder that decodes a cache
 - `lazy_layers`: one layer of a cache as an array that decodes only what is sliced

@@ -133,7 +133,7 @@ class Cache:
     @cached_property
     def codec(self) -> Codec:
         """The codec that turned factors into integers."""
-        return self.record.make_codec()
+        return self.record.make_codec(self.path)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -324,8 +324,8 @@ class Cache:
             cache.describe()["nbytes_per_view"]
         """
         reader, layout, geometry = self.reader, self.reader.layout, self.record.geometry
-        about, totals = self.record.to_attributes(), self._totals()
-        num_stored = max(1, totals["num_stored"])  # a build that has just begun has stored none
+        about, totals = self.record.to_json(), self._totals()
+        num_stored = max(1, totals["num_stored"])
         map_nbytes = geometry.map_nbytes
         code_nbytes = totals["codes_nbytes"] / num_stored
         return {

@@ -31,7 +31,9 @@ def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
     """
     readers = tuple(CacheReader(path) for path in paths)
     for reader in readers:
-        CacheRecord.of(reader).make_codec()  # refuses a cache that cannot be used, before anything takes time
+        CacheRecord.of(reader).make_codec(
+            reader.path
+        )  # a cache that cannot be used is refused before anything costs time
     for other in readers[1:]:
         _check_alike(readers[0], other)
     for first, second in combinations(readers, 2):

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 
 FORMAT = 1
 """The format number this version writes and reads; `docs/format.md` says what it means."""
@@ -75,7 +76,7 @@ def describe_status(status: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Task:
+class Task(JsonFields):
     """The work that writes one shard of every array: one view of the samples [start, stop)."""
 
     view: int
@@ -152,9 +153,10 @@ class ArraySpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreLayout:
+class StoreLayout(JsonFields):
     """The numbers that determine every array of a cache. Stored in the cache's attributes."""
 
+    is_strict: ClassVar[bool] = True
     num_views: int
     num_samples: int
     num_layers: int
@@ -297,34 +299,6 @@ class StoreLayout:
         """
         pixels = [] if self.rgb is None else [self.rgb]
         return [self.codes, *pixels, self.parameters, self.pixel_hash, self.status]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        pixels = None if self.pixels is None else list(self.pixels)
-        return {**values, "parameter_names": list(self.parameter_names), "pixels": pixels}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> StoreLayout:
-        """The layout `to_json` came from.
-
-        Raises:
-            ConfigError: a field is missing, unknown or out of range.
-        """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise ConfigError(f"layout has the fields {sorted(values)}; expected {sorted(names)}.")
-        parsed: dict[str, Any] = dict(values)
-        parsed["parameter_names"] = _as_tuple("parameter_names", values["parameter_names"], str)
-        parsed["pixels"] = None if values["pixels"] is None else _as_tuple("pixels", values["pixels"], int)
-        return cls(**parsed)
-
-
-def _as_tuple(name: str, values: Any, kind: type) -> Any:  # noqa: ANN401 - JSON
-    items: list[Any] = [*values] if isinstance(values, list | tuple) else [None]  # pyright: ignore[reportUnknownVariableType]
-    if not all(isinstance(item, kind) for item in items):
-        raise ConfigError(f"{name}={values!r}: expected a list of {kind.__name__}.")
-    return tuple(items)
 
 
 def _check_count(name: str, value: object, limit: int) -> None:

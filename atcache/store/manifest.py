@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Annotated, Any, cast, overload
 
 import numpy as np
 
 from atcache.errors import CorruptCacheError
+from atcache.fields import JsonFields, Omitted
 from atcache.files.durable import encode_json, fsync_path, write_file
 from atcache.files.location import Location, parse_location
 from atcache.files.ranges import list_files, read_file
@@ -26,7 +27,7 @@ COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileRecord:
+class FileRecord(JsonFields):
     """The size and checksum that one shard file must have."""
 
     nbytes: int
@@ -36,7 +37,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
+class Commit(JsonFields):
     """A finished task. Holds no time and no host, so that every build of the same thing writes the same bytes."""
 
     task: Task
@@ -48,7 +49,7 @@ class Commit:
     """Samples without codes; their status says why."""
     quality: dict[str, Any]
     """Numbers the build measured on this task."""
-    num_checked: int | None = None
+    num_checked: Annotated[int | None, Omitted] = None
     """How many views they were measured on; None in records that do not say."""
 
     @property
@@ -60,34 +61,6 @@ class Commit:
     def codes_nbytes(self) -> int:
         """Bytes of the shard of codes."""
         return sum(record.nbytes for name, record in self.files.items() if name.startswith("attention/codes/"))
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        task = self.task
-        return {
-            "task": {"view": task.view, "block": task.block, "start": task.start, "stop": task.stop},
-            "files": {name: {"nbytes": record.nbytes, "crc32": record.crc32} for name, record in self.files.items()},
-            "num_stored": self.num_stored,
-            "num_bad": self.num_bad,
-            "quality": self.quality,
-            **({} if self.num_checked is None else {"num_checked": self.num_checked}),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Commit:
-        """The commit that `to_json` was called on; KeyError, TypeError or ValueError if `values` is not one."""
-        files = {
-            str(name): FileRecord(nbytes=int(record["nbytes"]), crc32=int(record["crc32"]))
-            for name, record in dict(values["files"]).items()
-        }
-        return cls(
-            task=Task(**{name: int(value) for name, value in dict(values["task"]).items()}),
-            files=files,
-            num_stored=int(values["num_stored"]),
-            num_bad=int(values["num_bad"]),
-            quality=dict(values["quality"]),
-            num_checked=None if values.get("num_checked") is None else int(values["num_checked"]),
-        )
 
 
 @overload

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError
+from atcache.fields import JsonFields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pairing:
-    """Where a teacher's attention goes in a student: the `pairing` of a student that `make_student` made.
+class Pairing(JsonFields):
+    """Where a teacher's attention goes in a student: the `pairing` of what `make_student` made.
 
     Example:
         student = atcache.make_student("in1k.zarr", "copy", layers="0", heads=[1])
@@ -23,6 +24,7 @@ class Pairing:
         student.pairing.heads  # ((1, 1),)
     """
 
+    is_strict: ClassVar[bool] = True
     layers: tuple[tuple[int, int], ...]
     """(student's block, teacher's block), sorted; each block of the student comes only once."""
     heads: tuple[tuple[int, int], ...]
@@ -77,21 +79,6 @@ class Pairing:
     def needs_values(self) -> bool:
         """Whether v is transferred, alone or with others."""
         return self.what in OF_VALUES
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
-            "layers": [list(pair) for pair in self.layers],
-            "heads": [list(pair) for pair in self.heads],
-            "num_student_heads": self.num_student_heads,
-            "what": self.what,
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Pairing:
-        """The pairing `to_json` came from."""
-        pairs: dict[str, Any] = {name: tuple((s, t) for s, t in fields[name]) for name in ("layers", "heads")}
-        return cls(**{**fields, **pairs})
 
 
 class TeacherFactors(Protocol):

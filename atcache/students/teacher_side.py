@@ -144,7 +144,7 @@ class CacheTeacher:
 def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Coder:
     """A cache's coder, which must decode the teacher's own `factors` if any are named."""
     record = CacheRecord.of(reader)
-    codec = record.make_codec()
+    codec = record.make_codec(reader.path)
     coder = stored_coder(reader, codec, record.geometry, str(device))
     if (of_values := sorted(factors & OF_VALUES)) and not coder.geometry.v_head_dim:
         raise ConfigError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from atcache.choices import PolicyName
 from atcache.errors import TeacherError
+from atcache.fields import JsonFields, Range
 from atcache.views.mixing import MixPolicy
 from atcache.views.policy import ViewPolicy
 
@@ -17,25 +18,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InputConfig:
+class InputConfig(JsonFields):
     """How an image becomes a model's input; what timm calls its data config."""
 
-    height: int
+    height: Annotated[int, Range(at_least=1, at_most=8192)]
     """Pixels."""
-    width: int
+    width: Annotated[int, Range(at_least=1, at_most=8192)]
     """Pixels."""
-    mean: tuple[float, ...]
+    mean: tuple[float, float, float]
     """Subtracted from red, green, blue in [0, 1]."""
-    std: tuple[float, ...]
+    std: Annotated[tuple[float, float, float], Range(above=0)]
     """The differences are divided by these."""
     interpolation: str
     """Filter of the resize: "bicubic", "bilinear" ..."""
-    crop_pct: float
+    crop_pct: Annotated[float, Range(above=0, at_most=1e6)]
     """Side of the centre crop divided by the side of the resized image, in evaluation."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     def view_policy(self, name: PolicyName, seed: int, mixing: MixPolicy | None = None) -> ViewPolicy:
         """The policy that draws views of this size, filter and crop.

@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 
 from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CacheMismatchError
+from atcache.fields import JsonFields
 from atcache.teachers.devices import resolve_precision
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherRecord:
+class TeacherRecord(JsonFields):
     """What a run or a cache remembers of its teacher: enough to find and check it again."""
 
+    is_strict: ClassVar[bool] = True
     name: str
     """Its timm name with arguments."""
     weights_sha256: str
     """sha256 of the weights that its maps depend on."""
-    precision: str
+    precision: Literal["float32", "bfloat16"]
     """torch's name of the float type it computed in."""
     geometry: FactorGeometry
     """Shapes of its factors."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
-            "name": self.name,
-            "weights_sha256": self.weights_sha256,
-            "precision": self.precision,
-            "geometry": self.geometry.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TeacherRecord:
-        """The record `to_json` came from."""
-        values: dict[str, Any] = {**fields, "geometry": FactorGeometry.from_json(fields["geometry"])}
-        return cls(**values)
 
     def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
         """The loaded teacher, to run in the precision in which the cache was built.

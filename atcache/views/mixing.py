@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from atcache.errors import ConfigError, CorruptCacheError
+from atcache.fields import JsonFields
 from atcache.views.philox import uniforms
 
 MIXING_NAMES = ("mix_partner", "mix_share", "mix_top", "mix_left", "mix_height", "mix_width")
@@ -28,9 +29,10 @@ _NUM_WORDS = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixPolicy:
+class MixPolicy(JsonFields):
     """How views are mixed: like timm's `Mixup` in mode "elem", which draws for each view separately."""
 
+    is_strict: ClassVar[bool] = True
     mixup_alpha: float = 0.0
     """Mixup (Zhang et al. 2017, arXiv 1710.09412): the own image's share follows Beta(alpha, alpha). 0: no mixup."""
     cutmix_alpha: float = 0.0

@@ -12,10 +12,12 @@ import torch
 
 from atcache import __version__
 from atcache.cache.differences import name_differences
-from atcache.cache.identity import CacheIdentity, Pixels, Selection
+from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
+from atcache.choices import Pixels
 from atcache.codecs.base import Codec
 from atcache.errors import CacheMismatchError
+from atcache.fields import JsonFields
 from atcache.images.source import SampleIndex
 from atcache.store.chunks import ChunkEncoder
 from atcache.store.layout import StoreLayout, plan_samples_per_shard
@@ -34,7 +36,7 @@ _HASH_NBYTES = 8  # hashes do not compress; statuses, which are all alike, take 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildPlan:
+class BuildPlan(JsonFields):
     """What a build will do and cost."""
 
     teacher: str
@@ -97,13 +99,12 @@ def identify(
     )
 
 
-def describe_cache(out: Path, identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
+def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
     """The record of a new cache: its identity, and what it was made with."""
     import timm
 
     teacher = run.teacher
     return CacheRecord(
-        path=out,
         identity=identity,
         weights_from=teacher.source,
         licence=teacher.licence,

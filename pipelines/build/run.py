@@ -120,8 +120,8 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
-        record = describe_cache(config.out, wanted.identity, run, calibration)
-        create_cache(config.out, layout, record.to_attributes(), index, state, bias_LHQK)
+        record = describe_cache(wanted.identity, run, calibration)
+        create_cache(config.out, layout, record.to_json(), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
         cache = CacheReader(config.out)
@@ -227,5 +227,5 @@ def _open_existing(out: Path) -> tuple[CacheReader, CacheRecord] | tuple[None, N
         raise ConfigError(f"{out} exists and is not a cache. Give another --out, or remove it.")
     cache = CacheReader(out)
     record = CacheRecord.of(cache)
-    record.make_codec()  # raises if this version does not know the codec
+    record.make_codec(cache.path)
     return cache, record

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
+
+from atcache.fields import JsonFields
 
 from ..fidelity import Expectation
 from .plan import BuildPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildSummary:
+class BuildSummary(JsonFields):
     """What a build did, all its processes together."""
 
     out: str
@@ -53,14 +54,3 @@ class BuildSummary:
             warning=warning,
             seconds=seconds,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The summary that `to_json` turned into `values`."""
-        plan = values["plan"]
-        fields: dict[str, Any] = {**values, "plan": None if plan is None else BuildPlan(**plan)}
-        return cls(**fields)

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ import torch
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.files.durable import encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
@@ -64,7 +65,7 @@ class ModeResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoSummary:
+class DemoSummary(JsonFields):
     """The results of the demo."""
 
     out: str
@@ -79,10 +80,6 @@ class DemoSummary:
     seconds: float
     commands: tuple[str, ...]
     """The commands that were run; they can be typed again in the same working folder."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:

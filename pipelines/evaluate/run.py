@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
@@ -16,17 +16,13 @@ from .config import EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSummary:
+class EvaluateSummary(JsonFields):
     """The result of an evaluation."""
 
     runs: tuple[str, ...]
     modes: tuple[str, ...]
     score: Score
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateSummary:

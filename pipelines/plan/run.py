@@ -10,11 +10,11 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from atcache.fields import JsonFields
 from atcache.images.source import SampleIndex, index_source
 
 from .config import PlanConfig
@@ -26,7 +26,7 @@ _MUCH_STATE = 0.02  # a note tells of fitted state that takes more than this sha
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(JsonFields):
     """What was measured, and the answer."""
 
     teacher: str | None
@@ -47,10 +47,6 @@ class Plan:
     """What the user should know about how the numbers came about."""
     seconds: float
     """Time the plan took."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:

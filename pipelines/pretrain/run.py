@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from atcache.feed.batch import Batch
 from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
+from atcache.fields import JsonFields
 from atcache.images.source import Source, index_source
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config, normalise_images
@@ -42,7 +43,7 @@ LOG_EVERY = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainSummary:
+class PretrainSummary(JsonFields):
     """The result of a finished run."""
 
     weights: Path
@@ -59,10 +60,6 @@ class PretrainSummary:
     """Mean over the last steps that were logged."""
     img_per_s: float
     """Speed of the last logged steps."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {**asdict(self), "weights": str(self.weights)}
 
 
 def pretrain(config: PretrainConfig) -> PretrainSummary:

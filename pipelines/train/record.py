@@ -6,12 +6,13 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from atcache.choices import Mode
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, new_student
 from atcache.teachers.names import parse_model_name
@@ -21,9 +22,10 @@ from ..running.run_files import RUN_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunRecord:
+class RunRecord(JsonFields):
     """What is needed to make a run's student again."""
 
+    is_strict: ClassVar[bool] = True
     mode: Mode
     student: str
     """The student's timm name, with arguments."""
@@ -32,24 +34,6 @@ class RunRecord:
     """Which of the teacher's layers and heads go where in the student; None for scratch and finetune."""
     teacher: TeacherRecord | None
     """The teacher whose attention it uses; None for scratch and finetune."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
-            "mode": self.mode,
-            "student": self.student,
-            "num_classes": self.num_classes,
-            "pairing": None if self.pairing is None else self.pairing.to_json(),
-            "teacher": None if self.teacher is None else self.teacher.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> RunRecord:
-        """The record that `to_json` wrote."""
-        teacher = None if fields["teacher"] is None else TeacherRecord.from_json(fields["teacher"])
-        pairing = None if fields["pairing"] is None else Pairing.from_json(fields["pairing"])
-        values: dict[str, Any] = {**fields, "pairing": pairing, "teacher": teacher}
-        return cls(**values)
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.errors import CorruptCacheError
+from atcache.fields import JsonFields
 
 from ..running.run_files import WEIGHTS_FILE
 from .validation import Score
@@ -16,7 +16,7 @@ SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSummary:
+class TrainSummary(JsonFields):
     """The results of a training run."""
 
     out: str
@@ -36,20 +36,9 @@ class TrainSummary:
     waited_for_data: float
     """Share of that process's training time spent waiting for batches."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
-        """The summary that `to_json` wrote."""
-        score = fields["validation"]
-        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
-        return cls(**values)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepResult:
+class SweepResult(JsonFields):
     """The result of one student of a sweep."""
 
     name: str
@@ -58,11 +47,6 @@ class SweepResult:
     """None for a student that was given up."""
     problem: str | None = None
     """Why it was given up; None for a finished one."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        summary = None if self.summary is None else self.summary.to_json()
-        return {"name": self.name, "summary": summary, "problem": self.problem}
 
 
 def read_finished(folder: Path) -> TrainSummary | None:

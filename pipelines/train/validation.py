@@ -15,6 +15,7 @@ from atcache.feed.batch import Batch
 from atcache.feed.caches import open_caches, open_joined_views
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
+from atcache.fields import JsonFields
 from atcache.files.location import Location, listed
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
@@ -29,7 +30,7 @@ from ..running.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
+class Score(JsonFields):
     """How well predictions fit labels."""
 
     top1: float
@@ -73,7 +74,7 @@ def check_records(cache: Location | tuple[Location, ...] | None) -> None:
         CorruptCacheError: the record or the codec of one cannot be used.
     """
     for path in listed(cache):
-        CacheRecord.of(CacheReader(path)).make_codec()
+        CacheRecord.of(CacheReader(path)).make_codec(path)
 
 
 def _open_images(data: str | tuple[str, ...], config: InputConfig) -> tuple[FreshViews, np.ndarray]:

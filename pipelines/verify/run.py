@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.cache.cache import Cache
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.files.durable import only_writer
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
@@ -27,7 +27,7 @@ from .views import check_views, spread_views
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifySummary:
+class VerifySummary(JsonFields):
     """What was checked and found."""
 
     path: str
@@ -50,10 +50,6 @@ class VerifySummary:
     fidelity: Fidelity | None
     """The comparison with the teacher; None without a teacher, or if nothing can be decoded."""
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda _: None) -> VerifySummary:

@@ -197,9 +197,9 @@ def test_texts_become_paths_and_lists_tuples():
         ({"way": "of"}, "way='of': expected one of on, off."),
         ({"flag": "yes"}, "flag='yes': expected True or False."),
         ({"path": 3}, "path=3: expected a path."),
-        ({"places": [3]}, "places=3: expected a path."),
+        ({"places": [3]}, "places[0]=3: expected a path or a URL."),
         ({"places": "ftp://x/y"}, "ftp://x/y"),
-        ({"names": [1]}, "names=1: expected text."),
+        ({"names": [1]}, "names[0]=1: expected text."),
     ],
 )
 def test_what_an_option_does_not_take_is_refused_in_a_sentence(fields, message):

@@ -17,6 +17,7 @@ from atcache.errors import CacheMismatchError, ConfigError
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.record import load_run
 from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
 
@@ -209,3 +210,19 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
     refused = CliRunner().invoke(cli, ["eval", *place])
     assert refused.exit_code == 1
     assert "Error: no run to evaluate" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": "10"}, r"\"num_classes\" is '10', expected a whole number"),
+        ({"mode": "copied"}, r"\"mode\" is 'copied', expected one of copy"),
+        ({"teacher": {"name": "vit"}}, r'says nothing of "teacher\.weights_sha256"'),
+        ({"pairing": {"layers": [[0]]}}, r'"pairing\.layers\[0\]" is \[0\], expected a list of 2'),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused_in_a_sentence(tmp_path, change, message):
+    record = {"mode": "scratch", "student": "vit", "num_classes": 10, "pairing": None, "teacher": None}
+    (tmp_path / "run.json").write_text(json.dumps({"record": {**record, **change}}))
+    with pytest.raises(ConfigError, match=rf"is no run: run\.json cannot be read \(.*{message}"):
+        load_run(tmp_path, torch.device("cpu"))
