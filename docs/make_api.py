@@ -21,7 +21,8 @@ WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
 LOOKING = ("open", "Cache", "View")
 LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing")
-COMMANDS = ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate")
+MAKING = ("pack", "pretrain", "plan", "build", "verify")
+TRAINING = ("train", "train_sweep", "evaluate")
 
 # A part of a docstring that begins with a word and a colon, and is indented.
 SECTION = re.compile(r"^(Args|Returns|Raises|Example):\n((?:    .*\n|\n)+)", re.MULTILINE)
@@ -33,7 +34,8 @@ def make_pages() -> dict[str, str]:
     """The text of each page, by file name."""
     below = {
         "api/training.md": ("A training loop of your own", LOOP),
-        "api/commands.md": ("Commands as functions", COMMANDS),
+        "api/caches.md": ("Making and verifying caches", MAKING),
+        "api/runs.md": ("Training and evaluating", TRAINING),
     }
     links = "\n".join(f"- [{title}]({page})" for page, (title, _) in below.items())
     parts = {"api.md": ["# The API", *render_text(documented(atcache)), MADE, links, *api_parts()]}

@@ -71,7 +71,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, digits_tars, tmp_p
         'out="runs/copy")': f'out="runs/copy", steps=2, batch_size=8, {small})',
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
-    examples = blocks("api/commands.md", "python")
+    examples = blocks("api/caches.md", "python") + blocks("api/runs.md", "python")
     assert len(examples) == 8
     scope = {"atcache": atcache}
     # In the order in which one needs another's result; the page's is that of the commands.
@@ -94,7 +94,7 @@ def test_the_examples_of_statistics_give_what_they_say():
 
 
 def test_public_names_that_are_no_errors_are_on_a_page(make_api):
-    shown = {*make_api.LOOKING, *make_api.LOOP, *make_api.COMMANDS, "stats", "__version__"}
+    shown = {*make_api.LOOKING, *make_api.LOOP, *make_api.MAKING, *make_api.TRAINING, "stats", "__version__"}
     assert shown == {name for name in atcache.__all__ if not name.endswith("Error")}
 
 
