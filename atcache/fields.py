@@ -104,7 +104,7 @@ class Misfit(ValueError):
     def sentence(self, file: object) -> str:
         """What is wrong with the JSON object that was read from `file`."""
         if self.found is _MISSING:
-            return f'{file} says nothing of "{self.place}", expected {self.expected}.'
+            return f'{file} has no "{self.place}", expected {self.expected}.'
         subject = f'{file}: "{self.place}"' if self.place else str(file)
         if self._reason is not None:
             return f"{subject} cannot be used: {self._reason}"

@@ -56,11 +56,11 @@ def test_an_object_is_read_and_written_without_loss():
         ({"chosen": [1, "2"]}, r"\"chosen\[1\]\" is '2', expected a whole number"),
         ({"errors": {"x": None}}, r'"errors\.x" is None, expected a number'),
         ({"of": 1}, r'"of" is 1, expected an object'),
-        ({"of": {"grid": None}}, r'says nothing of "of\.name", expected text'),
+        ({"of": {"grid": None}}, r'has no "of\.name", expected text'),
         ({"of": {"name": "a", "grid": {"sides": [2]}}}, r'"of\.grid\.sides" is \[2\], expected a list of 2'),
         ({"of": {"name": "a", "grid": {"sides": [0, 1]}}}, r'"of\.grid\.sides\[0\]" is 0, expected at least 1'),
         # A default does not stand for what a strict class lacks, unless it was left out because of it.
-        ({"of": {"name": "a", "grid": {"sides": [2, 3]}}}, r'says nothing of "of\.grid\.kind", expected one of patch'),
+        ({"of": {"name": "a", "grid": {"sides": [2, 3]}}}, r'has no "of\.grid\.kind", expected one of patch'),
         ({"of": {"name": "a", "grid": {**OBJECT["of"]["grid"], "x": 1}}}, r'"of\.grid\.x" is 1, expected only sides,'),
     ],
 )

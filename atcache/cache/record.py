@@ -192,7 +192,7 @@ class CacheRecord(JsonFields):
         # A default in place of what is missing could decode to other maps.
         if missing := sorted(codec.to_json().keys() - self.identity.codec.keys()):
             raise CorruptCacheError(
-                f'{path}/zarr.json says nothing of "codec.{missing[0]}", which codec {codec.name} has. {_ADVICE}'
+                f'{path}/zarr.json has no "codec.{missing[0]}", which codec {codec.name} needs. {_ADVICE}'
             )
         return codec
 

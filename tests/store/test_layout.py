@@ -141,7 +141,7 @@ def test_a_layout_that_cannot_be_is_refused_by_name(change, message):
 def test_a_layout_without_a_field_is_refused():
     fields = StoreLayout(**FIELDS).to_json()
     del fields["num_tokens"]
-    with pytest.raises(ConfigError, match=r'says nothing of "num_tokens", expected a whole number'):
+    with pytest.raises(ConfigError, match=r'has no "num_tokens", expected a whole number'):
         StoreLayout.from_json(fields)
 
 

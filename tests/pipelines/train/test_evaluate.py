@@ -217,7 +217,7 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
     [
         ({"num_classes": "10"}, r"\"num_classes\" is '10', expected a whole number"),
         ({"mode": "copied"}, r"\"mode\" is 'copied', expected one of copy"),
-        ({"teacher": {"name": "vit"}}, r'says nothing of "teacher\.weights_sha256"'),
+        ({"teacher": {"name": "vit"}}, r'has no "teacher\.weights_sha256"'),
         ({"pairing": {"layers": [[0]]}}, r'"pairing\.layers\[0\]" is \[0\], expected a list of 2'),
     ],
 )
