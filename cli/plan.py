@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..pipelines.plan.config import PlanConfig
+from ..pipelines.plan.verdict import duration, number, size
 from . import options
 from .fields import options_from
 
@@ -54,8 +55,6 @@ def _print(plan: Plan) -> None:
 
 
 def _facts(plan: Plan) -> list[str]:
-    from ..pipelines.plan.verdict import number, size
-
     machine, workload = plan.machine, plan.workload
     loads = "" if machine.load_img_per_s is None else f"; loading images: {number(machine.load_img_per_s)} img/s"
     runs = f"{workload.runs} run{'s' if workload.runs > 1 else ''}"
@@ -70,13 +69,8 @@ def _facts(plan: Plan) -> list[str]:
 
 
 def _cache_table(plan: Plan) -> Table:
-    from ..pipelines.plan.verdict import duration, number, size
-
-    table = _table(
-        "What a cache would be", ["codec", "a view", "in all", "than float16 maps", "row KL", "features off"]
-    )
-    for heading in ("encodes", "build", "build waits for"):
-        table.add_column(heading, justify="right")
+    headings = ["codec", "a view", "in all", "than float16 maps", "row KL", "features off", "encodes", "build"]
+    table = _table("What a cache would be", [*headings, "build waits for"])
     for one in plan.assessments:
         cost = one.cost
         against = "-" if cost.map_nbytes_per_view is None else _against(cost.map_nbytes_per_view / cost.nbytes_per_view)
@@ -99,19 +93,8 @@ def _against(times_smaller: float) -> str:
 
 
 def _training_table(plan: Plan) -> Table:
-    from ..pipelines.plan.verdict import duration, number, size
-
-    headings = [
-        "training from",
-        "a step alone",
-        "needs",
-        "disk reads",
-        "one epoch",
-        "waits for",
-        "pays after",
-        "verdict",
-    ]
-    table = _table("What an epoch would take", headings)
+    headings = ["training from", "a step alone", "needs", "disk reads", "one epoch", "waits for", "pays after"]
+    table = _table("What an epoch would take", [*headings, "verdict"])
     decision, machine = plan.decision, plan.machine
     live_step_s = 1 / machine.teacher_img_per_s + 1 / machine.student_img_per_s
     if plan.scratch_img_per_s is not None:
@@ -138,6 +121,6 @@ def _table(title: str, headings: list[str]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left")
     return table

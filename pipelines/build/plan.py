@@ -222,7 +222,7 @@ def plan_build(
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,
         remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
-        free_nbytes=_free_nbytes(out),
+        free_nbytes=shutil.disk_usage(existing_folder(out)).free,
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,
@@ -230,7 +230,6 @@ def plan_build(
     )
 
 
-def _free_nbytes(path: Path) -> int:
-    """Free space on the disk that `path` is, or will be, on."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+def existing_folder(path: Path) -> Path:
+    """`path` if it is a folder, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -20,11 +20,6 @@ _BLOCKS_A_FSYNC = 8  # a slow disk is to be noticed before all is written
 _SECONDS_A_PROBE = 2.0
 
 
-def existing_folder(path: Path) -> Path:
-    """`path` where it is a folder, or the nearest one above it that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-
-
 class DiskProbe:
     """A temp file without a name: it is gone when the `with` block ends, whatever ends it, also a kill.
 
