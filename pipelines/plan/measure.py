@@ -6,7 +6,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -221,11 +221,10 @@ def _measure_codec(
 def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Calibration) -> tuple[float, float]:
     """Views compressed a second by all threads of a build, and decompressed a second by all workers of a training."""
     few = slice(0, _PACKED_VIEWS)
-    codes_BLTC, pixels_BHWC = calibration.codes_BLTC[few].numpy(), calibration.pixels_BHWC[few].numpy()
-    views: Iterable[tuple[np.ndarray, np.ndarray]] = zip(codes_BLTC, pixels_BHWC, strict=True)
     compress_s: list[float] = []
     unpack_s: list[float] = []
-    for codes_LTC, pixels_HWC in views:
+    for codes, pixels in zip(calibration.codes_BLTC[few], calibration.pixels_BHWC[few], strict=True):
+        codes_LTC, pixels_HWC = codes.numpy(), pixels.numpy()
         start_s = time.perf_counter()
         chunks = encode_view(layout, codes_LTC)
         pixels_chunk = None if layout.pixels is None else encode_pixels(layout, pixels_HWC)
