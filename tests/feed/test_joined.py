@@ -239,7 +239,7 @@ def test_memory_for_views_counts_the_chunk_that_a_cut_of_layers_holds(tiny_cache
     chunk_nbytes, pixels_nbytes = reader.layout.codes.chunk_nbytes, 8 * 8 * 3
 
     def is_kept(keep_nbytes) -> bool:
-        fields = {"with_codes": True, "code_layers": slice(1, 2), "keep_nbytes": keep_nbytes}
+        fields = {"code_layers": slice(1, 2), "keep_nbytes": keep_nbytes}
         views = CachedViews(reader, Source(reader.samples), **fields)
         return views.read(5, 0) is views.read(5, 0)
 
