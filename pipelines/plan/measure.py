@@ -25,7 +25,6 @@ from atcache.students.pairing import TeacherFactors
 from atcache.students.teacher_side import CachedFactors, LiveFactors
 from atcache.teachers.run import TeacherRun
 from atcache.views.mixing import mix_policy
-from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
@@ -128,7 +127,6 @@ class _Bench(NamedTuple):
     run: TeacherRun
     capture: FactorCapture
     """Has run once, so that its geometry is known."""
-    policy: ViewPolicy
     views: CalibrationViews
     pixels_BHWC: Tensor
     """One batch of them."""
@@ -146,7 +144,7 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
-    return _Bench(run, capture, policy, views, pixels_BHWC)
+    return _Bench(run, capture, views, pixels_BHWC)
 
 
 def _to_length(rows_N: Tensor, length: int) -> Tensor:
@@ -175,7 +173,7 @@ def _measure_codec(
     timed: bool,
 ) -> CodecCost:
     """Calibrate one codec as a build does, and time it. What is `known` stands in place of what was measured."""
-    run, geometry, policy = bench.run, bench.capture.geometry, bench.policy
+    run, geometry = bench.run, bench.capture.geometry
     calibration = calibrate(
         run,
         parse_codec(text),
@@ -185,8 +183,9 @@ def _measure_codec(
         batch_size=config.batch_size,
         with_values=config.store == "v",
     )
-    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
-    layout, nbytes_per_view = plan_layout(calibration, bench.views, num_samples, config.views, pixel_shape, None)
+    layout, nbytes_per_view = plan_layout(
+        calibration, bench.views, num_samples, config.views, None, stores_pixels=config.pixels == "store"
+    )
     coder = calibration.coder
     encode_img_per_s = compress_img_per_s = unpack_img_per_s = None
     if timed:
