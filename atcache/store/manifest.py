@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -63,15 +63,10 @@ class Commit:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
-        task = self.task
-        return {
-            "task": {"view": task.view, "block": task.block, "start": task.start, "stop": task.stop},
-            "files": {name: {"nbytes": record.nbytes, "crc32": record.crc32} for name, record in self.files.items()},
-            "num_stored": self.num_stored,
-            "num_bad": self.num_bad,
-            "quality": self.quality,
-            **({} if self.num_checked is None else {"num_checked": self.num_checked}),
-        }
+        fields = asdict(self)
+        if self.num_checked is None:
+            del fields["num_checked"]
+        return fields
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Commit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,12 +29,7 @@ class TeacherRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a JSON object."""
-        return {
-            "name": self.name,
-            "weights_sha256": self.weights_sha256,
-            "precision": self.precision,
-            "geometry": self.geometry.to_json(),
-        }
+        return {**asdict(self), "geometry": self.geometry.to_json()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TeacherRecord:
