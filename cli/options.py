@@ -42,11 +42,9 @@ recipe = click.option(
 )
 
 
-def size_against_maps(times_smaller: float) -> str:
+def compare_sizes(times_smaller: float) -> str:
     """How codes compare with the same maps as float16; with few tokens factors are larger than maps."""
-    if times_smaller >= 1:
-        return f"{times_smaller:.1f}x smaller than float16 maps"
-    return f"{1 / times_smaller:.1f}x larger than float16 maps"
+    return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
 
 
 def print_json(record: dict[str, Any]) -> None:

@@ -73,12 +73,12 @@ def _cache_table(plan: Plan) -> Table:
     table = _table("What a cache would be", [*headings, "build waits for"])
     for one in plan.assessments:
         cost = one.cost
-        against = "-" if cost.map_nbytes_per_view is None else _against(cost.map_nbytes_per_view / cost.nbytes_per_view)
+        ratio = None if cost.map_nbytes_per_view is None else cost.map_nbytes_per_view / cost.nbytes_per_view
         table.add_row(
             cost.codec or "assumed",
             size(cost.nbytes_per_view),
             size(one.total_nbytes),
-            against,
+            "-" if ratio is None else options.compare_sizes(ratio),
             "-" if cost.row_kl_nats is None else f"{cost.row_kl_nats:.2g}",
             "-" if cost.injected_error is None else f"{cost.injected_error:.2g}",
             "-" if cost.encode_img_per_s is None else f"{number(cost.encode_img_per_s)} img/s",
@@ -86,10 +86,6 @@ def _cache_table(plan: Plan) -> Table:
             one.build_limit,
         )
     return table
-
-
-def _against(times_smaller: float) -> str:
-    return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
 
 
 def _training_table(plan: Plan) -> Table:
