@@ -7,17 +7,17 @@
     cache = atcache.open("in1k.zarr")  # look at what is in it
     maps = cache.maps(layer=5)  # lazy: view, sample, head, query, key
     entropy_bits = atcache.stats.attention_entropy(maps[0, :100]).mean().compute()
-    batches = atcache.batches("in1k.zarr", epochs=30)  # or train it in a loop of your own
+    batches = atcache.batches("in1k.zarr", epochs=30)  # or train a student in your own loop
     student = atcache.make_student("in1k.zarr", "distill").to(batches.device)
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
 The functions `pack`, `pretrain`, `plan`, `build`, `verify`, `train` and `evaluate` do what the commands of the same
-names do. Every error that is a user's mistake or damaged data is an `AtcacheError`. `import atcache` takes no time:
-torch, timm, zarr and dask are imported by what needs them, when it is first used.
+names do. A user's mistake and damaged data raise an `AtcacheError`. `import atcache` is fast: it imports torch, timm,
+zarr and dask only when a function that needs them is first used.
 """
 
-# In the checkout atcache.pipelines lies beside this folder, where pyright does not find it by this name.
+# In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What is imported when it is first asked for, and from where.
+# Names that are imported on first use, and the modules they come from.
 _MODULE_OF = {
     **dict.fromkeys(
         ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"), "atcache.pipelines.api"
@@ -111,17 +111,17 @@ __all__ = [
 
 
 def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None = None) -> Cache:
-    """A cache, opened for reading: its maps, single views, and what it says of itself. See `Cache`.
+    """Open a cache for reading: its maps, single views, and its metadata. See `Cache`.
 
-    Opening reads one small file, however large the cache is.
+    This reads one small file, however large the cache is.
 
     Args:
         path: the cache's folder, or its URL.
-        data: where its tars lie now, if they were moved since the build and images are to be read from them.
+        data: where the tars are now. Needed only to read images, and only if the tars were moved since the build.
 
     Raises:
         CacheMissError: there is no cache at this path.
-        CorruptCacheError: what it says of itself cannot be read.
+        CorruptCacheError: the cache's metadata cannot be read.
 
     Example:
         cache = atcache.open("in1k.zarr")
@@ -140,7 +140,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of all public names
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     else:
         raise AttributeError(f"module 'atcache' has no attribute {name!r}")
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # so that the next access does not come here again
     return value
 
 

@@ -1,16 +1,16 @@
-"""The errors atcache raises for its users' mistakes and for damaged data.
+"""The errors that atcache raises for a user's mistake or for damaged data.
 
-Each is also the built-in a caller would expect, so `except ValueError` keeps working. The message is for a person:
-what, which value, what was expected, what to do. Anything else that escapes is a bug and keeps its traceback.
+Each class is also the built-in error that a caller expects, so `except ValueError` works. A message is written for a
+person: it says what is wrong, which value, what was expected and what to do. Any other exception is a bug.
 """
 
 from __future__ import annotations
 
 
 class AtcacheError(Exception):
-    """Any error whose message is meant for the user."""
+    """Base class of all errors whose message is written for the user."""
 
-    # KeyError prints the repr of its argument and OSError its errno; users are to read the sentence itself.
+    # KeyError would print the repr of the message, and OSError an errno. Users should read the sentence itself.
     __str__ = Exception.__str__
 
 
@@ -19,47 +19,47 @@ class ConfigError(AtcacheError, ValueError):
 
 
 class SourceError(AtcacheError, ValueError):
-    """The images or labels cannot be found or are damaged."""
+    """The images or labels are missing or damaged."""
 
 
 class BadImageError(SourceError):
-    """One image cannot be decoded; the message names its tar and key."""
+    """One image cannot be decoded. The message names its tar and key."""
 
 
 class TeacherError(AtcacheError, ValueError):
-    """A model or its weights cannot be had or do not fit."""
+    """A model or its weights cannot be loaded, or they do not suit the task."""
 
 
 class UnsupportedAttentionError(TeacherError):
-    """The model's attention is no token x token softmax of q and k, so it cannot be captured or given."""
+    """The model's attention is not a token x token softmax of q and k, so it cannot be captured or replaced."""
 
 
 class AttentionShapeError(AtcacheError, ValueError):
-    """A tensor of attention has not the expected axes."""
+    """An attention tensor does not have the expected shape."""
 
 
 class CodecError(AtcacheError, ValueError):
-    """A codec cannot be made as asked, or cannot hold these factors."""
+    """A codec's settings are not valid, or the codec cannot store these factors."""
 
 
 class CacheMismatchError(AtcacheError, ValueError):
-    """A cache exists, but for other data, another teacher or other parameters."""
+    """The cache exists, but it was built from other data, with another teacher or with other settings."""
 
 
 class CorruptCacheError(AtcacheError, ValueError):
-    """Stored bytes are not what was written; the message names the file."""
+    """Stored bytes are not what was written. The message names the file."""
 
 
 class CacheMissError(AtcacheError, KeyError):
-    """The asked view or sample is not stored in this cache."""
+    """There is no such cache, or it does not contain the requested view or sample."""
 
 
 class DiskFullError(AtcacheError, OSError):
-    """No space is left, or would be; what was stored before stays valid."""
+    """The disk is full, or would become full. What was stored before stays valid."""
 
 
 class RemoteError(AtcacheError):
-    """A server cannot be read, or what it has changed meanwhile; the message names the URL.
+    """A server cannot be read, or a file on it has changed since it was opened. The message names the URL.
 
-    No OSError: code that takes one for a damaged or missing local file must let this pass.
+    This is not an OSError: code that treats an OSError as a damaged or missing local file must not catch it.
     """

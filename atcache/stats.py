@@ -1,7 +1,7 @@
-"""Reductions over maps: what a head attends to, in a few numbers.
+"""Statistics of maps: what a head attends to, in a few numbers.
 
-The same code takes numpy and dask arrays (lazily); leading axes are free, the last two are (query, key). Values of
-views that are not stored, NaN, stay NaN.
+All functions accept numpy arrays, and dask arrays (lazily). The last two axes are (query, key); any axes may come
+before them. Views that are not stored are NaN, and give NaN.
 
 Example:
     cache = atcache.open("in1k.zarr")
@@ -25,7 +25,8 @@ def attention_entropy(attn_QK: Any, *, base: float = 2.0) -> Any:  # noqa: ANN40
     """Shannon entropy of each query's attention over keys.
 
     Args:
-        attn_QK: probabilities, shape (..., query, key), float. Rows along key sum to 1; they are not renormalised here.
+        attn_QK: probabilities, shape (..., query, key), float. Rows along key must sum to 1; this function does not
+            normalise them.
         base: 2 gives bits, e gives nats.
 
     Returns:
@@ -34,20 +35,20 @@ def attention_entropy(attn_QK: Any, *, base: float = 2.0) -> Any:  # noqa: ANN40
     >>> attention_entropy(np.full((1, 1, 4), 0.25))
     array([[2.]])
     """
-    # At probability 0 this is 0 * log(tiny): 0, as the limit is.
+    # p * log(p) tends to 0 as p does. The smallest positive float instead of 0 gives 0 * log(tiny) = 0, and not NaN.
     logarithm = np.log2(np.maximum(attn_QK, np.finfo(attn_QK.dtype).tiny))
     return -(attn_QK * logarithm).sum(axis=-1) / math.log2(base)
 
 
 def prefix_mass(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - numpy or dask array
-    """How much of each query's attention goes to prefix tokens (CLS, registers).
+    """Share of each query's attention that goes to prefix tokens (CLS, registers).
 
     Args:
         attn_QK: probabilities, shape (..., query, key), over `tokens`.
         tokens: which keys are prefix tokens.
 
     Returns:
-        Mass, shape (..., query), in [0, 1]; 0 without prefix tokens.
+        Mass, shape (..., query), in [0, 1]; 0 if there are no prefix tokens.
 
     >>> prefix_mass(np.full((4, 4), 0.25), TokenLayout(num_prefix_tokens=1, grid_height=1, grid_width=3))
     array([0.25, 0.25, 0.25, 0.25])
@@ -57,10 +58,11 @@ def prefix_mass(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - num
 
 
 def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - numpy or dask array
-    """Distance in the image that patches attend over, weighted by attention and averaged over query patches.
+    """Mean distance in the image between a patch and the patches it attends to, weighted by attention.
 
-    Dosovitskiy et al. 2021 (arXiv 2010.11929), appendix D.7, in patches instead of pixels. Prefix tokens have no
-    place in the image: as queries they are left out, and attention to them is taken away before a row is normalised.
+    As in Dosovitskiy et al. 2021 (arXiv 2010.11929), appendix D.7, but in patches instead of pixels, and averaged over
+    the query patches. Prefix tokens have no position in the image. They are left out, both as queries and as keys, and
+    each row is normalised over the patches that remain.
 
     Args:
         attn_QK: probabilities, shape (..., query, key), over `tokens`.
@@ -68,7 +70,7 @@ def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: 
 
     Returns:
         Mean distance between patch centres, shape (...), in [0, diagonal of the grid]. Multiply by the patch size for
-        pixels. A patch that attends to prefix tokens only counts as 0.
+        pixels. A patch that attends only to prefix tokens counts as 0.
 
     >>> mean_attention_distance(np.full((3, 3), 1 / 3), TokenLayout(num_prefix_tokens=0, grid_height=1, grid_width=3))
     np.float64(0.8888888888888888)
@@ -76,12 +78,13 @@ def mean_attention_distance(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: 
     _check_tokens(attn_QK, tokens)
     patches_QK = attn_QK[..., tokens.num_prefix_tokens :, tokens.num_prefix_tokens :]
     distance_QK = patch_distances(tokens).astype(attn_QK.dtype)
+    # A row may have no attention left on patches; tiny keeps it from being 0 / 0.
     mass_Q = np.maximum(patches_QK.sum(axis=-1), np.finfo(attn_QK.dtype).tiny)
     return ((patches_QK * distance_QK).sum(axis=-1) / mass_Q).mean(axis=-1)
 
 
 def patch_distances(tokens: TokenLayout) -> np.ndarray:
-    """Euclidean distance between the centres of each two patches, float64 (patch, patch), in patches.
+    """Euclidean distances between the centres of all pairs of patches, float64 (patch, patch), in patches.
 
     >>> patch_distances(TokenLayout(num_prefix_tokens=0, grid_height=1, grid_width=3))
     array([[0., 1., 2.],

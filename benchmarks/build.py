@@ -1,15 +1,17 @@
-"""What a build costs: against the teacher's plain forward, per view as datasets grow, and to open what came out.
+"""What a build costs: compared with the teacher's plain forward pass, per view as datasets grow, and to open the cache.
 
     python benchmarks/build.py speed --teacher NAME --data TARS [--weights FILE] [--codec int8 --codec transform]
     python benchmarks/build.py growth
     python benchmarks/build.py opening
 
-`speed`: views/s of the build's own tasks, and of the same teacher's plain fused forward on the same loader,
-interleaved in one run, by the clock and in processor time of all processes; then where the time of a view goes, each
-stage by itself. Without weights they are random, and so is transform's state (of `train_step.py`, its step such that
-most codes are 0): that suits speed, not fidelity. `growth`: the store's part of a build with made codes in place of a
-teacher, 1,000 to 100,000 samples. `opening`: a cache of 1.3 million samples and 24 layers, in fresh processes. Machine
-noise is in the seconds; compare ratios.
+`speed` runs a build's tasks, and the same teacher's plain fused forward pass on the same loader, in turns. It prints
+their views/s, by the clock and in the processor time of all processes; then the time a view takes in each stage, with
+nothing else running. Without --weights the weights are random, and so is transform's state (from `train_step.py`, with
+a step that makes most codes 0). This is right for speed, but not for fidelity.
+
+`growth` is the store's part of a build, with random codes instead of a teacher, for 1,000 to 100,000 samples. `opening`
+opens a cache of 1.3 million samples and 24 layers, in new processes. Seconds vary with the load of the machine; compare
+ratios.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ from atcache.views.policy import ViewPolicy
 
 
 class Setup(NamedTuple):
-    """What all measurements of one codec share."""
+    """What all measurements of one codec have in common."""
 
     run: TeacherRun
     source: Source
@@ -64,7 +66,7 @@ class Setup(NamedTuple):
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the chosen measurement and print its rows."""
     options = _parse()
     if options.what == "growth":
         print_rows(measure_growth(options.samples))
@@ -75,13 +77,13 @@ def main() -> None:
 
 
 def print_rows(rows: list[dict[str, object]]) -> None:
-    """One line of JSON a row."""
+    """Print each row as a line of JSON."""
     for row in rows:
         print(json.dumps(row))
 
 
 def measure_speed(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows: views/s of the plain forward and of builds, their ratios, and milliseconds of each stage."""
+    """Rows with views/s of the plain forward pass and of builds, their ratios, and milliseconds of each stage."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         setups = {name: _setup(options, name, Path(folder)) for name in options.codec}
@@ -112,7 +114,7 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
         weights = folder / "random.pth"
         if not weights.exists():
             random = create_student(parse_model_name(options.teacher), num_classes=10).state_dict()
-            # Larger, for maps that are far from uniform: codes of nothing would compress to nothing.
+            # Times 6, so that maps are far from uniform. With nearly uniform ones, codes would be almost all 0.
             torch.save({name: w * 6 if "qkv.weight" in name else w for name, w in random.items()}, weights)
     run = TeacherRun.load(options.teacher, weights, device=options.device, precision=options.precision)
     index = index_source(options.data)
@@ -137,7 +139,7 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
 
 
 def _random_state(run: TeacherRun, pixels_NHWC: torch.Tensor) -> State:
-    """As many components as for ViT-B in `train_step.py`, and a step of which one code in fourteen is not 0."""
+    """A state of the size that `train_step.py` uses, with a step that makes about one code in fourteen not 0."""
     capture = FactorCapture(run.teacher.model)
     layers = run.factors(capture, pixels_NHWC[:4])
     state = random_state(capture.geometry, None)
@@ -151,7 +153,7 @@ _COLUMNS = ("keys", "tar", "offset", "nbytes", "label", "problem")
 class _Time(NamedTuple):
     clock_s: float
     processor_s: float
-    """Of this process and of those it has started and seen end."""
+    """Time of this process, and of the processes it has started and waited for."""
 
 
 def _time(work: Callable[[], object]) -> _Time:
@@ -207,7 +209,7 @@ def _run_build(setup: Setup, out: Path) -> None:
 
 
 def _stages(setup: Setup, folder: Path) -> dict[str, float]:
-    """Milliseconds a view of each stage by itself, nothing overlapping: decode and compress are of one core."""
+    """Milliseconds per view of each stage, one after the other. Rendering and compressing use one core."""
     out = folder / "stages.zarr"
     if out.exists():
         shutil.rmtree(out)
@@ -262,7 +264,7 @@ def _parse() -> argparse.Namespace:
     speed.add_argument("--weights", type=Path)
     speed.add_argument("--codec", action="append")
     speed.add_argument("--samples", type=int, default=256)
-    speed.add_argument("--views", type=int, default=1, help="of each sample (default 1)")
+    speed.add_argument("--views", type=int, default=1, help="views of each sample (default 1)")
     speed.add_argument("--rounds", type=int, default=3)
     speed.add_argument("--batch-size", type=int, default=32)
     speed.add_argument("--samples-per-shard", type=int, default=128)

@@ -1,4 +1,4 @@
-"""The store's part of a build as a dataset grows, and opening a large cache; each in a process of its own."""
+"""Measures the store's part of a build as a dataset grows, and opening a large cache, each in a new process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NUM_TOKENS, NUM_COMPONENTS, SAMPLES_PER_SHARD = 65, 32, 500
 
 
 def measure_growth(sizes: list[int]) -> list[dict[str, Any]]:
-    """Microseconds a view of a build without its teacher, and peak memory, for each number of samples."""
+    """For each number of samples: microseconds per view of a build without its teacher, and peak memory."""
     return [_in_a_process("grow", str(num_samples)) for num_samples in sizes]
 
 
 def measure_opening(num_samples: int) -> dict[str, Any]:
-    """Seconds and MB to open a cache of so many samples and 24 layers, and to read a first view."""
+    """Seconds and MB to open a cache of this many samples and 24 layers, and to read its first views."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/large.zarr"
         created = _in_a_process("create", path, str(num_samples))
@@ -69,7 +69,7 @@ def _layout(num_samples: int, **changes: Any) -> Any:
 
 
 def _attributes(layout: Any, index: Any) -> dict[str, Any]:
-    """What a cache of ViT-L's attention says of itself."""
+    """The metadata of a cache of ViT-L's attention."""
     from atcache.attention.geometry import FactorGeometry
     from atcache.attention.tokens import TokenLayout
     from atcache.cache.identity import CacheIdentity, Selection
@@ -101,7 +101,6 @@ def _attributes(layout: Any, index: Any) -> dict[str, Any]:
         codec={"name": "int8"},
     )
     return CacheRecord(
-        path=Path("made.zarr"),
         identity=identity,
         weights_from="made",
         licence=None,
@@ -109,11 +108,11 @@ def _attributes(layout: Any, index: Any) -> dict[str, Any]:
         geometry=geometry,
         calibration=CalibrationRecord(row_kl_nats=0.0, injected_error=0.0),
         created_by=CreatedBy(atcache="0", python="3", torch="2", timm="1", device="cpu", views={}),
-    ).to_attributes()
+    ).to_json()
 
 
 def _grow(num_samples: int) -> dict[str, Any]:
-    """Create a cache, write and commit all of its tasks with made codes, finish it."""
+    """Create a cache, write and commit all its tasks with random codes, and finish it."""
     from atcache.store.layout import Status
     from atcache.store.writer import TaskWriter, create_cache, encode_view, finish_cache
 
@@ -146,7 +145,7 @@ def _grow(num_samples: int) -> dict[str, Any]:
 
 
 def _create(path: str, num_samples: int) -> dict[str, Any]:
-    """A cache of ViT-L's 24 layers of which only the first and the last task are written."""
+    """Create a cache of ViT-L's 24 layers, and write only its first and last task."""
     from atcache.store.layout import Status
     from atcache.store.writer import TaskWriter, create_cache, encode_view
 
@@ -176,7 +175,7 @@ def _create(path: str, num_samples: int) -> dict[str, Any]:
 
 
 def _open(path: str) -> dict[str, Any]:
-    """Open it and read a first view, above what importing atcache takes."""
+    """Open the cache and read some of it. Memory counts from after `import atcache`."""
     import atcache
 
     before_nbytes = _peak_nbytes()
@@ -205,7 +204,7 @@ def _open(path: str) -> dict[str, Any]:
 
 
 def _peak_nbytes() -> int:
-    # Not getrusage, whose maximum begins with that of the process this one was started by.
+    # getrusage is not suitable: its maximum starts with that of the parent process.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024

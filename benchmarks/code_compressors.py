@@ -1,10 +1,10 @@
-"""What a cache's own codes take with other compressors, orders and integer widths, and how fast each is to read.
+"""The size of a cache's codes with other compressors, orders and integer widths, and how fast each is.
 
     python benchmarks/code_compressors.py CACHE [--views 32]
 
-A chunk is compressed as the store would. "entropy" is the codes' order-0 entropy with one table a component, what an
-ideal coder without any context would need. Speeds are those of one thread; integers that a width cannot hold are
-clipped, which changes few of them and so their size by little.
+Each chunk is compressed as the store would compress it. "entropy" is the order-0 entropy of the codes with one table
+for each component: what an ideal coder without context would need. Speeds are for one thread. Integers that do not fit
+a width are clipped. This changes few of them, so it hardly changes the size.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import atcache
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """One way to make bytes of a chunk."""
+    """One way to compress a chunk."""
 
     name: str
     by_component: bool
-    """All tokens of a component together; else all components of a token."""
+    """Whether all tokens of a component are together in memory, instead of all components of a token."""
     dtype: str | None
-    """None for the cache's own."""
+    """The dtype of codes; None for that of the cache."""
     compress: Callable[[np.ndarray], bytes]
     decompress: Callable[[bytes, np.ndarray], object]
 

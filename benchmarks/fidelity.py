@@ -1,11 +1,11 @@
-"""How much fidelity copy needs: accuracy of copying students on digits, against the KL of the maps they copy.
+"""How much fidelity copy needs: the accuracy of copying students on digits, by the KL of the maps they copy.
 
     python benchmarks/fidelity.py --out FOLDER [--seeds 5] [--codec exact --codec int8 ...]
 
-The demo's teacher, its 100 labels and its recipe; only the codec of the caches differs, for training and validation
-alike. The first codec is what the others are compared with, seed by seed: a seed fixes a student's initial weights, its
-labelled digits and their order. Prints a table and the largest KL at which copy is not worse by more than two standard
-errors of the paired difference, at it and at every smaller one; writes FOLDER/fidelity.json, .md and .png.
+Students use the demo's teacher, its 100 labels and its recipe. Only the codec differs, in the caches for training and
+for validation. The other codecs are compared with the first one, seed by seed: a seed fixes a student's initial
+weights, its labelled digits and their order. It prints a table, and the largest KL up to which copy is never worse by
+more than two standard errors of the paired difference. It writes FOLDER/fidelity.json, .md and .png.
 
 A folder of an earlier run is continued: finished caches and students are not made again.
 """
@@ -39,45 +39,45 @@ from atcache.store.reader import CacheReader
 from atcache.students.teacher_side import CachedFactors
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.001, 0.005, 0.02, 0.1, 0.5)))
-"""Measured unless `--codec` names others; the first is the reference."""
+"""The default of `--codec`. The first is the reference."""
 STANDARD_ERRORS = 2
 _SMALLEST_PLOTTED_KL = 1e-6
-_KL_BATCH = 64  # views whose maps are formed at a time
+_KL_BATCH = 64  # how many views' maps are formed at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """Copying students with one codec."""
+    """The accuracy of copying students with one codec."""
 
     codec: str
     row_kl_nats: float
-    """Mean over the validation maps, against the reference codec's."""
+    """Mean KL of the validation maps from those of the reference codec."""
     nbytes_per_view: float
-    """Of the training cache, everything counted."""
+    """The size of the whole training cache, divided by its views."""
     top1_per_seed: tuple[float, ...]
     """Validation accuracy in percent."""
     top1: float
-    """Their mean."""
+    """The mean of `top1_per_seed`."""
     standard_error: float
-    """Of the mean."""
+    """The standard error of `top1`."""
     difference: float
-    """top1 minus the reference's."""
+    """`top1` minus that of the reference."""
     difference_standard_error: float
-    """Of the difference, taken seed by seed."""
+    """The standard error of the differences seed by seed."""
 
     @property
     def is_worse(self) -> bool:
-        """Whether accuracy is lower than the reference's by more than chance explains."""
+        """Whether accuracy is lower than the reference's by more than `STANDARD_ERRORS` standard errors."""
         return self.difference < -STANDARD_ERRORS * self.difference_standard_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Build, train, print, write."""
+    """Build the caches, train the students, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for caches, runs and results")
-    parser.add_argument("--seeds", type=int, default=5, help="students a codec, at least 2 (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="students for each codec, at least 2 (default 5)")
     parser.add_argument("--codec", action="append", help=f"may be repeated (default {', '.join(CODECS)})")
-    parser.add_argument("--steps", type=int, help="fewer optimiser steps than the demo's, to try it out")
+    parser.add_argument("--steps", type=int, help="optimiser steps, fewer than the demo's, for a quick try")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: one seed has no standard error; expected at least 2.")
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     codec: str, out: Path, tars: tuple[Path, Path], seeds: int, steps: int | None, reference: Sequence[Accuracy]
 ) -> Accuracy:
-    """Build both caches with a codec and train its students; `reference` is empty for the first codec."""
+    """Build both caches with a codec, and train its students. `reference` is empty for the first codec."""
     config = DemoConfig(out=out / _folder_name(codec), codec=codec)
     for name, tar in zip(("train", "val"), tars, strict=True):
         build(
@@ -119,7 +119,7 @@ def measure(
         own - other for own, other in zip(top1s, reference[0].top1_per_seed if reference else top1s, strict=True)
     ]
     complete = CacheRecord.of(CacheReader(config.out / "train.zarr")).complete
-    assert complete is not None, "built to its end"
+    assert complete is not None, "the build has finished"
     reference_out = out / _folder_name(reference[0].codec) if reference else config.out
     return Accuracy(
         codec=codec,
@@ -148,7 +148,7 @@ def _folder_name(codec: str) -> str:
 
 
 def mean_kl(reference: Path, other: Path) -> float:
-    """Mean row KL from one cache's maps to another's of the same views, in nats."""
+    """Mean row KL, in nats, from the maps of one cache to those of another with the same views."""
     paths = (reference, other)
     readers, coders = [CacheReader(path) for path in paths], [atcache.open(path).coder for path in paths]
     num_samples, blocks = readers[0].layout.num_samples, coders[0].geometry.layers
@@ -165,7 +165,7 @@ def mean_kl(reference: Path, other: Path) -> float:
 
 
 def largest_kl_not_worse(results: Sequence[Accuracy]) -> float | None:
-    """The largest KL at which, and below which, no codec is worse than the reference; None where all are."""
+    """The largest KL up to which no codec is worse than the reference; None if even the smallest KL is worse."""
     ordered = sorted(results[1:], key=lambda result: result.row_kl_nats)
     first_worse = next((number for number, result in enumerate(ordered) if result.is_worse), len(ordered))
     return ordered[first_worse - 1].row_kl_nats if first_worse else None
@@ -191,14 +191,14 @@ def table(results: Sequence[Accuracy]) -> str:
         lines.append(f"Every codec is worse than {results[0].codec} by more than {STANDARD_ERRORS} standard errors.")
     else:
         lines.append(
-            f"Up to a KL of {largest:.2g} copy cannot be told from {results[0].codec}: it is not worse by more than "
+            f"Up to a KL of {largest:.2g}, copy is not worse than with {results[0].codec} by more than "
             f"{STANDARD_ERRORS} standard errors."
         )
     return "\n".join(lines)
 
 
 def draw(results: Sequence[Accuracy], path: Path) -> None:
-    """Accuracy against KL, each seed as a dot, the reference as a band of two standard errors."""
+    """Plot accuracy against KL: each seed is a dot, the reference a band of two standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

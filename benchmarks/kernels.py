@@ -1,14 +1,15 @@
-"""Copy and distillation of one layer, forward and backward: ours against the usual ways, in one run.
+"""Copy and distillation of one layer, forward and backward: our kernels against the usual ways, in one run.
 
     python benchmarks/kernels.py [--threads 2] [--dtype float32] [--value-dim 64] [--sweep]
 
-Copy: the stock fused call with the teacher's q and k, and materialised maps, against `copy_attention`. Distillation,
-of the loss and of what the layer returns: materialised maps; the stock fused call with, for the loss beside it, the
-identity CE = logsumexp(S) - scale q.o on top of that call, or `attention_distillation_loss`; and `distilled_attention`,
-which is both in one pass. Prints, per number of tokens, milliseconds (the fastest of some runs, ways taking turns), the
-ratio to the usual way, and the bytes autograd keeps for backward beside q, k and v themselves. Machine noise is in the
-milliseconds; compare ratios.
-`--sweep` instead prints our ratios for several sizes of slices.
+Copy compares `copy_attention` with materialised maps and with torch's fused call on the teacher's q and k. Distillation
+computes the loss and the layer's output. It compares `distilled_attention`, which does both in one pass, with
+materialised maps and with the fused call. Beside the fused call, the loss is the identity
+CE = logsumexp(S) - scale q.o, or `attention_distillation_loss`.
+
+For each number of tokens it prints milliseconds (the fastest of some runs; the ways take turns), how many times as fast
+as materialised maps a way is, and the bytes that autograd keeps for backward besides q, k and v. Milliseconds vary with
+the load of the machine; compare ratios. `--sweep` prints our ratios for several slice sizes instead.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHAPES = [(8, 197), (2, 577), (1, 1370)]
 
 
 class LogSumExp(torch.autograd.Function):
-    """logsumexp over keys of scale q k^T: forward and dk in slices, dq by the fused call."""
+    """logsumexp over keys of scale q k^T: forward and dk in slices, dq with the fused call."""
 
     @staticmethod
     def forward(ctx, q, k):
@@ -81,7 +82,7 @@ def copy_by_maps(q_t, k_t, v):
 
 
 def copy_by_fused_call(q_t, k_t, v):
-    # q and k come out of a decoder in the usual way, so autograd does not know that nobody wants their gradients.
+    # Usually q and k come out of a decoder, so autograd does not know that nobody needs their gradients.
     decoded = (factor.detach().requires_grad_() for factor in (q_t, k_t))
     return F.scaled_dot_product_attention(*decoded, v, scale=SCALE).sum()
 
@@ -91,7 +92,7 @@ def copy_ours(q_t, k_t, v):
 
 
 def kept_nbytes(function, tensors):
-    """Bytes autograd keeps between forward and backward, not counting the inputs."""
+    """Bytes that autograd keeps between forward and backward, without the inputs."""
     given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept = {}
 
@@ -107,7 +108,7 @@ def kept_nbytes(function, tensors):
 
 
 def fastest_s(ways, tensors, runs=7):
-    """Seconds of each way's fastest run; ways take turns, and the first runs warm up."""
+    """Seconds of each way's fastest run. Ways take turns, and the first run of each warms up."""
     times = {name: [] for name in ways}
     for _ in range(1 + runs):
         for name, function in ways.items():
@@ -118,7 +119,7 @@ def fastest_s(ways, tensors, runs=7):
 
 
 def draw(samples, tokens, dtype, value_dim):
-    """What distillation takes, and what copying takes."""
+    """Random tensors: the arguments of distillation, and those of copying."""
     q_t, k_t, q_s, k_s, v_s = (torch.randn(samples, HEADS, tokens, HEAD_DIM, dtype=dtype) for _ in range(5))
     v = torch.randn(samples, HEADS, tokens, value_dim, dtype=dtype)
     return (q_t, k_t, *(own.requires_grad_() for own in (q_s, k_s, v_s))), (q_t, k_t, v.requires_grad_())

@@ -1,7 +1,7 @@
-"""What a user would otherwise pick to store maps: quantisers of probabilities behind general-purpose compressors.
+"""What a user would otherwise choose to store maps: probabilities, quantised and then compressed by a general tool.
 
-Every compressor decodes from nothing but its bytes and the maps' shape, and lossy ones give rows that sum to 1 again.
-pcodec and ZFP take part where their packages are installed (`pip install -e '.[bench]'`).
+Every compressor decodes from only its bytes and the shape of the maps. Rows of lossy ones are made to sum to 1 again.
+pcodec and ZFP are included if their packages are installed (`pip install -e '.[bench]'`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numcodecs import blosc, zstd
 
 FLOOR = 2.0**-24
-"""The smallest float16. Rounded-off probabilities count as this in KL, which against 0 would be infinite."""
+"""The smallest float16. In KL, probabilities rounded to 0 count as this, because against 0 it would be infinite."""
 _ZSTD_LEVEL, _BLOSC_LEVEL, _PCODEC_LEVEL = 3, 5, 8
 _FLOAT16_MANTISSA_BITS = 10
 
@@ -36,32 +36,32 @@ class Packer:
     name: str
     pack: Callable[[np.ndarray], bytes]
     unpack: Callable[[bytes, np.dtype], np.ndarray]
-    """Bytes and dtype to a flat array."""
+    """Turns bytes and a dtype into a flat array."""
 
 
 class Quantiser(ABC):
-    """Maps to arrays of fewer different values, and back."""
+    """Turns maps into arrays with fewer different values, and back."""
 
     name: str
-    """Setting included; for the table."""
+    """With the setting; for the table."""
     family: str
-    """Without the setting; one curve in the plot."""
+    """Without the setting; each family is one curve in the plot."""
 
     @abstractmethod
     def layout(self, shape_LHQK: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-        """Dtype and shape of each array `quantise` makes of maps of this shape."""
+        """Dtype and shape of each array that `quantise` makes from maps of this shape."""
 
     @abstractmethod
     def quantise(self, attn_LHQK: np.ndarray) -> list[np.ndarray]:
-        """The arrays that stand for float32 maps."""
+        """The arrays from which `restore` can make the float32 maps."""
 
     @abstractmethod
     def restore(self, arrays: Arrays, shape_LHQK: tuple[int, ...]) -> np.ndarray:
-        """Float32 maps again; rows sum to 1."""
+        """The float32 maps; rows sum to 1."""
 
 
 class MapCompressor(ABC):
-    """Float32 maps of some layers of one view to bytes and back."""
+    """Turns the float32 maps of some layers of one view into bytes, and back."""
 
     name: str
     family: str
@@ -72,11 +72,11 @@ class MapCompressor(ABC):
 
     @abstractmethod
     def decode(self, parts: list[bytes], shape_LHQK: tuple[int, ...]) -> np.ndarray:
-        """The maps, float32, from the bytes alone."""
+        """The maps, float32, from only their bytes and shape."""
 
 
 class Float16(Quantiser):
-    """float16 with only so many bits of the mantissa kept, the others rounded to 0: an error relative to the value."""
+    """float16 with a mantissa rounded to this many bits, so that the error is relative to the value."""
 
     def __init__(self, mantissa_bits: int = _FLOAT16_MANTISSA_BITS) -> None:
         self._dropped = _FLOAT16_MANTISSA_BITS - mantissa_bits
@@ -89,7 +89,7 @@ class Float16(Quantiser):
     def quantise(self, attn_LHQK):
         halves = attn_LHQK.astype(np.float16)
         if self._dropped:
-            # Adding half of the last kept place carries into the exponent where it should, as rounding does.
+            # Rounding: add half of the last kept bit, then cut. A carry goes into the exponent, which is right.
             bits = halves.view(np.uint16) + np.uint16(1 << (self._dropped - 1))
             halves = (bits & np.uint16(0xFFFF << self._dropped & 0xFFFF)).view(np.float16)
         return [halves]
@@ -114,7 +114,7 @@ class LinearUint8(Quantiser):
 
 
 class LogSteps(Quantiser):
-    """-log p in whole steps, p no smaller than `FLOOR`."""
+    """-log p in whole steps; a p below `FLOOR` counts as `FLOOR`."""
 
     family = "log-quantised"
 
@@ -136,7 +136,7 @@ class LogSteps(Quantiser):
 
 
 class TopK(Quantiser):
-    """The k largest of a row as float16, and where they are; the others become 0, or share the rest evenly."""
+    """The k largest values of a row as float16, and their positions. The others are 0, or share the rest evenly."""
 
     def __init__(self, k: int, *, share_rest: bool = False) -> None:
         self._k, self._share_rest = k, share_rest
@@ -151,7 +151,7 @@ class TopK(Quantiser):
     def quantise(self, attn_LHQK):
         (_, shape), (index_dtype, _) = self.layout(attn_LHQK.shape)
         num_dropped = attn_LHQK.shape[-1] - shape[-1]
-        # In ascending order of key, which compresses better than the order of size.
+        # Sorted by key, which compresses better than sorted by size.
         kept = np.sort(np.argpartition(attn_LHQK, num_dropped - 1 if num_dropped else 0, -1)[..., num_dropped:], -1)
         return [np.take_along_axis(attn_LHQK, kept, -1).astype(np.float16), kept.astype(index_dtype)]
 
@@ -165,7 +165,7 @@ class TopK(Quantiser):
 
 
 class Packed(MapCompressor):
-    """A quantiser's arrays, each through the same lossless compressor."""
+    """A quantiser's arrays, each compressed by the same lossless compressor."""
 
     def __init__(self, quantiser: Quantiser, packer: Packer) -> None:
         self._quantiser, self._packer = quantiser, packer
@@ -184,7 +184,7 @@ class Packed(MapCompressor):
 
 
 class Zfp(MapCompressor):
-    """ZFP at a fixed absolute accuracy, of the probabilities or of their logarithms; a layer's maps are one field."""
+    """ZFP at a fixed absolute accuracy, for probabilities or their logarithms. All rows form one 2-D field."""
 
     def __init__(self, accuracy: float, *, of_logs: bool) -> None:
         self._accuracy, self._of_logs = accuracy, of_logs
@@ -195,7 +195,7 @@ class Zfp(MapCompressor):
         import zfpy
 
         fields = np.log(np.maximum(attn_LHQK, FLOOR)) if self._of_logs else attn_LHQK
-        # Its block of numbers spans 4 along each axis; neighbouring heads have nothing to do with each other.
+        # ZFP's blocks span 4 numbers along each axis, and neighbouring heads are unrelated, so heads get no axis.
         flat = np.ascontiguousarray(fields, np.float32).reshape(-1, fields.shape[-1])
         return [zfpy.compress_numpy(flat, tolerance=self._accuracy, write_header=True)]
 
@@ -241,7 +241,7 @@ PCODEC = Packer(name="pcodec", pack=_pack_pcodec, unpack=_unpack_pcodec)
 
 
 def map_compressors() -> tuple[list[MapCompressor], dict[str, str]]:
-    """Every compressor whose packages are here, and why the others are missing, by name."""
+    """All compressors whose packages are installed; and, by name, why the others are missing."""
     missing = {
         name: f"package {package} is not installed (pip install -e '.[bench]')"
         for name, package in (("pcodec", "pcodec"), ("ZFP", "zfpy"))

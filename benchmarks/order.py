@@ -1,11 +1,12 @@
-"""How well `--shuffle block` mixes, against `--shuffle global`, and how long the reads are that it leaves to a disk.
+"""How well `--shuffle block` mixes, compared with `--shuffle global`, and how long its reads from a disk are.
 
     python benchmarks/order.py [--samples 200000] [--classes 200] [--batch-size 256]
 
-The worst case for blocks: samples sorted by class. `atcache pack` shuffles its tars, and of shuffled tars all orders
-mix alike. Printed for one epoch: the entropy of the classes within a batch; the share of pairs in a batch that are of
-one class; the rank correlation of a sample's place in the order with its row; the distance in rows from one read to
-the next (median); and how many neighbouring rows one read brings, when a window is read ahead in the order of rows.
+Samples are sorted by class, the worst case for blocks. `atcache pack` shuffles its tars, and on shuffled tars all
+orders mix equally well. For one epoch, it prints the entropy of the classes within a batch; the share of pairs in a
+batch that have the same class; the rank correlation between a sample's place in the order and its row; the median
+distance, in rows, from one read to the next; and the number of neighbouring rows in one read, if a window is read ahead
+in the order of its rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def entropy_bits(label_NB: np.ndarray) -> float:
 
 
 def pairs_of_one_class(label_NB: np.ndarray) -> float:
-    """Share of pairs within a batch that have one class."""
+    """Share of pairs within a batch that have the same class."""
     shares: list[float] = []
     for label_B in label_NB:
         count_C = np.unique(label_B, return_counts=True)[1]
@@ -38,7 +39,7 @@ def pairs_of_one_class(label_NB: np.ndarray) -> float:
 
 
 def rows_per_read(order: SampleOrder, num_steps: int) -> float:
-    """Mean length of the runs of neighbouring rows that are read at once."""
+    """Mean number of neighbouring rows that are read at once."""
     places = list(dict.fromkeys(place for step in range(num_steps) for place in order.windows(step)))
     if not places:
         return 1.0

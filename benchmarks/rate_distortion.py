@@ -1,14 +1,14 @@
-"""Bytes against fidelity: atcache's codecs and what a user would otherwise pick, on one teacher's own maps.
+"""Bytes against fidelity: atcache's codecs and what a user would otherwise choose, on the maps of one teacher.
 
     python benchmarks/rate_distortion.py --teacher NAME --weights FILE --data TARS --views 32 --out FOLDER
 
-Codecs are fitted on calibration views and everything is measured on other, held-back views of the same data. Prints a
-table and, for each codec, the fewest bytes any general-purpose compressor takes at the same KL; writes both with all
-numbers to FOLDER/rate_distortion.json, the tables to FOLDER/rate_distortion.md and bytes against KL to
-FOLDER/rate_distortion.png.
+Codecs are fitted on calibration views. Everything is measured on other, held-back views of the same data. The script
+prints a table and, for each codec, the fewest bytes that any general-purpose compressor needs for the same KL. It
+writes all numbers to FOLDER/rate_distortion.json, the tables to FOLDER/rate_distortion.md, and a plot of bytes against
+KL to FOLDER/rate_distortion.png.
 
-Everything runs on one thread. "encode" of a codec is factors to stored bytes, "decode" is stored bytes to factors; of a
-compressor of maps, maps to bytes and bytes to maps. Both are megabytes of float16 maps a second.
+Everything runs on one thread. A codec encodes factors to stored bytes and decodes them to factors; a compressor of maps
+encodes maps and decodes to maps. Speeds of both are in megabytes of float16 maps per second.
 """
 
 from __future__ import annotations
@@ -55,31 +55,31 @@ CODECS = (
     "transform:dct=False",
     "transform:basis=head,positions=False,dct=False",
 )
-"""Measured unless `--codec` names others. The last five are `transform` without one or all of its parts."""
+"""The default of `--codec`. The last five are `transform` without one or all of its parts."""
 _CHECKED_VIEWS = 2
 _SMALLEST_PLOTTED_KL = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualKl:
-    """A codec beside the best general-purpose compressor at the codec's KL."""
+    """A codec, and the best general-purpose compressor at the codec's KL."""
 
     codec: str
     row_kl_nats: float
     nbytes_per_view: float
     rival: str | None
-    """The family that takes the fewest bytes; None where none comes down to this KL."""
+    """The family that needs the fewest bytes; None if no family reaches so small a KL."""
     rival_nbytes_per_view: float | None
-    """Interpolated between the family's settings, so that a setting that happens to lie well gains nothing."""
+    """Interpolated between the family's settings, so that the choice of measured settings does not matter."""
     rival_setting: str | None
-    """The smallest of the measured settings with at most the codec's KL."""
+    """The measured setting with the fewest bytes among those with at most the codec's KL."""
     rival_setting_nbytes_per_view: float | None
     times_smaller: float | None
     """rival_nbytes_per_view / nbytes_per_view."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     options = _parse(arguments)
     torch.set_num_threads(1)
     blosc.use_threads = False
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a name as for `atcache build`")
-    parser.add_argument("--weights", type=Path, help="its weights; timm's where left out")
+    parser.add_argument("--weights", type=Path, help="file with the teacher's weights (default: timm's)")
     parser.add_argument("--data", required=True, help="tars, as for `atcache build`")
     parser.add_argument("--views", type=int, default=32, help="held-back views to measure on (default 32)")
     parser.add_argument("--calibration-views", type=int, default=256, help="other views to fit on (default 256)")
@@ -145,7 +145,10 @@ def _pixels(teacher: Teacher, options: argparse.Namespace) -> tuple[Tensor, Tens
     good = np.flatnonzero(index.problem_S == 0)
     num_wanted = options.calibration_views + options.views
     if len(good) < num_wanted:
-        sys.exit(f"{options.data} has {len(good)} good samples; {num_wanted} are wanted. Lower --views.")
+        sys.exit(
+            f"{options.data} has {len(good)} good samples, but {num_wanted} are needed. Lower --views or "
+            "--calibration-views."
+        )
     chosen = good[np.linspace(0, len(good) - 1, num_wanted).astype(int)]
     is_held_back = np.zeros(num_wanted, bool)
     is_held_back[np.linspace(0, num_wanted - 1, options.views).astype(int)] = True
@@ -163,7 +166,7 @@ def _pixels(teacher: Teacher, options: argparse.Namespace) -> tuple[Tensor, Tens
 
 
 def _has_trained_head(teacher: Teacher, weights: Path | None) -> bool:
-    """Whether the classifier came with the weights: loading leaves one fresh that they lack, as MAE's do."""
+    """Whether the weights contain the classifier. If not, as in MAE's, loading leaves it with random weights."""
     head = teacher.model.state_dict().get("head.weight")
     if head is None or weights is None:
         return head is not None
@@ -178,7 +181,7 @@ def _ways(
     calibration_NHWC: Tensor,
     skipped: dict[str, str],
 ) -> Iterator[Way]:
-    """Codecs first, then the compressors of maps; what cannot be had is told in `skipped`."""
+    """Codecs first, then the compressors of maps. Adds those that are not available, with the reason, to `skipped`."""
     for name in codecs:
         codec = parse_codec(name)
         try:
@@ -192,7 +195,7 @@ def _ways(
 
 
 def equal_kls(rows: Sequence[Measured]) -> list[EqualKl]:
-    """For each codec the general-purpose compressor with the fewest bytes at the same mean KL."""
+    """For each codec, the general-purpose compressor with the fewest bytes at the same mean KL."""
     rivals = [row for row in rows if not row.is_codec]
     families = {row.family: [other for other in rivals if other.family == row.family] for row in rivals}
     found: list[EqualKl] = []
@@ -220,7 +223,7 @@ def equal_kls(rows: Sequence[Measured]) -> list[EqualKl]:
 
 
 def interpolated_nbytes(family: Sequence[Measured], row_kl_nats: float) -> float | None:
-    """Fewest bytes of one family at a KL, both on logarithmic scales; None where all its settings have a larger KL."""
+    """Fewest bytes of a family at a KL, interpolated on logarithmic axes; None if all its settings have a larger KL."""
     reached = [row for row in family if row.row_kl_nats <= row_kl_nats]
     if not reached:
         return None
@@ -268,8 +271,7 @@ def _text(
         "",
         f"In KL, probabilities that a compressor made 0 count as {FLOOR:.1g}, the smallest float16. A compressor's "
         "bytes at a codec's KL are interpolated between its settings.",
-        f"How much images differ at all: one mean map for every image, which takes no bytes, has a KL of "
-        f"{mean_map_kl:.2g}.",
+        f"For comparison: using one mean map for every image, which needs no bytes, has a KL of {mean_map_kl:.2g}.",
     ]
     lines += [f"Not measured: {name}: {reason}" for name, reason in skipped.items()]
     return "\n".join(lines)
@@ -287,7 +289,7 @@ def _progress(row: Measured) -> str:
 
 
 def draw(rows: Sequence[Measured], title: str, path: Path) -> None:
-    """Bytes a view against mean KL, one curve a family, on logarithmic axes."""
+    """Plot bytes a view against mean KL on logarithmic axes, with one curve for each family."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 6), layout="constrained")

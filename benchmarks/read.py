@@ -1,12 +1,12 @@
-"""Reading random views: this reader, zarr-python and tensorstore, against pread and decompress of the same bytes.
+"""Reading random views: atcache, zarr-python and tensorstore, compared with pread and decompression of the same bytes.
 
     python benchmarks/read.py [--samples 64] [--rounds 7] [--dir FOLDER]
 
-Makes caches with random codes of realistic size, and stored pixels, and reads codes and pixels of random views from
-them, by one thread and by two. Everything lies in the page cache: this measures software, not a disk. The limit is
-`os.pread` at known places plus decompression into one buffer that is used again, without checksums. Ways take turns
-in each round; views/s are the median of the rounds, shares of the limit the median of the rounds' own shares. Beside
-them, processor time, which other programs on the machine hardly change.
+It makes caches with stored pixels and random codes of realistic size. Then it reads codes and pixels of random views,
+with one thread and with two. All bytes are in the page cache, so this measures software, not a disk. The limit is
+`os.pread` at known positions plus decompression into one reused buffer, without checksums. Ways take turns in each
+round. Views/s and shares of the limit are medians over the rounds. Processor time is printed too: other programs on the
+machine hardly change it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Place = tuple[int, int]
 Read = Callable[[Place], object]
 
 VIEWS, SIDE, TOKENS = 2, 224, 197
-DISTINCT = 16  # views that are made; the others repeat their bytes, elsewhere on the disk
+DISTINCT = 16  # views with different bytes; the others repeat these bytes elsewhere in the files
 
 
 def transform_codes(rng: np.random.Generator, num_components: int) -> np.ndarray:
-    """codes_LTC as codec transform makes them: one layer of int32, mostly 0, 1 and 2, larger in first components."""
+    """codes_LTC like those of codec transform: one layer of int32, mostly 0 to 2, larger in the first components."""
     scale_C = 30 * (1 + np.arange(num_components)) ** -0.7
     scale_T = 2 * (1 + np.arange(TOKENS)) ** -0.2
     steps = np.rint(rng.laplace(size=(1, TOKENS, num_components)) * scale_C * scale_T[:, None]).astype(np.int32)
@@ -55,12 +55,12 @@ def transform_codes(rng: np.random.Generator, num_components: int) -> np.ndarray
 
 
 def int8_codes(rng: np.random.Generator, num_layers: int, num_components: int) -> np.ndarray:
-    """codes_LTC as codec int8 makes them: bell-shaped, the largest of each vector at 127."""
+    """codes_LTC like those of codec int8: normally distributed in -127 to 127."""
     return np.clip(rng.normal(0, 45, (num_layers, TOKENS, num_components)), -127, 127).astype(np.int8)
 
 
 def make_cache(path: Path, num_samples: int, draw: Callable[[np.random.Generator], np.ndarray], how: str) -> None:
-    """A finished cache of drawn codes and smooth noisy images."""
+    """Write a finished cache of codes from `draw` and of smooth, slightly noisy images."""
     rng = np.random.default_rng(0)
     codes = [draw(rng) for _ in range(DISTINCT)]
     num_layers, num_tokens, num_components = codes[0].shape
@@ -107,13 +107,13 @@ def _image(rng: np.random.Generator) -> np.ndarray:
 
 
 def read_by_atcache(path: Path, _threads: int) -> Read:
-    """`CacheReader`, as the loader uses it: new arrays for each view."""
+    """`CacheReader`, as the loader uses it, with new arrays for each view."""
     reader = CacheReader(path)
     return lambda place: (reader.read_codes(*place), reader.read_pixels(*place))
 
 
 def read_by_zarr(path: Path, _threads: int) -> Read:
-    """zarr-python, as it is installed."""
+    """zarr-python with its default settings."""
     import zarr
 
     group = zarr.open_group(str(path), mode="r")
@@ -122,7 +122,7 @@ def read_by_zarr(path: Path, _threads: int) -> Read:
 
 
 def read_by_tensorstore(path: Path, threads: int) -> Read:
-    """tensorstore, with as many threads as the others; indexes of shards are kept, chunks are not."""
+    """tensorstore, with as many threads as the others. It keeps the shards' indexes, but no chunks."""
     import tensorstore as ts
 
     limits = {"data_copy_concurrency": {"limit": threads}, "file_io_concurrency": {"limit": threads}}
@@ -142,12 +142,12 @@ def read_by_tensorstore(path: Path, threads: int) -> Read:
 
 
 def read_plainly(path: Path, _threads: int) -> Read:
-    """The limit: places looked up beforehand, one pread an array and view, a buffer that is used again, no checks."""
+    """The limit: positions known beforehand, one pread for each array of a view, a reused buffer, no checks."""
     return _read_plainly(path, decompresses=True)
 
 
 def read_bytes_alone(path: Path, _threads: int) -> Read:
-    """The preads of the limit, and nothing else."""
+    """Only the preads of the limit."""
     return _read_plainly(path, decompresses=False)
 
 
@@ -181,7 +181,7 @@ def _read_plainly(path: Path, *, decompresses: bool) -> Read:
 
 
 def _places(path: Path, layout: StoreLayout, spec: ArraySpec) -> dict[Place, tuple[int, int, int, list[Place]]]:
-    """(view, sample) -> file descriptor, start, bytes, and each chunk's range in them without its checksum."""
+    """For each (view, sample): file descriptor, start, size, and the ranges of its chunks without their checksums."""
     found: dict[Place, tuple[int, int, int, list[Place]]] = {}
     per_sample = spec.num_chunks_per_sample
     for task in layout.tasks():
@@ -208,7 +208,7 @@ WAYS: dict[str, Callable[[Path, int], Read]] = {
 
 
 def time_way(read: Read, places: Sequence[Place], threads: int) -> tuple[float, float]:
-    """Seconds and seconds of processor time to read all places."""
+    """Seconds, and seconds of processor time, to read all places."""
     start, start_cpu = time.perf_counter(), time.process_time()
     if threads == 1:
         for place in places:
@@ -263,11 +263,11 @@ def measure(path: Path, threads: int, rounds: int) -> list[list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the caches, measure, print."""
+    """Make the caches, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, help="of each of the two views")
+    parser.add_argument("--samples", type=int, default=64, help="samples in each of the two views (default 64)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dir", type=Path, help="where the caches lie while this runs; default: a temp folder")
+    parser.add_argument("--dir", type=Path, help="folder for the caches during the run (default: a temp folder)")
     options = parser.parse_args(arguments)
     use_single_threaded_blosc()
     by_component = "transpose-blosc-zstd-shuffle"

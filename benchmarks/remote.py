@@ -1,12 +1,14 @@
-"""Reading random views of a cache over HTTP, cold and warm, against the same cache on the disk.
+"""Reading random views of a cache over HTTP, cold and warm, compared with the same cache on the local disk.
 
     python benchmarks/remote.py [--samples 512] [--delay-ms 20] [--dir FOLDER]
 
-Makes a cache with random codes of a ViT-B's size and stored pixels (`read.py`), serves it from another process of this
-machine, with and without a delay before each answer, and reads each view once, in a random order, in batches, as one
-training worker does. Cold: nothing is kept yet. Warm: all is; local and warm passes take turns, medians of five.
-The second table reads two epochs of one view with a block cache of half of its bytes, in small batches, with blocks of
-several sizes: small ones need more requests, large ones more bytes.
+It makes a cache with stored pixels and random codes of a ViT-B's size (`read.py`). Another process on this machine
+serves it, with and without a delay before each answer. Each view is read once, in a random order, in batches, as one
+training worker does. Cold means that the block cache is empty; warm means that it holds everything. Local and warm
+passes take turns, and five of each give the medians.
+
+The second table reads two epochs of one view, in small batches, with a block cache of half of the view's bytes. It
+compares block sizes: small blocks need more requests, large ones more bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ ROUNDS = 5
 
 
 def serve(folder: Path, delay_s: float, answers: Connection) -> None:
-    """Serve a folder until the parent goes; sends the address, then the bytes sent so far for each question."""
+    """Serve a folder until the parent ends. Sends the address, then, for each message, the bytes sent so far."""
     from range_server import FolderServer
 
     with FolderServer(folder) as server:
@@ -50,7 +52,7 @@ def serve(folder: Path, delay_s: float, answers: Connection) -> None:
 
 
 def use_blocks(folder: Path, max_nbytes: int, block_nbytes: int = block_cache.BLOCK_NBYTES) -> None:
-    """A block cache of its own for what is read next."""
+    """Let the next reads use a new block cache."""
     block_cache.BLOCK_NBYTES = remote_file.BLOCK_NBYTES = block_nbytes
     block_cache._shared = remote_file._claims = None
     os.environ[block_cache.FOLDER_VARIABLE] = str(folder)
@@ -58,10 +60,10 @@ def use_blocks(folder: Path, max_nbytes: int, block_nbytes: int = block_cache.BL
 
 
 def read_epoch(place: str | Path, epoch: int, *, together: bool, batch: int = BATCH) -> float:
-    """Views a second over one pass in an order of the epoch's own, by a reader that was opened for it."""
+    """Views per second of one pass with a new reader; the epoch's number decides view and order."""
     reader = CacheReader(place)
     num_samples = reader.layout.num_samples
-    reader.read_codes(0, 0)  # connections and modules are not what is measured
+    reader.read_codes(0, 0)  # connects and imports, which is not to be measured
     order_S = np.random.default_rng(epoch).permutation(num_samples)
     start = time.perf_counter()
     for first in range(0, num_samples, batch):
@@ -77,9 +79,9 @@ def read_epoch(place: str | Path, epoch: int, *, together: bool, batch: int = BA
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the cache, serve it, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=512, help="of each of the two views")
-    parser.add_argument("--delay-ms", type=float, default=20.0, help="before each answer of the distant server")
-    parser.add_argument("--dir", type=Path, help="where cache and blocks lie while this runs; default: a temp folder")
+    parser.add_argument("--samples", type=int, default=512, help="samples in each of the two views (default 512)")
+    parser.add_argument("--delay-ms", type=float, default=20.0, help="delay before each answer of the distant server")
+    parser.add_argument("--dir", type=Path, help="folder for cache and blocks during the run (default: a temp folder)")
     options = parser.parse_args(arguments)
     processes = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=options.dir) as temp:
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def print_block_sizes(url: str, nbytes: int, folder: Path, answers: Connection) -> None:
-    """Bytes and speed with a block cache of half of one view's bytes, by the size of its blocks."""
+    """For several block sizes: bytes and speed with a block cache of half of one view's bytes."""
     print("\n| blocks of | fetched, times what was read | views/s |")
     print("|---|---|---|")
     reader = CacheReader(parse_location(url))

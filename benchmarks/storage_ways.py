@@ -1,4 +1,4 @@
-"""Ways to store a teacher's attention, measured alike: bytes as a cache would hold them, fidelity, speed."""
+"""Ways to store a teacher's attention, all measured in the same way: bytes in a cache, fidelity and speed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from atcache.teachers.devices import autocast
 from atcache.teachers.run import TeacherRun
 
 INDEX_NBYTES = 16
-"""Offset and length of a chunk in its shard's index."""
+"""Offset and length of one chunk in its shard's index."""
 _CHECKSUM_NBYTES = 4
-_CALIBRATION_BATCH = 32  # what `atcache build` takes unless told otherwise
+_CALIBRATION_BATCH = 32  # the default of `atcache build`
 
 
 class Way(Protocol):
@@ -41,30 +41,30 @@ class Way(Protocol):
 
     name: str
     family: str
-    """Settings of one method share it."""
+    """The method without its setting; all settings of a method have the same family."""
     is_codec: bool
-    """Whether it is one of atcache's codecs."""
+    """Whether this is one of atcache's codecs."""
 
     def prepare(self, layers: Sequence[LayerAttention]) -> Any:
-        """What is encoded. Not timed: users of maps have maps, users of factors have factors."""
+        """The input of `encode`. Making it is not timed: users of maps have maps, and users of factors have factors."""
 
     def encode(self, prepared: Any) -> list[list[list[bytes]]]:
-        """Per view, per chunk, the parts of its bytes."""
+        """For each view and each of its chunks, the parts of the chunk's bytes."""
 
     def decode(self, stored: list[list[list[bytes]]]) -> list[LayerAttention]:
-        """The attention of each layer, from the stored bytes alone."""
+        """The attention of each layer, from only the stored bytes."""
 
     def chunk_nbytes(self, parts: list[bytes]) -> int:
-        """What a chunk takes in a cache, its checksum and its entry in the index included."""
+        """Bytes of a chunk in a cache, including its checksum and its entry in the index."""
 
 
 class CodecWay:
-    """A codec, fitted as a build fits it, stored as a build stores it."""
+    """A codec, fitted and stored as in a build."""
 
     is_codec = True
 
     def __init__(self, name: str, codec: Codec, run: TeacherRun, pixels_NHWC: Tensor) -> None:
-        # Targets are settings of one method; its other fields make it another one.
+        # Only the target is a setting. Other values of the other fields make another family.
         method = re.sub(r"target_kl=[^,]*,?", "", name).strip(":,")
         self.name, self.family = name, method if name.startswith("transform") else name.partition(":")[0]
         calibration = calibrate(run, codec, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
@@ -80,7 +80,7 @@ class CodecWay:
 
     def decode(self, stored):
         layout, step = self._layout, self._layout.layers_per_chunk
-        # By its name, as a cache records it. Such chunks lie with all tokens of one component together.
+        # The compressor's name says whether a chunk has all tokens of one component together.
         is_transposed = layout.compressor.startswith("transpose")
         sides = (layout.num_tokens, layout.num_components)
         codes_BLxx = np.empty(
@@ -95,11 +95,11 @@ class CodecWay:
         return [decoder.layer(block) for block in self._coder.geometry.layers]
 
     def chunk_nbytes(self, parts):
-        return sum(map(len, parts)) + INDEX_NBYTES  # the store's chunks end in their checksum already
+        return sum(map(len, parts)) + INDEX_NBYTES  # the checksum is in the store's chunks already
 
 
 class MapWay:
-    """A compressor of maps, in chunks of as many layers as the store would put together."""
+    """A compressor of maps, with as many layers in a chunk as the store would choose."""
 
     is_codec = False
 
@@ -133,25 +133,25 @@ class MapWay:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One way on the held-back views: a row of the table."""
+    """The results of one way on the held-back views: a row of the table."""
 
     name: str
     family: str
     is_codec: bool
     nbytes_per_view: float
-    """Chunks with their checksums, and their entries in the index."""
+    """Bytes of the chunks, including their checksums and their entries in the index."""
     times_smaller: float
-    """Than the same maps as float16, uncompressed."""
+    """Bytes of the same maps as uncompressed float16, divided by `nbytes_per_view`."""
     row_kl_nats: float
     """Mean KL(A || decoded A) over all rows."""
     row_kl_p99_nats: float
-    """99 % of the rows are below it."""
+    """The KL that 99% of the rows do not exceed."""
     total_variation: float
-    """Half the mean absolute difference of rows, summed over keys."""
+    """Half of the absolute difference, summed over keys: a mean over all rows."""
     injected_error: float
-    """Relative error of the teacher's final features when it attends with decoded maps."""
+    """Relative error of the teacher's final features if it attends with decoded attention."""
     top1_agreement: float | None
-    """Share of views with the same top class then; None where the teacher has no trained head."""
+    """Share of views that keep their top class with decoded attention; None if the teacher has no trained head."""
     encode_views_per_s: float
     encode_mb_per_s: float
     """Megabytes of float16 maps a second, on one core."""
@@ -164,7 +164,7 @@ class Scales:
 
     Args:
         run: the teacher.
-        geometry: of its factors.
+        geometry: the geometry of its factors.
         pixels_NHWC: the held-back views, uint8.
         batch_size: views whose maps are in memory at a time.
         has_classes: whether the teacher has a trained head, so that its top class means something.
@@ -227,7 +227,10 @@ class Scales:
         )
 
     def mean_map_kl(self, pixels_NHWC: Tensor) -> float:
-        """Mean row KL of the held-back views' maps from the mean map of these other views: what position explains."""
+        """Mean row KL of the held-back views' maps from the mean map of these other views.
+
+        It shows how much of the maps does not depend on the image.
+        """
         sums: list[Tensor] = [torch.zeros(()) for _ in self._geometry.layers]
         for pixels_BHWC in pixels_NHWC.split(len(self._batches[0])):
             layers = self._run.factors(self._capture, pixels_BHWC)
@@ -240,7 +243,7 @@ class Scales:
         return sum(kls) / len(kls)
 
     def _final(self, pixels_BHWC: Tensor, decoded: Mapping[int, LayerAttention] | None) -> tuple[Tensor, Tensor | None]:
-        """The teacher's final features, and top classes if it has any; with decoded attention where it is given."""
+        """The teacher's final features and its top classes, if it has any; with the decoded attention, if given."""
         model: Any = self._run.teacher.model
 
         def attend(call: AttentionCall | MapCall) -> Tensor:
@@ -256,7 +259,7 @@ class Scales:
 
 
 def _without_zeros(attention: LayerAttention) -> LayerAttention:
-    """Maps with zeros raised to `FLOOR`, so that KL is finite; factors as they are: softmax makes no zeros."""
+    """Maps with zeros raised to `FLOOR`, so that KL is finite. Factors are unchanged: a softmax gives no zeros."""
     if not isinstance(attention, LayerMaps):
         return attention
     attn_BHQK = attention.attn_BHQK.double().clamp_min(FLOOR)

@@ -1,18 +1,18 @@
-"""One training step, forward, backward and AdamW, in every mode: from a cache, with a live teacher, from scratch.
+"""One training step (forward, backward and AdamW) in every mode: from a cache, with a live teacher, from scratch.
 
     python benchmarks/train_step.py [--geometry vit-b] [--batch-size 16] [--rounds 5] [--precision auto]
     python benchmarks/train_step.py --memory [--tokens 197 577 1370]
 
-Steps are the product's: `TrainingRun.train_step`, codes decoded in it. The live teacher comes in two ways: "usual"
-forms maps in teacher and student, whose q, k and v are all projected, and leaves the rest to autograd; "ours" takes q
-and k from the teacher's fused forward. Teacher and students have random weights, the codes are of the teacher's own
-factors. transform's state has random values: fitting takes minutes and changes no speed. Its size does, and is that of
-`read.py` for ViT-B; --transform-components takes another.
+Each step is `TrainingRun.train_step`, as `atcache train` runs it, including the decoding of codes. There are two live
+teachers: "usual" forms maps in teacher and student, projects all of q, k and v, and leaves the rest to autograd; "ours"
+takes q and k from the teacher's fused forward pass. Teacher and students have random weights, and the codes come from
+the teacher's factors. transform's state has random values, because fitting takes minutes and does not change speed. The
+state's size does change speed. It is that of `read.py` for ViT-B; --transform-components sets another.
 
-Ways take turns in each round; times are the median of the rounds. GFLOP are of matrix products and convolutions, as
-torch counts them: where nothing else took time, ways would be as fast as these are few. Memory is the most that tensors
-took during a step beyond what was there before it: CUDA's own count, or the CPU allocator's as torch's profiler records
-it. With --memory the weights' gradients, the same for all ways, are there before it.
+Ways take turns in each round; times are medians over the rounds. GFLOP counts matrix products and convolutions, as
+torch counts them. If nothing else took time, speed would be proportional to 1 / GFLOP. Memory is the most that tensors
+take during a step, beyond what exists before it. It is CUDA's count, or on a CPU what torch's profiler records. With
+--memory, the weights' gradients, which are the same for all ways, exist before the step.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ GEOMETRIES = {
     "tiny": ("vit_tiny_patch16_224", 64, 2, 2),
 }
 IMAGE_SIZES = {197: 224, 577: 384, 1370: 592}
-"""Pixels, at a patch size of 16, for so many tokens."""
+"""The image size in pixels that gives this many tokens, with patches of 16 pixels."""
 NUM_CLASSES = 1000
 
 
 class UsualAttention(nn.Module):
-    """A plain timm attention that forms its maps, or multiplies v by given ones, and leaves the rest to autograd."""
+    """A plain timm attention that forms its maps, or uses given ones, and leaves the rest to autograd."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class UsualAttention(nn.Module):
 
 
 def use_usual_attention(model: nn.Module) -> list[UsualAttention]:
-    """Replace the attention of each block; returns the replacements."""
+    """Replace the attention of each block, and return the replacements."""
     attentions = []
     for block in find_blocks(model):
         block.attn = UsualAttention(block.attn)
@@ -89,7 +89,7 @@ def use_usual_attention(model: nn.Module) -> list[UsualAttention]:
 
 
 class UsualStudent(nn.Module):
-    """What most code does: copying multiplies the teacher's maps by v, distilling compares both maps."""
+    """A student as most code has it: copying multiplies the teacher's maps by v, distilling compares both maps."""
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class UsualStudent(nn.Module):
 
 
 class UsualTeacher:
-    """Runs a teacher that forms its maps, and gives them."""
+    """Runs a teacher that forms its maps, and returns them."""
 
     def __init__(self, run: TeacherRun) -> None:
         self._run = run
@@ -126,7 +126,7 @@ class UsualTeacher:
 
 
 class CodesTeacher:
-    """`CacheTeacher` without the folder: decodes a batch's codes."""
+    """`CacheTeacher` without a cache on disk: it decodes a batch's codes."""
 
     def __init__(self, coder: Coder, device: torch.device) -> None:
         self._coder, self._device = coder, device
@@ -142,19 +142,19 @@ class Way:
 
     name: str
     width: int
-    """Of the student; 0 for the teacher's forward alone."""
+    """The student's width; 0 for only the teacher's forward pass."""
     step: Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
-    """What a way took."""
+    """Time, memory and operations of one way."""
 
     seconds: float
     """Median over the rounds."""
     peak_mib: float
     gflop: float
-    """Of matrix products and convolutions."""
+    """Operations of matrix products and convolutions."""
 
 
 class Bench:
@@ -182,14 +182,14 @@ class Bench:
             state = random_state(self.geometry, options.transform_components) if name == "transform" else {}
             coder = codec.coder(self.geometry, state, device=str(self.device))
             codes_BLTC = coder.encode(layers).cpu()
-            # As the loader hands them over.
+            # The loader, too, gives int32 codes as int16 if they fit.
             codes_BLTC = codes_BLTC.short() if codes_BLTC.dtype == torch.int32 else codes_BLTC
             self._cached[name] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
             if name == "transform":
                 self.transform_shape = tuple(state["mixing_LJC"].shape[1:])
 
     def ways(self, width: int, modes: Sequence[Mode]) -> Iterator[Way]:
-        """Every way to train a student of this width in these modes; ways of one mode share weights and optimiser."""
+        """All ways to train a student of this width in these modes. In a mode, our ways share weights and optimiser."""
         for mode in modes:
             ours = self._run(self._student(mode, width))
             if mode == "scratch":
@@ -202,7 +202,7 @@ class Bench:
             yield Way(name=f"{mode}, live usual", width=width, step=self._step(usual, self.usual_teacher, self.batch))
 
     def teacher_ways(self) -> Iterator[Way]:
-        """The teachers' forward passes alone."""
+        """Only the forward passes of the teachers."""
         for name, teacher in (("usual", self.usual_teacher), ("ours", self.live_teacher)):
             yield Way(name=f"teacher forward {name}", width=0, step=lambda teacher=teacher: teacher.factors(self.batch))
 
@@ -247,7 +247,7 @@ class Bench:
             steps=10**6,
             precision=self.precision,
         )
-        # A step needs no more of the data than this.
+        # These are the only parts of the data that a step uses.
         data = SimpleNamespace(student=student, teacher=None, order=SimpleNamespace(sample_S=range(10**6)))
         run = TrainingRun(config, data, self.device)
         if self.keeps_gradients:
@@ -269,12 +269,12 @@ class Bench:
 
 
 def random_state(geometry: FactorGeometry, components: tuple[int, int] | None) -> dict[str, Tensor]:
-    """State of codec transform with J components a layer and C stored ones; None takes 384 of both for ViT-B."""
+    """A random state of codec transform, for (J components per layer, C stored ones); None means 384 each for ViT-B."""
     num_layers, num_tokens = len(geometry.layers), geometry.tokens.num_tokens
     num_vectors = len(geometry.heads) + geometry.num_kv_heads
     width = num_vectors * geometry.head_dim
     per_layer, stored = components or (max(1, width // 4), max(1, width // 4))
-    # Columns of length 1 that are nearly orthogonal, as a fitted state's are.
+    # Nearly orthogonal columns of length 1, like those of a fitted state.
     mixing = torch.randn(num_layers * per_layer, stored) / (num_layers * per_layer) ** 0.5
     return {
         "step": torch.tensor([0.5]),
@@ -287,7 +287,7 @@ def random_state(geometry: FactorGeometry, components: tuple[int, int] | None) -
 
 
 def peak_nbytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes tensors took during a step, beyond those that were there before it."""
+    """The most bytes that tensors take during a step, beyond those that exist before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -313,7 +313,7 @@ def count_products(step: Callable[[], object]) -> int:
 
 
 def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tuple[str, int], Measured]:
-    """Time all ways in turns, by (name, width); each way's first step warms up and is looked at for memory."""
+    """Measure all ways, by (name, width). They take turns, after a step each to warm up, for memory and for GFLOP."""
     for way in ways:
         way.step()
     peaks = [peak_nbytes(way.step, device) for way in ways]
@@ -335,14 +335,14 @@ def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tupl
 
 
 def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, modes: Sequence[Mode]) -> None:
-    """The table, then each ratio beside its bound."""
+    """Print the table, then each ratio with its bound."""
     print("| student's width | way | img/s | ms | GFLOP | peak MiB |\n|---|---|---|---|---|---|")
     for (name, width), row in measured.items():
         img_per_s = batch_size / row.seconds
         ms = f"{1e3 * row.seconds:.0f}"
         print(f"| {width or '-'} | {name} | {img_per_s:.2f} | {ms} | {row.gflop:.4g} | {row.peak_mib:.0f} |")
-    print("\nAgainst live, the bound is live / (live - teacher forward): a cache whose codes cost nothing.")
-    print("Against scratch it is the ratio of the products.\n")
+    print("\nAgainst live, the bound is live / (live - teacher forward): the speed if reading the cache took no time.")
+    print("Against scratch, it is the ratio of the GFLOP.\n")
     print("| student's width | cache | against | times as fast | bound |\n|---|---|---|---|---|")
     widths = sorted({width for _, width in measured if width}, reverse=True)
     for width in widths:
@@ -361,7 +361,7 @@ def print_speeds(measured: dict[tuple[str, int], Measured], batch_size: int, mod
 
 
 def print_memory(options: argparse.Namespace) -> None:
-    """Distillation's memory at several numbers of tokens: from a cache against the usual way."""
+    """Print the memory of distillation for several numbers of tokens: from a cache, and in the usual way."""
     print("| tokens | usual MiB | cache int8 MiB | share | ms usual | ms cache |\n|---|---|---|---|---|---|")
     for num_tokens in options.tokens:
         bench = Bench(options, num_tokens)
@@ -375,7 +375,7 @@ def print_memory(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="vit-b")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -1,15 +1,16 @@
-"""Does it work? Students of a small masked autoencoder on CIFAR-10 with few labels, in every mode, cached and live.
+"""Does it work? Few-label students of a small masked autoencoder on CIFAR-10, in every mode, cached and live.
 
     python benchmarks/transfer.py --data 'cifar10/train-{000000..000009}.tar' \
         --val-data 'cifar10/test-{000000..000001}.tar' --out FOLDER
 
-A ViT of 12 layers over patches of 4 pixels is pre-trained on all images without labels. Students of its architecture
-learn a few labels: from scratch, fine-tuned, copying and distilling its attention, from a cache and from the running
-teacher; copying from caches of other numbers of views and of other codecs. A seed fixes a student's initial weights and
-the order of its samples; all have the same samples. Prints tables; writes FOLDER/transfer.json, .md and .png.
+A ViT of 12 layers with patches of 4 pixels is pre-trained on all images, without labels. Students with the same
+architecture learn from a few labels: from scratch; by fine-tuning; by copying or distilling the teacher's attention,
+from a cache and from the running teacher; and by copying from caches with other numbers of views and other codecs. All
+students get the same samples. A seed fixes a student's initial weights and the order of its samples. The script prints
+tables, and writes FOLDER/transfer.json, .md and .png.
 
-A folder of an earlier run is continued: finished teachers, caches and students are not made again. `--report` makes
-nothing and shows what is finished.
+A folder of an earlier run is continued: finished teachers, caches and students are not made again. With `--report`, the
+script makes nothing and shows what is finished.
 """
 
 from __future__ import annotations
@@ -54,50 +55,50 @@ class Accuracy:
     top1_by_seed: Mapping[int, float]
     """Validation accuracy in percent."""
     top1: float
-    """Their mean."""
+    """The mean of `top1_by_seed`."""
     standard_error: float | None
-    """Of the mean; None for one seed."""
+    """The standard error of `top1`; None for one seed."""
     gap_closed: float | None
-    """(top1 - scratch) / (finetune - scratch), of the seeds that all three have; None where there is no gap."""
+    """(top1 - scratch) / (finetune - scratch), over the seeds that all three have; None if there is no gap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """What a training cache is."""
+    """A training cache: its views, codec, fidelity and size."""
 
     views: int
     codec: str
     row_kl_nats: float
-    """Mean over some of its views, against the teacher's maps."""
+    """Mean KL of some of its views from the teacher's maps."""
     nbytes_per_view: float
-    """Everything counted."""
+    """The size of the whole cache, divided by its views."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make what is missing, print, write."""
+    """Make what is missing, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="tars of training images with labels")
     parser.add_argument("--val-data", required=True, help="tars of test images with labels")
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher, caches, students and results")
     parser.add_argument("--model", default=MODEL, help="teacher and students (default: a ViT of 12 layers, 64 wide)")
-    parser.add_argument("--pretrain-steps", type=int, default=8000, help="of 64 images (default 8000)")
-    parser.add_argument("--train-samples", type=int, default=1000, help="labels the students get (default 1000)")
+    parser.add_argument("--pretrain-steps", type=int, default=8000, help="steps of 64 images (default 8000)")
+    parser.add_argument("--train-samples", type=int, default=1000, help="labelled images for students (default 1000)")
     parser.add_argument("--val-samples", type=int, default=2000, help="test images (default 2000)")
-    parser.add_argument("--epochs", type=float, default=8, help="of the students (default 8)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of all students but finetune (default 1e-3)")
-    parser.add_argument("--finetune-lr", type=float, default=2e-3, help="of its last layer (default 2e-3)")
-    parser.add_argument("--seeds", type=int, default=3, help="of scratch, finetune and copy (default 3)")
-    parser.add_argument("--side-seeds", type=int, default=2, help="of distill, other views and codecs (default 2)")
-    parser.add_argument("--main-views", type=int, default=4, help="views modes and codecs are compared on (default 4)")
+    parser.add_argument("--epochs", type=float, default=8, help="epochs of the students (default 8)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="for all students except finetune (default 1e-3)")
+    parser.add_argument("--finetune-lr", type=float, default=2e-3, help="for finetune's last layer (default 2e-3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of scratch, finetune and copy (default 3)")
+    parser.add_argument("--side-seeds", type=int, default=2, help="seeds of all other students (default 2)")
+    parser.add_argument("--main-views", type=int, default=4, help="views when comparing modes and codecs (default 4)")
     parser.add_argument("--views", type=int, nargs="*", default=(1, 2, 4, 8), help="for copy (default 1 2 4 8)")
     parser.add_argument("--codecs", nargs="*", default=CODECS, help=f"for copy (default {' '.join(CODECS)})")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default 2)")
-    parser.add_argument("--report", action="store_true", help="make nothing, show what is done")
+    parser.add_argument("--processes", type=int, default=2, help="processes, of one thread each (default 2)")
+    parser.add_argument("--report", action="store_true", help="make nothing, show what is finished")
     options = parser.parse_args(arguments)
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(Grid)}
     grid = Grid(**{**values, "views": tuple(options.views), "codecs": tuple(options.codecs)})
     if options.report and not grid.out.is_dir():
-        parser.error(f"--report: {grid.out} is no folder of an earlier run.")
+        parser.error(f"--report: {grid.out} is not the folder of an earlier run.")
     if not options.report:
         torch.set_num_threads(1)
         make_all(grid, options.processes)
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_results(grid: Grid) -> dict[Way, Accuracy]:
-    """The finished students."""
+    """The accuracy of each way that has finished students."""
     top1s: dict[Way, dict[int, float]] = {}
     for way in all_ways(grid):
         for seed in range(max(grid.seeds, grid.side_seeds)):
@@ -142,7 +143,7 @@ def read_caches(grid: Grid) -> dict[tuple[int, str], Cache]:
         path = build_config(grid, way.views, way.codec).out
         if path.exists() and (reader := CacheReader(path)).is_complete:
             complete = CacheRecord.of(reader).complete
-            assert complete is not None, "the reader says so"
+            assert complete is not None, "the reader says that it is complete"
             caches[way.views, way.codec] = Cache(
                 views=way.views,
                 codec=way.codec,
@@ -153,9 +154,9 @@ def read_caches(grid: Grid) -> dict[tuple[int, str], Cache]:
 
 
 def gap_closed(top1s: Mapping[int, float], scratch: Mapping[int, float], finetune: Mapping[int, float]) -> float | None:
-    """(top1 - scratch) / (finetune - scratch), of the means over the seeds that all three have.
+    """(top1 - scratch) / (finetune - scratch), with means over the seeds that all three have.
 
-    None where there are no such seeds, or finetune is no better than scratch.
+    None if there are no such seeds, or if finetune is not better than scratch.
     """
     seeds = [seed for seed in top1s if seed in scratch and seed in finetune]
     if not seeds:
@@ -165,7 +166,7 @@ def gap_closed(top1s: Mapping[int, float], scratch: Mapping[int, float], finetun
 
 
 def difference(top1s: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, float | None]:
-    """Mean of the differences seed by seed, and its standard error; None for one seed.
+    """Mean of the differences seed by seed, and its standard error (None for one seed).
 
     Raises:
         ValueError: no seed is in both.
@@ -177,7 +178,7 @@ def difference(top1s: Mapping[int, float], others: Mapping[int, float]) -> tuple
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
+    """The standard error of the mean; None for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
@@ -227,7 +228,7 @@ def _numbers(result: Accuracy) -> list[str]:
 
 
 def _compare(results: Mapping[Way, Accuracy], way: Way, other: Way | None) -> str:
-    """The difference to another way, where there is one."""
+    """The difference to another way; empty if there is none."""
     if other is None or other == way or other not in results:
         return ""
     top1s, others = results[way].top1_by_seed, results[other].top1_by_seed
@@ -247,7 +248,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(grid: Grid, results: Mapping[Way, Accuracy], caches: Mapping[tuple[int, str], Cache], path: Path) -> None:
-    """Accuracy by mode, by views and by the maps' KL; each seed as a dot, two standard errors as bars."""
+    """Plot accuracy by mode, by views and by the maps' KL; dots are seeds, bars two standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")

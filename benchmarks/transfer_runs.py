@@ -1,6 +1,6 @@
-"""What `transfer.py` makes: tars of few images, a teacher, caches of its attention, and students.
+"""Makes what `transfer.py` compares: tars of few images, a teacher, caches of its attention, and students.
 
-Every part is left alone when it is finished, and continued when it is not.
+Finished parts are kept as they are; unfinished ones are continued.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from atcache.pipelines.train.run import train_sweep
 MODEL = "vit_tiny_patch16_224:img_size=32,patch_size=4,embed_dim=64,num_heads=2,num_classes=10"
 """12 layers of 2 heads, 65 tokens."""
 MAIN_CODEC = "transform:target_kl=0.005"
-"""What `atcache build` takes of itself."""
+"""The default of `atcache build`."""
 
 FINETUNE_LAYER_DECAY = 0.75
-"""Learning rate of a block relative to the one above: MAE's (arXiv 2111.06377, table 9)."""
+"""Learning rate of a block, relative to the block above it; from MAE (arXiv 2111.06377, table 9)."""
 _BATCH_SIZE = 32
 
 _Given = TypeVar("_Given")
@@ -43,36 +43,36 @@ _Made = TypeVar("_Made")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """What is made, and how much of it."""
+    """What to make, and how much of it."""
 
     out: Path
     data: str
-    """Images for the teacher, of which some with their labels are the students'."""
+    """Tars of images for the teacher. Students get some of these images, with labels."""
     val_data: str
     model: str
     """The teacher's and the students' architecture."""
     pretrain_steps: int
-    """Of 64 images."""
+    """Steps of pre-training, of 64 images each."""
     train_samples: int
-    """Labels the students get."""
+    """The number of labelled images that students get."""
     val_samples: int
     epochs: float
-    """Passes of a student over its samples."""
+    """A student's passes over its samples."""
     lr: float
-    """Highest learning rate of students that begin with random weights. Of 1e-3 and 5e-4, scratch learns more at the
-    first and copy about the same at both, on 2,000 training images that neither had seen (5,000 labels, 8 epochs)."""
+    """Highest learning rate of students that start with random weights. Scratch learns more at 1e-3 than at 5e-4, and
+    copy about the same at both, on 2,000 training images that neither had seen (5,000 labels, 8 epochs)."""
     finetune_lr: float
-    """The same for fine-tuning, where it is that of the last layer only. It learns more at 2e-3 than at 1e-3."""
+    """Highest learning rate of fine-tuning, used in the last layer only. It learns more at 2e-3 than at 1e-3."""
     seeds: int
-    """Students of modes scratch, finetune and copy, cached and live."""
+    """Students of each of the ways in `main_jobs`: scratch, finetune and copy."""
     side_seeds: int
-    """Students of mode distill, and with each other number of views and each other codec."""
+    """Students of each other way: distill, and copy with other numbers of views and other codecs."""
     main_views: int
-    """Views of the cache that modes and codecs are compared on."""
+    """Views in the cache on which modes and codecs are compared."""
     views: tuple[int, ...]
-    """Numbers of views that copy is tried with."""
+    """Numbers of views to try with copy."""
     codecs: tuple[str, ...]
-    """Codecs that copy is tried with."""
+    """Codecs to try with copy."""
 
 
 class Way(NamedTuple):
@@ -82,7 +82,7 @@ class Way(NamedTuple):
     views: int
     codec: str = MAIN_CODEC
     live: bool = False
-    """Its teacher runs in every step; of the cache only the views are used."""
+    """Whether the teacher runs in every step. Then only the views of the cache are used."""
 
 
 class Job(NamedTuple):
@@ -93,28 +93,28 @@ class Job(NamedTuple):
 
 
 def mode_ways(grid: Grid) -> tuple[Way, ...]:
-    """Those of the comparison of modes."""
+    """The ways that compare modes."""
     cached = [Way(mode, grid.main_views) for mode in ("scratch", "finetune", "copy", "distill")]
     return (*cached, *(way._replace(live=True) for way in cached[2:]))
 
 
 def view_ways(grid: Grid) -> tuple[Way, ...]:
-    """Those of the comparison of numbers of views."""
+    """The ways that compare numbers of views."""
     return tuple(Way("copy", views) for views in grid.views)
 
 
 def codec_ways(grid: Grid) -> tuple[Way, ...]:
-    """Those of the comparison of codecs."""
+    """The ways that compare codecs."""
     return tuple(Way("copy", grid.main_views, codec) for codec in grid.codecs)
 
 
 def all_ways(grid: Grid) -> list[Way]:
-    """Every way once."""
+    """Every way, once."""
     return list(dict.fromkeys(mode_ways(grid) + view_ways(grid) + codec_ways(grid)))
 
 
 def main_jobs(grid: Grid) -> list[Job]:
-    """The students that others are compared with, seed by seed, so that what is cut short is even."""
+    """The students that others are compared with, seed by seed: if the run is stopped, all have as many seeds."""
     cached = tuple(Way(mode, grid.main_views) for mode in ("scratch", "finetune", "copy"))
     live = cached[-1]._replace(live=True)
     return [Job(ways, seed) for seed in range(grid.seeds) for ways in (cached, (live,))]
@@ -139,7 +139,7 @@ def make_all(grid: Grid, processes: int) -> None:
 
 
 def write_tar(data: str, path: Path, num_samples: int) -> None:
-    """Write some samples of `data`, as evenly over the classes as they go, as one tar."""
+    """Write some samples of `data` as one tar, as evenly over the classes as possible."""
     from webdataset.writer import TarWriter
 
     if path.exists():
@@ -154,7 +154,7 @@ def write_tar(data: str, path: Path, num_samples: int) -> None:
 
 
 def make_teacher(grid: Grid) -> None:
-    """A masked autoencoder of all images, in fp32: bf16's backward pass is slower in models this narrow."""
+    """Pre-train a masked autoencoder on all images, in fp32: bf16's backward pass is slower in such narrow models."""
     pretrain(
         PretrainConfig(
             model=grid.model,
@@ -171,7 +171,7 @@ def make_teacher(grid: Grid) -> None:
 
 
 def build_config(grid: Grid, views: int | None, codec: str) -> BuildConfig:
-    """A training cache, or the validation cache where `views` is None."""
+    """The config of a training cache, or of the validation cache if `views` is None."""
     return BuildConfig(
         teacher=grid.model,
         weights=_teacher_folder(grid) / "model.safetensors",
@@ -186,13 +186,13 @@ def build_config(grid: Grid, views: int | None, codec: str) -> BuildConfig:
 
 
 def train_config(grid: Grid, way: Way, seed: int) -> TrainConfig:
-    """One student: one recipe for all modes, but that fine-tuning changes low layers less."""
+    """The config of one student. All modes share a recipe, except that fine-tuning changes low layers less."""
     finetunes = way.mode == "finetune"
     validation = build_config(grid, None, way.codec)
     return TrainConfig(
         mode=way.mode,
         cache=build_config(grid, way.views, way.codec).out,
-        # A copying student of a live teacher would take its maps from a cache for validation, so it gets images.
+        # With a cache, a copying student of a live teacher would be validated on cached maps. So it gets images.
         val_cache=None if way.live else validation.out,
         val_data=validation.data if way.live else None,
         weights=validation.weights if way.live or finetunes else None,
@@ -218,15 +218,15 @@ def train_job(grid: Grid, job: Job) -> None:
 
 
 def run_folder(grid: Grid, way: Way, seed: int) -> Path:
-    """Where a student is kept."""
+    """The folder of a student."""
     return grid.out / "runs" / f"{_folder_name(way.codec)}-{way.views}" / f"{way.mode}{'-live' * way.live}-{seed}"
 
 
 def in_processes(processes: int, function: Callable[[_Given], _Made], given: Sequence[_Given]) -> list[_Made]:
-    """What `function` makes of each, in processes of one thread; in this one, where one is enough."""
+    """What `function` returns for each, in processes of one thread; in this process if `processes` is 1."""
     if processes == 1:
         return [function(one) for one in given]
-    context = multiprocessing.get_context("spawn")  # a fork may inherit a lock of torch's threads for ever
+    context = multiprocessing.get_context("spawn")  # a fork may inherit a lock of torch's threads, and hang
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         return list(pool.map(function, given))
 

@@ -1,10 +1,10 @@
-"""Defaults for the commands' options, kept in a TOML file: a table a command, a key a long option.
+"""Defaults for the commands' options, from a TOML file: one table for each command, one key for each long option.
 
     [build]
     teacher = "mae-vit-l"
     views = 2
 
-The command line wins over the file. Relative paths mean the working folder, as they do on the command line.
+The command line wins over the file. Relative paths start in the working folder, as they do on the command line.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def read_defaults(
 ) -> dict[str, Any]:
     """The file's values for one command, by parameter name, as click's `default_map` wants them.
 
-    Only this command's table is checked key by key (the others' options are not known without importing them); the
-    tables' names are all checked.
+    The names of all tables are checked, but only the keys of this command's: importing the other commands, to know
+    their options, would take time.
 
     Raises:
-        ConfigError: the file is no TOML, or names a table, an option or a value that does not exist. Names the file,
-            the key and what was expected.
+        ConfigError: the file is not TOML, or names a table, an option or a value that does not exist. The message names
+            the file, the key and what was expected.
     """
     tables = read_toml(path)
     for name, table in tables.items():
         if name not in all_commands:
-            raise ConfigError(f"{path}: '{name}' is no command of atcache; {_nearest(name, all_commands)}")
+            raise ConfigError(f"{path}: '{name}' is not a command of atcache; {_nearest(name, all_commands)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: '{name}' must be a table of options, written [{name}].")
     return check_options(tables.get(command_name, {}), command_name, command, where=f"{path}: [{command_name}]")
@@ -49,7 +49,7 @@ def check_options(table: dict[str, Any], command_name: str, command: click.Comma
     Args:
         table: TOML's values by the options' long names.
         command_name: the command's name.
-        command: whose options they are.
+        command: the command that has these options.
         where: which table of which file, for messages.
 
     Raises:
@@ -60,7 +60,7 @@ def check_options(table: dict[str, Any], command_name: str, command: click.Comma
     for key, value in table.items():
         option = options.get(key.replace("_", "-"))
         if option is None:
-            raise ConfigError(f"{where} {key} is no option of 'atcache {command_name}'; {_nearest(key, options)}")
+            raise ConfigError(f"{where} {key} is not an option of 'atcache {command_name}'; {_nearest(key, options)}")
         if option.name in values:
             raise ConfigError(f"{where} {key} is given twice, once spelled with '-' and once with '_'.")
         values[option.name] = _checked(value, option, command, f"{where} {key}")
@@ -71,7 +71,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """What a TOML file holds.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        ConfigError: it cannot be read, or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -95,19 +95,19 @@ def _file_options(command: click.Command) -> dict[str, click.Option]:
 def _nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     close = get_close_matches(name.replace("_", "-"), valid, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(valid)}."
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(valid)}."
 
 
 def _checked(value: object, option: click.Option, command: click.Command, where: str) -> object:
     """`value`, if the option takes it; else an error that says what it takes."""
     wanted, accepted = _toml_type(option)
-    # One value is enough for an option that may come more than once, as it is on the command line.
+    # As on the command line, an option that may come more than once also takes a single value.
     values: list[object] = cast("list[object]", value) if option.multiple and isinstance(value, list) else [value]
     for single in values:
         # To Python, True is also the number 1.
         if not isinstance(single, accepted) or (isinstance(single, bool) and accepted is not bool):
             raise ConfigError(f"{where} = {single!r}, but --{_long(option)} takes {wanted}.")
-        if not isinstance(option.type, (click.Path, click.File)):  # whether a path exists is asked only when it is used
+        if not isinstance(option.type, (click.Path, click.File)):  # a path must exist only when it is used
             try:
                 option.type.convert(single, option, click.Context(command))
             except click.BadParameter as error:
@@ -116,7 +116,7 @@ def _checked(value: object, option: click.Option, command: click.Command, where:
 
 
 def _toml_type(option: click.Option) -> tuple[str, type | tuple[type, ...]]:
-    """What TOML must hold for the option, in words and as Python types. Types of our own read text, like a shell's."""
+    """What TOML must hold for the option, in words and as Python types. Our own types read text, as from a shell."""
     if isinstance(option.type, click.types.BoolParamType):
         return "true or false", bool
     if isinstance(option.type, click.types.IntParamType):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @options_from(DemoConfig)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the numbers to this file too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
     """Show attention transfer end to end on a small dataset, without a download.
 
@@ -28,7 +28,7 @@ def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one k
     """
     from ..pipelines.demo.run import demo as run_demo
 
-    if json_file is not None:  # minutes before it is written
+    if json_file is not None:  # a folder that cannot be made is an error now, not after minutes
         json_file.parent.mkdir(parents=True, exist_ok=True)
     summary = run_demo(DemoConfig(**config), say=lambda command: click.echo(f"$ {command}", err=True))
     if json_file is not None:

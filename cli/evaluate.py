@@ -16,7 +16,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command("eval")
 @options_from(EvaluateConfig)
-@click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run, averaged in; repeat for more.")
+@click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run to average; repeat for more.")
 def evaluate(runs: tuple[Path, ...], ensemble: tuple[Path, ...], **config: Any) -> None:  # noqa: ANN401 - EvaluateConfig's
     """Measure a student's accuracy.
 

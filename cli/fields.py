@@ -30,12 +30,12 @@ class LocationType(click.ParamType[Location]):
 
 
 class OutType(click.Path):
-    """A path to write to; URLs are refused, since a server's files are only read."""
+    """A path to write to. URLs are refused: atcache only reads from servers."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
         if isinstance(value, str) and looks_like_url(value):
             self.fail(
-                f"{value!r} is a URL, and servers are only read. Write to a folder and copy it there.", param, ctx
+                f"{value!r} is a URL, but servers are only read. Write to a folder and copy it there.", param, ctx
             )
         return super().convert(value, param, ctx)
 
@@ -51,8 +51,8 @@ def options_from(
 
     Args:
         config_class: made with `pipelines.options.config`.
-        without: fields that the command takes otherwise, or that others fill in.
-        optional: fields that are required, but may come from elsewhere than the command line.
+        without: fields without an option, as the command fills them in another way.
+        optional: required fields that may also come from elsewhere than the command line.
     """
     fields = {name: field for name, field in options_of(config_class).items() if name not in without}
     settings = [
@@ -108,6 +108,7 @@ def _click_type(about: Option, kind: OptionType) -> click.ParamType[Any]:
         opens = {"min_open": about.above is not None, "max_open": about.below is not None}
         if kind.base is float:
             return click.FloatRange(low, high, **opens)
+        # No user meets a limit as large as this, so the help does not show it; the config checks it all the same.
         return click.IntRange(
             None if low is None else int(low), None if high is None or high >= 2**53 else int(high), **opens
         )

@@ -16,11 +16,11 @@ from .fields import LOCATION
 
 @click.command()
 @click.argument("cache", type=LOCATION)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one line of JSON, not as text.")
 def info(cache: Location, as_json: bool) -> None:
-    """Say what a cache holds, and what is missing.
+    """Show what a cache holds, and what is missing.
 
-    Reads metadata only, whatever the cache's size; a cache that is being built may be looked at.
+    Reads only metadata, so it is fast for a cache of any size. A cache that is still being built can be shown too.
 
     Example:
 
@@ -91,12 +91,12 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object that `atcache build` writes; empty in a cache of other origin that has none."""
+    """An object that `atcache build` writes; empty in a cache from elsewhere that has none."""
     return about.get(name) or {}
 
 
 def _held_back(calibration: dict[str, Any], codec: dict[str, Any]) -> str:
-    """Fidelity as the build measured it before it began, beside what it was to be."""
+    """Fidelity as measured before the build, and its target."""
     target_kl = None if codec.get("target_nbytes") else codec.get("target_kl")
     target = f" (target {target_kl:.4g})" if target_kl else ""
     v_error = f", v off by {calibration['v_error']:.2g}" if calibration.get("v_error") is not None else ""
@@ -120,7 +120,7 @@ def _card(about: dict[str, Any]) -> list[str]:
 
 
 def _mixing(policy: dict[str, Any]) -> str:
-    """How views are mixed; empty where they are not."""
+    """How views are mixed; empty if they are not."""
     mixing = _part(policy, "mixing")
     names = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
     alphas = [f"{name} {mixing[field]}" for field, name in names.items() if mixing.get(field)]
@@ -158,7 +158,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _size(nbytes: int) -> str:
-    """Bytes in the unit that leaves the shortest number.
+    """Bytes in the largest unit that keeps the number at 1 or above.
 
     >>> _size(5 * 2**20)
     '5 MiB'

@@ -1,7 +1,7 @@
-"""The `atcache` command: finds the sub-command that was asked for and imports only that one.
+"""The `atcache` command: finds the sub-command that is wanted and imports only that one.
 
-Also the one place where errors become messages: a mistake of the user's is one sentence and exit code 1, and so is a
-place that cannot be read or written; an interruption says that nothing is lost, and a bug of ours keeps its traceback.
+Only here do errors become messages. A user's mistake, or a place that cannot be read or written, prints one sentence
+and exits with code 1. An interruption prints that nothing is lost. A bug of ours keeps its traceback.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atcache.errors import AtcacheError
 
 from .defaults import DEFAULT_FILE, read_defaults
 
-# What a path can be in the way of, whoever asks for it: no right to it, a file for a folder, a name too long, no space.
+# Errors that are due to a path, not to our code: no permission, a file in place of a folder, a long name, no space.
 _PATH_ERRORS = frozenset(
     (
         errno.EACCES,
@@ -42,7 +42,7 @@ _PATH_ERRORS = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LazyCommand:
-    """Where a sub-command is and what the list of commands says of it, known without importing it."""
+    """Where a sub-command is, and its line in the list of commands; known without importing it."""
 
     module: str
     """Full name of the module."""
@@ -61,16 +61,16 @@ def _command(name: str, summary: str, *, attribute: str | None = None) -> LazyCo
     return LazyCommand(module=f"atcache.cli.{attribute}", attribute=attribute, summary=summary)
 
 
-# `atcache --help` prints these lines as they stand; a test holds each to the first line of its command's docstring.
+# `atcache --help` prints these lines; a test checks that each is the first line of its command's docstring.
 COMMANDS: dict[str, LazyCommand] = {
-    "plan": _command("plan", "Say what a cache would take, and whether it would pay."),
+    "plan": _command("plan", "Say what a cache would cost, and whether it would pay off."),
     "build": _command("build", "Run the teacher once over a dataset and keep its attention in a cache."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
     "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
     "pack": _command("pack", "Pack folders of images into WebDataset tars."),
-    "info": _command("info", "Say what a cache holds, and what is missing."),
-    "verify": _command("verify", "Prove that a cache is whole, and with its teacher that it is faithful."),
+    "info": _command("info", "Show what a cache holds, and what is missing."),
+    "verify": _command("verify", "Check that a cache is whole and, given its teacher, that it is faithful."),
     "demo": _command("demo", "Show attention transfer end to end on a small dataset, without a download."),
 }
 
@@ -110,7 +110,7 @@ class LazyGroup(click.Group):
             hint = f"Did you mean {nearest[0]}?" if nearest else f"There are {', '.join(self.lazy_commands)}."
             ctx.fail(f"No such command '{args[0]}'. {hint}")
         name, command, rest = super().resolve_command(ctx, args)
-        # A broken file must not stand between a user and the help.
+        # The help must work even if the file of defaults is broken.
         if name is not None and command is not None and not {"-h", "--help"}.intersection(rest):
             ctx.default_map = {name: self._defaults(ctx, name, command)}
         return name, command, rest
@@ -130,8 +130,8 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt as error:
             raise Stopped("Stopped. What was stored stays; type the same command again to continue.") from error
         except BrokenPipeError as error:
-            # click ends quietly on these, which is right when the reader of our output has gone (`| head`). A worker's
-            # broken pipe is a failure, and must be seen.
+            # click ends quietly on these. That is right if the reader of our output has gone (`| head`), but a worker's
+            # broken pipe is a failure and must be seen.
             if not _stdout_reader_has_gone():
                 raise RuntimeError("a pipe to another process broke") from error
             raise
@@ -140,7 +140,7 @@ class LazyGroup(click.Group):
                 raise
             place = "a file" if error.filename is None else str(error.filename)
             raise click.ClickException(
-                f"{place} cannot be read or written: {error.strerror}. Give another path, or make room and see to its "
+                f"{place} cannot be read or written: {error.strerror}. Give another path, or free space and check its "
                 "permissions. What was stored stays."
             ) from error
         return result
@@ -150,7 +150,7 @@ def _stdout_reader_has_gone() -> bool:
     try:
         watch = select.poll()
         watch.register(sys.stdout.fileno(), 0)
-    except OSError:  # stdout is no file
+    except OSError:  # stdout is not a file
         return False
     return any(event & select.POLLERR for _, event in watch.poll(0))
 
@@ -166,8 +166,11 @@ def _stdout_reader_has_gone() -> bool:
 def cli(ctx: click.Context, config: Path | None) -> None:
     """Run the teacher once, keep its attention, train students from it.
 
-    Results are printed as JSON lines on stdout, progress on stderr. Any option's default can be kept in atcache.toml,
-    in a table named like the command.
+    Most commands print their result as one line of JSON on stdout; `train --sweep` prints one line for each student.
+    The commands info and demo print text; with --json, info prints JSON instead and demo also writes it to a file.
+    Progress and notes go to stderr.
+
+    Any option's default can be kept in atcache.toml, in a table named like the command.
 
     Example:
 
@@ -175,7 +178,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
         atcache demo
         atcache build --help
     """
-    del config  # read by LazyGroup, once it is known for which command
+    del config  # LazyGroup reads the file, once it knows the command
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("atcache").setLevel(logging.INFO)
     if ctx.invoked_subcommand not in (None, "build", "train"):

@@ -15,7 +15,7 @@ from .defaults import read_defaults
 
 
 def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str | None:
-    """Make a recipe's settings the defaults of the command's other options, which are looked up after this one."""
+    """Make a recipe's settings the defaults of the command's other options, which click reads after this eager one."""
     if name is not None and ctx.info_name is not None:
         from ..pipelines.train.recipes import TABLES, recipe_path
 
@@ -27,7 +27,9 @@ def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str
             if (command := commands.get_command(ctx, table)) is not None
         }
         if not settings[ctx.info_name] and not (ctx.info_name == "train" and settings["build"]):
-            raise ConfigError(f"recipe {name}: it has no table [{ctx.info_name}], so it sets nothing here.")
+            raise ConfigError(
+                f"recipe {name}: it has no table [{ctx.info_name}], so it sets nothing here. Leave --recipe out."
+            )
         ctx.default_map = {**(ctx.default_map or {}), **settings[ctx.info_name]}
     return name
 
@@ -43,7 +45,7 @@ recipe = click.option(
 
 
 def compare_sizes(times_smaller: float) -> str:
-    """How codes compare with the same maps as float16; with few tokens factors are larger than maps."""
+    """The size of codes against that of the same maps in float16. With few tokens, factors are larger than maps."""
     return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
 
 

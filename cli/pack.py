@@ -16,7 +16,7 @@ from .fields import options_from
 def pack(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PackConfig
     """Pack folders of images into WebDataset tars.
 
-    Image bytes are copied unchanged. Files that are no images, and links that lead out of the folder, are left out and
+    Image bytes are copied unchanged. Files that are not images, and links that lead out of the folder, are left out and
     counted in the result. Existing tars are never overwritten.
 
     Example:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @options_from(PlanConfig)
 def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
-    """Say what a cache would take, and whether it would pay.
+    """Say what a cache would cost, and whether it would pay off.
 
     Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and writes nothing.
 
@@ -69,8 +69,8 @@ def _facts(plan: Plan) -> list[str]:
 
 
 def _cache_table(plan: Plan) -> Table:
-    headings = ["codec", "a view", "in all", "than float16 maps", "row KL", "features off", "encodes", "build"]
-    table = _table("What a cache would be", [*headings, "build waits for"])
+    headings = ["codec", "one view", "whole cache", "than float16 maps", "row KL", "features off", "encodes"]
+    table = _table("What a cache would be", [*headings, "build takes", "build limited by"])
     for one in plan.assessments:
         cost = one.cost
         ratio = None if cost.map_nbytes_per_view is None else cost.map_nbytes_per_view / cost.nbytes_per_view
@@ -89,7 +89,7 @@ def _cache_table(plan: Plan) -> Table:
 
 
 def _training_table(plan: Plan) -> Table:
-    headings = ["training from", "a step alone", "needs", "disk reads", "one epoch", "waits for", "pays after"]
+    headings = ["training from", "steps alone", "must read", "disk reads", "one epoch", "limited by", "pays off after"]
     table = _table("What an epoch would take", [*headings, "verdict"])
     decision, machine = plan.decision, plan.machine
     live_step_s = 1 / machine.teacher_img_per_s + 1 / machine.student_img_per_s

@@ -17,7 +17,7 @@ def pretrain(**fields: Any) -> None:  # noqa: ANN401 - the options above
     """Pre-train a teacher as a masked autoencoder, without labels.
 
     The result, OUT/model.safetensors, is a plain timm state dict: give it to `atcache build` with --teacher NAME and
-    --weights. The same command continues a run that was stopped.
+    --weights. Typing the same command again continues a run that was stopped.
 
     Example:
 

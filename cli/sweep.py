@@ -4,7 +4,7 @@
     mode = "copy"
 
     [[student]]
-    name = "copy-low"      # its folder under --out; without one, made of what differs
+    name = "copy-low"      # its folder under --out; if left out, made of the options that differ
     mode = "copy"
     base-lr = 3e-4
 
@@ -23,14 +23,14 @@ from atcache.errors import ConfigError
 
 from .defaults import check_options, read_toml
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,=+-]*")  # not a folder above, and no space in a shell
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,=+-]*")  # no parent folder, and nothing that a shell would split
 
 
 def read_sweep(path: Path, command: click.Command) -> dict[str, dict[str, Any]]:
     """The students of a sweep: name -> values that differ from the common ones, by parameter name.
 
     Raises:
-        ConfigError: the file is no list of students, or a student has a key or a value that does not exist.
+        ConfigError: the file is not a list of students, or a student has a key or a value that does not exist.
     """
     tables = read_toml(path)
     students: object = tables.pop("student", None)
@@ -40,7 +40,7 @@ def read_sweep(path: Path, command: click.Command) -> dict[str, dict[str, Any]]:
     for number, student in enumerate(cast("list[object]", students)):
         where = f"{path}: student {number}:"
         if not isinstance(student, dict):
-            raise ConfigError(f"{where} {student!r} is no table of options.")
+            raise ConfigError(f"{where} {student!r} is not a table of options.")
         table = cast("dict[str, Any]", student)
         name = table.pop("name", None)
         values = check_options(table, "train", command, where=where)
@@ -50,9 +50,11 @@ def read_sweep(path: Path, command: click.Command) -> dict[str, dict[str, Any]]:
                 raise ConfigError(f"{where} {long} is for all students; give it with --{long}.")
         name = _default_name(values, number) if name is None else name
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigError(f"{where} name = {name!r} cannot be a folder's; use letters, digits, '-', '_' and '.'.")
+            raise ConfigError(
+                f"{where} name = {name!r} cannot be a folder's name; use letters, digits, '-', '_' and '.'."
+            )
         if name in sweep:
-            raise ConfigError(f"{where} there is a student {name!r} already. Give it another name.")
+            raise ConfigError(f"{where} there is already a student {name!r}. Give this one another name.")
         sweep[name] = _as_options(values, command)
     return sweep
 

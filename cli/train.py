@@ -46,7 +46,7 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
     if sweep is not None:
         _train_sweep(sweep, ctx.command, config, drawn)
     elif config["mode"] is None:
-        raise click.UsageError("Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one.")
+        raise click.UsageError("Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe sets one.")
     else:
         ranks = Ranks.from_environment()
         chosen = config if config["cache"] else {**config, **drawn}

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 @click.command()
 @options_from(VerifyConfig)
 def verify(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of VerifyConfig
-    """Prove that a cache is whole, and with its teacher that it is faithful.
+    """Check that a cache is whole and, given its teacher, that it is faithful.
 
     Reads every byte of it, and compares the images of some views with what the teacher saw. Each problem is one line
-    on stderr; the exit code is 1 if there is any, also after --repair.
+    on stderr; the exit code is 1 if there is any, even after --repair.
 
     Example:
 
@@ -66,21 +66,21 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
     num_others = sum(finding.task is None for finding in summary.problems)
     lines.append(f"{summary.path}: {_count(len(summary.problems), 'problem')}; looked at {looked_at}")
     if repair and not summary.is_metadata_whole:
-        lines.append("nothing was repaired: its zarr.json files are damaged, so what the tasks should be is not known")
+        lines.append("nothing was repaired: its zarr.json files are damaged, so it is not known what the tasks are")
     elif repair and tasks:
         lines.append(
             f"deleted {_count(len(summary.repaired_tasks), 'commit record')}: type the same `atcache build` command "
-            f"again, it redoes just {_count(len(tasks), 'task')}"
+            f"again; it redoes only {_count(len(tasks), 'task')}"
         )
     elif tasks:
         lines.append(
-            f"{_count(len(tasks), 'task')} can be redone: `atcache verify {summary.path} --repair`, then the same "
+            f"{_count(len(tasks), 'task')} can be redone: run `atcache verify {summary.path} --repair`, then the same "
             "`atcache build`"
         )
     if num_others:
         lines.append(
-            f"{_count(num_others, 'problem')} in what a build does not write again: restore the files from a copy, or "
-            "build the cache anew"
+            f"{_count(num_others, 'problem')} in files that a build does not write again: restore them from a copy, or "
+            "build the cache again"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """The commands as functions: `atcache.build(teacher=..., data=..., out=...)` does what `atcache build` does.
 
-A function's keywords are the fields of its command's config, so that what can be typed can be called.
+Each function takes the fields of its command's config as keywords, so it can do all that the command can.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def _function(
     doc: str,
     recipes_of: Literal["build", "train"] | None = None,
 ) -> Callable[_Fields, _Result]:
-    """A function that takes the fields of a config as keywords, and runs it.
+    """A function that makes a config from keywords and runs it.
 
     Args:
         config_class: made with `pipelines.options.config`; its signature becomes the function's.
-        run: does it.
-        doc: the docstring but for the arguments, which the fields tell.
-        recipes_of: the table of a recipe that gives what is not passed; None where there are no recipes.
+        run: does what the config says.
+        doc: the docstring without its arguments, which come from the fields.
+        recipes_of: the recipe's table that fills in what is not passed; None if the command takes no recipes.
     """
 
     def function(*args: _Fields.args, **fields: _Fields.kwargs) -> _Result:
@@ -60,7 +60,7 @@ def _function(
     summary, _, rest = inspect.cleandoc(doc).partition("\n\nReturns:")
     function.__name__ = function.__qualname__ = run.__name__
     function.__doc__ = f"{summary}\n\nArgs:\n{_describe(cast('type[Any]', config_class))}\n\nReturns:{rest}"
-    # Of a dataclass, inspect says "-> None".
+    # The signature of a dataclass says "-> None".
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         return_annotation=inspect.signature(run).return_annotation
     )
@@ -69,14 +69,17 @@ def _function(
 
 def _describe(config_class: type[Any]) -> str:
     lines = [f"{name}: {about.help}" for name, (_, about, _) in options_of(config_class).items()]
-    return "\n".join(textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ") for line in lines)
+    return "\n".join(
+        textwrap.fill(line, 110, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def _with_recipe(command: str, config_class: type[Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields, and for those that are not given what their recipe says.
+    """The fields, filled up with the settings of their recipe.
 
     Raises:
-        ConfigError: there is no such recipe, it has nothing for the command, or it sets what the command does not have.
+        ConfigError: there is no such recipe, it sets nothing for the command, or it sets an unknown option.
     """
     name = fields.get("recipe")
     if name is None:
@@ -96,13 +99,13 @@ build = _function(
     run_build,
     """Run the teacher once over a dataset and keep its attention in a cache.
 
-    The same call continues a build that was stopped, to the same bytes.
+    The same call continues a build that was stopped, and ends with the same bytes.
 
     Returns:
-        What was planned and done. After a dry run nothing has been written.
+        What was planned and done. A dry run writes nothing.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit; whatever was stored stays.
+        AtcacheError: a child of it names what does not fit. What was stored before stays.
 
     Example:
 
@@ -122,7 +125,7 @@ train = _function(
         The run's losses, scores and speed.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit; a checkpoint that was saved stays valid.
+        AtcacheError: a child of it names what does not fit. A checkpoint that was saved stays valid.
 
     Example:
 
@@ -134,7 +137,7 @@ train = _function(
 evaluate = _function(
     EvaluateConfig,
     run_evaluate,
-    """Measure a finished run's accuracy, or that of several with averaged probabilities.
+    """Measure the accuracy of a finished run, or of several runs whose probabilities are averaged.
 
     Returns:
         Loss, top-1 and top-5.
@@ -151,14 +154,14 @@ evaluate = _function(
 verify = _function(
     VerifyConfig,
     run_verify,
-    """Prove that a cache is whole, and with its teacher that it is faithful.
+    """Prove that a cache is whole and, if its teacher is given, that it is faithful.
 
     Returns:
-        All problems, and what was looked at. After a repair the problems are those that were found before it.
+        All problems, and what was checked. After a repair, these are the problems found before it.
 
     Raises:
         CacheMissError, CorruptCacheError: there is no cache, or its zarr.json cannot be read at all.
-        CacheMismatchError: the teacher is not the cache's.
+        CacheMismatchError: the teacher is not the one that the cache was built with.
 
     Example:
 
@@ -169,13 +172,13 @@ verify = _function(
 plan = _function(
     PlanConfig,
     run_plan,
-    """Say what a cache would take, and whether it would pay. Writes nothing.
+    """Say how much space and time a cache would take, and whether it would pay. Writes nothing.
 
     Returns:
         Sizes, fidelity and times of each codec, and the decision.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit.
+        AtcacheError: a child of it names what does not fit.
 
     Example:
 
@@ -186,14 +189,14 @@ plan = _function(
 pack = _function(
     PackConfig,
     run_pack,
-    """Pack folders of images, one folder a class, into WebDataset tars.
+    """Pack folders of images, one folder per class, into WebDataset tars.
 
     Returns:
         How many images, classes and tars there are, and what was left out.
 
     Raises:
         SourceError: there is nothing to pack, an image cannot be read, or tars of that name exist.
-        DiskFullError: the tars do not fit.
+        DiskFullError: the tars do not fit on the disk.
 
     Example:
 
@@ -206,13 +209,13 @@ pretrain = _function(
     run_pretrain,
     """Pre-train a teacher as a masked autoencoder, without labels.
 
-    The same call continues a run that was stopped. `out`/model.safetensors is then a plain timm state dict.
+    The same call continues a run that was stopped. The result, `out`/model.safetensors, is a plain timm state dict.
 
     Returns:
         The run's losses and speed.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit.
+        AtcacheError: a child of it names what does not fit.
 
     Example:
 
@@ -222,17 +225,17 @@ pretrain = _function(
 
 
 def train_sweep(students: Mapping[str, Mapping[str, Any]], **common: Any) -> list[SweepResult]:  # noqa: ANN401 - fields of TrainConfig
-    """Train several students from one stream of batches: what is read once serves all.
+    """Train several students from one stream of batches, which is read only once.
 
-    Each student is bit for bit what `train` would make of it alone. A student whose loss becomes NaN is given up, and
-    the others go on.
+    Each student ends up bit for bit the same as if `train` had trained it alone. A student whose loss becomes NaN is
+    given up, and the others continue.
 
     Args:
-        students: for each student its name, which names its folder, and the keywords of `train` that are its own.
-        common: the keywords of `train` for all; `out` holds the students' folders.
+        students: the name of each student, which is also the name of its folder, and its own keywords of `train`.
+        common: keywords of `train` that all students share; the students' folders are in `out`.
 
     Raises:
-        ConfigError: the students do not share one stream, or a keyword does not exist.
+        ConfigError: the students cannot share one stream, or a keyword does not exist.
         AtcacheError: as `train`.
 
     Example:

@@ -1,4 +1,4 @@
-"""How far decoded maps are from the teacher's, and when that is further than what was asked for."""
+"""Measures how far decoded maps are from the teacher's, and warns when that is further than expected."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from atcache.teachers.devices import autocast
 from atcache.teachers.run import TeacherRun
 
 ROW_KL_FLOOR_NATS = {torch.float32: 1e-6, torch.bfloat16: 2e-4}
-"""A limit is never below this, by the type the teacher computes in: a lossless cache records next to nothing, and live
-maps themselves differ between devices and versions of torch. In a 12-layer ViT those of bfloat16 and float32 are 2e-5
-apart."""
+"""The lowest limit of row KL, by the dtype that the teacher computes in. A lossless cache records almost no error, but
+live maps differ between devices and versions of torch. In a 12-layer ViT, bfloat16 and float32 maps are 2e-5 apart."""
 INJECTED_ERROR_FLOOR = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
-"""The same for the error of the teacher's features."""
+"""The lowest limit of the error of the teacher's features, in the same way."""
 TIMES_THE_TARGET = 1.5
-"""A build warns of more than so much."""
+"""A build warns if row KL is more than this many times what was expected."""
 _LEAST_VIEWS = 12
-"""Views differ: fewer say nothing about the others."""
+"""Views needed before a build warns. Views differ, so fewer say little about the others."""
 
 
 def target_row_kl(codec: Codec) -> float | None:
-    """The row KL that a codec is fitted to meet, in nats; None where it is fitted to a size, or to nothing."""
+    """The row KL that a codec is fitted to meet, in nats; None if it is fitted to a size, or not fitted."""
     return codec.target_kl if isinstance(codec, TransformCodec) and codec.target_nbytes is None else None
 
 
@@ -43,19 +42,19 @@ class Expectation:
     """The row KL that a build's views should have."""
 
     row_kl_nats: float
-    """The codec's target, or what calibration measured where it has none."""
+    """The codec's target or, if it has none, what calibration measured."""
     is_target: bool
-    """Whether it is the target."""
+    """Whether `row_kl_nats` is the codec's target."""
     limit_nats: float
-    """More than this on average is told."""
+    """A mean row KL above this is warned of."""
 
     @classmethod
     def of(cls, codec: Codec, calibrated_nats: float, dtype: torch.dtype) -> Expectation:
-        """What `codec` should do in a cache whose held-back calibration views had a row KL of `calibrated_nats`.
+        """The row KL to expect of `codec` in a cache that was calibrated to `calibrated_nats`.
 
         Args:
-            codec: the cache's.
-            calibrated_nats: mean row KL of held-back views.
+            codec: the codec of the cache.
+            calibrated_nats: mean row KL of the calibration views that were held back from fitting.
             dtype: what the teacher computes in.
         """
         target = target_row_kl(codec)
@@ -64,27 +63,27 @@ class Expectation:
         return cls(row_kl_nats=expected, is_target=target is not None, limit_nats=limit)
 
     def warn(self, row_kl_nats: float, num_views: int) -> str | None:
-        """What to tell a person whose views have this mean row KL; None where all is well, or there are few views."""
-        # Not "is it over": a KL that is no number must not pass.
+        """The warning for views with this mean row KL; None if it is within the limit, or the views are too few."""
+        # Not `row_kl_nats > limit_nats`: that would let NaN pass.
         if num_views < _LEAST_VIEWS or row_kl_nats <= self.limit_nats:
             return None
         expected = "of the codec's target" if self.is_target else "measured in calibration"
         return (
             f"Warning: decoded maps have a row KL of {row_kl_nats:.2g} nats on average, over {TIMES_THE_TARGET} times "
-            f"the {self.row_kl_nats:.2g} {expected}: these images are unlike the calibration's. Build anew with more "
-            "--calibration-samples, or keep the cache if that KL will do."
+            f"the {self.row_kl_nats:.2g} {expected}: these images differ from the calibration images. Build again with "
+            "more --calibration-samples, or keep the cache if that KL is good enough."
         )
 
 
 class Watch:
-    """The mean row KL of the views that a running build has looked at; for one thread."""
+    """Warns once if the views that a running build has checked have a high mean row KL; for one thread."""
 
     def __init__(self, expectation: Expectation) -> None:
         self._expectation = expectation
         self._has_warned = False
 
     def see(self, sum_nats: float, num_views: int) -> str | None:
-        """The warning, the first time that the mean of so many views gives one."""
+        """The warning, if the mean over these views calls for one and none was given before."""
         warning = self._expectation.warn(sum_nats / max(1, num_views), num_views)
         if warning is None or self._has_warned:
             return None
@@ -97,8 +96,8 @@ def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Ten
 
     Args:
         coder: decodes.
-        layers: the attention as captured, one a stored layer.
-        codes_BLTC: what the coder made of it.
+        layers: the captured attention, one for each stored layer.
+        codes_BLTC: the codes that the coder made of it.
     """
     return tuple(
         mean_row_kl(layer, lambda few, at=position: coder.decode(at, codes_BLTC[few, coder.code_layer(at)]))
@@ -107,7 +106,7 @@ def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Ten
 
 
 def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...] | None:
-    """Relative error of each kept layer's decoded v, or None where v is not stored; arguments as `layer_row_kl`'s."""
+    """Relative error of each kept layer's decoded v; None if v is not stored. Takes the arguments of `layer_row_kl`."""
     if not coder.geometry.v_head_dim:
         return None
     errors: list[float] = []
@@ -120,12 +119,14 @@ def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Te
 
 
 def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometry, decoded: TeacherFactors) -> float:
-    """|features with decoded maps - features| / |features|, over the teacher's final tokens.
+    """Relative error of the teacher's final features when it attends with decoded maps.
+
+    This is |features with decoded maps - features| / |features|, over all final tokens.
 
     Args:
         run: the teacher.
         pixels_BHWC: views, uint8.
-        geometry: of the decoded factors; other blocks and heads attend as they do.
+        geometry: of the decoded factors; other blocks and heads attend as usual.
         decoded: gives each layer's factors for these views.
     """
     images = run.images(pixels_BHWC)

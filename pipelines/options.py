@@ -4,14 +4,13 @@
     class BuildConfig:
         views: int = option("Views of each sample.", default=1, at_least=1)
 
-The command line makes its options from these fields (`cli/fields.py`), and `atcache.build` its arguments
-(`pipelines/api.py`). The config itself checks types, ranges and choices, whoever made it.
+The command line makes its options from these fields (`cli/fields.py`), and functions such as `atcache.build` their
+arguments (`pipelines/api.py`). The config itself checks types, ranges and choices, so they hold however it is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_
 
 from atcache.choices import MAX_SEED, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
+from atcache.fields import Misfit, Range, fit
 from atcache.files.location import Url, parse_location
 
 _Value = TypeVar("_Value")
@@ -29,53 +29,27 @@ _KEY = "option"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
-    """What a field says of its option."""
+class Option(Range):
+    """What a config's field states about its option: help, range and form on the command line."""
 
     help: str
-    """For a person: what it does, its unit, and what happens without it."""
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    """The value must be greater than this."""
-    below: float | None = None
-    """The value must be less than this."""
+    """The help text: what the option does, its unit, and what happens without it."""
     metavar: str | None = None
-    """What stands for the value in the help, such as TARS."""
+    """The placeholder for the value in the help, such as TARS."""
     is_argument: bool = False
     """Whether the command line takes it by position, without the option's name."""
     is_written: bool = False
-    """Whether the path is written to, so that URLs are refused."""
-
-    @property
-    def limits(self) -> str:
-        """The range in words, such as "at least 1"; empty where there is none."""
-        if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least} to {self.at_most}"
-        low = f"at least {self.at_least}" if self.at_least is not None else ""
-        low = f"more than {self.above}" if self.above is not None else low
-        high = f"at most {self.at_most}" if self.at_most is not None else ""
-        high = f"less than {self.below}" if self.below is not None else high
-        return " and ".join(part for part in (low, high) if part)
-
-    def holds(self, value: float) -> bool:
-        """Whether a number lies in the range."""
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+    """Whether the command writes to the path. URLs are then refused."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptionType:
-    """What values an option takes, read from its field's annotation."""
+    """What values an option takes, read from the type annotation of its field."""
 
     base: type
     """bool, int, float, str or Path."""
     choices: tuple[str, ...] = ()
-    """The only texts it takes; empty for any."""
+    """The texts it takes; empty if it takes any."""
     takes_urls: bool = False
     """Whether a path may be a URL."""
     takes_none: bool = False
@@ -97,7 +71,7 @@ def option(
     is_argument: bool = False,
     is_written: bool = False,
 ) -> Any:  # noqa: ANN401 - a field stands for its value
-    """A config's field that is an option of its command; see `Option` for the arguments."""
+    """A field of a config that is also an option of the command; see `Option` for the arguments."""
     about = Option(
         help=help,
         at_least=at_least,
@@ -149,12 +123,13 @@ def _types_of(config_class: type) -> Mapping[str, OptionType]:
     }
 
 
-def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - whatever stands there
+def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - any annotation
     union = get_origin(annotation) in (Union, UnionType)
     members: list[Any] = [*get_args(annotation)] if union else [annotation]
     several = [member for member in members if get_origin(member) is tuple]
     alone = [member for member in members if member is not NoneType and member not in several]
     inner = [get_args(member)[0] for member in several]
+    # For a tuple alone, the types of its values: Path and Url for `tuple[Path | Url, ...]`. A Literal stays whole.
     kinds = (
         alone or [part for one in inner for part in (get_args(one) if get_origin(one) is not Literal else ())] or inner
     )
@@ -171,58 +146,41 @@ def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - whatever stands
 
 def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
     """Convert texts to paths and lists to tuples, and check each value."""
+    hints = get_type_hints(cast("type[object]", type(settings)))
     for name, (_, about, kind) in options_of(cast("type[object]", type(settings))).items():
-        given = getattr(settings, name)
-        if given is None and kind.takes_none:
-            continue
-        if kind.takes_several and isinstance(given, list | tuple):
-            value: Any = tuple(_checked(name, one, about, kind) for one in cast("list[Any]", given))
-        elif kind.takes_one:
-            value = _checked(name, given, about, kind)
-        else:
-            value = (_checked(name, given, about, kind),)
-        object.__setattr__(settings, name, value)
+        value = getattr(settings, name)
+        is_list = isinstance(value, list | tuple)
+        if kind.base is Path:
+            value = [_as_path(one, kind) for one in cast("list[Any]", value)] if is_list else _as_path(value, kind)
+        if not kind.takes_one and not is_list and (value is not None or not kind.takes_none):
+            value = [value]
+        try:
+            object.__setattr__(settings, name, fit(value, hints[name], name, about))
+        except Misfit as misfit:
+            raise ConfigError(f"{misfit.place}={misfit.found!r}: expected {misfit.expected}.") from misfit
 
 
-def _checked(name: str, value: Any, about: Option, kind: OptionType) -> Any:  # noqa: ANN401 - any option's
-    if kind.base is Path and isinstance(value, str):
-        value = parse_location(value) if kind.takes_urls else Path(value)
-    if kind.choices:
-        if value not in kind.choices:
-            raise ConfigError(f"{name}={value!r}: expected one of {', '.join(kind.choices)}.")
+def _as_path(value: object, kind: OptionType) -> object:
+    if not isinstance(value, str):
         return value
-    accepted = {float: (int, float), Path: (Path, Url) if kind.takes_urls else (Path,)}.get(kind.base, (kind.base,))
-    # To Python, True is also the number 1.
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind.base is not bool):
-        raise ConfigError(f"{name}={value!r}: expected {_WORDS[kind.base]}.")
-    if isinstance(value, int | float) and kind.base is not bool:
-        if not math.isfinite(value):
-            raise ConfigError(f"{name}={value}: expected a number.")
-        if not about.holds(value):
-            raise ConfigError(f"{name}={value}: expected {about.limits}.")
-    return value
-
-
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+    return parse_location(value) if kind.takes_urls else Path(value)
 
 
 # Options that several commands have. Each is written once, here.
 
 
 def device_option() -> str:
-    """Where models run."""
+    """The device that models run on."""
     return option("Where the models run: auto (a GPU if there is one), cpu, cuda or cuda:N.", default="auto")
 
 
 def precision_option() -> Precision:
-    """What products are computed in."""
-    return option(
-        "What matrix products are computed in; auto takes bf16 where the device is fast at it.", default="auto"
-    )
+    """The precision of matrix products."""
+    return option("Precision of matrix products; auto takes bf16 if the device is fast at it.", default="auto")
 
 
 def seed_option(what: str = "all randomness") -> int:
-    """A seed."""
+    """A seed of `what`."""
     return option(f"Seed of {what}.", default=0, at_least=0, at_most=MAX_SEED)
 
 
@@ -234,18 +192,18 @@ def policy_option(help: str) -> PolicyName:
 def mixup_option() -> float:
     """How strongly views are blended."""
     return option(
-        "Mixup: blend each view with another sample's, by a share drawn from Beta(MIXUP, MIXUP), such as 0.8. "
-        "0: not at all.",
+        "Mixup: blend each view with a view of another sample, by a share drawn from Beta(MIXUP, MIXUP). 0.8 is usual; "
+        "0 turns it off.",
         default=0.0,
         at_least=0,
     )
 
 
 def cutmix_option() -> float:
-    """How large the boxes are that views exchange."""
+    """How large the boxes are that are pasted from other views."""
     return option(
-        "CutMix: paste a box of another sample's view, its area drawn from Beta(CUTMIX, CUTMIX), such as 1.0. With "
-        "mixup too, each view gets one of the two.",
+        "CutMix: paste a box from a view of another sample; its area is drawn from Beta(CUTMIX, CUTMIX). 1.0 is usual; "
+        "0 turns it off. With mixup too, each view gets one of the two.",
         default=0.0,
         at_least=0,
     )
@@ -253,44 +211,45 @@ def cutmix_option() -> float:
 
 def mix_prob_option() -> float:
     """How many views are mixed."""
-    return option("Share of the views that are mixed, where mixup or cutmix is given.", default=1.0, above=0, at_most=1)
+    return option("Share of the views that are mixed, if mixup or cutmix is on.", default=1.0, above=0, at_most=1)
 
 
 def kept_layers_option() -> str | None:
     """Layers that a cache keeps."""
-    return option("Blocks to keep, such as 0-17.  [default: all]", default=None)
+    return option("Layers of the teacher to keep (its blocks), such as 0-17.  [default: all]", default=None)
 
 
 def kept_heads_option() -> str | None:
     """Heads that a cache keeps."""
-    return option("Heads to keep, such as 0,3.  [default: all]", default=None)
+    return option("Heads of each layer to keep, such as 0,3.  [default: all]", default=None)
 
 
 def store_option() -> Literal["v"] | None:
     """What a cache keeps beside q and k."""
     return option(
-        "v keeps the teacher's values too, for students that are given them (`train --what v`). Codecs int8, which is "
-        "then the default, and exact can hold them.",
+        "v also stores the teacher's values (v), for students that are given them (`train --what v`). Only the codecs "
+        "int8, which is then the default, and exact can store them.",
         default=None,
     )
 
 
 def pixels_option() -> Pixels:
-    """Whether a cache keeps images."""
+    """Whether a cache stores images."""
     return option(
-        "store keeps the augmented images in the cache too: exact on any machine, and training decodes no JPEGs.",
+        "replay makes the augmented images again from the data when training. store keeps them in the cache: the same "
+        "on any machine, and training decodes no JPEGs.",
         default="replay",
     )
 
 
 def recipe_option() -> str | None:
-    """Where settings come from that are not given: read before the config is made (`cli/options.py`, `api.py`).
+    """The recipe that fills in options that are not given, before the config is made (`cli/options.py`, `api.py`).
 
-    Training keeps its name: a note says where a cache's views are drawn otherwise than the recipe's.
+    The config keeps the name, because training notes where a cache's views differ from the recipe's.
     """
     return option(
-        "Settings of a paper (copy-vit-l, distill-vit-l, finetune-vit-l, scratch-vit-l), or a file of your own. Other "
-        "options win over it.",
+        "Recipe to take settings from: copy-vit-l, distill-vit-l, finetune-vit-l or scratch-vit-l, as in the paper, or "
+        "a file of your own. Options that you give win over it.",
         default=None,
         metavar="NAME",
     )
@@ -298,18 +257,18 @@ def recipe_option() -> str | None:
 
 def weights_option(whose: str = "The teacher's") -> Path | None:
     """A file of weights."""
-    return option(f"{whose} weights, a file.  [default: those timm names, from the hub]", default=None)
+    return option(f"{whose} weights, a file.  [default: timm's pretrained weights, from the hub]", default=None)
 
 
 def calibration_samples_option(what: str) -> int:
-    """How many samples are measured on."""
+    """The number of calibration samples."""
     return option(f"Samples that {what}, spread over the dataset.", default=256, at_least=1)
 
 
 def decoding_workers_option() -> int | None:
     """Processes that decode images."""
     return option(
-        "Processes that decode and augment images; 0 does it in this one.  [default: one less than processors]",
+        "Worker processes that decode and augment images; 0 uses the main process.  [default: processors minus 1]",
         default=None,
         at_least=0,
     )

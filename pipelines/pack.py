@@ -1,4 +1,4 @@
-"""Pack: an image folder with one folder a class becomes WebDataset tars, the image bytes unchanged."""
+"""Pack an image folder with one folder per class into WebDataset tars. The bytes of the images do not change."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.errors import ConfigError, DiskFullError, SourceError
+from atcache.fields import JsonFields
 from atcache.files.durable import encode_json, fsync_path, only_writer, write_file
 from atcache.images.decode import IMAGE_EXTENSIONS
 from atcache.images.tars import PACK_RECORD, pack_folder
@@ -24,23 +24,24 @@ from .running.progress import Progress
 CLASSES_FILE = "classes.txt"
 # Keys are kept short enough for the plain tar header, which every reader knows.
 _MAX_KEY_NBYTES = 90
-# A member's header and padding, a label's the same: what a sample costs beyond its image, at most.
+# What a sample takes beyond its image, at most: a header and padding for the image, and the same for the label.
 _SAMPLE_OVERHEAD_NBYTES = 2048
+# What ends a tar, at most: two empty blocks, padded to a multiple of 10240 bytes.
 _TAR_OVERHEAD_NBYTES = 20480
 
 
 @config
 class PackConfig:
-    """What `atcache pack` was asked for."""
+    """The options of `atcache pack`."""
 
-    data: Path = option("Image folder with one folder a class; classes are numbered in the order of their names.")
-    out: Path = option("Folder for the tars and classes.txt; made if it is missing.", is_written=True)
+    data: Path = option("Image folder with one folder per class; classes are numbered in the order of their names.")
+    out: Path = option("Folder for the tars and classes.txt; created if it is missing.", is_written=True)
     name: str | None = option(
-        "What the tars are called: NAME-000000.tar. Samples are known by it later, so give training and validation "
-        "tars different ones.  [default: the image folder's name]",
+        "Name of the tars: NAME-000000.tar and so on. It becomes part of each sample's key, so give training and "
+        "validation tars different names.  [default: the image folder's name]",
         default=None,
     )
-    samples_per_tar: int = option("Images in each tar but the last.", default=1000, at_least=1)
+    samples_per_tar: int = option("Images in each tar; the last may hold fewer.", default=1000, at_least=1)
     shuffle_seed: int = seed_option("the order of the images in the tars")
     in_order: bool = option(
         "Keep the images in the order of their names instead of shuffling; tars sorted by class make poor batches.",
@@ -49,11 +50,11 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.tar_name):
-            raise ConfigError(f"the tars cannot be called {self.tar_name!r}; give a name of letters, digits, - and _.")
+            raise ConfigError(f"the tars cannot be called {self.tar_name!r}: give a name of letters, digits, - and _.")
 
     @property
     def tar_name(self) -> str:
-        """`name`, or the folder's own."""
+        """`name`, or the name of the image folder if it is None."""
         return self.data.expanduser().resolve().name if self.name is None else self.name
 
 
@@ -71,10 +72,10 @@ class PackedSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """What will be written."""
+    """What a pack will write."""
 
     classes: tuple[str, ...]
-    """Folder names; the position is the label. Empty folders count, so that numbers agree with other programs."""
+    """Names of the class folders; the position is the label. Empty ones count, so labels agree with other programs."""
     tars: tuple[tuple[PackedSample, ...], ...]
     ignored: dict[str, int]
     """How many files are left out, by reason."""
@@ -92,8 +93,8 @@ class PackPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackSummary:
-    """What was written."""
+class PackSummary(JsonFields):
+    """What a pack has written."""
 
     tars: tuple[str, ...]
     num_samples: int
@@ -101,15 +102,11 @@ class PackSummary:
     nbytes: int
     ignored: dict[str, int]
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
 
 def plan_pack(config: PackConfig) -> PackPlan:
-    """Which image goes into which tar, under which key: a pure function of the folder's names and the config.
+    """Plan which image goes into which tar, under which key. Depends only on the files in the folder and the config.
 
-    Hidden files, files that are no images, empty files, files outside the class folders and links that lead out of
+    Hidden files, files that are not images, empty files, files outside the class folders and links that lead out of
     `data` are left out and counted; linked folders are not entered.
 
     Raises:
@@ -117,7 +114,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
     """
     root = config.data.expanduser().resolve()
     if not root.is_dir():
-        raise SourceError(f"{config.data} is no folder. Give an image folder with one folder a class.")
+        raise SourceError(f"{config.data} is not a folder. Give an image folder with one folder per class.")
     ignored: Counter[str] = Counter()
     classes: list[str] = []
     for entry in sorted(root.iterdir()):
@@ -126,7 +123,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
         else:
             ignored["linked or hidden folders" if entry.is_dir() else "files outside the class folders"] += 1
     if not classes:
-        raise SourceError(f"{root} holds no folders. Expected one folder a class: {root}/CLASS/IMAGE.jpg.")
+        raise SourceError(f"{root} holds no folders. Expected one folder per class: {root}/CLASS/IMAGE.jpg.")
     samples: list[PackedSample] = []
     keys: set[str] = set()
     for label, name in enumerate(classes):
@@ -147,6 +144,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
             f"{', '.join(f'{count} {reason}' for reason, count in sorted(ignored.items())) or 'nothing'}."
         )
     if not config.in_order:
+        # Sorting by a hash gives the same order on every machine and in every version of Python.
         samples.sort(key=lambda sample: hashlib.blake2b(f"{config.shuffle_seed}/{sample.key}".encode()).digest())
     step = config.samples_per_tar
     tars = tuple(tuple(samples[start : start + step]) for start in range(0, len(samples), step))
@@ -154,7 +152,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
 
 
 def _images(root: Path, class_name: str, ignored: Counter[str]) -> list[Path]:
-    """The images under a class folder, sorted; what is left out is counted."""
+    """The images under a class folder, sorted; counts in `ignored` what is left out."""
     images: list[Path] = []
     for folder, folders, files in os.walk(root / class_name):
         linked = [name for name in folders if name.startswith(".") or (Path(folder) / name).is_symlink()]
@@ -180,7 +178,7 @@ def _images(root: Path, class_name: str, ignored: Counter[str]) -> list[Path]:
 
 
 def _unique_key(relative: Path, keys: set[str]) -> str:
-    """A key that carries the class folder and that every WebDataset reader takes: no dots, unique, not too long."""
+    """A unique key that begins with the class folder and suits every WebDataset reader: without dots, not too long."""
     parts = [re.sub(r"[^\w-]", "_", part) for part in relative.with_suffix("").parts]
     key = "/".join(parts)
     if len(key.encode()) > _MAX_KEY_NBYTES:
@@ -197,13 +195,13 @@ def _unique_key(relative: Path, keys: set[str]) -> str:
 def pack(config: PackConfig) -> PackSummary:
     """Write the tars and `classes.txt` into `config.out`; equal folders and configs give equal bytes.
 
-    The tars are made in a hidden folder beside their places and put there when all are written: a pack that failed
-    leaves none. One that was killed is undone by the next; until then its tars are refused wherever they are named.
+    The tars are written to a hidden folder in `out` and moved out of it when all are complete, so a pack that fails
+    leaves none. What a killed pack leaves is removed by the next pack; until then all commands refuse its tars.
 
     Raises:
         SourceError: there is nothing to pack, an image cannot be read, or tars of that name exist.
-        DiskFullError: the tars do not fit.
-        ConfigError: another process packs tars of that name there.
+        DiskFullError: the tars do not fit on the disk.
+        ConfigError: another process is packing tars of that name there.
     """
     plan = plan_pack(config)
     names = tuple(f"{config.tar_name}-{position:06d}.tar" for position in range(len(plan.tars)))
@@ -225,7 +223,9 @@ def pack(config: PackConfig) -> PackSummary:
             _put_in_place(partial, out, names)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DiskFullError(f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept.") from error
+                raise DiskFullError(
+                    f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept; free some space."
+                ) from error
             raise
         finally:
             _undo(partial, out)
@@ -244,7 +244,7 @@ def _classes_text(plan: PackPlan) -> bytes:
 
 
 def _put_in_place(partial: Path, out: Path, names: tuple[str, ...]) -> None:
-    """Move the tars to `out`. While that lasts, a record says which are this pack's."""
+    """Move the tars to `out`. Until all are there, a record lists the files that this pack moves."""
     moves = names if (out / CLASSES_FILE).exists() else (*names, CLASSES_FILE)
     record = partial / PACK_RECORD
     write_file(record, encode_json({name: _identity(partial / name) for name in moves}))
@@ -255,11 +255,11 @@ def _put_in_place(partial: Path, out: Path, names: tuple[str, ...]) -> None:
 
 
 def _undo(partial: Path, out: Path) -> None:
-    """Remove what a pack that did not finish has made, also what it had put in place already."""
+    """Remove what an unfinished pack has made, including the files that it has already moved to `out`."""
     record = partial / PACK_RECORD
     if record.exists():
         for name, identity in json.loads(record.read_text()).items():
-            # Nobody else's: its place was empty, and this is still the file that was moved there.
+            # Remove only what this pack has moved: the file left the hidden folder, and has not been replaced since.
             if not (partial / name).exists() and (out / name).exists() and _identity(out / name) == identity:
                 (out / name).unlink()
         fsync_path(out)
@@ -268,7 +268,7 @@ def _undo(partial: Path, out: Path) -> None:
 
 
 def _identity(path: Path) -> list[int]:
-    """What stays the same when a file is moved, and hardly ever when it is replaced."""
+    """Size and time of a file. They stay the same when it is moved, and almost never when it is replaced."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
@@ -282,7 +282,7 @@ def _make_out(out: Path, root: Path) -> None:
 
 
 def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
-    """Refuse before anything is written."""
+    """Refuse a folder that cannot take the tars, before anything is written."""
     existing = sorted(out.glob(f"{tar_name}-*.tar"))
     if existing:
         raise SourceError(
@@ -296,11 +296,11 @@ def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:
         )
     free_nbytes = shutil.disk_usage(out).free
     if plan.nbytes > free_nbytes:
-        raise DiskFullError(f"{out} has {free_nbytes} bytes free, the tars need {plan.nbytes}. Free some space.")
+        raise DiskFullError(f"{out} has {free_nbytes} bytes free, but the tars need {plan.nbytes}. Free some space.")
 
 
 def _write_tar(path: Path, samples: tuple[PackedSample, ...]) -> None:
-    """One tar, on disk when this returns."""
+    """Write one tar; it is safely on disk when this returns."""
     from webdataset.writer import TarWriter
 
     with path.open("wb") as file:

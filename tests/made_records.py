@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from atcache.attention.geometry import FactorGeometry
@@ -40,7 +39,6 @@ def made_attributes(
         codec=codec,
     )
     record = CacheRecord(
-        path=Path("made.zarr"),
         identity=identity,
         weights_from="random.safetensors",
         licence=None,
@@ -49,4 +47,4 @@ def made_attributes(
         calibration=CalibrationRecord(row_kl_nats=0.0, injected_error=0.0),
         created_by=CreatedBy(atcache="0", python="3", torch="2", timm="1", device="cpu", views=library_versions()),
     )
-    return record.to_attributes()
+    return record.to_json()

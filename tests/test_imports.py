@@ -23,6 +23,7 @@ ORDER = [
     "atcache.data",
     "atcache.errors",
     "atcache.choices",
+    "atcache.fields",
     "atcache.files",
     "atcache.images",
     "atcache.attention",

@@ -1,4 +1,4 @@
-"""A ViT's blocks and tokens, and the reasons why some attention is no token x token softmax of q and k."""
+"""A ViT's blocks and tokens, and why the attention of some models is not a token x token softmax of q and k."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
 
-_WINDOWED = "attention is windowed: there is a map a window, not one over all tokens"
+_WINDOWED = "attention is windowed: there is a map for each window, not one over all tokens"
 _POOLED = "queries or keys are pooled, so the map is not square"
 _CHANNELS = "the map is channel x channel, not token x token"
 _CLASS_ONLY = "only the class token has a query, so the map is one row"
@@ -18,8 +18,8 @@ _TWO_SOFTMAXES = "its map is the difference of two softmaxes, so it can be negat
 _MIXED = "heads are mixed before and after the softmax by convolutions"
 _NO_SOFTMAX = "attention is not a softmax of q k^T"
 
-# Names of timm 1.0 classes; "module.Class" where the bare name means something else in another module. Classes not
-# listed are judged by what they do when the model runs.
+# Names of timm 1.0 classes, as "module.Class" if another module has a different class of this name. Classes that are
+# not listed are judged by what they do when the model runs.
 _REASONS = {
     "WindowAttention": _WINDOWED,
     "WindowMultiHeadAttention": _WINDOWED,
@@ -47,8 +47,8 @@ _REASONS = {
     "FactorAttnConvRelPosEnc": _NO_SOFTMAX,
 }
 
-# Classes whose heads exchange logits before the softmax, so that no head's map is the softmax of its own q k^T, and
-# probabilities after it. The softmax itself gives one distribution a row and head: that is the map of such a block.
+# Classes that mix the heads' logits before the softmax, and the heads' probabilities after it. So no head's map is the
+# softmax of its own q k^T. The softmax still returns one distribution for each head and row: that is the block's map.
 _FORMING_MAPS = frozenset({"cait.TalkingHeadAttn"})
 
 
@@ -56,8 +56,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The model's transformer blocks in the order they run; layer i of a cache is block i.
 
     Raises:
-        UnsupportedAttentionError: the model has no `.blocks`, or attention in them is known not to be one softmax of
-            q k^T over all tokens. The message names model, attention class and reason.
+        UnsupportedAttentionError: the model has no `.blocks`, or their attention class is known not to compute one
+            softmax of q k^T over all tokens. The message names model, class and reason.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
@@ -65,7 +65,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
             if (reason := _known_reason(module)) is not None:
                 raise unsupported(model, module, reason)
         raise unsupported(
-            model, _attention_in(model), "the model has no list of equal blocks (`.blocks`), as plain ViTs have"
+            model, _attention_in(model), "the model has no list of equal blocks (`.blocks`), which plain ViTs have"
         )
     for block in blocks:
         for module in block.modules():
@@ -75,18 +75,18 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
-    """The order of the model's tokens at the image size it was made for.
+    """The order of the model's tokens, at the image size that the model was made for.
 
     Raises:
         UnsupportedAttentionError: the model has no patch grid of a fixed size.
     """
     grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
-        find_blocks(model)  # names a better reason where there is one
+        find_blocks(model)  # may raise with a better reason
         raise unsupported(model, _attention_in(model), "the model has no patch grid (`.patch_embed.grid_size`)")
     grid_height, grid_width = grid
     return TokenLayout(
-        # CaiT's class token joins behind the blocks, in layers of its own.
+        # CaiT adds its class token after the blocks, in separate layers.
         num_prefix_tokens=0 if hasattr(model, "blocks_token_only") else int(getattr(model, "num_prefix_tokens", 0)),
         grid_height=int(grid_height),
         grid_width=int(grid_width),
@@ -94,23 +94,23 @@ def token_layout(model: nn.Module) -> TokenLayout:
 
 
 def map_attention(block: nn.Module) -> nn.Module | None:
-    """The attention of a block that forms its maps itself and hands over maps; None for those that have factors."""
+    """The attention module of a block that gives maps instead of factors; None for a block that gives factors."""
     return next((module for module in block.modules() if _qualified_name(module) in _FORMING_MAPS), None)
 
 
 def attention_kind(model: nn.Module) -> AttentionKind:
-    """What the blocks of a model, as `find_blocks` accepts it, hand over."""
+    """Whether a model that `find_blocks` accepts gives factors or maps."""
     return "maps" if any(map_attention(block) is not None for block in find_blocks(model)) else "factors"
 
 
 def model_label(model: nn.Module) -> str:
-    """What to call the model in a message: its timm name, or its class."""
+    """The model's name in messages: its timm name, or its class."""
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
 
 
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
-    """The refusal of `model` whose attention class is that of `attention` (or of the block it is in)."""
+    """The error that `model` cannot be cached; `attention` is its attention, or a module that contains it."""
     found = _attention_in(attention)
     return UnsupportedAttentionError(
         f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}. "
@@ -127,7 +127,7 @@ def _qualified_name(module: nn.Module) -> str:
 
 
 def _attention_in(module: nn.Module) -> nn.Module:
-    """The first module whose class calls itself attention, or `module` where none does."""
+    """The first submodule whose class name says that it is attention, or `module` if there is none."""
     for child in module.modules():
         if any(word in type(child).__name__ for word in ("Attention", "Attn")):
             return child

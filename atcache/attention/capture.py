@@ -1,9 +1,9 @@
-"""Seeing a model's factors: q, k and, where wanted, v as they arrive at `scaled_dot_product_attention`, for any plain
-timm ViT.
+"""Captures a model's factors: the q, k and, if wanted, v that any plain timm ViT passes to
+`scaled_dot_product_attention`.
 
-Interception happens at the call: q/k norms, rotary embeddings and biases of every family are already in, and the model
-keeps its fused attention, so no map is ever formed. Blocks whose heads exchange logits (CaiT's talking heads) have no
-such call; there the maps are captured, as their softmax returns them.
+At this call the q/k norms, rotary embeddings and biases of every model family are already applied. The model keeps its
+fused attention, so no map is formed. Blocks whose heads exchange logits (CaiT's talking heads) do not make this call.
+From them the maps are captured, as their softmax returns them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from atcache.errors import UnsupportedAttentionError
 
 
 class CaptureCheck(NamedTuple):
-    """What the checked first batch says about every later one."""
+    """What the checked first batch says about all later batches."""
 
     geometry: FactorGeometry
     """Layers, heads, tokens and scale."""
     bias_LHQK: Tensor | None
-    """What is added to the logits of every image, float32, shape (layer, 1 or head, token, token); None for none."""
+    """What is added to the logits of every image: float32, shape (layer, 1 or head, token, token), or None."""
 
 
 class FactorCapture:
-    """Runs a model up to its last wanted layer and returns the factors, or maps, of the wanted layers.
+    """Runs a model up to the last wanted layer, and returns the factors or maps of the wanted layers.
 
-    Nothing stays on the model between calls, and nothing is kept of v unless it is wanted, nor of a map where there are
-    factors. One object is for one thread.
+    Between calls the model has no hooks. v is kept only if it is wanted, and a map only if there are no factors. Only
+    one thread may use an object.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class FactorCapture:
         """Choose what to capture.
 
         Args:
-            model: a timm ViT; in eval mode, or at least without attention dropout.
-            layers: block indices, ascending; all when None.
-            heads: head indices, ascending, the same in each layer; all when None.
-            with_values: whether factors come with v.
+            model: a timm ViT, in eval mode or at least without attention dropout.
+            layers: block indices, ascending; None for all.
+            heads: head indices, ascending, the same in each layer; None for all.
+            with_values: whether to capture v too.
 
         Raises:
-            UnsupportedAttentionError: the model has no blocks, or is of a class that is known not to work.
-            ConfigError: a layer index is outside the model, or repeated.
+            UnsupportedAttentionError: the model has no blocks, or its class is known not to work.
+            ConfigError: a layer does not exist, or layers are repeated or not ascending.
         """
         blocks = find_blocks(model)
         self.request = CaptureRequest(
@@ -79,7 +79,7 @@ class FactorCapture:
 
     @property
     def geometry(self) -> FactorGeometry:
-        """The shapes all captured factors share; known after the first call.
+        """The shapes that all captured factors share; known after the first call.
 
         Raises:
             RuntimeError: nothing has been captured yet.
@@ -91,16 +91,16 @@ class FactorCapture:
     def __call__(self, images: Tensor) -> list[LayerAttention]:
         """The factors or maps of each wanted layer for a batch of normalised images (batch, 3, height, width).
 
-        They come detached, in the type attention is computed in (under autocast, its type), on the model's device.
+        They are detached, on the model's device, in the dtype of the attention call (under autocast, that of autocast).
 
         Raises:
-            UnsupportedAttentionError: a wanted block does not attend once, with one softmax, over all tokens.
+            UnsupportedAttentionError: a wanted block does not attend exactly once, with one softmax over all tokens.
         """
         return self.run(images, Recorder(self.request, stop_at_call=self._geometry is not None, on_call=None))
 
     def run(self, images: Tensor, recorder: Recorder) -> list[LayerAttention]:
-        """One forward under a recorder of this object's; `__call__` is what callers want."""
-        # Some timm models have no forward_features; the exception stops them before their head all the same.
+        """One forward pass under a recorder made from `self.request`. Most callers want `__call__`."""
+        # Some timm models have no forward_features. LastLayerSeen stops them before their head too.
         forward: Callable[[Tensor], Any] = getattr(self.request.model, "forward_features", self.request.model)
         with torch.no_grad(), recorder.attached(), recorder, suppress(LastLayerSeen):
             forward(images)
@@ -115,7 +115,7 @@ class FactorCapture:
             raise unsupported(
                 self.request.model,
                 self.request.blocks[self.request.layers[0]],
-                f"layers differ in heads, head dim or scale ({len(kinds)} kinds). Choose layers that are alike",
+                f"layers differ in heads, head dim or scale ({len(kinds)} kinds). Choose layers that agree in these",
             )
         (shape,) = kinds
         return FactorGeometry(
@@ -132,7 +132,7 @@ class FactorCapture:
 
 
 class _Shape(NamedTuple):
-    """What must be alike in all layers."""
+    """What must be the same in all layers."""
 
     num_heads: int
     num_kv_heads: int
@@ -157,21 +157,22 @@ def check_capture(
     *,
     with_values: bool = False,
 ) -> CaptureCheck:
-    """The geometry and the bias, after checking on one batch all that capture relies on.
+    """The geometry and the bias, once one batch has shown that capture gives the right factors or maps.
 
-    Every wanted block attends once, in order; softmax(scale q k^T + bias) v is what the model's own attention gives, or
-    the captured maps, with heads mixed as the model mixes them, times v are; rows of the maps sum to 1; everything is
-    finite; the bias is the same for every image.
+    It checks that every wanted block attends once, in order; that softmax(scale q k^T + bias) v equals the output of
+    the model's own attention (for maps: that the maps times v do, with heads mixed as the model mixes them); that rows
+    of the maps sum to 1; that nothing is NaN or infinite; and that the bias is the same for every image.
 
     Args:
         model: a timm ViT in eval mode.
-        images: normalised, shape (batch, 3, height, width). Two to four are enough: maps are formed here.
+        images: normalised, shape (batch, 3, height, width). Two to four are enough; maps are formed here, so
+            more take much memory.
         layers: as in `FactorCapture`.
         heads: as in `FactorCapture`.
         with_values: as in `FactorCapture`.
 
     Raises:
-        UnsupportedAttentionError: one of these does not hold; the message says which, and of which layer.
+        UnsupportedAttentionError: a check failed; the message says which one, and in which layer.
     """
     capture = FactorCapture(model, layers, heads, with_values=with_values)
     layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
@@ -179,7 +180,7 @@ def check_capture(
         _check_mixed_maps(model, capture.request.blocks, capture.layers, images)
         return CaptureCheck(capture.geometry, None)
     factors = _only_factors(layers_seen)
-    # Any other image will do; a mirrored negative keeps the range of pixel values.
+    # Other images show whether the bias depends on them. Mirrored negatives have pixel values in the same range.
     other_factors = _only_factors(capture(-images.flip(-1)))
     for layer, one, other in zip(capture.layers, factors, other_factors, strict=True):
         _check_finite(model, layer, one)
@@ -198,7 +199,7 @@ def _only_factors(layers: Sequence[LayerAttention]) -> list[LayerFactors]:
 
 
 def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], images: Tensor) -> None:
-    """The maps of all heads, mixed and times v, must be what the block's attention projects in the end."""
+    """The maps of all heads, mixed and times v, must equal what the block's attention gives to its last projection."""
     tokens: dict[int, Tensor] = {}
     projected: dict[int, Tensor] = {}
 
@@ -228,7 +229,7 @@ def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[
 
 
 def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, output: Tensor) -> None:
-    """The model's own attention output must be maps @ v; this catches a wrong scale, bias or head order."""
+    """The output of the model's own attention must equal maps @ v. This finds a wrong scale, bias or head order."""
     attn_BHQK = factors.maps()
     _check_rows(model, layer, attn_BHQK)
     with torch.autocast(attn_BHQK.device.type, enabled=False):
@@ -241,7 +242,7 @@ def _check_rows(model: nn.Module, layer: int, attn_BHQK: Tensor) -> None:
     if not bool(torch.isfinite(attn_BHQK).all()) or float((row_sums - 1).abs().max()) > 1e-3:
         raise UnsupportedAttentionError(
             f"{model_label(model)}: rows of the maps of layer {layer} sum to {float(row_sums.min()):.3g} to "
-            f"{float(row_sums.max()):.3g}, expected 1. Is an image or a weight not finite?"
+            f"{float(row_sums.max()):.3g}, expected 1. Is an image or a weight NaN or infinite?"
         )
 
 
@@ -251,8 +252,8 @@ def _check_output(model: nn.Module, layer: int, formula: str, expected: Tensor, 
     error = math.sqrt(float(squared_error) / max(1e-24, float(squared_norm)))
     if not error < tolerance:
         raise UnsupportedAttentionError(
-            f"{model_label(model)}: in layer {layer} {formula} differs from the model's own "
-            f"attention by {error:.1%}, expected less than {tolerance:.1%}."
+            f"{model_label(model)}: in layer {layer} {formula} differs from the model's own attention by {error:.1%}, "
+            f"expected less than {tolerance:.1%}. Choose another model or layer."
         )
 
 
@@ -260,7 +261,7 @@ def _check_finite(model: nn.Module, layer: int, factors: LayerFactors) -> None:
     for name, factor in (("q", factors.q_BHTD), ("k", factors.k_BHTD), ("v", factors.v_BHTD)):
         if factor is not None and not bool(torch.isfinite(factor).all()):
             raise UnsupportedAttentionError(
-                f"{model_label(model)}: {name} of layer {layer} is not finite. Try precision fp32."
+                f"{model_label(model)}: {name} of layer {layer} contains NaN or infinite values. Try precision fp32."
             )
 
 

@@ -1,4 +1,4 @@
-"""Distillation losses of one layer: of its maps in one pass over slices, of formed maps, and of single factors."""
+"""Distillation losses of one layer: between maps, in one pass over slices; from formed logits; and between factors."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from atcache.errors import AttentionShapeError
 
 
 def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) -> Tensor:
-    """Mean cross-entropy, in nats, from the teacher's rows to the student's: mean over batch, heads and queries.
+    """Cross-entropy, in nats, between the teacher's and the student's rows: a mean over batch, heads and queries.
 
-    Gradients reach the student's q, k and bias; the teacher's factors are constants.
+    Gradients reach the student's q, k and bias. The teacher's factors are constants.
 
     Args:
         teacher: the layer's factors or maps, from a cache or a live teacher. Head dim may differ from the student's.
         student: the student's own factors of the same layer; same batch, heads and tokens.
 
     Returns:
-        A float32 scalar (float64 for float64 factors), at least the teacher rows' mean entropy.
+        A float32 scalar (float64 for float64 factors). It is at least the mean entropy of the teacher's rows.
 
     Raises:
         AttentionShapeError: batch, heads or tokens differ.
@@ -34,7 +34,7 @@ def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) 
 
 
 def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple[Tensor, Tensor]:
-    """What the student's attention returns, softmax(scale * q k^T + bias) v, and its `attention_distillation_loss`.
+    """The student's attention output, softmax(scale * q k^T + bias) v, and its `attention_distillation_loss`.
 
     Gradients reach the student's q, k, v and bias.
 
@@ -43,11 +43,11 @@ def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple
         student: the student's own factors, with v.
 
     Returns:
-        Shape (batch, head, token, head dim of v) in v's dtype, as exact as softmax(...) @ v from maps of q's dtype; the
-        loss, as there.
+        The output, shape (batch, head, token, head dim of v), v's dtype, as exact as softmax(...) @ v with maps of q's
+        dtype; and the loss, as `attention_distillation_loss` returns it.
 
     Raises:
-        AttentionShapeError: batch, heads or tokens differ, or v is not there.
+        AttentionShapeError: batch, heads or tokens differ, or the student's factors have no v.
     """
     attended_BHTD, loss = _distil(teacher, student, student.repeated_v_BHTD())
     assert attended_BHTD is not None
@@ -55,15 +55,15 @@ def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple
 
 
 def check_equal_shapes(teacher_BHT: tuple[int, int, int], student_BHT: tuple[int, int, int]) -> None:
-    """Refuse attention of another batch, other heads or other tokens.
+    """Check that teacher and student have the same (batch, head, token).
 
     Raises:
-        AttentionShapeError: they differ; the message has both.
+        AttentionShapeError: they differ; the message says both.
     """
     if teacher_BHT != student_BHT:
         raise AttentionShapeError(
-            f"teacher attention of (batch, head, token) {teacher_BHT} and student attention of {student_BHT}: expected "
-            "the same. Give the student the teacher's heads and tokens."
+            f"the teacher's attention has (batch, head, token) {teacher_BHT} and the student's has {student_BHT}: "
+            "expected the same. Give the student the teacher's heads and tokens."
         )
 
 
@@ -79,25 +79,26 @@ def _distil(teacher: LayerAttention, student: LayerFactors, v_BHTD: Tensor | Non
 
 
 def _empty_by_token(like_BHTD: Tensor) -> Tensor:
-    """An empty tensor, in memory token by token with the heads side by side.
+    """An empty tensor of this shape, whose memory holds token after token, with a token's heads side by side.
 
-    So the projection behind attention keeps for backward this very tensor, which is kept anyway, and no copy.
+    So the projection after attention needs no copy of it. For its backward pass it keeps this tensor, which is kept
+    anyway.
     """
     batch, heads, tokens, head_dim = like_BHTD.shape
     return like_BHTD.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
 class _LogitsGradients:
-    """Gradients of q, k and bias, gathered slice by slice from that of the logits.
+    """Gradients of q, k and bias, summed slice by slice from the gradient of the logits.
 
     Args:
-        q_BHTD: what the logits are made of.
-        k_BHTD: what the logits are made of.
-        bias: what the logits are made of, if it is.
-        scale: of q k^T.
+        q_BHTD: queries of the logits scale * q k^T + bias.
+        k_BHTD: keys of the logits.
+        bias: bias of the logits, or None.
+        scale: multiplies q k^T.
         wants: whether the gradients of q, k and bias are wanted.
-        kept: what was added to each before; None for nothing.
-        weight: what that is multiplied by: a scalar, or a number.
+        kept: for each of the three, a gradient to start from, or None.
+        weight: multiplies `kept`; a scalar tensor or a number.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class _LogitsGradients:
             self._of_bias = torch.zeros_like(bias, dtype=dtype) if kept[2] is None else kept[2].to(dtype) * weight
 
     def add(self, grad_BHQK: Tensor, samples: slice, queries: slice) -> None:
-        """Add what a slice contributes; `grad_BHQK` is overwritten."""
+        """Add the part of one slice. `grad_BHQK`, the gradient of its logits, is overwritten."""
         if self._of_bias is not None:
             rows = bias_slice(self._of_bias, samples, queries)
             rows += grad_BHQK.sum_to_size(rows.shape)
@@ -132,7 +133,7 @@ class _LogitsGradients:
             self._of_k.add_to_keys(grad_BHQK.mT @ self._q_BHTD[samples, :, queries], samples, queries)
 
     def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of q, k and bias in their types, when every slice was added; None for what is not wanted."""
+        """The gradients of q, k and bias in their dtypes, once all slices are added; None for those not wanted."""
         return (
             None if self._of_q is None else self._of_q.total_BHTD,
             None if self._of_k is None else self._of_k.total_BHTD,
@@ -141,7 +142,7 @@ class _LogitsGradients:
 
 
 class _Distillation(torch.autograd.Function):
-    """Attention's output and the loss; None and the loss where v is None."""
+    """Attention's output and the loss; without v, None and the loss."""
 
     @staticmethod
     def forward(
@@ -157,7 +158,7 @@ class _Distillation(torch.autograd.Function):
         teacher_scale: float,
         teacher_attn_BHQK: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
-        # Each is in several products; slices of a projection's output would be copied for every one of them.
+        # Several products use each of them. Parts of a projection's output would be copied for every product.
         q_BHTD, k_BHTD = q_BHTD.contiguous(), k_BHTD.contiguous()
         v_BHTD = None if v_BHTD is None else v_BHTD.contiguous()
         wants_q, wants_k, _, wants_bias = ctx.needs_input_grad[:4]
@@ -166,6 +167,7 @@ class _Distillation(torch.autograd.Function):
         attended_BHTD = None if v_BHTD is None else _empty_by_token(v_BHTD)
         logsumexp_BHQ1 = q_BHTD.new_empty((*q_BHTD.shape[:3], 1), dtype=dtype)
         device = q_BHTD.device
+        # float64 costs a CPU nothing; some GPU backends do not have it.
         total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
         num_rows = q_BHTD.shape[:3].numel()
         with torch.autocast(device.type, enabled=False):
@@ -181,13 +183,14 @@ class _Distillation(torch.autograd.Function):
                     given_BHQK = teacher_attn_BHQK[samples, :, queries].to(dtype)
                 logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, scale, samples, queries)
                 attn_BHQK = torch.softmax(logits_BHQK, dim=-1)
-                # At a row's largest logit, where its probability is at least 1 / T: no second pass of exponentials.
+                # log-sum-exp = logit - log(probability) for every key. The largest logit has a probability of at least
+                # 1 / T, so its logarithm is exact enough, and no second pass of exponentials is needed.
                 slice_logsumexp = logits_BHQK.amax(-1, keepdim=True) - attn_BHQK.amax(-1, keepdim=True).log()
                 logsumexp_BHQ1[samples, :, queries] = slice_logsumexp
-                # Subtracted before the sum over keys, not behind it, or large logits would cancel too late.
+                # Subtract before the sum over keys: after it, large logits would cancel with large rounding errors.
                 log_attn_BHQK = logits_BHQK.sub_(slice_logsumexp)
                 if bias is not None:
-                    # A key masked on both sides has A = 0 and S = -inf: it adds nothing, not 0 * -inf.
+                    # A key that teacher and student both mask has 0 * -inf = NaN here, but must add nothing.
                     log_attn_BHQK.masked_fill_(given_BHQK == 0, 0.0)
                 total -= torch.dot(given_BHQK.flatten(), log_attn_BHQK.flatten())
                 if v_BHTD is not None and attended_BHTD is not None:
@@ -216,7 +219,7 @@ class _Distillation(torch.autograd.Function):
         of_v = SlicedGradient(v_BHTD) if wants_v else None
         upstream_BHTD = upstream_BHTD.contiguous()
         with torch.autocast(q_BHTD.device.type, enabled=False):
-            # Softmax's own backward: dS = A (dA - sum_j A_j dA_j), and that sum is dO . O.
+            # The gradient of a softmax is dS = A (dA - sum_j A_j dA_j). The sum equals dO . O, which needs no map.
             means_BHQ1 = (upstream_BHTD.to(logsumexp_BHQ1.dtype) * attended_BHTD).sum(-1, keepdim=True)
             for samples, queries in slices(q_BHTD):
                 logits_BHQK = logits_slice(q_BHTD, k_BHTD, bias, ctx.scale, samples, queries)
@@ -233,11 +236,11 @@ class _Distillation(torch.autograd.Function):
 
 
 def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Tensor:
-    """`attention_distillation_loss` for a student that forms its maps itself: from its logits, kept for backward.
+    """`attention_distillation_loss` for a student that forms its own maps. Backward keeps all of its logits in memory.
 
     Args:
         teacher: the layer's factors or maps.
-        logits_BHQK: the student's own, before the softmax; gradients reach them.
+        logits_BHQK: the student's logits, before the softmax; gradients reach them.
 
     Returns:
         A float32 scalar.
@@ -251,10 +254,11 @@ def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Te
 
 
 def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: str) -> Tensor:
-    """Mean squared error of the student's factors to the teacher's: an ablation of the paper.
+    """Mean squared error between the student's factors and the teacher's: an ablation of the paper.
 
-    Each factor as it arrives at the attention call: behind q/k norm and rotary embedding, and v before any gate. Its
-    error is the mean over batch, heads, tokens and head dim; that of several factors is the mean of theirs.
+    Factors are compared as they arrive at the attention call: after q/k norm and rotary embedding, and v before any
+    gate. A factor's error is a mean over batch, heads, tokens and head dim. Several factors give the mean of their
+    errors.
 
     Args:
         teacher: the layer's factors, constants.
@@ -265,7 +269,7 @@ def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what:
         A float32 scalar.
 
     Raises:
-        AttentionShapeError: shapes differ, or v is wanted of factors without.
+        AttentionShapeError: shapes differ, or `what` names v but some factors have none.
     """
     check_equal_shapes(teacher.shape_BHT, student.shape_BHT)
     losses = [F.mse_loss(student.repeated(one).float(), teacher.repeated(one).float()) for one in what]

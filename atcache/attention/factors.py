@@ -1,7 +1,7 @@
-"""One layer's attention as a teacher hands it over: factors (the q and k a map is the softmax of), or the map itself.
+"""The attention of one layer: its factors (the q and k that give the map), or the map itself.
 
-Both kinds give maps, and can be cut by samples and heads; `FactorGeometry` (geometry.py) is what all layers of one
-teacher share.
+Both kinds can compute maps and select samples and heads. `FactorGeometry` (geometry.py) holds what all layers of one
+teacher have in common.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ class LayerFactors:
     q_BHTD: Tensor
     """Queries, shape (batch, head, token, head dim), after q norm and rotary embedding."""
     k_BHTD: Tensor
-    """Keys, same shape; the head axis may be shorter (grouped-query attention)."""
+    """Keys, same shape, except that the head axis may be shorter (grouped-query attention)."""
     scale: float
     """Multiplies q k^T."""
     bias: Tensor | None = None
-    """Added to the logits: shape (1 or batch, 1 or head, token, token), float; None for none."""
+    """Added to the logits: shape (1 or batch, 1 or head, token, token), float; or None."""
     v_BHTD: Tensor | None = None
-    """Values, of k's batch, heads and tokens, any head dim; no part of the map. None where they are not kept."""
+    """Values, with k's batch, heads and tokens, and any head dim. The map does not need them. None if not kept."""
 
     def __post_init__(self) -> None:
         if self.q_BHTD.ndim != 4 or self.k_BHTD.ndim != 4 or self.q_BHTD.shape[-2:] != self.k_BHTD.shape[-2:]:
             raise AttentionShapeError(
-                f"factors of shapes {tuple(self.q_BHTD.shape)} and {tuple(self.k_BHTD.shape)}: expected "
+                f"q has shape {tuple(self.q_BHTD.shape)} and k has shape {tuple(self.k_BHTD.shape)}: expected "
                 "(batch, head, token, head dim) for both, with equal tokens and head dim."
             )
         if self.v_BHTD is not None and (self.v_BHTD.ndim != 4 or self.v_BHTD.shape[:3] != self.k_BHTD.shape[:3]):
             raise AttentionShapeError(
-                f"v of shape {tuple(self.v_BHTD.shape)} beside k of {tuple(self.k_BHTD.shape)}: expected (batch, head, "
-                "token, head dim), the first three equal."
+                f"v has shape {tuple(self.v_BHTD.shape)} and k has shape {tuple(self.k_BHTD.shape)}: expected (batch, "
+                "head, token, head dim) for both, with the first three equal."
             )
 
     @property
@@ -48,7 +48,7 @@ class LayerFactors:
         return self.q_BHTD.shape[0], self.q_BHTD.shape[1], self.q_BHTD.shape[2]
 
     def repeated_k_BHTD(self) -> Tensor:
-        """Keys with one head for every head of q: k itself, or repeated under grouped-query attention."""
+        """Keys with one head for every head of q: k itself, or its repeated heads in grouped-query attention."""
         return self._repeated(self.k_BHTD)
 
     def repeated_v_BHTD(self) -> Tensor:
@@ -58,7 +58,7 @@ class LayerFactors:
             AttentionShapeError: v was not kept.
         """
         if self.v_BHTD is None:
-            raise AttentionShapeError("v is wanted, but these factors have q and k only. Capture or build with v.")
+            raise AttentionShapeError("v is needed, but these factors have only q and k. Capture or build with v.")
         return self._repeated(self.v_BHTD)
 
     def repeated(self, name: str) -> Tensor:
@@ -76,11 +76,11 @@ class LayerFactors:
         return torch.softmax(self._logits(torch.float32), dim=-1)
 
     def log_maps(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Logarithms of the maps, computed in `dtype`; -inf only for masked keys, however small a probability is."""
+        """Logarithms of the maps, computed in `dtype`. Only masked keys are -inf, not the smallest probabilities."""
         return torch.log_softmax(self._logits(dtype), dim=-1)
 
     def _logits(self, dtype: torch.dtype) -> Tensor:
-        # Under autocast the product would be rounded to its type, and rows of the map would not sum to 1.
+        # Autocast would round the product to its own dtype, and rows of the map would not sum to 1.
         with torch.autocast(self.q_BHTD.device.type, enabled=False):
             logits_BHQK = (self.q_BHTD.to(dtype) * self.scale) @ self.repeated_k_BHTD().to(dtype).mT
         return logits_BHQK if self.bias is None else logits_BHQK + self.bias.to(dtype)
@@ -110,10 +110,10 @@ class LayerFactors:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerMaps:
-    """One layer's maps for a batch, where they are not the softmax of one q k^T, or were stored as maps."""
+    """One layer's maps for a batch, for models without factors and for caches that store maps."""
 
     attn_BHQK: Tensor
-    """Probabilities, shape (batch, head, token, token), any float type; rows along K sum to 1. Masked keys are 0."""
+    """Probabilities, shape (batch, head, token, token), any float dtype; rows along K sum to 1. Masked keys are 0."""
 
     def __post_init__(self) -> None:
         if self.attn_BHQK.ndim != 4 or self.attn_BHQK.shape[2] != self.attn_BHQK.shape[3]:
@@ -131,7 +131,7 @@ class LayerMaps:
         return self.attn_BHQK.float()
 
     def log_maps(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Logarithms of the maps in `dtype`; -inf where a probability is 0."""
+        """Logarithms of the maps in `dtype`; -inf for a probability of 0."""
         return self.attn_BHQK.to(dtype).log()
 
     def select(self, samples: slice) -> LayerMaps:
@@ -144,4 +144,4 @@ class LayerMaps:
 
 
 LayerAttention = LayerFactors | LayerMaps
-"""One layer of a batch, of either kind."""
+"""The attention of one layer for a batch, as factors or as maps."""

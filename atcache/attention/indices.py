@@ -1,4 +1,4 @@
-"""Choosing layers and heads by index. Pure."""
+"""Parse and check the indices of layers and heads."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from atcache.errors import ConfigError
 
 
 def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]:
-    """Indices from text such as "0-5,11", ascending and without repeats; "all" is every index below `limit`.
+    """The indices in a text such as "0-5,11", ascending and without repeats; "all" means every index below `limit`.
 
     Args:
         text: indices and inclusive ranges, separated by commas.
-        limit: how many there are; every index is below it.
-        what: what is counted, for messages.
+        limit: the number of layers or heads; every index must be below it.
+        what: the word for messages, "layer" or "head".
 
     Raises:
         ConfigError: the text cannot be read, or an index does not exist.
@@ -32,19 +32,19 @@ def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]
             stop = int(last) if dash else start
         except ValueError:
             raise ConfigError(
-                f"{what}s {text!r}: {part.strip()!r} is no index. Write indices and ranges, such as 0-5,11, or all."
+                f"{what}s {text!r}: {part.strip()!r} is not an index. Write indices and ranges, such as 0-5,11, or all."
             ) from None
         if stop < start:
-            raise ConfigError(f"{what}s {text!r}: the range {part.strip()} runs backwards.")
+            raise ConfigError(f"{what}s {text!r}: the range {part.strip()} is backwards. Put the smaller index first.")
         indices.update(range(start, stop + 1))
     return checked_indices(sorted(indices), limit, what)
 
 
 def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int, ...]:
-    """The indices as a tuple, once they are known to be ascending, without repeats and below `limit`.
+    """The indices as a tuple, after checking that they are ascending, without repeats and below `limit`.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: a check failed, or there are no indices.
     """
     chosen = tuple(indices)
     outside = [index for index in chosen if not 0 <= index < limit]

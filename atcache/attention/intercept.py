@@ -1,9 +1,9 @@
-"""Routing a model's attention calls through a handler, block by block.
+"""Passes each block's attention call to a handler, which answers it.
 
 `torch.overrides.TorchFunctionMode` sees every call of `scaled_dot_product_attention`, whichever timm class makes it,
-after q/k norm and rotary embedding; hooks on the blocks tell which block is running. So one mechanism serves every ViT
-that is built on that call, and the model itself is not touched. In blocks whose maps are no softmax of one q k^T, and
-so never go through that call, the softmax over keys is what is seen.
+after q/k norm and rotary embedding. Hooks on the blocks tell which block is running. So one mechanism works for every
+ViT built on this call, and the model is not changed. Blocks whose maps are not the softmax of one q k^T do not make
+this call. In them, the handler gets the softmax over keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class AttentionCall:
-    """One call of scaled_dot_product_attention, seen from outside."""
+    """One intercepted call of scaled_dot_product_attention, with its arguments."""
 
     block: int
     """Index of the block that made it."""
@@ -34,11 +34,11 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     attn_mask: Tensor | None
-    """Additive float or boolean (True keeps), as the block passed it."""
+    """As the block passed it: float and added to the logits, or boolean (True keeps the key)."""
     dropout_p: float
     is_causal: bool
     scale: float
-    """Multiplies query key^T; the default of the call filled in."""
+    """Multiplies query key^T. If the block gave none, this is the default of the call."""
     enable_gqa: bool
 
     def run(self) -> Tensor:
@@ -55,7 +55,7 @@ class AttentionCall:
         )
 
     def bias(self) -> Tensor | None:
-        """The mask as an additive float bias that broadcasts to (batch, head, query, key); None for none."""
+        """The mask as a float bias on the logits, which broadcasts to (batch, head, query, key); None if no mask."""
         if self.is_causal:
             keep = torch.ones(
                 self.query.shape[-2], self.key.shape[-2], dtype=torch.bool, device=self.query.device
@@ -71,7 +71,7 @@ class AttentionCall:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MapCall:
-    """The softmax of a block that forms its maps itself, seen from outside: what it returns are the maps."""
+    """One intercepted softmax, of a block that forms its own maps. The softmax returns the maps."""
 
     block: int
     """Index of the block that made it."""
@@ -83,9 +83,9 @@ class MapCall:
 
 
 class AttentionIntercept(TorchFunctionMode):
-    """While active, each block's attention call is answered by `handler`; calls outside the blocks pass through.
+    """A context manager in which `handler` answers each block's attention call. Calls outside the blocks run as usual.
 
-    A context manager for one thread; hooks are removed on leaving, whatever happened.
+    It works for the thread that enters it. Leaving removes its hooks, even after an error.
     """
 
     def __init__(self, blocks: nn.ModuleList, handler: Callable[[AttentionCall | MapCall], Tensor]) -> None:
@@ -141,7 +141,7 @@ class AttentionIntercept(TorchFunctionMode):
 
 
 def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AttentionCall:
-    """The call that block `block` made of `scaled_dot_product_attention` with these arguments."""
+    """The call of `scaled_dot_product_attention` that block `block` made with these arguments."""
     given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     scale = given.get("scale")
     return AttentionCall(
@@ -158,7 +158,7 @@ def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def map_call(block: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall | None:
-    """The call where `func` is a softmax over the last of (batch, head, query, key); None for anything else."""
+    """The call, if `func` is a softmax over the last axis of (batch, head, query, key); None for anything else."""
     if func not in _SOFTMAXES:
         return None
     given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}

@@ -1,7 +1,7 @@
-"""Attention with given factors, and its pieces for backward passes. No token x token matrix outlives a slice.
+"""Attention with given factors, and the parts of its backward passes. Token x token matrices exist for one slice only.
 
-Work goes slice by slice: some samples at a time, and when one sample's map is too large some of its query rows. A
-slice's matrices stay under a fixed size, so memory grows with the number of tokens, not with its square.
+A slice is some samples of the batch or, if one sample's map is too large, some of its query rows. A slice's matrices
+stay under a fixed size, so memory grows with the number of tokens, not with its square.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ GPU_SLICE_NBYTES = 256 * 2**20
 def copy_attention(teacher: LayerAttention, value_BHTD: Tensor) -> Tensor:
     """softmax(scale * q k^T + bias) v with the teacher's q and k: gradients reach `value_BHTD` only.
 
-    The stock call's backward would compute the gradients of q and k too, although nobody wants them. This one keeps q
-    and k, forms the map of one slice again and returns dV = A^T dO. Where the teacher's maps are given instead, they
-    are kept for the backward pass, in the dtype of `value_BHTD`.
+    The backward pass of torch's own call would also compute the gradients of q and k, which nobody needs. This one
+    keeps q and k, forms the map of each slice again and returns dV = A^T dO. If the teacher's maps are given instead,
+    they are kept for the backward pass, in the dtype of `value_BHTD`.
 
     Args:
         teacher: one layer's factors or maps; moved to the dtype of `value_BHTD`.
@@ -45,7 +45,7 @@ def copy_attention(teacher: LayerAttention, value_BHTD: Tensor) -> Tensor:
 
 
 def mixed_attention(attn_BHQK: Tensor, value_BHTD: Tensor, mix: nn.Module) -> Tensor:
-    """Attention with given maps in a block that mixes its heads behind the softmax (talking heads, arXiv 2003.02436).
+    """Attention with given maps in a block that mixes its heads after the softmax (talking heads, arXiv 2003.02436).
 
     Args:
         attn_BHQK: probabilities.
@@ -92,9 +92,9 @@ class _CopyAttention(torch.autograd.Function):
 
 
 def _is_quicker_in_slices(q_BHTD: Tensor, value_BHTD: Tensor) -> bool:
-    """Whether slices beat the fused call: on CPUs in bf16, and where v's head dim differs, which it has no kernel for.
+    """Whether slices beat the fused call: on CPUs in bf16, or if v's head dim differs, for which it has no kernel.
 
-    `benchmarks/kernels.py --dtype bfloat16`, and `--value-dim 32`.
+    Measured with `benchmarks/kernels.py --dtype bfloat16`, and `--value-dim 32`.
     """
     is_plain = value_BHTD.dtype == torch.float32 and value_BHTD.shape[-1] == q_BHTD.shape[-1]
     return q_BHTD.device.type == "cpu" and not is_plain
@@ -112,7 +112,7 @@ def _map_slices(
 def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
     """The (samples, queries) slices whose float32 maps fit in the device's slice size, covering all rows once.
 
-    Those of one sample come one after the other, its first queries first.
+    The slices of one sample follow one another, in the order of its queries.
     """
     num_samples, num_heads, num_tokens, _ = q_BHTD.shape
     row_nbytes = 4 * num_heads * num_tokens
@@ -125,26 +125,26 @@ def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class SlicedGradient:
-    """A gradient of queries, or of keys or values, that slices add to: summed in float32 or wider, rounded once.
+    """A gradient of queries, keys or values, to which slices add: summed in float32 or wider, and rounded once.
 
     Args:
-        like_BHTD: of its shape and dtype.
-        kept_BHTD: what was added before, if anything.
-        weight: what that is multiplied by: a scalar, or a number.
+        like_BHTD: a tensor with the gradient's shape and dtype.
+        kept_BHTD: a gradient to start from, or None.
+        weight: multiplies `kept_BHTD`; a scalar tensor or a number.
     """
 
     def __init__(self, like_BHTD: Tensor, kept_BHTD: Tensor | None = None, weight: Tensor | float = 1.0) -> None:
         self.total_BHTD = torch.empty_like(like_BHTD, memory_format=torch.contiguous_format)
-        """Whole when every slice was added."""
+        """Complete once all slices are added."""
         self._kept_BHTD, self._weight = kept_BHTD, weight
         self._sum_BHTD: Tensor | None = None
 
     def add_to_queries(self, part_BHQD: Tensor, samples: slice, queries: slice) -> None:
-        """Add to a slice's queries, which no other slice adds to."""
+        """Add to the queries of a slice. No other slice adds to them."""
         self.total_BHTD[samples, :, queries] = self._begin_with(part_BHQD, samples, queries)
 
     def add_to_keys(self, part_BHTD: Tensor, samples: slice, queries: slice) -> None:
-        """Add what a slice's queries give to all keys, or values, of its samples."""
+        """Add what the queries of a slice give to all keys, or values, of its samples."""
         is_last = queries.stop >= self.total_BHTD.shape[2]
         if queries.start > 0:
             assert self._sum_BHTD is not None
@@ -163,18 +163,18 @@ class SlicedGradient:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and logits of this dtype are formed in: float32, or wider where it is."""
+    """The dtype for sums and logits of tensors of this dtype: float32, or wider if `dtype` is."""
     return torch.promote_types(torch.float32, dtype)
 
 
 def logits_slice(
     q_BHTD: Tensor, k_BHTD: Tensor, bias: Tensor | None, scale: float, samples: slice, queries: slice
 ) -> Tensor:
-    """scale * q k^T + bias of one slice, in float32 or wider: a fresh tensor, free to be overwritten.
+    """scale * q k^T + bias of one slice, in float32 or wider: a new tensor, which the caller may overwrite.
 
-    Of bf16 factors the product itself is formed in bf16, and so rounded to 8 bits before it is widened, as it is where
-    maps are materialised under autocast. Products of widened factors would be exact, and slower: they take no part in
-    what makes processors and GPUs fast at bf16.
+    With bf16 factors the product is formed in bf16, so it is rounded to 8 bits before it is widened. Maps formed under
+    autocast are rounded in the same way. Widening the factors first would give exact products, but it is slower: it
+    could not use the bf16 units of processors and GPUs.
     """
     logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
     logits_BHQK = logits_BHQK.to(wide(logits_BHQK.dtype)).mul_(scale)
@@ -184,5 +184,5 @@ def logits_slice(
 
 
 def bias_slice(bias: Tensor, samples: slice, queries: slice) -> Tensor:
-    """The part of a bias, or of its gradient, that a slice's logits have: a view; axes of size 1 are for all."""
+    """The part of a bias, or of its gradient, for one slice: a view. An axis of size 1 applies to all slices."""
     return bias[samples if bias.shape[0] > 1 else slice(None), :, queries if bias.shape[2] > 1 else slice(None)]

@@ -1,4 +1,4 @@
-"""One forward of a model under observation: which block runs, and with what q, k and v, or what maps, it attends."""
+"""Observes one forward pass of a model: which block runs, and which q, k and v, or which maps, it attends with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atcache.errors import UnsupportedAttentionError
 
 
 class LastLayerSeen(Exception):
-    """Ends a forward that has nothing more to show; `FactorCapture` catches it."""
+    """Ends a forward pass once the last wanted layer is captured. `FactorCapture` catches it."""
 
 
 OnCall = Callable[[nn.Module, int, LayerFactors, Tensor], None]
@@ -29,32 +29,34 @@ OnCall = Callable[[nn.Module, int, LayerFactors, Tensor], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CaptureRequest:
-    """What is wanted of which model."""
+    """What to capture, and from which model."""
 
     model: nn.Module
     """The whole model."""
     blocks: nn.ModuleList
-    """Its blocks, as `find_blocks` gives them."""
+    """The model's blocks, as `find_blocks` returns them."""
     layers: tuple[int, ...]
-    """Blocks whose attention is wanted, ascending."""
+    """Indices of the blocks whose attention is wanted, ascending."""
     heads: tuple[int, ...] | None
-    """Heads that are wanted, ascending; None for all."""
+    """Indices of the wanted heads, ascending; None for all."""
     tokens: TokenLayout
-    """The tokens every block must have."""
+    """The tokens that every block must have."""
     with_values: bool = False
     """Whether v is wanted too."""
 
 
 class Recorder(TorchFunctionMode):
-    """Keeps the factors, or the maps, of each wanted block during one forward of its model."""
+    """Keeps the factors or the maps of each wanted block during one forward pass of its model."""
 
     def __init__(self, request: CaptureRequest, *, stop_at_call: bool, on_call: OnCall | None) -> None:
         """Record what `request` asks for.
 
         Args:
-            request: the model, and what of it is wanted.
-            stop_at_call: False lets the last block finish, so that a second attention call in it is seen.
-            on_call: called with model, layer, all heads' factors with v, and the attention's output; not for maps.
+            request: the model, and what to capture from it.
+            stop_at_call: whether to end at the last block's attention call. False lets that block finish, so that a
+                second attention call in it is noticed.
+            on_call: called with model, layer, the factors of all heads with v, and the attention's output; not called
+                for maps.
         """
         super().__init__()
         self.request = request
@@ -69,7 +71,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def attached(self) -> Generator[None]:
-        """While open, hooks on the blocks tell which one is running; they are removed whatever happens."""
+        """A context in which hooks on the blocks tell which one is running. Leaving it always removes the hooks."""
         handles: list[Any] = []
         try:
             for layer, block in enumerate(self.request.blocks):
@@ -83,7 +85,7 @@ class Recorder(TorchFunctionMode):
     def _entering(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def enter(_block: nn.Module, args: tuple[Any, ...]) -> None:
             if layer in self.attention:
-                raise self._refusal(layer, f"block {layer} runs twice in one forward")
+                raise self._refusal(layer, f"block {layer} runs twice in one forward pass")
             self._running = (layer, args[0].shape[1])
 
         return enter
@@ -95,7 +97,7 @@ class Recorder(TorchFunctionMode):
                 expected = "a softmax over keys" if layer in self._forming_maps else "scaled_dot_product_attention"
                 raise self._refusal(
                     layer,
-                    f"block {layer} never calls {expected}. Where it has an attribute `fused_attn`, set that to True",
+                    f"block {layer} never calls {expected}. If it has an attribute `fused_attn`, set that to True",
                 )
             if layer == self.request.layers[-1]:
                 raise LastLayerSeen
@@ -133,7 +135,7 @@ class Recorder(TorchFunctionMode):
         self._check_tokens(call.block, num_tokens, logits_BHQK.shape[2], logits_BHQK.shape[3])
         num_heads = logits_BHQK.shape[1]
         self._check_heads(num_heads)
-        # In float32 whatever the model computes in: rows of a bfloat16 softmax do not sum to 1.
+        # Always in float32, because rows of a bfloat16 softmax do not sum to 1.
         attn_BHQK = torch.softmax(logits_BHQK.detach().float(), dim=-1)
         chosen = attn_BHQK if self.request.heads is None else attn_BHQK[:, list(self.request.heads)]
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
@@ -187,8 +189,8 @@ class Recorder(TorchFunctionMode):
         """
         if tuple(self.attention) != self.request.layers:
             raise UnsupportedAttentionError(
-                f"{model_label(self.request.model)}: its forward ran the blocks {tuple(self.attention)}, expected "
-                f"{self.request.layers} in this order."
+                f"{model_label(self.request.model)}: its forward pass ran the blocks {tuple(self.attention)}, expected "
+                f"{self.request.layers} in this order. Choose other layers or another model."
             )
         return list(self.attention.values())
 
@@ -197,7 +199,7 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_valu
     query, key = call.query.detach(), call.key.detach()
     value = call.value.detach() if with_values else None
     if query.dtype != call.value.dtype:
-        # Only autocast allows this: a q/k norm leaves float32, and the call itself casts to the type v has.
+        # Only autocast allows this: a q/k norm returns float32, and the call then casts q and k to v's dtype.
         query, key = query.to(call.value.dtype), key.to(call.value.dtype)
     bias = _whole_bias(call)
     if heads is not None:
@@ -220,10 +222,10 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_valu
 
 
 def _owning(tensor: Tensor) -> Tensor:
-    """The tensor in storage of its own size: q, k and v are mostly views of one tensor that holds all three."""
+    """The tensor, or a copy if its storage holds more: q, k and v are often views of one tensor with all three."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor
-    # In the order it lies in, mostly by token: quicker to copy, and what codecs read.
+    # Keep the order in memory, mostly token by token: it is faster to copy, and codecs read this order.
     return tensor.clone(memory_format=torch.preserve_format)
 
 

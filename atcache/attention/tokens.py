@@ -1,33 +1,39 @@
-"""Token layout: which rows and columns of a map are prefix tokens and which are patches. Pure arithmetic."""
+"""Token layout: which rows and columns of a map are prefix tokens, and which are patches."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields, Range
+
+MOST_VALUES = 2**20
+"""More than any count of heads, of tokens or of a head's components comes near."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLayout:
+class TokenLayout(JsonFields):
     """The order of a ViT's tokens: prefix tokens (CLS, registers) first, then the patches row by row."""
 
-    num_prefix_tokens: int
-    """How many tokens come before the first patch; 0 for models that pool their patches."""
-    grid_height: int
-    """Patch rows."""
-    grid_width: int
-    """Patches in a row."""
+    is_strict: ClassVar[bool] = True
+    num_prefix_tokens: Annotated[int, Range(at_least=0, at_most=MOST_VALUES)]
+    """The number of tokens before the first patch; 0 for models that pool their patches."""
+    grid_height: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
+    """The number of patch rows."""
+    grid_width: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
+    """The number of patches in a row."""
 
     def __post_init__(self) -> None:
         if self.num_prefix_tokens < 0 or self.grid_height < 1 or self.grid_width < 1:
             raise ConfigError(
-                f"token layout of {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
+                f"the token layout has {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
                 f"{self.grid_width}: expected at least 0 prefix tokens and a grid of at least 1 x 1."
             )
 
     @property
     def num_patches(self) -> int:
-        """Patches in the grid.
+        """The number of patches in the grid.
 
         >>> TokenLayout(num_prefix_tokens=1, grid_height=14, grid_width=14).num_patches
         196
@@ -38,12 +44,3 @@ class TokenLayout:
     def num_tokens(self) -> int:
         """Prefix tokens and patches together: the side of a map."""
         return self.num_prefix_tokens + self.num_patches
-
-    def to_json(self) -> dict[str, int]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, int]) -> TokenLayout:
-        """The layout `to_json` came from."""
-        return cls(**fields)

@@ -1,4 +1,4 @@
-"""Cache: what `atcache.open` returns. Lazy dask arrays of maps and factors, single views, and a description."""
+"""`Cache`, which `atcache.open` returns: lazy dask arrays of maps and factors, single views, and a description."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class View:
     """Tar name and WebDataset key."""
     view: int
     label: int
-    """-1 for none."""
+    """Its class; -1 if it has none."""
     partner: int | None
-    """Row of the sample that is mixed in; None where the view is not mixed."""
+    """Row of the sample that is mixed in; None if the view is not mixed."""
     share: float
-    """Of the own image, and so of the label; the rest is the partner's. 1 where the view is not mixed."""
+    """Share of the sample's own image, and so of its label; the partner has the rest. 1 if the view is not mixed."""
     status: int
     """A `Status`; always STORED here."""
     image: np.ndarray
@@ -61,43 +61,44 @@ class View:
 
 
 class Factors(NamedTuple):
-    """q and k of one layer, and v where it is stored, lazy: maps are softmax(scale * q k^T + bias)."""
+    """q and k of one layer, and v if it is stored, as lazy arrays: maps are softmax(scale * q k^T + bias)."""
 
     q_VSHTD: da.Array
     k_VSHTD: da.Array
     scale: float
     bias_HQK: np.ndarray | None
     v_VSHTD: da.Array | None = None
-    """None where the cache was not built to store v."""
+    """None if the cache does not store v."""
 
 
 @final
 class Cache:
-    """A cache, open for reading. Opening reads one small file; everything else is read when asked for.
+    """A cache, open for reading. Opening reads one small file; everything else is read when it is needed.
 
-    Layers and heads are the teacher's own indices. A cache that is still being built can be read; what is missing is
-    NaN in arrays and a `CacheMissError` in single views. Threads may share one; pickled copies open their own files.
+    Layers and heads have the teacher's own indices. A cache that is still being built can be read: what is missing is
+    NaN in arrays, and raises `CacheMissError` in single views. Threads may share a cache; pickled copies open their
+    own files.
 
     Example:
         cache = atcache.open("in1k.zarr")
-        cache.geometry.layers, cache.geometry.heads  # of the teacher, as far as they are stored
-        cache.samples.label.values  # one row a sample
+        cache.geometry.layers, cache.geometry.heads  # those that are stored, by the teacher's indices
+        cache.samples.label.values  # one for each sample
     """
 
     def __init__(self, path: Location | str, *, data: str | Path | Sequence[str | Path] | None = None) -> None:
         """Open a cache.
 
         Args:
-            path: its folder, or the URL of one.
-            data: where its tars lie now, if they were moved since the build and images are to be replayed from them.
+            path: its folder or URL.
+            data: where its tars are now, if they were moved since the build. Only needed to replay images from them.
 
         Raises:
-            CacheMissError, CacheMismatchError: as `CacheReader`.
-            CorruptCacheError: what it says of itself cannot be used; names the member.
+            CacheMissError, CacheMismatchError: as in `CacheReader`.
+            CorruptCacheError: what the cache records about itself cannot be used; the message names the member.
         """
         self.reader = CacheReader(path)
         self.record = CacheRecord.of(self.reader)
-        """What the cache says of itself."""
+        """What the cache records about itself."""
         self._data = data
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,12 +117,12 @@ class Cache:
 
     @property
     def data(self) -> str | Path | Sequence[str | Path] | None:
-        """Where its tars lie now, as it was opened with; None for where they were."""
+        """The `data` that it was opened with: where its tars are now. None if they were not moved."""
         return self._data
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the cache's zarr.json holds of ours, as it stands there; `docs/format.md` lists it."""
+        """atcache's own attributes in the cache's zarr.json, unchanged; `docs/format.md` lists them."""
         return self.reader.attributes
 
     @property
@@ -131,8 +132,8 @@ class Cache:
 
     @cached_property
     def codec(self) -> Codec:
-        """How factors became integers."""
-        return self.record.make_codec()
+        """The codec that turned factors into integers."""
+        return self.record.make_codec(self.path)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -159,7 +160,7 @@ class Cache:
 
     @cached_property
     def samples(self) -> xr.Dataset:
-        """One row a sample: sample_key, label, tar (a number into attribute `tars`), and the status of each view."""
+        """One row per sample: sample_key, label, tar (an index into attribute `tars`), and the status of each view."""
         import xarray as xr
 
         index = self.reader.samples
@@ -173,13 +174,13 @@ class Cache:
         return xr.Dataset(columns, attrs={"tars": [str(tar) for tar in index.tars], "status": str(meanings)})
 
     def factors(self, layer: int, view: int | None = None) -> Factors:
-        """q and k of one layer, and v where it is stored, as the codec gives them back, lazy.
+        """q and k of one layer, and v if it is stored, as the codec decodes them: lazy arrays.
 
-        A codec may keep fewer components than the teacher has, in another basis: only q k^T is the teacher's.
+        A codec may keep fewer components than the teacher has, in another basis: then only q k^T is the teacher's.
 
         Args:
             layer: block index of the teacher.
-            view: one view only; the view axis stays, with length 1. None for all.
+            view: read only this view; the view axis stays, with length 1. None for all.
 
         Raises:
             CacheMissError: the codec stores maps, not q and k.
@@ -209,14 +210,14 @@ class Cache:
     def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
         """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
 
-        A chunk is a shard or an even part of one, at most about 64 MiB; slicing reads only the samples asked for.
+        A dask chunk is a shard or an equal part of one, at most about 64 MiB. Slicing reads only the samples it picks.
 
         Args:
             layer: block index of the teacher.
             heads: head indices of the teacher, in the order wanted; None for all that are stored.
 
         Example:
-            attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of the first 8 samples, in view 0
+            attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of 8 samples, in view 0
         """
         position, num_tokens = self._layer_position(layer), self.reader.layout.num_tokens
         views = tuple(range(self.reader.layout.num_views))
@@ -249,7 +250,7 @@ class Cache:
             view: which of its views.
 
         Raises:
-            CacheMissError: unknown or not stored; the message says why.
+            CacheMissError: the sample or view is unknown or not stored; the message says why.
             CacheMismatchError: the image replayed from the tars is not the one the teacher saw.
             SourceError: the tars are not where they were; open the cache with `data=`.
 
@@ -283,7 +284,7 @@ class Cache:
         )
 
     def image(self, sample: int, view: int = 0) -> np.ndarray:
-        """The pixels of one view of one sample, uint8 (height, width, 3): stored, or replayed and proved."""
+        """The pixels of one view of one sample, uint8 (height, width, 3): stored, or replayed and checked by hash."""
         reader = self.reader
         if reader.layout.pixels is not None:
             return reader.read_pixels(view, sample)
@@ -296,7 +297,7 @@ class Cache:
         """The row of a sample_key, "TAR_NAME/KEY".
 
         Raises:
-            CacheMissError: no sample has it.
+            CacheMissError: no sample has this key.
 
         Example:
             key = cache.view(sample=3).sample_key
@@ -310,19 +311,20 @@ class Cache:
             raise CacheMissError(
                 f"no sample has the key {sample_key!r} in {self.path}; the first is {index.sample_key(0)!r}."
             )
-        # A duplicate key keeps its row, marked as a problem: the good one is meant.
+        # A sample whose key came before keeps its row, which is marked as a problem. The good row is meant.
         return int(min(rows, key=lambda row: (int(index.problem_S[row]) != 0, int(row))))
 
     def describe(self) -> dict[str, Any]:
         """What `atcache info` shows, as a JSON object: contents, sizes, and what is missing.
 
-        Bytes are those of the shards; a view's are split into codes and the rest (pixels, parameters, hash, status).
+        Sizes are those of the shards. `codes_nbytes_per_view` counts codes only, `nbytes_per_view` everything: also
+        pixels, parameters, hash and status.
 
         Example:
             cache.describe()["nbytes_per_view"]
         """
         reader, layout, geometry = self.reader, self.reader.layout, self.record.geometry
-        about, totals = self.record.to_attributes(), self._totals()
+        about, totals = self.record.to_json(), self._totals()
         num_stored = max(1, totals["num_stored"])
         map_nbytes = geometry.map_nbytes
         code_nbytes = totals["codes_nbytes"] / num_stored
@@ -346,7 +348,7 @@ class Cache:
         }
 
     def _totals(self) -> dict[str, Any]:
-        """Sums over the committed tasks: from the record of a complete cache, or counted."""
+        """Sums over the committed tasks: recorded in a complete cache, else added up here."""
         names = ("num_stored", "num_bad", "nbytes", "codes_nbytes")
         if self.record.complete is not None and self.reader.is_complete:
             complete = self.record.complete.to_json()
@@ -359,7 +361,9 @@ class Cache:
     def _layer_position(self, layer: int) -> int:
         if layer not in self.geometry.layers:
             stored = ", ".join(map(str, self.geometry.layers))
-            raise CacheMissError(f"layer {layer} of the teacher is not stored in {self.path}; stored are {stored}.")
+            raise CacheMissError(
+                f"layer {layer} of the teacher is not stored in {self.path}, only layers {stored} are."
+            )
         return self.geometry.layers.index(layer)
 
     def _head_positions(self, heads: Sequence[int] | None) -> tuple[int, ...]:
@@ -367,8 +371,8 @@ class Cache:
         missing = [head for head in heads or () if head not in stored]
         if missing:
             raise CacheMissError(
-                f"head {missing[0]} of the teacher is not stored in {self.path}; stored are "
-                f"{', '.join(map(str, stored))}."
+                f"head {missing[0]} of the teacher is not stored in {self.path}, only heads "
+                f"{', '.join(map(str, stored))} are."
             )
         return tuple(range(len(stored)) if heads is None else (stored.index(head) for head in heads))
 
@@ -386,7 +390,7 @@ class Cache:
         )
 
     def _example(self, position: int) -> LayerAttention:
-        """What decoding codes of zeros gives: the kind, the shapes and the scale of this layer's attention."""
+        """This layer's attention decoded from zeros, which shows its kind, shapes and scale."""
         import torch
 
         layout = self.reader.layout

@@ -1,4 +1,4 @@
-"""A cache's codec, bound to its stored state."""
+"""The coder of a cache: its codec, bound to the state that the cache stores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
 
     Args:
         reader: the cache.
-        codec: the cache's.
-        geometry: the cache's.
+        codec: the cache's codec.
+        geometry: the cache's geometry.
         device: where the coder runs.
 
     Raises:
-        CorruptCacheError: the state cannot be read, or its codes are not those of the cache's layout.
+        CorruptCacheError: the codec cannot use the state, or its codes are not those of the cache's layout.
     """
     import torch
 
@@ -50,6 +50,6 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
     if differences:
         raise CorruptCacheError(
             f"{reader.path}/zarr.json: by its codec and geometry, {'; '.join(differences)}. Restore it from a copy, or "
-            "build the cache anew."
+            "build the cache again."
         )
     return coder

@@ -1,4 +1,4 @@
-"""In what two records differ, in words: the answer to "why can this not be continued?"."""
+"""The differences between two records, in words: the answer to "why can this not be resumed?"."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, cast
 def name_differences(
     stored: Mapping[str, Any], asked: Mapping[str, Any], places: tuple[str, str] = ("there", "here")
 ) -> list[str]:
-    """One text for each leaf of two JSON objects that is not equal in both, by its dotted name.
+    """One text for each leaf that differs between two JSON objects, by its dotted name.
 
     Args:
-        stored: the one object.
-        asked: the other.
+        stored: the first object.
+        asked: the second object.
         places: where each of them is, in words.
 
     >>> name_differences({"codec": {"name": "int8"}, "seed": 0}, {"codec": {"name": "exact"}, "seed": 0})
@@ -26,7 +26,7 @@ def name_differences(
 
 
 def find_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Both values of each leaf that is not equal in both, by its dotted name; None where there is no such leaf."""
+    """Both values of each leaf that differs, by its dotted name; None stands for a missing leaf."""
     there, here = dict(_flatten(stored)), dict(_flatten(asked))
     return {
         name: (there.get(name), here.get(name)) for name in sorted({*there, *here}) if there.get(name) != here.get(name)

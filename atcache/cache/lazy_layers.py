@@ -1,4 +1,4 @@
-"""One layer of a whole cache as an array that is decoded where it is sliced: what the dask views are made of."""
+"""One layer of a whole cache as an array that decodes only what is sliced. The cache's dask arrays are made of it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from atcache.store.reader import CacheReader
 
 MAX_CHUNK_NBYTES = 64 * 2**20
-"""Decoded bytes of one dask chunk: many fit in memory at once, and each is worth a task."""
+"""Decoded bytes of one dask chunk: small enough that many fit in memory, large enough to be worth a dask task."""
 
 Kind = Literal["maps", "q", "k", "v"]
 
 
 class OpenCache(Protocol):
-    """What a layer is read and decoded with. It pickles as a path, so that tasks of other processes open their own."""
+    """What a layer is read and decoded with. It pickles as a path, so that other processes open their own files."""
 
     @property
     def path(self) -> Location: ...
@@ -36,9 +36,10 @@ class OpenCache(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LazyLayer:
-    """Decoded float32 values of one layer, axes (view, sample, head, ...), with numpy's slicing. NaN where not stored.
+    """Decoded float32 values of one layer, axes (view, sample, head, ...), with numpy's slicing.
 
-    Slicing reads and decodes only the samples asked for. Pickles as the cache's path; threads may share it.
+    Slicing reads and decodes only the samples it picks; views that are not stored are NaN. Pickles as the cache's path;
+    threads may share it.
     """
 
     cache: OpenCache
@@ -47,10 +48,10 @@ class LazyLayer:
     kind: Kind
     """"maps": attn_VSHQK. "q", "k", "v": factors_VSHTD."""
     heads: tuple[int, ...]
-    """Positions among the stored heads, of q's for maps."""
+    """Positions among the stored heads; for maps, among the heads of q."""
     shape: tuple[int, ...]
     views: tuple[int, ...]
-    """Views the first axis stands for."""
+    """The views along the first axis."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -75,7 +76,7 @@ class LazyLayer:
         decoded = np.stack(
             [self._decode(int(view), np.atleast_1d(samples), np.atleast_1d(heads)) for view in np.atleast_1d(views)]
         )
-        # An integer drops its axis; the axes behind heads are whole here and cut now.
+        # As in numpy, an integer drops its axis. The axes after heads were decoded whole and are cut here.
         drops = tuple(0 if part.ndim == 0 else slice(None) for part in (views, samples, heads))
         return decoded[(..., *items[3:])][drops]
 
@@ -117,7 +118,7 @@ class LazyLayer:
 def _numbers(item: Any, length: int) -> np.ndarray:  # noqa: ANN401 - numpy's
     """The numbers below `length` that one item of an index picks.
 
-    Slices, which dask asks for, cost what they pick: a chunk's work must not grow with the dataset.
+    Slices, which dask uses, cost only what they pick: a chunk's work must not grow with the dataset.
     """
     if isinstance(item, slice):
         return np.arange(*cast("slice[Any, Any, Any]", item).indices(length))
@@ -125,7 +126,7 @@ def _numbers(item: Any, length: int) -> np.ndarray:  # noqa: ANN401 - numpy's
 
 
 def _one_for_each_axis(index: Any, num_axes: int) -> tuple[Any, ...]:  # noqa: ANN401 - numpy's
-    """numpy's index with one item for each axis: `...` and what is left out become whole slices."""
+    """A numpy index with one item for each axis: `...` and missing items become whole slices."""
     items: list[Any] = [*cast("tuple[Any, ...]", index)] if isinstance(index, tuple) else [index]
     place = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
     whole = [slice(None)] * (num_axes - len(items) + (place < len(items)))
@@ -148,7 +149,7 @@ def as_dask(layer: LazyLayer) -> da.Array:
 def plan_sample_chunks(
     layout: StoreLayout, nbytes_per_sample: int, target_nbytes: int = MAX_CHUNK_NBYTES
 ) -> tuple[int, ...]:
-    """Samples in each dask chunk: whole shards, or even parts of them that stay within `target_nbytes`."""
+    """Samples in each dask chunk: whole shards, or equal parts of them that stay within `target_nbytes`."""
     most = max(1, target_nbytes // max(1, nbytes_per_sample))
     num_parts = -(-layout.samples_per_shard // most)
     size = -(-layout.samples_per_shard // num_parts)

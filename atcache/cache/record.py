@@ -1,20 +1,19 @@
-"""CacheRecord: what a cache says of itself, typed. The one place that judges the attributes in a cache's zarr.json.
+"""CacheRecord: what a cache records about itself, with types. Only here are the attributes in its zarr.json checked.
 
-Below it the store keeps `format`, `layout`, the seal and whether the cache is complete; `docs/format.md` lists all
-members. Reading a record needs no torch: the codec stays JSON until it is made.
+The store itself keeps `format`, `layout`, the seal and whether the cache is complete; `docs/format.md` lists all
+members. Reading a record does not import torch: the codec stays JSON until `make_codec`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, cast, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from atcache.attention.geometry import AttentionKind, FactorGeometry
-from atcache.attention.tokens import TokenLayout
-from atcache.cache.identity import CacheIdentity, parse_identity
-from atcache.cache.members import LARGEST_COUNT, Members
-from atcache.errors import CodecError, ConfigError, CorruptCacheError
+from atcache.attention.geometry import FactorGeometry
+from atcache.cache.identity import CacheIdentity
+from atcache.errors import CodecError, CorruptCacheError
+from atcache.fields import At, JsonFields, Misfit, Omitted, Range, fit
 from atcache.files.location import Location
 from atcache.store.layout import StoreLayout
 
@@ -24,56 +23,44 @@ if TYPE_CHECKING:
     from atcache.teachers.record import TeacherRecord
     from atcache.views.policy import ViewPolicy
 
-_MOST_LAYERS = 4096
-_MOST_VALUES = 2**20
-"""More than any count of heads or of a head's components comes near."""
+_ADVICE = "Restore it from a copy, or build the cache again."
+_Count = Annotated[int, Range(at_least=0)]
+_Positive = Annotated[int, Range(at_least=1)]
+_Error = Annotated[float, Range(at_least=0, at_most=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerCard:
+class LayerCard(JsonFields):
     """What the codec does to one layer, on held-back views."""
 
-    layer: int
-    nbytes: float
-    """Bytes a view."""
-    row_kl_nats: float
-    injected_error: float
+    layer: _Count
+    nbytes: Annotated[float, Range(at_least=0)]
+    """Bytes per view."""
+    row_kl_nats: _Error
+    injected_error: _Error
     """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
-    v_error: float | None
-    """Relative error of decoded v; None where it is not stored."""
+    v_error: _Error | None = None
+    """Relative error of decoded v; None if v is not stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationRecord:
+class CalibrationRecord(JsonFields):
     """What was measured before the build, on views the codec was not fitted to."""
 
-    row_kl_nats: float
+    row_kl_nats: _Error
     """Mean row KL of decoded maps."""
-    injected_error: float
+    injected_error: _Error
     """Relative error of the teacher's features when it attends with decoded maps."""
-    v_error: float | None = None
-    """Relative error of decoded v; None where it is not stored."""
-    num_held_back: int | None = None
-    """How many views; None in the first caches, which do not say."""
-    layers: tuple[LayerCard, ...] | None = None
-    """Each kept layer by itself; None in the first caches."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, without what the first caches do not say."""
-        fields: dict[str, Any] = {
-            "row_kl_nats": self.row_kl_nats,
-            "injected_error": self.injected_error,
-            "v_error": self.v_error,
-        }
-        if self.num_held_back is not None:
-            fields["num_held_back"] = self.num_held_back
-        if self.layers is not None:
-            fields["layers"] = [asdict(card) for card in self.layers]
-        return fields
+    v_error: _Error | None = None
+    """Relative error of decoded v; None if v is not stored."""
+    num_held_back: Annotated[_Positive | None, Omitted] = None
+    """Number of these views; None in the first caches, which do not record it."""
+    layers: Annotated[tuple[LayerCard, ...] | None, Omitted] = None
+    """Each kept layer alone; None in the first caches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CreatedBy:
+class CreatedBy(JsonFields):
     """What a cache was made with."""
 
     atcache: str
@@ -81,116 +68,91 @@ class CreatedBy:
     torch: str
     timm: str
     device: str
-    """The kind the teacher ran on: "cpu" or "cuda"."""
+    """The kind of device the teacher ran on: "cpu" or "cuda"."""
     views: Mapping[str, str]
     """Versions of the libraries that make pixels."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality(JsonFields):
+    """One quantity that was measured on the tasks."""
+
+    mean: _Error
+    max: _Error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quality:
-    """One number that was measured on the tasks."""
-
-    mean: float
-    max: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
+class Completion(JsonFields):
     """The totals of a finished cache."""
 
-    num_tasks: int
-    num_stored: int
+    num_tasks: _Count
+    num_stored: _Count
     """Views with codes."""
-    num_bad: int
-    """Views without."""
-    nbytes: int
-    """Of all shards."""
-    codes_nbytes: int
-    """Of the shards of codes."""
+    num_bad: _Count
+    """Views without codes."""
+    nbytes: _Count
+    """Bytes of all shards."""
+    codes_nbytes: _Count
+    """Bytes of the shards of codes."""
     quality: Mapping[str, Quality]
     """What the tasks measured, by name, such as "row_kl_nats"."""
-    num_checked: int | None = None
-    """Views it was measured on; None where the tasks do not say."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        fields = asdict(self)
-        if self.num_checked is None:
-            del fields["num_checked"]
-        return fields
+    num_checked: Annotated[_Count | None, Omitted] = None
+    """Views that the quality was measured on; None if the tasks do not record it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CacheRecord:
-    """What a cache says of itself."""
+class _ShownOfCodec(JsonFields):
+    """Members of a codec that `atcache info` shows; the codec itself judges all when it is made."""
 
-    path: Location = field(compare=False)
-    """The cache, for messages."""
-    identity: CacheIdentity
-    """What another build of it would have to agree in."""
-    weights_from: str
+    name: str
+    target_kl: float = 0.0
+    target_nbytes: _Positive | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRecord(JsonFields):
+    """What a cache records about itself."""
+
+    identity: Annotated[CacheIdentity, At("")]
+    """What another build must have in common with it to make the same cache."""
+    weights_from: Annotated[str, At("teacher.weights_from")]
     """Where the teacher's weights came from: a file's name, or "hub:" and a repository."""
-    licence: str | None
-    """Of the teacher's weights; None where it is not known."""
-    depth: int
-    """Blocks the teacher has."""
+    licence: Annotated[str | None, At("teacher.licence")]
+    """Licence of the teacher's weights; None if it is not known."""
+    depth: Annotated[int, At("teacher.depth"), Range(at_least=1, at_most=4096)]
+    """Number of the teacher's blocks."""
     geometry: FactorGeometry
     """Layers, heads and shapes of what is stored."""
     calibration: CalibrationRecord
     created_by: CreatedBy
-    complete: Completion | None = None
+    complete: Annotated[Completion | None, Omitted] = None
     """None while the build is not finished."""
 
     @classmethod
     def of(cls, reader: CacheReader) -> CacheRecord:
-        """What an open cache says of itself; see `from_attributes`."""
-        return cls.from_attributes(reader.attributes, reader.path)
+        """The record of an open cache; see `from_attributes`."""
+        return cls.from_attributes(reader.attributes, reader.layout, reader.path)
 
     @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any], path: Location) -> CacheRecord:
+    def from_attributes(cls, attributes: Mapping[str, Any], layout: StoreLayout, path: Location) -> CacheRecord:
         """What a cache's attributes say.
 
         Args:
             attributes: `attributes["atcache"]` of its zarr.json.
+            layout: the cache's layout, with which the members must agree.
             path: the cache, for messages.
 
         Raises:
             CorruptCacheError: a member is missing, is not what it must be, or contradicts another; names both file
                 and member, what was found and what was expected.
         """
-        about = Members(dict(attributes), f"{path}/zarr.json")
-        layout = _parse_layout(attributes, path)
-        teacher = about.object("teacher")
-        depth = teacher.count("depth", 1, _MOST_LAYERS)
-        geometry = _parse_geometry(about.object("geometry"), depth, layout)
-        return cls(
-            path=path,
-            identity=parse_identity(about, layout, path),
-            weights_from=teacher.text("weights_from"),
-            licence=teacher.optional_text("licence"),
-            depth=depth,
-            geometry=geometry,
-            calibration=_parse_calibration(about.object("calibration"), geometry),
-            created_by=_parse_created_by(about.object("created_by")),
-            complete=None if attributes.get("complete") is None else _parse_complete(about.object("complete"), layout),
-        )
-
-    def to_attributes(self) -> dict[str, Any]:
-        """The attributes `from_attributes` came from: all that the store does not write itself, and the totals."""
-        attributes = self.identity.to_json()
-        made_from = {"weights_from": self.weights_from, "licence": self.licence, "depth": self.depth}
-        return {
-            **attributes,
-            "teacher": {**attributes["teacher"], **made_from},
-            "geometry": self.geometry.to_json(),
-            "calibration": self.calibration.to_json(),
-            "created_by": self.created_by.to_json(),
-            **({} if self.complete is None else {"complete": self.complete.to_json()}),
-        }
+        try:
+            record: CacheRecord = fit(dict(attributes), cls)
+            fit(record.identity.codec, _ShownOfCodec, "codec")
+            _check_agreement(record, layout)
+        except Misfit as misfit:
+            raise CorruptCacheError(f"{misfit.sentence(f'{path}/zarr.json')} {_ADVICE}") from misfit
+        return record
 
     @property
     def policy(self) -> ViewPolicy:
@@ -209,8 +171,11 @@ class CacheRecord:
             geometry=self.geometry,
         )
 
-    def make_codec(self) -> Codec:
+    def make_codec(self, path: Location) -> Codec:
         """How factors became integers. Imports torch.
+
+        Args:
+            path: the cache, for messages.
 
         Raises:
             CorruptCacheError: this version knows no such codec, or not with these fields.
@@ -221,98 +186,64 @@ class CacheRecord:
             codec = codec_from_json(dict(self.identity.codec))
         except CodecError as error:
             raise CorruptCacheError(
-                f'{self.path}/zarr.json: "codec" cannot be used: {error} Use the version that wrote the cache, or '
+                f'{path}/zarr.json: "codec" cannot be used: {error} Use the version that wrote the cache, or '
                 "restore the file from a copy."
             ) from error
         # A default in place of what is missing could decode to other maps.
         if missing := sorted(codec.to_json().keys() - self.identity.codec.keys()):
             raise CorruptCacheError(
-                f'{self.path}/zarr.json says nothing of "codec.{missing[0]}", which codec {codec.name} has. Restore it '
-                "from a copy, or build the cache anew."
+                f'{path}/zarr.json says nothing of "codec.{missing[0]}", which codec {codec.name} has. {_ADVICE}'
             )
         return codec
 
 
-def _parse_layout(attributes: Mapping[str, Any], path: Location) -> StoreLayout:
-    """What the store judged when it opened the cache; again here, as the other members must agree with it."""
-    try:
-        return StoreLayout.from_json(attributes["layout"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CorruptCacheError(f'{path}/zarr.json: "layout" cannot be used: {error}') from error
+def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
+    """Check what the members must be because others are what they are.
 
-
-def _parse_geometry(geometry: Members, depth: int, layout: StoreLayout) -> FactorGeometry:
-    num_model_heads = geometry.count("num_model_heads", 1, _MOST_VALUES)
-    heads = geometry.counts("heads", num_model_heads - 1)
-    kind = geometry.text("kind", get_args(AttentionKind)) if "kind" in geometry else "factors"
-    tokens = geometry.object("tokens")
-    parsed = FactorGeometry(
-        layers=geometry.counts("layers", depth - 1),
-        heads=heads,
-        num_model_heads=num_model_heads,
-        num_kv_heads=geometry.take(
-            "num_kv_heads",
-            lambda value: type(value) is int and value > 0 and len(heads) % value == 0,
-            f"a whole number that divides {len(heads)}, the heads that are kept",
-        ),
-        head_dim=geometry.count("head_dim", 1, _MOST_VALUES) if kind == "factors" else geometry.count("head_dim", 0, 0),
-        tokens=TokenLayout(
-            num_prefix_tokens=tokens.count("num_prefix_tokens", 0, _MOST_VALUES),
-            grid_height=tokens.count("grid_height", 1, _MOST_VALUES),
-            grid_width=tokens.count("grid_width", 1, _MOST_VALUES),
-        ),
-        scale=geometry.positive("scale"),
-        kind=cast("AttentionKind", kind),
-        v_head_dim=geometry.count("v_head_dim", 1, _MOST_VALUES) if "v_head_dim" in geometry else 0,
-    )
-    tokens.refuse_others(list(parsed.tokens.to_json()))
-    geometry.refuse_others([*parsed.to_json(), "kind", "v_head_dim"])
-    if parsed.tokens.num_tokens != layout.num_tokens:
-        geometry.take("tokens", lambda _: False, f"{layout.num_tokens} tokens in all, as its layout says")
-    return parsed
-
-
-def _parse_calibration(calibration: Members, geometry: FactorGeometry) -> CalibrationRecord:
-    def parse(card: Members) -> LayerCard:
-        return LayerCard(
-            layer=card.count("layer", 0, _MOST_LAYERS),
-            nbytes=card.number("nbytes", 0, LARGEST_COUNT),
-            row_kl_nats=card.number("row_kl_nats"),
-            injected_error=card.number("injected_error"),
-            v_error=card.optional_number("v_error"),
+    Raises:
+        Misfit: two contradict each other.
+    """
+    identity, geometry, complete = record.identity, record.geometry, record.complete
+    policy, num_heads, num_views = identity.policy, len(geometry.heads), layout.num_views * layout.num_samples
+    sides = (policy.image_height, policy.image_width)
+    of_layout: dict[str, tuple[object, object]] = {
+        "source.num_samples": (identity.num_samples, layout.num_samples),
+        "views.num_views": (identity.num_views, layout.num_views),
+        "views.pixels": (identity.pixels, "replay" if layout.pixels is None else "store"),
+        "views.policy.image_height": (sides, layout.pixels or sides),
+        "views.policy": (policy.parameter_names, layout.parameter_names),
+        "geometry.tokens": (geometry.tokens.num_tokens, layout.num_tokens),
+    }
+    for place, (found, wanted) in of_layout.items():
+        _require(found == wanted, place, found, f"{wanted!r}, as its layout says")
+    for name, limit in (("layers", record.depth), ("heads", geometry.num_model_heads)):
+        indices: tuple[int, ...] = getattr(geometry, name)
+        ascends = len(indices) > 0 and list(indices) == sorted(set(indices)) and indices[-1] < limit
+        _require(ascends, f"geometry.{name}", list(indices), f"ascending whole numbers from 0 to {limit - 1}")
+    num_kv_heads, head_dim, v_error = geometry.num_kv_heads, geometry.head_dim, record.calibration.v_error
+    divides = num_heads % num_kv_heads == 0
+    _require(divides, "geometry.num_kv_heads", num_kv_heads, f"a whole number that divides {num_heads}, the kept heads")
+    fits_kind = (head_dim > 0) == (geometry.kind == "factors")
+    _require(fits_kind, "geometry.head_dim", head_dim, "at least 1 for factors, 0 for maps")
+    _require(v_error is not None or not geometry.v_head_dim, "calibration.v_error", v_error, "a number, as v is stored")
+    if complete is not None:
+        num_tasks, num_bad = layout.num_views * layout.num_blocks, num_views - complete.num_stored
+        _require(
+            complete.num_tasks == num_tasks,
+            "complete.num_tasks",
+            complete.num_tasks,
+            f"{num_tasks}, as its layout says",
+        )
+        words = f"{num_bad}, with {complete.num_stored} of {num_views} views stored"
+        _require(complete.num_bad == num_bad, "complete.num_bad", complete.num_bad, words)
+        _require(
+            (complete.num_checked or 0) <= num_views,
+            "complete.num_checked",
+            complete.num_checked,
+            f"at most {num_views}",
         )
 
-    return CalibrationRecord(
-        row_kl_nats=calibration.number("row_kl_nats"),
-        injected_error=calibration.number("injected_error"),
-        v_error=calibration.number("v_error") if geometry.v_head_dim else calibration.optional_number("v_error"),
-        num_held_back=calibration.count("num_held_back", 1) if "num_held_back" in calibration else None,
-        layers=tuple(map(parse, calibration.objects("layers"))) if "layers" in calibration else None,
-    )
 
-
-def _parse_created_by(created_by: Members) -> CreatedBy:
-    names = ("atcache", "python", "torch", "timm", "device")
-    views = created_by.object("views")
-    return CreatedBy(
-        **{name: created_by.text(name) for name in names},
-        views={name: views.text(name) for name in views.names()},
-    )
-
-
-def _parse_complete(complete: Members, layout: StoreLayout) -> Completion:
-    num_tasks, num_views = layout.num_views * layout.num_blocks, layout.num_views * layout.num_samples
-    quality = complete.object("quality")
-    measured = {name: quality.object(name) for name in quality.names()}
-    parsed = Completion(
-        num_tasks=complete.count("num_tasks"),
-        num_stored=complete.count("num_stored", 0, num_views),
-        num_bad=complete.count("num_bad", 0, num_views),
-        nbytes=complete.count("nbytes"),
-        codes_nbytes=complete.count("codes_nbytes"),
-        quality={name: Quality(mean=value.number("mean"), max=value.number("max")) for name, value in measured.items()},
-        num_checked=complete.count("num_checked", 0, num_views) if "num_checked" in complete else None,
-    )
-    complete.agree("num_tasks", num_tasks, "as its layout says")
-    complete.agree("num_bad", num_views - parsed.num_stored, f"with {parsed.num_stored} of {num_views} views stored")
-    return parsed
+def _require(holds: bool, place: str, found: object, expected: str) -> None:
+    if not holds:
+        raise Misfit(place, found, expected)

@@ -1,4 +1,4 @@
-"""Stacking a batch sample by sample, in memory that a training process maps instead of copying."""
+"""Stack a batch sample by sample, in shared memory that the training process need not copy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NARROW = np.iinfo(np.int16)
 
 
 class Stack:
-    """Arrays of one shape, stacked as they come: while a sample is still in the processor's cache.
+    """Arrays of one shape, stacked one by one, while each is still in the processor's cache.
 
-    In a worker process the stack lies in shared memory. Of arrays with the last two axes swapped, as transposed codes
-    are, the stack keeps the order in memory: transposing integers costs a pass.
+    In a worker process the stack is in shared memory. Arrays whose last two axes are swapped, as in transposed codes,
+    keep their order in memory: transposing integers would cost another pass.
 
     Args:
         num_rows: how many arrays will be added.
-        narrows: hand int32 over as int16 while all values fit: half as much to share, pin and send.
+        narrows: store int32 as int16 as long as all values fit, which halves what is shared, pinned and sent.
     """
 
     def __init__(self, num_rows: int, *, narrows: bool = False) -> None:
@@ -38,6 +38,7 @@ class Stack:
         if self._stored is None:
             self._stored = _empty((self._num_rows, *stored.shape), np.dtype(np.int16) if narrows else stored.dtype)
         elif self._stored.dtype == torch.int16 and stored.dtype == np.int32 and not narrows:
+            # The first row that does not fit int16: the rows before it become int32 again.
             wide = _empty((self._num_rows, *stored.shape), stored.dtype)
             wide[: self._num_added] = self._stored[: self._num_added]
             self._stored = wide
@@ -46,7 +47,7 @@ class Stack:
 
     @property
     def tensor(self) -> Tensor | None:
-        """All rows; None where nothing was added."""
+        """All rows; None if nothing was added."""
         if self._stored is None:
             return None
         assert self._num_added == self._num_rows, f"{self._num_added} of {self._num_rows} rows were added"

@@ -1,10 +1,10 @@
 """What every codec is: a small frozen config that fits state to a teacher and makes coders.
 
-A codec turns a layer's factors into integers of fixed shape and back. Three steps, so that each is data or pure:
+A codec turns a layer's factors into integers of fixed shape and back. It has three parts, each data or pure functions:
 
 - the *codec* is its configuration, equal to its JSON;
 - `fit` looks at calibration factors and returns *state*, small float32 arrays that are stored in the cache;
-- `coder` binds codec, geometry and state on one device; the coder encodes and decodes batches there.
+- `coder` binds codec, geometry and state to one device; the coder encodes and decodes batches there.
 """
 
 from __future__ import annotations
@@ -49,27 +49,28 @@ class Codec(ABC):
 
         Args:
             geometry: shapes of the factors.
-            batches: per batch of views one `LayerFactors` or `LayerMaps` a kept layer. May be iterated several times.
-            held_back: factors of views that are not in `batches`, on which a target is to be met; None takes the
+            batches: for each batch of views, one `LayerFactors` or `LayerMaps` per kept layer. May be iterated several
+                times.
+            held_back: factors of views that are not in `batches`, on which a target must be met; None takes the
                 first batch.
-            nbytes_per_view: what a view of some codes_BLTC takes when it is stored; needed for targets in bytes.
+            nbytes_per_view: the bytes that one view of given codes_BLTC takes when stored; needed for targets in bytes.
 
         Returns:
-            Arrays that `coder` needs beside the configuration; none here.
+            Arrays that `coder` needs beside the configuration; this base class returns none.
         """
         del geometry, batches, held_back, nbytes_per_view
         return {}
 
     def refuse_values(self) -> None:
-        """Say that v is wanted in vain, where it is.
+        """Raise an error if this codec cannot store v.
 
         Raises:
-            CodecError: this codec keeps no v.
+            CodecError: this codec does not keep v.
         """
         if not self.keeps_values:
             raise CodecError(
-                f"codec {self.name} codes what the maps need, which v is no part of. Use --codec int8 or exact to "
-                "store v too."
+                f"codec {self.name} stores only what the maps are made from, and v is not part of that. Use --codec "
+                "int8 or exact to store v too."
             )
 
     @abstractmethod
@@ -81,7 +82,7 @@ class Codec(ABC):
         Args:
             geometry: shapes of the factors.
             state: what `fit` returned, or what was read back from a cache.
-            bias_LHQK: the teacher's static bias, handed out with the decoded factors; None for none.
+            bias_LHQK: the teacher's static bias, returned with the decoded factors; None if it has none.
             device: where `encode` and `decode` run.
         """
 
@@ -90,10 +91,10 @@ class Coder(ABC):
     """A codec bound to a geometry, its state and a device. Stateless between calls; threads may share it."""
 
     factors_are_teachers: ClassVar[bool] = False
-    """Whether decoded q and k are the teacher's own, each for itself. Where False they are in another basis, in which
-    only their product means something."""
+    """Whether decoded q and k are each the teacher's own. If False, they are in another basis, in which only their
+    product has a meaning."""
     layers_share_codes: ClassVar[bool] = False
-    """Whether one row of codes holds all layers, so that codes_BLTC has L = 1; else each layer has its own."""
+    """Whether one row of codes holds all layers, so that codes_BLTC has L = 1. If False, each layer has its own row."""
     geometry: FactorGeometry
     codes_dtype: torch.dtype
     """Integer type of the codes."""
@@ -110,18 +111,18 @@ class Coder(ABC):
         """Codes of a batch of views.
 
         Args:
-            layers: one `LayerFactors` or `LayerMaps` a kept layer, in the geometry's order, on the coder's device.
+            layers: one `LayerFactors` or `LayerMaps` per kept layer, in the geometry's order, on the coder's device.
 
         Returns:
             codes_BLTC, integers of `codes_dtype`, on the same device. Equal input gives equal codes.
 
         Raises:
-            CodecError: the factors do not fit in the codes (named with layer and value).
+            CodecError: the factors do not fit in the codes; the message names the layer and the value.
         """
 
     @property
     def num_code_layers(self) -> int:
-        """L of codes_BLTC."""
+        """The length of codes_BLTC along L."""
         return 1 if self.layers_share_codes else len(self.geometry.layers)
 
     def code_layer(self, position: int) -> int:
@@ -129,7 +130,7 @@ class Coder(ABC):
         return 0 if self.layers_share_codes else position
 
     def layer_shares_LC(self) -> Tensor | None:
-        """Where layers share codes, the part of each component that is each layer's: columns sum to 1. Else None."""
+        """The share that each layer has in each component: columns sum to 1. None if layers do not share codes."""
         return None
 
     @abstractmethod
@@ -138,7 +139,7 @@ class Coder(ABC):
 
         Args:
             position: index into the geometry's `layers` (not the block index).
-            codes_BTC: the codes at `code_layer(position)` of L.
+            codes_BTC: the codes at index `code_layer(position)` along L.
         """
 
     def bias(self, position: int) -> Tensor | None:
@@ -147,18 +148,18 @@ class Coder(ABC):
 
     @property
     def _num_head_vectors(self) -> int:
-        """Vectors of head_dim a token has in a layer: q's heads and k's."""
+        """How many vectors of length head_dim a token has in a layer: one for each head of q and of k."""
         return len(self.geometry.heads) + self.geometry.num_kv_heads
 
     @property
     def _part_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(vectors, head dim) of q and k together, then of v where it is stored: what a token has in a layer."""
+        """(vectors, head dim) of one token in a layer: for q and k together, then for v if it is stored."""
         of_maps = (self._num_head_vectors, self.geometry.head_dim)
         v_head_dim = self.geometry.v_head_dim
         return (of_maps, (self.geometry.num_kv_heads, v_head_dim)) if v_head_dim else (of_maps,)
 
     def _parts_BTND(self, layer: LayerFactors) -> tuple[Tensor, ...]:
-        """q's heads then k's, and v's where it is stored: each of shape (batch, token, vectors, head dim)."""
+        """The heads of q and k together, then of v if it is stored: each of shape (batch, token, vectors, head dim)."""
         of_maps = torch.cat([layer.q_BHTD.transpose(1, 2), layer.k_BHTD.transpose(1, 2)], dim=2)
         if not self.geometry.v_head_dim:
             return (of_maps,)
@@ -179,10 +180,10 @@ class Coder(ABC):
 
 
 def only_factors(layers: Sequence[LayerAttention], codec_name: str) -> list[LayerFactors]:
-    """The layers, once all are known to be factors: what codecs of q and k begin with.
+    """The layers, checked to be factors; codecs of q and k call this first.
 
     Raises:
-        CodecError: the teacher hands over maps.
+        CodecError: a layer holds maps.
     """
     factors = [layer for layer in layers if isinstance(layer, LayerFactors)]
     if len(factors) < len(layers):
@@ -192,6 +193,6 @@ def only_factors(layers: Sequence[LayerAttention], codec_name: str) -> list[Laye
 
 def _needs_factors(codec_name: str) -> CodecError:
     return CodecError(
-        f"codec {codec_name} stores q and k, but this teacher's maps are not the softmax of one q k^T, so maps are all "
-        "it hands over. Use --codec logmap."
+        f"codec {codec_name} stores q and k, but this teacher's maps are not the softmax of one q k^T, so only maps "
+        "can be stored. Use --codec logmap."
     )

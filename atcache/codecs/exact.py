@@ -24,7 +24,7 @@ class ExactCodec(Codec):
     name: ClassVar[str] = "exact"
     keeps_values: ClassVar[bool] = True
     dtype: Literal["float16", "float32"] = "float16"
-    """float16 is what mixed-precision teachers compute in; float32 is for proofs and for factors beyond 65504."""
+    """float16 is what mixed-precision teachers compute in; float32 is for exact checks and for factors over 65504."""
 
     def __post_init__(self) -> None:
         if self.dtype not in _INTEGER_OF:
@@ -39,8 +39,8 @@ class ExactCodec(Codec):
 
 
 class ExactCoder(Coder):
-    """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim, and where v is stored
-    its heads * its head dim behind."""
+    """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim, followed by
+    v heads * v head dim if v is stored."""
 
     factors_are_teachers = True
 

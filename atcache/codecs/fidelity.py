@@ -10,7 +10,7 @@ from torch import Tensor
 from atcache.attention.factors import LayerAttention, LayerFactors
 
 _MAP_NUMEL = 2**24
-"""Elements of maps held at a time: 128 MiB in float64, a few times over."""
+"""Elements of maps held at a time: 128 MiB in float64, for each of a few copies."""
 
 
 def row_kl(teacher: LayerAttention, decoded: LayerAttention) -> Tensor:
@@ -21,7 +21,7 @@ def row_kl(teacher: LayerAttention, decoded: LayerAttention) -> Tensor:
 
     Args:
         teacher: the factors or maps as captured.
-        decoded: the factors or maps as a coder gives them back, same batch, heads and tokens.
+        decoded: the factors or maps as a coder returns them, same batch, heads and tokens.
     """
     log_attn_BHQK, log_decoded_BHQK = (attention.log_maps(torch.float64) for attention in (teacher, decoded))
     attn_BHQK = log_attn_BHQK.exp()
@@ -31,36 +31,36 @@ def row_kl(teacher: LayerAttention, decoded: LayerAttention) -> Tensor:
 
 
 def mean_row_kl(teacher: LayerAttention, decoded: Callable[[slice], LayerAttention]) -> float:
-    """Mean KL(A || decoded A) over all rows of a layer's views, in nats; a few views at a time, as memory allows.
+    """Mean KL(A || decoded A) over all rows of a layer's views, in nats; computed for a few views at a time.
 
     Args:
         teacher: as for `row_kl`, any number of views.
-        decoded: gives the same of a slice of them.
+        decoded: returns the decoded factors or maps of a slice of these views.
     """
     num_views = teacher.shape_BHT[0]
     total = 0.0
     for few in slices_of_views(teacher, _MAP_NUMEL):
         kl_BHQ = row_kl(teacher.select(few), decoded(few))
         total += float(kl_BHQ.mean()) * len(kl_BHQ)
-    return max(total / num_views, 0.0)  # in this order, what is no number stays so
+    return max(total / num_views, 0.0)  # in this order NaN stays NaN
 
 
 def value_error(teacher: LayerFactors, decoded: LayerFactors) -> float:
-    """|decoded v - v| / |v| over all values of a layer's views, which the row KL does not see.
+    """|decoded v - v| / |v| over all values of a layer's views: an error that the row KL does not contain.
 
     Args:
         teacher: the factors as captured, with v.
-        decoded: as a coder gives them back.
+        decoded: the factors as a coder returns them.
     """
-    assert teacher.v_BHTD is not None, "asked for where v is stored"
-    assert decoded.v_BHTD is not None, "asked for where v is stored"
+    assert teacher.v_BHTD is not None, "called only if v is stored"
+    assert decoded.v_BHTD is not None, "called only if v is stored"
     v_BHTD = teacher.v_BHTD.double()
     squared_error, squared_norm = (decoded.v_BHTD.double() - v_BHTD).square().sum(), v_BHTD.square().sum()
     return float((squared_error / squared_norm.clamp_min(1e-300)).sqrt())
 
 
 def slices_of_views(layer: LayerAttention, map_numel: int) -> Iterator[slice]:
-    """A layer's views in runs whose maps have at most so many elements, or one view each."""
+    """Slices of a layer's views: the maps of each have at most `map_numel` elements, unless it is a single view."""
     num_views, num_heads, num_tokens = layer.shape_BHT
     step = max(1, map_numel // (num_heads * num_tokens**2))
     return (slice(start, start + step) for start in range(0, num_views, step))

@@ -1,4 +1,4 @@
-"""`int8`: one scale a token and head, codes in -127..127."""
+"""`int8`: one scale for each token and head, codes in -127..127."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from atcache.codecs.base import Codec, Coder, State, only_factors
 from atcache.errors import CodecError
 
 _LARGEST_CODE = 127
-_SCALE_NBYTES = 2  # a float16, stored as two int8 codes behind the vectors' codes
+_SCALE_NBYTES = 2  # a float16, stored as two int8 codes after the vectors' codes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Codec(Codec):
     """Each vector of q, k and v divided by its own absolute maximum: no calibration, nothing clipped.
 
-    A component is off by half a step at most, 1/254 of its vector's largest, and a little more where float16 rounds the
-    scale down.
+    A component is wrong by at most half a step, which is 1/254 of its vector's largest component; by slightly more if
+    float16 rounds the scale down.
     """
 
     name: ClassVar[str] = "int8"
@@ -39,7 +39,7 @@ class Int8Codec(Codec):
 
 class Int8Coder(Coder):
     """value = code * scale. C = head vectors * head_dim codes, then head vectors * 2 bytes of float16 scales: first
-    those of q and k, then those of v where it is stored."""
+    for q and k, then the same for v if it is stored."""
 
     factors_are_teachers = True
     codes_dtype = torch.int8
@@ -66,13 +66,13 @@ class Int8Coder(Coder):
         scale_BTN = (vectors_BTND.abs().amax(dim=-1) / _LARGEST_CODE).half()
         if not bool(torch.isfinite(scale_BTN).all()):
             raise CodecError(
-                f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is no number or over "
+                f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is NaN or over "
                 f"{_LARGEST_CODE * 65504}, the most codec int8 holds. Check the teacher's weights and precision."
             )
-        # Dividing by the rounded scale, the one decoding multiplies by. Where float16 rounds a scale to 0 (every
-        # value under 4e-6) the codes are 0; where it rounds a tiny scale down, the clamp keeps codes in range.
+        # Divide by the rounded scale, because decoding multiplies by it. If float16 rounds a scale to 0 (every value
+        # is under 4e-6), the codes are 0; if it rounds a tiny scale down, the clamp keeps codes in range.
         divisor_BTN1 = torch.where(scale_BTN == 0, torch.inf, scale_BTN.float()).unsqueeze(-1)
-        # In place behind the division, as all of this is bound by memory.
+        # In place after the division: memory bandwidth limits all of this.
         codes_BTND = (vectors_BTND / divisor_BTN1).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
         return torch.cat([codes_BTND.flatten(2), scale_BTN.contiguous().view(torch.int8)], dim=2)
 

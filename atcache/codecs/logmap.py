@@ -1,4 +1,4 @@
-"""`logmap`: the maps themselves, in a few logarithmic levels. For teachers whose maps are no softmax of one q k^T."""
+"""`logmap`: the maps themselves, in logarithmic levels. For teachers whose maps are not the softmax of one q k^T."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from atcache.codecs.base import Codec, Coder, State
 from atcache.errors import CodecError
 
 _CURVE = 1 / 16
-"""Steps are even in log(1 + slope p), slope = 2 ** bits T / 16, T tokens: at 6 bits equal ratios for probabilities over
-a quarter of uniform (1 / T), equal differences below. Even ratios all the way down take more bytes at the same KL, as
-does one slope for all numbers of bits (`docs/design.md`)."""
+"""Steps are equal in log(1 + slope p), with slope = 2 ** bits T / 16 and T tokens. At 6 bits this gives equal ratios
+for probabilities over a quarter of uniform (1 / T), and equal differences below. Equal ratios everywhere would take
+more bytes at the same KL, and so would one slope for every number of bits (`docs/design.md`)."""
 _UNDER_HALF_A_STEP = 0.1
-"""What a positive probability under half a step becomes, in steps: never 0, which would make its row's KL infinite."""
+"""What a positive probability under half a step becomes, in steps. A 0 would make its row's KL infinite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogmapCodec(Codec):
-    """Each probability rounded to even logarithmic steps; rows are made to sum to 1 again.
+    """Each probability rounded to equal logarithmic steps; rows are made to sum to 1 again.
 
-    Nothing is fitted and nothing is clipped. Rows that are 1 at one key lose most, to the rest of the row: 0.0022 nats
-    at 6 bits and 65 tokens, about a quarter of that for each bit more. 0 (a masked key) stays 0.
+    Nothing is fitted and nothing is clipped. Rows that are 1 at one key lose the most, to the row's other keys: 0.0022
+    nats at 6 bits and 65 tokens, about a quarter of that with each further bit. 0 (a masked key) stays 0.
     """
 
     name: ClassVar[str] = "logmap"
@@ -50,7 +50,7 @@ class LogmapCodec(Codec):
 
 
 class LogmapCoder(Coder):
-    """C = heads * tokens: a query's row of each head. Code 0 is probability 0, 2 ** bits - 1 is 1."""
+    """C = heads * tokens: a query's row in each head. Code 0 is probability 0, code 2 ** bits - 1 is probability 1."""
 
     codes_dtype = torch.uint8
 
@@ -71,13 +71,13 @@ class LogmapCoder(Coder):
 
     def _encode_layer(self, block: int, position: int, layer: LayerAttention) -> Tensor:
         if isinstance(layer, LayerFactors) and layer.bias is None:
-            # The bias is part of a map; captured factors carry theirs, others get the teacher's.
+            # The bias is part of a map. Captured factors carry their own; others get the teacher's.
             layer = LayerFactors(q_BHTD=layer.q_BHTD, k_BHTD=layer.k_BHTD, scale=layer.scale, bias=self.bias(position))
         log_attn_BHQK = layer.log_maps()
         if not bool(torch.isfinite(log_attn_BHQK.amax(dim=-1)).all()):
             raise CodecError(
-                f"layer {block}: a row of a map is no distribution: it holds a negative value, no number, or only "
-                "zeros. Check the teacher's weights and precision."
+                f"layer {block}: a row of a map is not a distribution: it holds a negative value, NaN, infinity, or "
+                "only zeros. Check the teacher's weights and precision."
             )
         masked_BHQK = log_attn_BHQK == -torch.inf  # before exp, which turns small probabilities into 0 too
         steps_BHQK = log_attn_BHQK.exp_().mul_(self._slope).log1p_().div_(self._step)
@@ -90,5 +90,5 @@ class LogmapCoder(Coder):
         codes_BHQK = codes_BTC.reshape(codes_BTC.shape[0], num_tokens, num_heads, num_tokens).transpose(1, 2)
         steps_BHQK = (codes_BHQK.float() - 1).masked_fill_(codes_BHQK == 1, _UNDER_HALF_A_STEP)
         attn_BHQK = steps_BHQK.mul_(self._step).expm1_().masked_fill_(codes_BHQK == 0, 0)
-        # Rows of zeros, which no encoder writes, stay zeros.
+        # The clamp keeps rows of zeros at zero. `encode` writes no such rows, but a cache may hold them.
         return LayerMaps(attn_BHQK=attn_BHQK / attn_BHQK.sum(dim=-1, keepdim=True).clamp_min_(1e-30))

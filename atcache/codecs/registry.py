@@ -22,20 +22,23 @@ def parse_codec(text: str) -> Codec:
 
     >>> parse_codec("exact:dtype=float32")
     ExactCodec(dtype='float32')
+    >>> parse_codec("transform:dct=false").dct
+    False
 
     Raises:
-        CodecError: no such codec, or no such field.
+        CodecError: there is no such codec, or it has no such field.
     """
     name, _, arguments = text.partition(":")
     fields: dict[str, Any] = {}
     for argument in filter(None, arguments.split(",")):
         key, equals, value = argument.partition("=")
         if not equals:
-            raise CodecError(f"codec {text!r}: {argument!r} is no field=value.")
+            raise CodecError(f"codec {text!r}: {argument!r} is not of the form field=value.")
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
-            fields[key.strip()] = value.strip()
+            word = value.strip()
+            fields[key.strip()] = {"true": True, "false": False}.get(word.lower(), word)
     return codec_from_json({"name": name.strip(), **fields})
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from atcache.errors import CodecError
 
 _CLOSE_ENOUGH = 0.96
-"""Share of the target that is accepted: a step is measured on a few views, so more digits would say nothing."""
+"""Share of the target that ends the search. A step is measured on a few views only, so closer would mean nothing."""
 _MAX_TRIES = 24
-_AIM = math.log(_CLOSE_ENOUGH) / 2
-_LARGEST_JUMP = math.log(8)
-_STEEPEST, _FLATTEST = 2.0, 0.1
+_AIM = math.log(_CLOSE_ENOUGH) / 2  # the middle of what is accepted, in logarithms
+_LARGEST_JUMP = math.log(8)  # the slope holds near the measured steps only
+_STEEPEST, _FLATTEST = 2.0, 0.1  # slopes of log measure over log step
 
 
 def find_step(
@@ -27,7 +27,7 @@ def find_step(
     """A step at which `measure` is at most `target`, and not far below it.
 
     Args:
-        measure: a number above or at 0 that rises with the step (a divergence) or falls with it (bytes).
+        measure: returns a number of at least 0 that rises with the step (a divergence) or falls with it (bytes).
         target: above 0.
         start: the step tried first.
         rises: whether `measure` rises.
@@ -35,20 +35,22 @@ def find_step(
         most: no step above this is tried.
 
     Returns:
-        The best step seen that meets the target; the one that came nearest where none does.
+        The best step seen that meets the target; if none does, the one that came nearest.
 
     Raises:
-        CodecError: `measure` gives no number.
+        CodecError: `measure` returned NaN.
     """
     meets: tuple[float, float] | None = None
     misses: tuple[float, float] | None = None
     before: tuple[float, float] | None = None
-    slope = _STEEPEST if rises else -_STEEPEST / 4  # a divergence goes with the step's square, bytes fall slowly
+    slope = _STEEPEST if rises else -_STEEPEST / 4  # a divergence grows with the step's square, bytes fall slowly
     step = min(most, max(least, start))
     for _ in range(_MAX_TRIES):
         value = measure(step)
         if math.isnan(value):
-            raise CodecError(f"the codec's fidelity or size is no number at step {step:.3g}.")
+            raise CodecError(
+                f"the codec's fidelity or size is NaN at step {step:.3g}. Check the teacher's weights and precision."
+            )
         excess = math.log(max(value / target, 1e-12))
         if excess <= 0:
             meets = (step, excess)
@@ -74,12 +76,12 @@ def find_step(
 
 
 def _bounded(slope: float, rises: bool) -> float:
-    """A slope in logarithms that has the right sign and leads to no absurd jump."""
+    """The slope, in logarithms, given the right sign and kept within bounds that prevent absurd jumps."""
     size = min(_STEEPEST, max(_FLATTEST, slope if rises else -slope))
     return size if rises else -size
 
 
 def _between(meets: tuple[float, float], misses: tuple[float, float]) -> float:
-    """Linear between the two in logarithms, but never so near to an end that nothing is learnt."""
+    """A step between the two, linear in logarithms, but not so near to either that measuring it tells nothing."""
     share = (_AIM - meets[1]) / (misses[1] - meets[1])
     return meets[0] * (misses[0] / meets[0]) ** min(0.9, max(0.1, share))

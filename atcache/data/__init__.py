@@ -1,1 +1,1 @@
-"""Fitted data that ships with the package."""
+"""Data that comes with the package: the demo's weights and the recipes."""

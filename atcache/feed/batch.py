@@ -1,4 +1,4 @@
-"""A batch: what one step of training or validation takes, in parts where its samples lie in several caches."""
+"""A batch: what one step of training or validation takes. Its codes come in one part for each cache."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 class Codes(NamedTuple):
-    """The teacher's codes of those samples of a batch that lie in one cache."""
+    """The teacher's codes of the samples of a batch that are in one cache."""
 
     part: int
-    """Which of the joined caches, from 0; 0 where there is one."""
+    """Which of the joined caches, from 0; 0 if there is only one."""
     row_B: np.ndarray
     """Their rows in the batch, ascending int64. They stay in host memory, where batches are cut."""
     codes_BLTC: Tensor
-    """Codes of their views, int16 where a codec's int32 codes fit; L, T and C are this cache's own."""
+    """Codes of their views, int16 if a codec's int32 codes fit; L, T and C are this cache's own."""
 
 
 class Batch(NamedTuple):
@@ -32,16 +32,18 @@ class Batch(NamedTuple):
     label_B: Tensor
     """Classes, int64."""
     mix_label_B: Tensor
-    """Classes of the samples mixed in, int64; the own one where none is."""
+    """Classes of the samples that are mixed in, int64; equal to `label_B` where none is."""
     mix_share_B: Tensor
-    """Share of the own image, and so of `label_B`, float32 in 0..1; the rest is `mix_label_B`'s. 1 where not mixed."""
+    """Share of each sample's own image, and so of `label_B`, float32 in 0..1; `mix_label_B` has the rest. 1 if not
+    mixed."""
     codes: tuple[Codes, ...] = ()
-    """The teacher's codes, by the caches that the samples lie in; empty where they are not wanted."""
+    """The teacher's codes, one part for each cache that has samples of the batch; empty if they are not wanted."""
 
     def class_probabilities(self, num_classes: int) -> Tensor:
         """The share of each class in each image, float32 (batch, class): two classes where two samples are mixed.
 
-        With label smoothing on top they are the targets of timm's `Mixup`, and the loss its `SoftTargetCrossEntropy`.
+        With label smoothing on top they equal the targets of timm's `Mixup`, and cross-entropy with them equals its
+        `SoftTargetCrossEntropy`.
         """
         own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (self.label_B, self.mix_label_B))
         share_B1 = self.mix_share_B.unsqueeze(1)
@@ -52,7 +54,7 @@ class Batch(NamedTuple):
         return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch where a GPU fetches it from without waiting; torch's `DataLoader` calls this."""
+        """The batch in pinned memory, from which a GPU copies without waiting; torch's `DataLoader` calls this."""
         return self._changed(lambda tensor: tensor.pin_memory())
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -71,7 +73,7 @@ class Batch(NamedTuple):
         return Batch(*(tensor[first:stop] for tensor in tensors), codes=tuple(parts))
 
     def cut(self, num_parts: int) -> list[Batch]:
-        """The batch in equal parts; its size is a multiple of `num_parts`."""
+        """The batch in equal parts; its size must be a multiple of `num_parts`."""
         if num_parts == 1:
             return [self]
         size = len(self.label_B) // num_parts

@@ -1,4 +1,4 @@
-"""The caches a student learns from: opened, checked to go together, and their views as one set of samples."""
+"""Open the caches that a student learns from, check that they fit together, and join their views."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from atcache.views.rendering import STORED
 
 
 def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
-    """Caches to take together: of one teacher and one size of views, and each of samples of its own.
+    """Open caches to use together: they must have the same teacher and size of views, and no sample in common.
 
-    Codecs, their fitted state, and how and how often views were drawn may differ.
+    Codecs, their fitted state, view policies and numbers of views may differ.
 
     Raises:
-        CacheMismatchError: two of them do not go together; names both, and in what they differ.
+        CacheMismatchError: two of them do not fit together; the message names both, and what differs.
         CacheMissError: there is no cache at one of the paths.
         CorruptCacheError: a cache is damaged.
     """
     readers = tuple(CacheReader(path) for path in paths)
     for reader in readers:
-        CacheRecord.of(reader).make_codec()  # a cache that cannot be used is refused before anything costs time
+        CacheRecord.of(reader).make_codec(reader.path)  # refuses a cache that cannot be used, before anything slow
     for other in readers[1:]:
         _check_alike(readers[0], other)
     for first, second in combinations(readers, 2):
@@ -44,20 +44,20 @@ def _check_alike(first: CacheReader, other: CacheReader) -> None:
     places = f"in {first.path}", f"in {other.path}"
     differences = name_differences(_what_is_shared(first), _what_is_shared(other), places)
     if not differences and not _equal_bias(first.bias_LHQK, other.bias_LHQK):
-        differences = [f"the teacher's bias is another {places[0]} than {places[1]}"]
+        differences = [f"the teacher's bias {places[0]} is not the one {places[1]}"]
     if differences:
         raise CacheMismatchError(
-            f"these caches cannot be taken together: {'; '.join(differences)}. Build both with the same teacher, "
+            f"these caches cannot be used together: {'; '.join(differences)}. Build both with the same teacher, "
             "weights, layers, heads and image size."
         )
 
 
 def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
-    """What is equal in all caches of one training."""
+    """What must be equal in all caches of one training."""
     record = CacheRecord.of(reader)
     teacher, policy, images = record.teacher_record.to_json(), record.policy, record.identity.input
-    del teacher["precision"]  # float32 and bfloat16 round the same maps
-    teacher["geometry"].pop("v_head_dim", None)  # who is given v asks each cache for it
+    del teacher["precision"]  # the maps are the same, only rounded to float32 or bfloat16
+    teacher["geometry"].pop("v_head_dim", None)  # checked for each cache, if a student is given v
     return {
         **teacher,
         "views": {"image_height": policy.image_height, "image_width": policy.image_width},
@@ -72,16 +72,16 @@ def _equal_bias(first: np.ndarray | None, second: np.ndarray | None) -> bool:
 
 
 def _check_other_samples(first: CacheReader, second: CacheReader) -> None:
-    """Refuse two caches that hold a sample twice: an epoch would show it twice, and an accuracy count it twice."""
+    """Refuse two caches that share a sample: an epoch would show it twice, and an accuracy would count it twice."""
     if tar := _shared_tar(first.samples, second.samples):
         raise CacheMismatchError(
-            f"{first.path} and {second.path} both hold the samples of {tar}, so each would count twice. Give "
-            "one of them; for more views of the same samples, build one cache with more --views."
+            f"{first.path} and {second.path} both hold the samples of {tar}, so each sample would count twice. Give "
+            "only one of them; for more views of the same samples, build one cache with more --views."
         )
 
 
 def _shared_tar(first: SampleIndex, second: SampleIndex) -> str | None:
-    """The first tar that two sources have in common, wherever it lies: of the same name, with the same rows."""
+    """The first tar that two sources share: of the same name and size, with the same rows, in whatever folder."""
     numbers = {tar.name: number for number, tar in enumerate(second.tars)}
     for number, tar in enumerate(first.tars):
         other = numbers.get(tar.name)
@@ -105,13 +105,13 @@ def open_joined_views(
     code_layers: Sequence[slice] | None,
     keep_nbytes: int,
 ) -> tuple[Views, np.ndarray, np.ndarray]:
-    """The views of all samples of complete caches, rows numbered on from cache to cache.
+    """The views of all samples of complete caches; row numbers continue from one cache to the next.
 
     Args:
         readers: the caches, one or more.
-        data: where their tars are now; None for where they were.
-        code_layers: for each cache which rows of L of its codes; None where no codes are wanted.
-        keep_nbytes: memory for views that were read, over all caches.
+        data: where their tars are now; None if they were not moved.
+        code_layers: for each cache, which rows of L of its codes to read; None if no codes are wanted.
+        keep_nbytes: memory in which views that were read are kept, over all caches.
 
     Returns:
         The views, the class of every row, and the rows that have a label and are stored in every view.
@@ -119,7 +119,7 @@ def open_joined_views(
     Raises:
         CacheMismatchError: a cache is not complete.
         ConfigError: `data` is given, and every cache stores its images.
-        SourceError: the tars are not there, or a cache has no sample that can be used.
+        SourceError: the tars cannot be found, or a cache has no sample that can be used.
     """
     if data is not None and all(reader.layout.pixels is not None for reader in readers):
         paths = " and ".join(str(reader.path) for reader in readers)
@@ -143,7 +143,9 @@ def open_joined_views(
         parts.append(CachedViews(reader, source, code_layers=its_layers, keep_nbytes=its_nbytes))
         usable_S = usable_samples(reader)
         if not len(usable_S):
-            raise SourceError(f"{reader.path} has no sample with a label and an image.")
+            raise SourceError(
+                f"{reader.path} has no sample with a label and an image. Build it from images with labels."
+            )
         usable.append(start + usable_S)
         start += layout.num_samples
     label_S = np.concatenate([reader.labels_S for reader in readers])
@@ -160,17 +162,17 @@ def choose_cached_samples(
         label_S: class of every row.
         usable_S: the rows that can be used.
         subset: how many are wanted; None for all.
-        seed: which ones.
+        seed: decides which ones.
 
     Raises:
-        ConfigError: there are fewer, or the views of a subset would show other samples.
+        ConfigError: fewer can be used, or views are mixed with samples that may be outside the subset.
     """
     if subset is None:
         return usable_S
     if mixed := next((reader for reader in readers if are_mixed(reader)), None):
         raise ConfigError(
             f"subset={subset}: the views of {mixed.path} are mixed with those of other samples, whose images and "
-            "labels a subset must not see. Build a cache without --mixup and --cutmix, or of the subset's tars."
+            "labels a subset must not see. Build a cache without --mixup and --cutmix, or only of the subset's tars."
         )
     return choose_subset(label_S, usable_S, subset, seed)
 

@@ -1,4 +1,4 @@
-"""Batches of views for training and validation: batch N is the same whatever was read before it, and by whom."""
+"""Batches of views for training and validation. Batch N is always the same, whatever was read before it."""
 
 from __future__ import annotations
 
@@ -66,26 +66,26 @@ class _Batches(Dataset[Batch]):
         )
 
     def _expect(self, order: SampleOrder, step: int) -> None:
-        """Have this step's windows and the next read ahead, each once."""
+        """Start to read this step's windows and the next ones ahead, each only once."""
         coming = [(epoch, window + ahead) for epoch, window in order.windows(step) for ahead in (0, 1)]
         new = [place for place in dict.fromkeys(coming) if place not in self._expected]
         if new:
-            # Aside, since a disk with much to read makes the asking wait.
+            # In a thread, as a busy disk makes even the request to read ahead wait.
             Thread(target=self._expect_windows, args=(order, new), name="atcache-expect", daemon=True).start()
         self._expected = coming or self._expected
 
     def _expect_windows(self, order: SampleOrder, windows: Sequence[tuple[int, int]]) -> None:
         for epoch, window in windows:
-            # Reading itself will tell what is wrong.
+            # If something is wrong, reading the batch itself will raise it.
             with suppress(AtcacheError, OSError):
                 if len(sample_S := order.window_samples(epoch, window)):
                     self._views.expect(sample_S, epoch)
 
 
 class BatchStream:
-    """The batches of a training, which can be left at any batch and taken up there by another process.
+    """The batches of a training, which can stop after any batch and continue there in another process.
 
-    Iterating gives the batches that are left. `state_dict` counts what was handed out, not what was read ahead.
+    Iterating gives the remaining batches. `state_dict` counts what was handed out, not what was read ahead.
 
     Args:
         views: where samples are read.
@@ -93,7 +93,7 @@ class BatchStream:
         order: which samples a batch has.
         num_steps: batches in all.
         first_step: how many of them were handed out before, by another stream.
-        workers: processes that read ahead; 0 for none. Another number continues as well.
+        workers: processes that read ahead; 0 for none. The stream may continue with another number.
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class BatchStream:
         return self._step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, and of what; JSON values."""
+        """The position in the stream, and what identifies the stream; JSON values."""
         return {"step": self._step, "order": self._order.identity, "views": self._views.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue behind the last batch that was handed out when `state` was taken.
+        """Continue after the last batch that was handed out when `state` was taken.
 
         Raises:
-            ConfigError: it is the state of another stream.
+            ConfigError: `state` is that of another stream.
         """
         ours = self.state_dict()
         for part in ("order", "views"):
@@ -140,10 +140,13 @@ class BatchStream:
             if differences or state[part].keys() != ours[part].keys():
                 raise ConfigError(
                     f"the state is of another stream of batches: {part} differ in {', '.join(differences) or 'kind'}. "
-                    "Make the stream with the samples, seed, batch size, shuffle and views it was made with."
+                    "Make this stream with the samples, seed, batch size, shuffle and views of that one."
                 )
         if not 0 <= state["step"] <= self._num_steps:
-            raise ConfigError(f"the state is at step {state['step']}: this stream has {self._num_steps} steps.")
+            raise ConfigError(
+                f"the state is at step {state['step']}, but this stream has {self._num_steps} steps. Make it with as "
+                "many steps as that one."
+            )
         self._step = int(state["step"])
 
 

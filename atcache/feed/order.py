@@ -1,6 +1,7 @@
-"""What a seed decides: the order of samples, a subset of them, the random numbers of a step. Pure functions, for ever.
+"""What a seed decides: the order of samples, a subset of them, the random numbers of a step.
 
-They rest on raw Philox words and BLAKE2, not on `Generator.permutation` and its like, which libraries may change.
+These pure functions must never change, or old runs could not resume. They use raw Philox words and BLAKE2, not
+`Generator.permutation` and the like, which libraries may change.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from atcache.choices import SHUFFLES, Shuffle
 from atcache.errors import ConfigError
 
-# As orders are for ever, so are these. A block is what a disk reads in one go; a window is what is mixed, and what the
-# page cache should hold twice.
+# These must never change either, as orders depend on them. A disk reads a block at once. A window is shuffled as a
+# whole; the page cache should have room for two.
 BLOCK_SAMPLES = 32
 WINDOW_BLOCKS = 128
 
@@ -26,18 +27,19 @@ WINDOW_BLOCKS = 128
 class SampleOrder:
     """One endless stream of (sample, epoch): epoch 0's permutation, then epoch 1's, and so on, cut into batches.
 
-    So every sample comes once an epoch, all batches are full, and a run that stops after step N continues with batch N.
+    So every sample comes once per epoch, all batches are full, and a run that stops after N steps continues with
+    batch N.
     """
 
     sample_S: np.ndarray
     """The samples to train on, int64."""
     seed: int
-    """Another seed, another order."""
+    """Another seed gives another order."""
     batch_size: int
     """Samples a step, over all processes."""
     shuffle: Shuffle = "global"
     """"block" permutes blocks of `BLOCK_SAMPLES` neighbouring rows, and then the samples of each window of
-    `WINDOW_BLOCKS` such blocks: reads stay within one window for as long as it lasts."""
+    `WINDOW_BLOCKS` such blocks: reads stay within one window until all its samples are read."""
     rank: int = 0
     """Which of `num_ranks` equal parts of each batch this process takes."""
     num_ranks: int = 1
@@ -49,7 +51,7 @@ class SampleOrder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for another order to be this one, as JSON."""
+        """What another order must have in common with this one to be the same, as JSON."""
         samples = np.ascontiguousarray(self.sample_S, "<i8")
         return {
             "samples": hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
@@ -60,12 +62,13 @@ class SampleOrder:
 
     def num_steps(self, epochs: float) -> int:
         """Steps that show each sample `epochs` times. The last of them may show the first samples of the next epoch."""
+        # Rounded first, or a rounding error such as in 30.000000000000004 would cost another step.
         return math.ceil(round(epochs * len(self.sample_S) / self.batch_size, 9))
 
     def batch(self, step: int) -> list[tuple[int, int]]:
-        """This rank's (sample, epoch) pairs of one step; equal for equal arguments, everywhere.
+        """This rank's (sample, epoch) pairs of one step; the same on every machine.
 
-        The ranks' parts, one after another, are the batch of one process.
+        The parts of all ranks, one after another, are the batch that one process alone would take.
         """
         pairs: list[tuple[int, int]] = []
         for epoch, start, stop in self._stretches(step):
@@ -84,7 +87,7 @@ class SampleOrder:
         return found
 
     def window_samples(self, epoch: int, window: int) -> np.ndarray:
-        """The samples of one window, ascending int64; none behind an epoch's last window."""
+        """The samples of one window, ascending int64; none after an epoch's last window."""
         order, ends_W = _block_order(self, epoch)
         if window >= len(ends_W):
             return self.sample_S[:0]
@@ -92,7 +95,7 @@ class SampleOrder:
         return np.sort(self.sample_S[order[start : int(ends_W[window])]])
 
     def _stretches(self, step: int) -> list[tuple[int, int, int]]:
-        """Where this rank's part of a step lies: (epoch, start, stop) in one epoch's order or in several."""
+        """Where this rank's part of a step is: (epoch, start, stop) in the order of one epoch, or of several."""
         num_samples = len(self.sample_S)
         part_size = self.batch_size // self.num_ranks
         position = step * self.batch_size + self.rank * part_size
@@ -117,7 +120,7 @@ def _block_order(order: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarray
     blocks, block_S = np.unique(order.sample_S // BLOCK_SAMPLES, return_inverse=True)
     place_of_block = np.argsort(epoch_permutation(len(blocks), order.seed, epoch, purpose="blocks"), kind="stable")
     window_S = place_of_block[block_S] // WINDOW_BLOCKS
-    # A permutation of all, then stably by window, is a permutation of each window.
+    # A permutation of all samples, stably sorted by window, permutes each window.
     shuffled = epoch_permutation(len(block_S), order.seed, epoch)
     places = shuffled[np.argsort(window_S[shuffled], kind="stable")]
     ends_W = np.cumsum(np.bincount(window_S))
@@ -139,21 +142,21 @@ def epoch_permutation(num_samples: int, seed: int, epoch: int, *, purpose: str =
 
 
 def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """`num_samples` of the eligible samples, as evenly over the classes as they go, ascending int64.
+    """`num_samples` of the eligible samples, as even over the classes as possible, ascending int64.
 
     Args:
         label_S: class of every sample of the source.
         eligible_S: rows that may be chosen.
         num_samples: how many.
-        seed: which ones.
+        seed: decides which ones.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: fewer are eligible.
     """
     if num_samples > len(eligible_S):
         raise ConfigError(f"subset={num_samples}: only {len(eligible_S)} samples can be used. Choose at most that.")
-    shuffled = eligible_S[epoch_permutation(len(eligible_S), seed, -1)]
-    # A sample's rank within its class: all first ones of a class come before all second ones.
+    shuffled = eligible_S[epoch_permutation(len(eligible_S), seed, -1)]  # no epoch of training has this order
+    # A sample's rank within its class. By rank, the first sample of every class comes before any second one.
     _, class_S, counts = np.unique(label_S[shuffled], return_inverse=True, return_counts=True)
     rank = np.empty(len(shuffled), np.int64)
     rank[np.argsort(class_S, kind="stable")] = np.arange(len(shuffled)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -161,10 +164,10 @@ def choose_subset(label_S: np.ndarray, eligible_S: np.ndarray, num_samples: int,
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of all that one training step draws (dropout, masks): 63 bits, unlike those of other seeds and steps."""
+    """The seed of all that one training step draws (dropout, masks): 63 bits, different for each seed and step."""
     return _hash("step", seed, step) >> 65
 
 
 def _hash(purpose: str, seed: int, number: int) -> int:
-    """128 bits that share nothing between purposes, seeds and numbers."""
+    """128 bits that are different for each purpose, seed and number."""
     return int.from_bytes(hashlib.blake2b(f"{purpose} {seed} {number}".encode(), digest_size=16).digest(), "little")

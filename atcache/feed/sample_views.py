@@ -25,14 +25,14 @@ from atcache.views.rendering import draw_view_mix, replay_view, stored_mix
 
 
 class SampleView(NamedTuple):
-    """One view of one sample. Not to be written to."""
+    """One view of one sample. Its arrays are kept and given again, so do not write to them."""
 
     pixels_HWC: np.ndarray
     """uint8."""
     codes_LTC: np.ndarray | None
-    """None where they are not wanted."""
+    """None if they are not wanted."""
     mix: Mix = NOT_MIXED
-    """What of another sample the pixels show."""
+    """Which other sample the pixels show too, and its share."""
 
 
 class Views(Protocol):
@@ -40,16 +40,16 @@ class Views(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for another run's views to be these, as JSON."""
+        """What another run's views must have in common with these to be the same, as JSON."""
         ...
 
     @property
     def num_samples(self) -> int:
-        """Rows, with and without problems: samples are 0 .. num_samples - 1."""
+        """Number of rows, those with problems included: samples are 0 .. num_samples - 1."""
         ...
 
     def part_of(self, sample_B: np.ndarray) -> np.ndarray:
-        """Which of several caches each sample lies in, int64 from 0: only codes of one cache are stacked."""
+        """Which of several caches each sample is in, int64 from 0: only codes of the same cache can be stacked."""
         return np.zeros(len(sample_B), np.int64)
 
     def read(self, sample: int, epoch: int) -> SampleView:
@@ -58,11 +58,11 @@ class Views(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether reading asks a server, so that the samples of a batch are best asked for together."""
+        """Whether samples are read from a server: it is best to request those of a batch together."""
         ...
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
-        """Told which samples, ascending, will be read soon; may have them read or fetched ahead."""
+        """Take note of the samples, ascending, that will be read soon; may read or fetch them ahead."""
         ...
 
     @property
@@ -72,15 +72,15 @@ class Views(Protocol):
 
 
 class CachedViews(Views):
-    """The fixed views of a cache; epoch e uses view e modulo their number.
+    """The fixed views of a cache; epoch e uses view e modulo the number of views.
 
-    Pixels come from the cache where it stores them; else they are replayed from the tars and checked by their hash.
+    Pixels come from the cache if it stores them; else they are replayed from the tars and checked by their hash.
 
     Args:
         reader: the cache.
-        source: the tars; needed where the cache stores no pixels.
-        code_layers: which rows of L of their codes; None if no codes are wanted.
-        keep_nbytes: memory for views that were read, in each process that reads.
+        source: the tars; needed if the cache stores no pixels.
+        code_layers: which rows of L of the codes to read; None if no codes are wanted.
+        keep_nbytes: memory in which views that were read are kept, in each process that reads.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class CachedViews(Views):
 
     @property
     def codes_may_narrow(self) -> bool:
-        """See `Views.codes_may_narrow`. Codec exact's codes are the bits of floats."""
+        """See `Views.codes_may_narrow`. The codes of codec exact, for example, are the bits of floats."""
         return self._record.identity.codec["name"] == "transform"
 
     def _read(self, view: int, sample: int) -> SampleView:
@@ -164,9 +164,9 @@ class FreshViews(Views):
 
     Args:
         source: the tars.
-        policy: how views are drawn; under "eval" all epochs see the same one.
-        partner_S: rows that views are mixed with under a policy that mixes, ascending; None for all good ones.
-        keep_nbytes: memory for decoded images (for finished views under "eval"), in each process that reads.
+        policy: how views are drawn; under "eval" all epochs see the same view.
+        partner_S: rows, ascending, that views are mixed with if the policy mixes; None for all rows without problems.
+        keep_nbytes: memory in which decoded images (under "eval" finished views) are kept, in each process that reads.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ def _count_nbytes(view: SampleView) -> int:
 
 
 def _held_nbytes(array: np.ndarray) -> int:
-    """Memory that lives as long as the array: a cut of a chunk's layers holds the whole chunk."""
+    """Memory that lives as long as the array: a slice of a chunk's layers keeps the whole chunk."""
     return array.base.nbytes if isinstance(array.base, np.ndarray) else array.nbytes
 
 
@@ -235,13 +235,13 @@ def _count_image_nbytes(image: Image.Image) -> int:
 
 
 class JoinedViews(Views):
-    """Several views as one: the rows of each follow those of the one before.
+    """The views of several parts as one: the rows of each part follow those of the part before.
 
-    Each part keeps its own number of views, so epoch e takes view e modulo that, and its own codec: the codes in a
-    batch come in one part a cache. Labels are joined the same way: `np.concatenate`.
+    Each part keeps its own number of views, so epoch e takes view e modulo that number. It also keeps its own codec, so
+    the codes in a batch come in one part for each cache. Join the labels in the same order, by `np.concatenate`.
 
     Args:
-        parts: whose samples follow each other; none of them joined itself.
+        parts: the views to join, in this order; none of them is a JoinedViews.
 
     Raises:
         ConfigError: there are no parts.
@@ -256,7 +256,7 @@ class JoinedViews(Views):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Views.identity`; the order of the parts counts, since rows follow from it."""
+        """See `Views.identity`; the order of the parts matters, as row numbers depend on it."""
         return {"joined": {str(number): part.identity for number, part in enumerate(self._parts)}}
 
     @property
@@ -279,7 +279,7 @@ class JoinedViews(Views):
         return any(part.is_remote for part in self._parts)
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
-        """See `Views.expect`; each part is told of its own."""
+        """See `Views.expect`; each part is told of its own samples."""
         part_S = self.part_of(sample_S)
         for part in np.unique(part_S).tolist():
             self._parts[part].expect(sample_S[part_S == part] - self._starts[part], epoch)

@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes. Errors arrive as they were raised, not as a text of two tracebacks."""
+"""Batches made in advance by worker processes. Errors arrive as they were raised, not as text with two tracebacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = TypeVar("Batch")
 
 
 class _ErrorsAsValues(Dataset[Batch | AtcacheError]):
-    """Returns an `AtcacheError` where the dataset raises one.
+    """Returns an `AtcacheError` if the dataset raises one.
 
     torch raises a worker's error again with the worker's whole traceback as its message, which no user should read.
     """
@@ -37,12 +37,12 @@ def read_ahead(
 
     Args:
         batches: number -> batch; forked or pickled to the workers.
-        numbers: which, in the order wanted; asked for as they are needed.
-        workers: processes that read ahead, two batches each; 0 makes each batch here when it is asked for.
-        pin_memory: put the batches where a GPU fetches them from without waiting.
+        numbers: which batches, in order; each number is taken only when it is needed.
+        workers: processes that read ahead, two batches each; 0 makes each batch in this process when it is needed.
+        pin_memory: put the batches in pinned memory, from which a GPU copies without waiting.
 
     Raises:
-        AtcacheError: what making a batch raised, in its turn.
+        AtcacheError: making a batch raised it; raised here when it is that batch's turn.
     """
     loader = DataLoader(
         _ErrorsAsValues(batches),
@@ -50,7 +50,7 @@ def read_ahead(
         sampler=numbers,
         num_workers=min(workers, len(numbers)) if isinstance(numbers, Sized) else workers,
         collate_fn=_as_it_is,
-        generator=torch.Generator(),  # or each start would draw from the global one, and disturb a run's numbers
+        generator=torch.Generator(),  # else each start would draw from the global one, and change a run's numbers
         pin_memory=pin_memory,
         worker_init_fn=_leave_the_process_group,
     )
@@ -61,8 +61,8 @@ def read_ahead(
 
 
 def _leave_the_process_group(_worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach whole groups; the main process decides what they mean, and may need a
-    batch till then.
+    """Ctrl-C and a scheduler's SIGTERM reach whole process groups. Only the main process decides what they mean, and
+    it may need batches until then.
     """
     os.setpgid(0, 0)
 

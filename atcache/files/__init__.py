@@ -1,7 +1,7 @@
-"""Where bytes lie, on this machine or on a server: reading at any place, and writing files that are whole or absent.
+"""Files on this machine or on a server: read any part of them, and write them completely or not at all.
 
-- `location`: a path of this machine or a URL of a server, and telling the two apart
-- `ranges`: read part of a file, or all of it, wherever it lies
-- `durable`: write a file whole or not at all; one writer at a time in a folder
-- `remote/`: files of servers, fetched in blocks that are kept on the local disk
+- `location`: a local path or a URL, and how to tell the two apart
+- `ranges`: read part of a file, or all of it, on this machine or on a server
+- `durable`: write a file completely or not at all; lock a folder, so that it has one writer at a time
+- `remote/`: files on servers, fetched in blocks that are kept on the local disk
 """

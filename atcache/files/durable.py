@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also after a power cut: temp file, fsync, rename, fsync of the folder."""
+"""Write files that are complete or absent, even after a power cut: temp file, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _PARTIAL_NAME = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.partial")
 
 
 def partial_path(path: Path) -> Path:
-    """A fresh temp name beside `path`, which `sweep_partials` knows as ours."""
+    """A new temp name beside `path`, in the form that `sweep_partials` removes."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file's name is that of a temp file of ours."""
+    """Whether this is the name of one of our temp files."""
     return _PARTIAL_NAME.fullmatch(name) is not None
 
 
 def sweep_partials(path: Path | str) -> int:
-    """Remove what killed writers of this cache left behind; returns how many. No other writer may be at work.
+    """Remove what killed writers of this cache left behind, and return how many. No other writer may be running.
 
-    These are temp files inside of the cache, and beside it the temp folders of caches that were never created.
+    These are temp files inside the cache, and temp folders beside it from caches whose creation did not finish.
     """
     path = Path(path)
     num_removed = 0
@@ -53,16 +53,16 @@ def sweep_partials(path: Path | str) -> int:
 
 @contextmanager
 def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generator[None]:
-    """Keep other processes from writing into a folder: a lock on it, gone with the process that holds it.
+    """Keep other processes from writing into a folder: a lock that ends with the process that holds it.
 
-    Waits some seconds, because the workers of a writer that was killed hold the lock until they notice.
+    Waits up to 10 s, because the workers of a killed writer hold the lock until they notice that it is gone.
 
     Args:
         folder: a cache, or the folder of a run.
-        where_possible: go on without where the file system has no locks.
+        where_possible: continue without a lock if the file system has no locks.
 
     Raises:
-        ConfigError: another process is writing it, or the file system has no locks.
+        ConfigError: another process writes to the folder, or its file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -74,7 +74,7 @@ def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generato
             except BlockingIOError as error:
                 if time.monotonic() > deadline_s:
                     raise ConfigError(
-                        f"another process is writing {folder}. Wait until it is done, or give another --out."
+                        f"another process is writing to {folder}. Wait until it ends, or give another --out."
                     ) from error
                 time.sleep(0.1)
             except OSError as error:
@@ -83,14 +83,14 @@ def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generato
                 if where_possible:
                     break
                 raise ConfigError(
-                    f"{folder}: its file system has no locks, which keep a second build away. Build on another disk, "
-                    "and copy the cache."
+                    f"{folder} is on a file system without locks, which are needed to keep a second build out. Build "
+                    "on another disk, and copy the cache."
                 ) from error
         try:
             yield
         finally:
-            # Closing alone would leave the lock with forked workers that are still there.
-            with suppress(OSError):  # there may be none
+            # Forked workers share the lock. If they still run, closing our descriptor does not end it.
+            with suppress(OSError):  # the file system may have no locks
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
@@ -98,20 +98,20 @@ def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generato
 
 @contextmanager
 def disk_errors_explained(path: Path) -> Generator[None]:
-    """Turn "no space left" and "quota exceeded" into a `DiskFullError` that names the path."""
+    """Turn "no space left", "quota exceeded" and "file too large" into a `DiskFullError` that names the path."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFullError(
-            f"{path} cannot be written: {os.strerror(error.errno)}. What was stored before is valid; make room and "
-            "run the same command again to continue."
+            f"{path} cannot be written: {os.strerror(error.errno)}. What was stored before is valid. Free some space "
+            "and run the same command again to continue."
         ) from error
 
 
 def fsync_path(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +120,7 @@ def fsync_path(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents so that they survive a power cut. Other processes may do the same."""
+    """Create a folder and its parents so that they survive a power cut. Other processes may create it meanwhile."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -130,6 +130,7 @@ def make_folder(path: Path) -> None:
 
 def fsync_tree(path: Path) -> None:
     """`fsync_path` for a folder and everything below it."""
+    # A folder comes after its content, so that what it names is on the disk before the name is.
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             fsync_path(Path(folder) / name)
@@ -138,7 +139,7 @@ def fsync_tree(path: Path) -> None:
 
 @contextmanager
 def replaced_whole(path: Path) -> Generator[Path]:
-    """A temp path to write to; without an error it takes the place of `path`, durably, at the end."""
+    """Gives a temp path to write to, which replaces `path` durably at the end; after an error `path` is unchanged."""
     partial = partial_path(path)
     with disk_errors_explained(path):
         try:
@@ -152,15 +153,15 @@ def replaced_whole(path: Path) -> Generator[Path]:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write or replace a whole file, durably: afterwards it is there, or after an error what was there before."""
+    """Write or replace a whole file durably. After an error, what was there before is unchanged."""
     with replaced_whole(path) as partial:
         partial.write_bytes(data)
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """JSON as every file of a cache has it: sorted keys, so that equal content means equal bytes.
+    """JSON text as all files of a cache have it. Its keys are sorted, so that equal content gives equal bytes.
 
     Raises:
-        ValueError: a float is not finite, which JSON cannot say.
+        ValueError: a float is NaN or infinite, which JSON cannot express.
     """
     return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Where a file or folder lies: a path of this machine, or a URL of a server."""
+"""Where a file or folder is: a local path, or the URL of a server."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _COLLAPSED = re.compile(rf"({'|'.join(_WEB_SCHEMES + _STORE_SCHEMES)}):/[^/]")
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A file or folder of a server; what of `Path`'s arithmetic is used on either.
+    """A file or folder on a server. It has those parts of `Path` that code for both kinds of location uses.
 
-    A plain value that touches no network. Made by `parse_location`, which checks it.
+    This is a plain value: it does not use the network. `parse_location` makes and checks it.
     """
 
     root: str
     """Scheme and host or bucket, such as "https://data.example.org" or "s3://bucket"."""
     parts: tuple[str, ...]
-    """Names of folders and file, as they are: percent signs of a web address are undone."""
+    """Names of the folders and the file, with the percent encoding of a web address decoded."""
 
     def __str__(self) -> str:
         parts = [quote(part) for part in self.parts] if self.root.startswith(_WEB_SCHEMES) else self.parts
@@ -38,7 +38,7 @@ class Url:
 
     @property
     def key(self) -> str:
-        """The path on the server, as obstore takes it."""
+        """The path on the server, as obstore expects it."""
         return "/".join(self.parts)
 
     @property
@@ -53,16 +53,16 @@ class Url:
 
     @property
     def parent(self) -> Url:
-        """The folder it lies in."""
+        """The folder it is in."""
         return Url(self.root, self.parts[:-1])
 
     def absolute(self) -> Url:
-        """Itself."""
+        """The same URL; here only because `Path` has this method."""
         return self
 
     @property
     def can_list(self) -> bool:
-        """Whether its server can say what lies in a folder. Web servers cannot; object stores can."""
+        """Whether its server can list a folder. Object stores can; web servers cannot."""
         return not self.root.startswith(_WEB_SCHEMES)
 
 
@@ -70,7 +70,7 @@ Location: TypeAlias = Path | Url
 
 
 def listed(places: Location | tuple[Location, ...] | None) -> tuple[Location, ...]:
-    """What a setting names that takes none, one or several locations.
+    """The locations in a setting that accepts none, one or several, as a tuple.
 
     >>> listed(None), listed(Path("a")), listed((Path("a"), Path("b")))
     ((), (PosixPath('a'),), (PosixPath('a'), PosixPath('b')))
@@ -81,15 +81,15 @@ def listed(places: Location | tuple[Location, ...] | None) -> tuple[Location, ..
 
 
 def looks_like_url(text: str) -> bool:
-    """Whether a text is meant as a URL, whether or not it is one that can be read."""
+    """Whether the user means a text as a URL, even if it is not a valid one."""
     return _LOOKS_LIKE_URL.match(text) is not None
 
 
 def parse_location(place: str | Path | Url) -> Location:
-    """The location a user names.
+    """The location that a user's text names.
 
     Raises:
-        ConfigError: a URL that is none, of a scheme that is not read, or with a password or a query in it.
+        ConfigError: the URL is not valid, has a scheme that atcache cannot read, or contains a password or a query.
 
     >>> parse_location("s3://bucket/in1k.zarr") / "zarr.json"
     Url(root='s3://bucket', parts=('in1k.zarr', 'zarr.json'))
@@ -99,7 +99,7 @@ def parse_location(place: str | Path | Url) -> Location:
     text = str(place)
     if isinstance(place, Path):
         if _COLLAPSED.match(text):
-            raise ConfigError(f"{text!r} was a URL before it became a Path, which drops slashes. Give it as text.")
+            raise ConfigError(f"{text!r} was a URL before it became a Path, which drops slashes. Pass it as a str.")
         return place
     if not looks_like_url(text):
         return Path(os.fspath(text))
@@ -109,30 +109,30 @@ def parse_location(place: str | Path | Url) -> Location:
 def _parse_url(text: str) -> Url:
     try:
         found = urlsplit(text)
-        found.port  # noqa: B018 - raises where it is no number
+        found.port  # noqa: B018 - raises if it is not a number
     except ValueError as error:
-        raise ConfigError(f"{text!r} is no URL ({error}).") from None
+        raise ConfigError(f"{text!r} is not a URL ({error}). Check how it is written.") from None
     if found.scheme not in _WEB_SCHEMES + _STORE_SCHEMES:
         raise ConfigError(
             f"{text!r} cannot be read: expected a path, or a URL that begins with "
             f"{', '.join(f'{scheme}://' for scheme in _WEB_SCHEMES + _STORE_SCHEMES)}."
         )
     if "@" in found.netloc or found.query or found.fragment:
-        # They would end up in caches and messages, and they are often secret.
+        # They are often secret, and would appear in caches and messages.
         raise ConfigError(
             f"{found.scheme}://{found.netloc.rpartition('@')[2]}{found.path}: a URL must have no password, query or "
-            "fragment. Give credentials by the environment variables of the store."
+            "fragment. Give credentials in the environment variables of the store."
         )
     if not found.netloc or not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", found.netloc):
-        raise ConfigError(f"{text!r} names no host or bucket.")
+        raise ConfigError(f"{text!r} does not name a host or bucket; expected a URL such as s3://bucket/folder.")
     root = f"{found.scheme}://{found.netloc}"
     path = found.path.strip("/")
     return Url(root, _split(path, text, encoded=found.scheme in _WEB_SCHEMES))
 
 
 def _split(path: str, shown: str, *, encoded: bool = False) -> tuple[str, ...]:
-    """The parts of a path below a root, none of which may lead elsewhere."""
+    """The parts of a path below a root. Refuses parts that would lead out of it, such as ".."."""
     parts = tuple(unquote(part) if encoded else part for part in path.split("/")) if path else ()
     if any(part in {"", ".", ".."} or "/" in part or not part.isprintable() for part in parts):
-        raise ConfigError(f"{shown!r} is no place on a server: expected names between single slashes.")
+        raise ConfigError(f"{shown!r} is not a path on a server: expected names between single slashes.")
     return parts

@@ -1,4 +1,4 @@
-"""Files, here or on a server, behind one small interface: read at any place, read whole, look for, list."""
+"""One small interface to files on this machine and on servers: read any part, read all, check existence, list."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from atcache.files.location import Location
 
 
 class RangeFile(Protocol):
-    """A file that can be read at any place. Threads may share one; closed with its last user."""
+    """A file of which any part can be read. Threads may share one. It closes when nothing refers to it."""
 
     @property
     def nbytes(self) -> int:
-        """Its size when it was opened."""
+        """The file's size when it was opened."""
         ...
 
     @property
     def version(self) -> str:
-        """What changes when its content does; empty where that is not known."""
+        """A text that changes when the file's content changes; empty if the file has none."""
         ...
 
     def pread(self, nbytes: int, offset: int) -> bytes:
-        """The bytes from `offset` on; fewer only where the file ends."""
+        """`nbytes` bytes from `offset` on; fewer only if the file ends before."""
         ...
 
     def expect(self, nbytes: int, offset: int) -> None:
-        """Have these bytes brought near ahead of their use; returns at once, and may do nothing."""
+        """Start to fetch these bytes before they are read. Returns at once, and may do nothing."""
         ...
 
     def forget(self, nbytes: int, offset: int) -> bool:
-        """Drop copies of these bytes that are kept nearer than the file; whether there can be any."""
+        """Drop cached copies of these bytes. Returns whether this kind of file has such copies."""
         ...
 
 
 class LocalFile:
-    """A file of this machine; see `RangeFile`."""
+    """A file on this machine; see `RangeFile`."""
 
     version = ""
 
     def __init__(self, path: Path) -> None:
-        """Open it; an OSError when that cannot be done."""
-        self._fd = -1
+        """Open the file; raises an OSError if that fails."""
+        self._fd = -1  # for `__del__`, if opening fails
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self.nbytes = os.fstat(self._fd).st_size
 
@@ -53,7 +53,7 @@ class LocalFile:
     def pread(self, nbytes: int, offset: int) -> bytes:
         """See `RangeFile.pread`."""
         data = os.pread(self._fd, nbytes, offset)
-        while len(data) < nbytes:  # it may stop early at 2 GiB, or at a signal
+        while len(data) < nbytes:  # one call may return less: it stops at 2 GiB, or at a signal
             more = os.pread(self._fd, nbytes - len(data), offset + len(data))
             if not more:
                 break
@@ -61,23 +61,23 @@ class LocalFile:
         return data
 
     def expect(self, nbytes: int, offset: int) -> None:
-        """See `RangeFile.expect`: asks the system to read ahead."""
+        """See `RangeFile.expect`. Asks the operating system to read ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def forget(self, nbytes: int, offset: int) -> bool:
-        """See `RangeFile.forget`: the system's own copies are as good as the file."""
+        """See `RangeFile.forget`. There is nothing to drop: the operating system keeps its copies up to date."""
         del nbytes, offset
         return False
 
 
 def open_file(location: Location) -> RangeFile:
-    """A file, open for reading.
+    """Open a file for reading.
 
     Raises:
-        FileNotFoundError: there is none.
-        OSError: a local one cannot be opened.
-        RemoteError: a server cannot be asked.
+        FileNotFoundError: there is no such file.
+        OSError: a local file cannot be opened.
+        RemoteError: the server does not answer, or refuses access.
     """
     if isinstance(location, Path):
         return LocalFile(location)
@@ -87,7 +87,7 @@ def open_file(location: Location) -> RangeFile:
 
 
 def read_file(location: Location) -> bytes:
-    """A small file, whole; see `open_file` for the errors."""
+    """All bytes of a small file; see `open_file` for the errors."""
     if isinstance(location, Path):
         return location.read_bytes()
     from atcache.files.remote.fetcher import read_whole
@@ -109,10 +109,10 @@ def file_exists(location: Location) -> bool:
 
 
 def list_files(folder: Location) -> list[str]:
-    """The files in a folder and all below it, by their paths in it, in order; none where there is no such folder.
+    """Sorted paths of all files in a folder and below it, relative to the folder; empty if there is no such folder.
 
     Raises:
-        RemoteError: a web server, which cannot list.
+        RemoteError: the server cannot be read, or it is a web server, which cannot list a folder.
     """
     if isinstance(folder, Path):
         return sorted(

@@ -1,8 +1,8 @@
-"""From tars to images: which tars, what is in them, reading and decoding an image.
+"""From tars to images: find the tars, list what is in them, read and decode an image.
 
 - `source`: all samples of a dataset, indexed once and then read in place
-- `tars`: which tars the text of a `--data` option names
-- `tar_samples`: the samples of one tar: an image and its label
-- `tar_headers`: the files in one tar, from its headers alone
-- `decode`: bytes to an RGB image
+- `tars`: the tars that the text of a `--data` option names
+- `tar_samples`: the samples of one tar, each an image and its label
+- `tar_headers`: the files in one tar, found by reading its headers only
+- `decode`: turn bytes into an RGB image
 """

@@ -1,4 +1,4 @@
-"""Decoding: bytes to an RGB image, by a fixed recipe, without ever warning."""
+"""Turn bytes into an RGB image, always in the same way and without warnings."""
 
 from __future__ import annotations
 
@@ -13,49 +13,53 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".pgm", ".bmp")
-"""What a member must end in, lower-cased, to be a sample's image."""
+"""The lower-cased name of a tar member must end in one of these to be a sample's image."""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's decompression-bomb limit, here an error."""
+"""Pillow's limit against decompression bombs. Pillow warns above it; here it is an error."""
 
 
 def decode_image(data: bytes, *, where: str) -> Image:
-    """The image as RGB, its pixels loaded.
+    """The image as RGB, with its pixels loaded.
 
-    JPEG, PNG, WebP, PPM/PGM and BMP only, recognised by their first bytes; of an animation the first frame. Truncated
-    images are errors. The EXIF orientation is not applied, as torchvision and WebDataset do not apply it either.
-    Palettes, CMYK and grey are converted as Pillow does, an alpha channel is dropped, and of 16-bit grey the high byte
-    is kept (Pillow would clip it to 255; this is what it does for 16-bit colour).
+    The format may be JPEG, PNG, WebP, PPM/PGM or BMP; the first bytes decide which. An animation gives its first frame.
+    A truncated image is an error. The EXIF orientation is not applied: torchvision and WebDataset do not apply it
+    either. Palettes, CMYK and grey are converted as Pillow does, and an alpha channel is dropped. 16-bit grey keeps its
+    high byte: Pillow does so for 16-bit colour, but would clip 16-bit grey to 255.
 
     Args:
         data: the file's bytes.
         where: what to call the image in errors, such as its tar and key.
 
     Raises:
-        BadImageError: `data` is of no known format, too large, truncated or damaged.
+        BadImageError: `data` has an unknown format, or is too large, truncated or damaged.
     """
     try:
         image = _open(data)
         if image is None:
-            raise BadImageError(f"{where}: no JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}).")
+            raise BadImageError(
+                f"{where}: not a JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}). Convert it, or "
+                "take it out of the tar."
+            )
         if math.prod(image.size) > MAX_PIXELS:
             raise BadImageError(
-                f"{where}: an image of {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all."
+                f"{where}: the image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all. "
+                "Make it smaller."
             )
         return _to_rgb(image)
     except BadImageError:
         raise
-    except Exception as error:  # Pillow raises whatever its parsers stumble on.
+    except Exception as error:  # Pillow's parsers raise errors of many types for damaged files.
         raise BadImageError(
             f"{where}: the image cannot be decoded: {error}. Take it out of the tar; `atcache build` can skip it."
         ) from error
 
 
 def _open(data: bytes) -> ImageFile | None:
-    """The opened file, its pixels not yet read; None for other formats.
+    """The opened image, whose pixels are not read yet; None for other formats.
 
-    The format classes are called directly: `Image.open` warns about large images, and silencing that would change the
-    warning filters of the whole process, for all its threads.
+    It calls Pillow's format classes directly. `Image.open` warns about large images, and turning that off would change
+    the warning filters of the whole process, for all its threads.
     """
     from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, WebPImagePlugin
 
@@ -73,11 +77,11 @@ def _open(data: bytes) -> ImageFile | None:
 
 
 def _without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF segment, which never changes our pixels but makes Pillow warn where it is damaged."""
+    """A JPEG without its EXIF segment, which never changes our pixels, but makes Pillow warn if it is damaged."""
     position = 2
     while data[position : position + 1] == b"\xff":
         marker = data[position + 1]
-        if not 0xE0 <= marker <= 0xEF:  # EXIF stands among the APPn segments at the front
+        if not 0xE0 <= marker <= 0xEF:  # EXIF is one of the APPn segments, which come first
             break
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
@@ -95,6 +99,6 @@ def _to_rgb(image: ImageFile) -> Image:
         return image
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    # Converting a palette with per-colour transparency warns; alpha is dropped anyway.
+    # Pillow warns when it converts a palette with transparent colours. Alpha is dropped anyway.
     image.info.pop("transparency", None)
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Where images come from: WebDataset tars, indexed once from their headers, then read in place by `pread`."""
+"""The samples of a dataset: WebDataset tars, indexed once from their headers and then read in place."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from atcache.images.tars import expand_tars
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MAX_OPEN_TARS = 64
+_MAX_OPEN_TARS = 64  # for each `Source`; the usual limit of a process is 1024 open files
 _NUM_REQUESTS = 16
 _COLUMN_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 
 
 @dataclass(frozen=True, eq=False)
 class SampleIndex:
-    """Where every sample lies: one row a sample, in tar order."""
+    """Where every sample is: one row for each sample, in the order of the tars."""
 
     tars: tuple[Location, ...]
-    """The tars, local or remote, each with a basename of its own."""
+    """The tars, local or remote. No two have the same basename."""
     tar_nbytes: tuple[int, ...]
-    """Their sizes when they were indexed."""
+    """The tars' sizes when they were indexed."""
     keys_S: np.ndarray[Any, Any]
     """WebDataset's `__key__` as UTF-8 bytes, dtype S<n>."""
     tar_S: np.ndarray[Any, Any]
@@ -44,22 +44,22 @@ class SampleIndex:
     offset_S: np.ndarray[Any, Any]
     """Where the image's bytes begin in the tar, int64."""
     nbytes_S: np.ndarray[Any, Any]
-    """Size of the image's bytes, int64; 0 where there is no whole image."""
+    """Number of the image's bytes, int64; 0 if there is no complete image."""
     label_S: np.ndarray[Any, Any]
-    """Class, int64; -1 where there is none."""
+    """Class, int64; -1 for samples without a label."""
     problem_S: np.ndarray[Any, Any]
     """A `Problem`, uint8."""
     tar_versions: tuple[str, ...] = ()
-    """What servers called the tars' content when they were indexed, see `RangeFile.version`; empty for not known."""
+    """Versions of the tars when they were indexed, see `RangeFile.version`; empty if they are not known."""
 
     @property
     def num_samples(self) -> int:
-        """Rows, with and without problems."""
+        """The number of rows, with and without problems."""
         return len(self.keys_S)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, over the tars' names and sizes and all rows; the folders do not count."""
+        """SHA-256, in hex, of the tars' names and sizes and of all rows. It does not depend on the tars' folders."""
         names = [path.name for path in self.tars]
         digest = hashlib.sha256(json.dumps([names, list(self.tar_nbytes)]).encode())
         for column, dtype in (
@@ -75,7 +75,7 @@ class SampleIndex:
         return digest.hexdigest()
 
     def sample_key(self, sample: int) -> str:
-        """The sample's name wherever its tars lie: "TAR_BASENAME/KEY"."""
+        """The sample's name, "TAR_BASENAME/KEY". It does not depend on the tars' folders."""
         return f"{self.tars[int(self.tar_S[sample])].name}/{self.keys_S[sample].decode()}"
 
 
@@ -85,25 +85,25 @@ def index_source(
     labels: Literal["required", "optional"] = "required",
     on_bad: Literal["raise", "skip"] = "raise",
 ) -> SampleIndex:
-    """The index of all samples of the tars `data` names, from one pass over their headers.
+    """The index of all samples in the tars that `data` names, from one pass over the tars' headers.
 
-    Keys follow WebDataset: a member's name is cut at the first dot of its basename, and consecutive members with the
-    same key are one sample. Only the bodies of labels are read.
+    Keys follow WebDataset: a key is a member's name up to the first dot of its basename, and consecutive members with
+    the same key are one sample. Apart from headers, only labels are read.
 
     Args:
         data: see `expand_tars`.
-        labels: "optional" takes a sample without label as it is, with label -1.
-        on_bad: "skip" keeps a bad sample's row and records its `Problem` instead of raising. A truncated tar's last
-            sample is recorded as TRUNCATED even where its image is whole, so that the loss is seen.
+        labels: "optional" accepts samples without a label, and gives them the label -1.
+        on_bad: "skip" keeps the row of a bad sample and records its `Problem` instead of raising. The last sample of a
+            truncated tar is recorded as TRUNCATED even if its image is complete, so that the loss is noticed.
 
     Raises:
-        SourceError: naming tar and key, for the first bad sample; in both modes for a tar with no sample at all, or
-            with keys that are not UTF-8 or longer than 512 bytes.
+        SourceError: a sample is bad; the message names tar and key. With "skip" too: a tar has no samples, or a key
+            that is not UTF-8 or is longer than 512 bytes.
     """
     tars = expand_tars(data)
     tar_nbytes: list[int] = []
     tar_versions: list[str] = []
-    # Arrays tar by tar: lists of a million Python numbers would take twice the memory.
+    # One array for each tar: lists of a million Python numbers would take twice the memory.
     columns: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ("key", *_COLUMN_DTYPES)}
     for number, path in enumerate(tars):
         part = index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise")
@@ -123,13 +123,13 @@ def index_source(
 
 
 def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> SampleIndex:
-    """The same index for tars that were moved: `data` must hold each tar by name and size; others are ignored.
+    """The same index for tars that were moved to `data`, which may contain other tars too.
 
     Raises:
-        SourceError: naming the tars that are missing or of another size.
+        SourceError: tars are missing or have another size; the message names them.
     """
     found = {path.name: path for path in expand_tars(data)}
-    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:  # servers take their time
+    with ThreadPoolExecutor(_NUM_REQUESTS) as pool:  # several at once, because servers are slow to answer
         stamps = list(pool.map(_stamp, [found.get(path.name) for path in index.tars]))
     wrong: list[str] = []
     for path, nbytes, stamp in zip(index.tars, index.tar_nbytes, stamps, strict=True):
@@ -141,21 +141,21 @@ def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> Sam
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise SourceError(
             f"{data if isinstance(data, (str, Path)) else ', '.join(map(str, data))} does not hold the tars that were "
-            f"indexed: {', '.join(wrong[:10])}{more}. Point to the same tars."
+            f"indexed: {', '.join(wrong[:10])}{more}. Name the same tars."
         )
     versions = tuple(stamp.version for stamp in stamps if stamp is not None)
     return replace(index, tars=tuple(found[path.name] for path in index.tars), tar_versions=versions)
 
 
 class _Stamp(NamedTuple):
-    """What tells whether a file is still the same."""
+    """Size and version of a file, which show whether it has changed."""
 
     nbytes: int
     version: str
 
 
 def _stamp(path: Location | None) -> _Stamp | None:
-    """None where there is no such file."""
+    """The stamp of a file; None if there is no such file."""
     try:
         file = None if path is None else open_file(path)
     except FileNotFoundError:
@@ -169,11 +169,13 @@ def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
     try:
         file = open_file(path)
     except OSError as error:
-        raise SourceError(f"{path} cannot be opened: {error.strerror}. Were the tars moved?") from error
+        raise SourceError(
+            f"{path} cannot be opened: {error.strerror}. If the tars were moved, name their new folder as the data."
+        ) from error
     if file.nbytes != expected_nbytes:
         raise SourceError(
-            f"{path} has changed: {file.nbytes} bytes, {expected_nbytes} when it was indexed. Restore it or index "
-            "again."
+            f"{path} has changed: it has {file.nbytes} bytes, but had {expected_nbytes} when it was indexed. Restore "
+            "it, or index again."
         )
     if expected_version and file.version != expected_version:
         raise SourceError(f"{path} has changed on the server since it was indexed. Start again.")
@@ -181,9 +183,9 @@ def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
 
 
 class Source:
-    """Reads the samples of an index, in any order, one `pread` each.
+    """Reads the samples of an index in any order, each with one `pread`.
 
-    Threads may share one; pickling or forking gives the copy descriptors of its own. At most 64 tars are open at once.
+    Threads may share one object. A pickled or forked copy opens its own files. At most 64 tars are open at once.
     """
 
     def __init__(self, index: SampleIndex) -> None:
@@ -207,11 +209,11 @@ class Source:
         return f"{tar}: key {self.index.keys_S[sample].decode(errors='replace')!r}"
 
     def read_bytes(self, sample: int) -> bytes:
-        """The image's bytes as they lie in the tar.
+        """The image's bytes as they are in the tar.
 
         Raises:
-            BadImageError: the sample has no whole image.
-            SourceError: the tar is gone or has another size than when it was indexed.
+            BadImageError: the sample has no complete image.
+            SourceError: the tar is missing or has changed since it was indexed.
         """
         index = self.index
         tar, offset, nbytes = int(index.tar_S[sample]), int(index.offset_S[sample]), int(index.nbytes_S[sample])
@@ -223,17 +225,17 @@ class Source:
         data = self._tar(tar).pread(nbytes, offset)
         if len(data) != nbytes:
             raise SourceError(
-                f"{self.where(sample)}: {len(data)} of {nbytes} bytes could be read. Has the tar changed?"
+                f"{self.where(sample)}: only {len(data)} of {nbytes} bytes could be read. Has the tar changed?"
             )
         return data
 
     @cached_property
     def is_remote(self) -> bool:
-        """Whether reading asks a server."""
+        """Whether any tar is on a server."""
         return any(isinstance(tar, Url) for tar in self.index.tars)
 
     def expect(self, sample_S: np.ndarray) -> None:
-        """Have these samples fetched ahead of their use, where their tars are remote; does not wait for them."""
+        """Start to fetch these samples (positions in the index) if their tars are remote, without waiting for them."""
         index = self.index
         if self.is_remote:
             for sample in sample_S[index.nbytes_S[sample_S] > 0].tolist():
@@ -243,7 +245,8 @@ class Source:
         """The image, decoded to RGB; see `decode_image`.
 
         Raises:
-            BadImageError: naming tar and key, if it cannot be decoded.
+            BadImageError: it cannot be decoded; the message names tar and key.
+            SourceError: the tar is missing or has changed since it was indexed.
         """
         return decode_image(self.read_bytes(sample), where=self.where(sample))
 

@@ -1,7 +1,8 @@
-"""The regular files of a tar, from its headers alone: names, offsets and sizes, nothing extracted, nothing followed.
+"""Lists the regular files of a tar by reading its headers only: names, offsets and sizes. It extracts nothing.
 
-Why not `tarfile`: it takes 27 us a member, 9 us here (ImageNet has 2.6 million), silently stops at a damaged or missing
-header, and reads extension headers of any size. Tests compare the two on every format `tarfile` writes.
+Why not `tarfile`: it takes 27 us for each member, this module 9 us (ImageNet has 2.6 million members). It also stops
+silently at a damaged or missing header, and reads extension headers of any size. Tests compare the two on every format
+that `tarfile` writes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from atcache.files.ranges import RangeFile
 _BLOCK_NBYTES = 512
 _ZERO_BLOCK = bytes(_BLOCK_NBYTES)
 _MAX_EXTENSION_NBYTES = 1 << 20
-# Tars are padded with zeros to a whole record: 10 KiB by default, and hardly ever over this.
+# Writers pad a tar with zeros to a full record: 10 KiB by default, and hardly ever more than this.
 _MAX_PADDING_NBYTES = 1 << 20
+# Type flags of headers: regular files (the last is a contiguous file); links, devices, folders and pipes.
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -27,22 +29,22 @@ class TarMember(NamedTuple):
     """One regular file of a tar."""
 
     name: bytes
-    """As stored, UTF-8 if the writer was sane."""
+    """As stored; usually UTF-8."""
     offset: int
-    """Where its bytes begin in the tar."""
+    """Where the file's bytes begin in the tar."""
     nbytes: int
-    """How many there are; all lie within the tar."""
+    """The file's size; all its bytes are within the tar."""
     head: bytes
-    """Its first bytes, at most 512: enough for a label."""
+    """The file's first bytes, at most 512: enough for a label."""
 
 
 class DamagedTarError(SourceError):
-    """A tar ends too early or holds a header that cannot be read; what came before it is fine."""
+    """A tar ends too early or holds a header that cannot be read. The members before it are fine."""
 
     def __init__(self, message: str, name: bytes | None = None) -> None:
         super().__init__(message)
         self.name = name
-        """The member that is cut off, where its header was still there."""
+        """The name of the member that is cut off, if its header is still there."""
 
 
 class _Extension(NamedTuple):
@@ -54,19 +56,19 @@ class _Extension(NamedTuple):
 
 
 def read_members(path: Location, file: RangeFile) -> Iterator[TarMember]:
-    """The regular files of an uncompressed tar, in order; links, devices, and absolute or `..` names are left out.
+    """The regular files of an uncompressed tar, in order. Links, devices and absolute or `..` names are left out.
 
     Args:
-        path: the tar, for messages.
-        file: the same, open.
+        path: the tar's location, for messages.
+        file: the same tar, opened.
 
     Raises:
-        DamagedTarError: after the last whole member, if the tar is truncated or damaged. A tar must end with a block of
-            zeros and have nothing but zeros after it.
+        DamagedTarError: the tar is truncated or damaged; raised after the last complete member. A tar must end with a
+            block of zeros, and only zeros may come after it.
     """
     offset, extension = 0, _Extension()
     while True:
-        # A header and the block after it in one call: labels then cost no further read.
+        # One call reads a header and the block after it, so that labels need no further read.
         blocks = file.pread(2 * _BLOCK_NBYTES, offset)
         header = blocks[:_BLOCK_NBYTES]
         if header == _ZERO_BLOCK:
@@ -84,8 +86,8 @@ def read_members(path: Location, file: RangeFile) -> Iterator[TarMember]:
         stored_nbytes = 0 if is_folder else nbytes
         if start + stored_nbytes > file.nbytes:
             raise DamagedTarError(
-                f"{path}: truncated: the member at byte {offset} needs {start + stored_nbytes} bytes, "
-                f"the file has {file.nbytes}. Copy the tar again.",
+                f"{path}: truncated: the member at byte {offset} ends at byte {start + stored_nbytes}, "
+                f"but the file has {file.nbytes} bytes. Copy the tar again.",
                 name if kind in _REGULAR else None,
             )
         offset = start + -(-stored_nbytes // _BLOCK_NBYTES) * _BLOCK_NBYTES
@@ -94,8 +96,8 @@ def read_members(path: Location, file: RangeFile) -> Iterator[TarMember]:
             continue
         if kind == b"S":
             raise DamagedTarError(
-                f"{path}: a sparse member at byte {start}, which cannot be read in place. Make the tar again "
-                "without sparse files.",
+                f"{path}: the member at byte {start} is a sparse file, which cannot be read in place. Make the tar "
+                "again without sparse files.",
                 name,
             )
         if kind in _REGULAR and not is_folder and not extension.is_sparse and _is_safe(name):
@@ -108,8 +110,9 @@ def _check_header(path: Location, header: bytes, offset: int) -> None:
         raise DamagedTarError(f"{path} is compressed. Decompress it first: samples are read in place.")
     if len(header) < _BLOCK_NBYTES:
         raise DamagedTarError(
-            f"{path}: truncated: the tar stops at byte {offset + len(header)} without its end block. Copy it again."
+            f"{path}: truncated: the tar ends at byte {offset + len(header)} without an end block. Copy the tar again."
         )
+    # The checksum counts its own eight bytes as blanks: 8 * 32.
     unsigned = sum(header) - sum(header[148:156]) + 256
     try:
         expected = _octal(header[148:156])
@@ -117,15 +120,15 @@ def _check_header(path: Location, header: bytes, offset: int) -> None:
         expected = -1
     if expected == unsigned:
         return
-    # Some old tars summed signed chars.
+    # Some old programs summed the bytes as signed numbers.
     high = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in header[148:156])
     if expected != unsigned - 256 * high:
-        what = "is no tar file" if offset == 0 else f"damaged at byte {offset}: bad header checksum"
+        what = "not a tar file" if offset == 0 else f"damaged at byte {offset}: the header's checksum is wrong"
         raise DamagedTarError(f"{path}: {what}. Copy the tar again.")
 
 
 def _octal(field: bytes) -> int:
-    """A header's number; blanks are 0. Raises ValueError."""
+    """A number in a header, as octal text; blanks are 0. Raises ValueError if it is not one."""
     text = field.split(b"\0", 1)[0].strip()
     if text and not text.isdigit():
         raise ValueError(text)
@@ -139,31 +142,33 @@ def _number(path: Location, field: bytes, offset: int) -> int:
     try:
         return _octal(field)
     except ValueError:
-        raise DamagedTarError(f"{path}: damaged at byte {offset}: the size is no number. Copy the tar again.") from None
+        raise DamagedTarError(
+            f"{path}: damaged at byte {offset}: the size is not a number. Copy the tar again."
+        ) from None
 
 
 def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
-    # GNU's own format has times where POSIX has the prefix.
+    # Only POSIX headers hold the first part of a long name here; GNU's own format holds times.
     if header[257:263] == b"ustar\0" and header[345]:
         return header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name
 
 
 def _is_safe(name: bytes) -> bool:
-    """Whether a name stays inside a folder. We never write files by it, but keys reach other programs."""
+    """Whether a name stays inside a folder. We never write a file of this name, but other programs may get the key."""
     return not name.startswith(b"/") and b"\0" not in name and (b".." not in name or b".." not in name.split(b"/"))
 
 
 def _extend(path: Location, file: RangeFile, kind: bytes, start: int, nbytes: int, extension: _Extension) -> _Extension:
-    """`extension` with what the extension header at `start` adds."""
+    """`extension`, updated with what the extension header at `start` says."""
     if nbytes > _MAX_EXTENSION_NBYTES:
         raise DamagedTarError(
-            f"{path}: an extension header of {nbytes} bytes at byte {start}, expected at most {_MAX_EXTENSION_NBYTES}. "
-            "Make the tar again with shorter names."
+            f"{path}: the extension header at byte {start} has {nbytes} bytes, expected at most "
+            f"{_MAX_EXTENSION_NBYTES}. Make the tar again with shorter names."
         )
     body = file.pread(nbytes, start)
-    if kind == b"K":
+    if kind == b"K":  # a long link name, and links are left out
         return extension
     if kind == b"L":
         return extension._replace(name=body.split(b"\0", 1)[0])
@@ -176,12 +181,14 @@ def _extend(path: Location, file: RangeFile, kind: bytes, start: int, nbytes: in
             any(keyword.startswith(b"GNU.sparse.") for keyword in records),
         )
     except ValueError:
-        raise DamagedTarError(f"{path}: damaged at byte {start}: bad pax header. Copy the tar again.") from None
+        raise DamagedTarError(
+            f"{path}: damaged at byte {start}: the pax header cannot be read. Copy the tar again."
+        ) from None
     if kind == b"g":
         # A global header (git archive writes one, with a comment) must not rename or resize every member.
         if found != _Extension():
             raise DamagedTarError(
-                f"{path}: a global pax header at byte {start} sets names or sizes. Make the tar again."
+                f"{path}: a global pax header at byte {start} sets names or sizes. Make the tar again without it."
             )
         return extension
     return _Extension(
@@ -192,14 +199,14 @@ def _extend(path: Location, file: RangeFile, kind: bytes, start: int, nbytes: in
 
 
 def _octal_free(text: bytes) -> int:
-    """A pax size, in decimal. Raises ValueError."""
+    """A number in a pax header, as decimal text. Raises ValueError if it is not one."""
     if not text.isdigit() or len(text) > 20:
         raise ValueError(text)
     return int(text)
 
 
 def _pax_records(body: bytes) -> dict[bytes, bytes]:
-    """The records "LENGTH KEYWORD=VALUE\\n" of a pax header. Raises ValueError."""
+    """The records "LENGTH KEYWORD=VALUE\\n" of a pax header. Raises ValueError if they are damaged."""
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(body) and body[position]:
@@ -215,10 +222,10 @@ def _pax_records(body: bytes) -> dict[bytes, bytes]:
 
 
 def _check_end(path: Location, file: RangeFile, offset: int) -> None:
-    """Refuse all but a little zero padding after the end block: joined tars, or a download filled up with zeros."""
+    """Accept only a little zero padding after the end block: no joined tars, no download filled up with zeros."""
     num_after = file.nbytes - offset
     if num_after > _MAX_PADDING_NBYTES or any(file.pread(max(num_after, 0), offset)):
         raise DamagedTarError(
             f"{path}: damaged: {num_after} bytes follow the end block at byte {offset - _BLOCK_NBYTES}. Copy the tar "
-            "again; if several tars were joined, split them, as every reader stops at the first end."
+            "again; if several tars were joined, split them, because readers stop at the first end block."
         )

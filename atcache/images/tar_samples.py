@@ -1,4 +1,4 @@
-"""The samples of one tar, by WebDataset's rule: consecutive members whose names agree up to the first dot."""
+"""The samples of one tar. By WebDataset's rule, consecutive members whose names agree up to a dot are one sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABEL_EXTENSIONS = (".cls",)
 
 _MAX_KEY_NBYTES = 512
 _MAX_LABEL_NBYTES = 64
-_MAX_LABEL = 2**31 - 1
+_MAX_LABEL = 2**31 - 1  # what fits in an int32
 _LABEL = re.compile(rb"\s*([0-9]{1,10})\s*")
 
 
@@ -33,7 +33,7 @@ class Problem(IntEnum):
 
 @dataclass(slots=True)
 class TarRows:
-    """One tar's part of a `SampleIndex`; a column's values stand in the order of the samples."""
+    """One tar's part of a `SampleIndex`: its columns, in the order of the samples."""
 
     tar_nbytes: int
     tar_version: str
@@ -47,7 +47,7 @@ class TarRows:
 
 @dataclass(slots=True)
 class _Sample:
-    """The members of one key seen so far."""
+    """The members with one key, as far as they were read."""
 
     key: bytes
     offset: int = 0
@@ -58,12 +58,12 @@ class _Sample:
     extensions: list[bytes] = field(default_factory=list[bytes])
 
     def blame(self, problem: Problem, reason: str) -> None:
-        """Record the first thing that is wrong."""
+        """Record a problem, unless an earlier one was recorded."""
         if not self.problem:
             self.problem, self.reason = problem, reason
 
     def add(self, extension: bytes, member: TarMember) -> None:
-        """Take one member; only labels are looked into."""
+        """Add one member. Only the content of labels is looked at."""
         self.extensions.append(extension)
         suffix = "." + extension.decode(errors="replace")
         if suffix in LABEL_EXTENSIONS:
@@ -80,18 +80,18 @@ class _Sample:
         match = _LABEL.fullmatch(member.head) if member.nbytes <= _MAX_LABEL_NBYTES else None
         if match is None or int(match[1]) > _MAX_LABEL:
             shown = member.head[:_MAX_LABEL_NBYTES].decode(errors="replace")
-            self.blame(Problem.NO_LABEL, f"has the label {shown!r}; expected an integer from 0, as text")
+            self.blame(Problem.NO_LABEL, f"has the label {shown!r}; expected an integer of at least 0, as text")
         else:
             self.label = int(match[1])
 
     def finish(self, *, labels_required: bool) -> None:
-        """Check that image and label are there."""
+        """Check that the sample has an image and, if it must, a label."""
         if not self.nbytes:
             found = ", ".join(sorted({extension.decode(errors="replace") for extension in self.extensions}))
             self.blame(
                 Problem.NO_IMAGE,
-                f"has no image: its extensions are {found or 'none'}, expected one of {', '.join(IMAGE_EXTENSIONS)} (a "
-                "name is cut at the first dot of its last part, so keys hold no dots)",
+                f"has no image: its extensions are {found or 'none'}, expected one of {', '.join(IMAGE_EXTENSIONS)} "
+                "(the extension begins at the first dot of the file name, so a key cannot contain dots)",
             )
         elif labels_required and self.label < 0:
             self.blame(Problem.NO_LABEL, "has no label (.cls). Add it, or run without labels")
@@ -111,7 +111,7 @@ class _TarIndexer:
         self._sample: _Sample | None = None
 
     def run(self) -> TarRows:
-        """The tar's rows."""
+        """Read the tar and return its rows."""
         try:
             for member in read_members(self._path, self._file):
                 key, extension = _split_name(member.name)
@@ -125,7 +125,7 @@ class _TarIndexer:
         return self.rows
 
     def _sample_of(self, key: bytes) -> _Sample:
-        """The sample that goes on, or a new one: only consecutive members belong together."""
+        """The current sample if it has this key, or else a new one: only consecutive members belong together."""
         if self._sample is not None and key == self._sample.key:
             return self._sample
         self._finish()
@@ -134,7 +134,7 @@ class _TarIndexer:
         if key in self._seen:
             self._sample.blame(
                 Problem.DUPLICATE_KEY,
-                "occurs twice: the members of a sample must stand together. Make the tar again, sorted by name",
+                "occurs twice: the members of a sample must follow one another. Make the tar again, sorted by name",
             )
         self._seen.add(key)
         return self._sample
@@ -152,7 +152,7 @@ class _TarIndexer:
         last.problem = Problem.TRUNCATED
 
     def _finish(self) -> None:
-        """Add the row of the sample at hand."""
+        """Add the row of the current sample, if there is one."""
         sample, self._sample = self._sample, None
         if sample is None:
             return
@@ -168,7 +168,7 @@ class _TarIndexer:
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:
-    """WebDataset's key and lower-cased extension; an empty key for names it skips, and for hidden files."""
+    """WebDataset's key and the lower-cased extension. The key is empty for hidden files and names WebDataset skips."""
     folder, slash, base = name.rpartition(b"/")
     stem, _, extension = base.partition(b".")
     if not stem or not extension:
@@ -186,7 +186,10 @@ def _is_utf8(key: bytes) -> bool:
 
 def _check_key(path: Location, key: bytes) -> None:
     if len(key) > _MAX_KEY_NBYTES:
-        raise SourceError(f"{path}: a key of {len(key)} bytes ({key[:40]!r}...), expected at most {_MAX_KEY_NBYTES}.")
+        raise SourceError(
+            f"{path}: a key has {len(key)} bytes ({key[:40]!r}...), expected at most {_MAX_KEY_NBYTES}. Rename the "
+            "member."
+        )
     if not _is_utf8(key):
         raise SourceError(f"{path}: key {key!r} is not UTF-8. Rename the member.")
 

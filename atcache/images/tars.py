@@ -1,4 +1,4 @@
-"""Which tars a `--data` option names: brace patterns, folders and lists, with one clear sentence for what cannot be."""
+"""The tars that a `--data` option names by brace patterns, folders and lists. Each mistake gets a clear error."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from atcache.files.ranges import list_files
 from atcache.images.decode import IMAGE_EXTENSIONS
 
 PACK_RECORD = "moving.json"
-"""In the folder of an unfinished pack: which files it is just putting in place."""
+"""A file in the folder of an unfinished pack. It names the files that are being moved to their place."""
 _MAX_TARS = 1_000_000
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 
 
 def pack_folder(out: Path, name: str) -> Path:
-    """Where `atcache pack` makes `out`/NAME-000000.tar; there only while it runs, or after it was killed."""
+    """The folder in which `atcache pack` makes `out`/NAME-000000.tar. It exists during a run, or after a killed one."""
     return out / f".{name}.atcache-pack"
 
 
 def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]:
-    """The tars that `data` names, with basenames of their own; local ones exist.
+    """The tars that `data` names. No two have the same basename. Local tars exist; remote ones are not checked.
 
     Args:
         data: a brace pattern (`train-{000000..001281}.tar`) or shell pattern (`train-*.tar`), one tar, a folder of tars
             (taken in the order of their names), or a list of any of these. Braces are expanded first, so that
-            `{train,extra}-*.tar` and `part-{0..3}/` work too. `~` is the home folder. Each may be a URL; shell patterns
-            and folders only where the server can list.
+            `{train,extra}-*.tar` and `part-{0..3}/` work too. `~` is the home folder. Each may be a URL. A URL may be a
+            shell pattern or a folder only if the server can list folders.
 
     Raises:
-        SourceError: nothing matches, a tar is missing, is no plain tar, is of an unfinished `atcache pack`, or shares
-            its basename with another.
+        SourceError: nothing matches; a tar is missing, compressed or not a tar; it belongs to an unfinished
+            `atcache pack`; or two tars have the same basename.
     """
     specs = [data] if isinstance(data, (str, Path)) else list(data)
     tars = tuple(path for spec in specs for path in _expand(str(spec)))
@@ -48,8 +48,8 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
     for path in tars:
         if path.name in seen:
             raise SourceError(
-                f"two tars are called {path.name} ({seen[path.name]} and {path}), but samples are known by their tar's "
-                "name and key. Rename one."
+                f"two tars are called {path.name} ({seen[path.name]} and {path}), but a sample is identified by its "
+                "tar's name and its key. Rename one."
             )
         seen[path.name] = path
     return tars
@@ -74,14 +74,14 @@ def _expand(spec: str) -> Sequence[Location]:
     for out, name in dict.fromkeys((path.parent, path.stem.rpartition("-")[0]) for path in paths):
         if (pack_folder(out, name) / PACK_RECORD).exists():
             raise SourceError(
-                f"the tars {name}-*.tar in {out} are not complete: an `atcache pack` was stopped while it put them in "
-                "place. Run the same command again."
+                f"the tars {name}-*.tar in {out} are not complete: `atcache pack` was stopped while it moved them to "
+                "this folder. Run the same `atcache pack` command again."
             )
     return paths
 
 
 def _find(path: Path) -> list[Path]:
-    """The tars of a folder, or what a shell pattern matches; `path` itself where it is neither or matches nothing."""
+    """The tars of a folder, or what a shell pattern matches; `path` itself if it is neither or matches nothing."""
     if path.is_dir():
         return _tars_in(path)
     if path.exists() or not glob.has_magic(str(path)):
@@ -90,7 +90,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def _expand_url(spec: str) -> list[Url]:
-    """The tars a URL names. They are not looked for: whoever opens them will tell."""
+    """The tars that a URL names. Whether they exist is not checked here; opening a missing one fails."""
     tars: list[Url] = []
     for name in _expand_braces(spec):
         try:
@@ -105,10 +105,11 @@ def _expand_url(spec: str) -> list[Url]:
 
 
 def _list_tars(url: Url) -> list[Url]:
-    """The tars in a folder of a server, or those a shell pattern names, in the order of their names."""
+    """The tars in a folder on a server, or those that match a shell pattern, in the order of their names."""
     if not url.can_list:
         raise SourceError(
-            f"{url} is no .tar, and a web server cannot list a folder. Name the tars, as URL/train-{{0000..0146}}.tar."
+            f"{url} is not a .tar, and a web server cannot list a folder. Name the tars, such as "
+            "URL/train-{0000..0146}.tar."
         )
     folder, pattern = (url.parent, url.name) if glob.has_magic(url.name) else (url, "*.tar")
     names = [name for name in list_files(folder) if "/" not in name and fnmatchcase(name, pattern)]
@@ -122,16 +123,18 @@ def _expand_braces(pattern: str) -> list[str]:
 
     if "{" not in pattern and "}" not in pattern:
         return [pattern]  # braceexpand would drop backslashes
-    # Counted before it is expanded: braceexpand makes whole ranges at once.
+    # Count the names before expanding them: braceexpand makes whole ranges at once, which could fill the memory.
     num_tars = math.prod(abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern))
     if num_tars > _MAX_TARS:
         raise SourceError(f"{pattern!r} stands for {num_tars} tars, expected at most {_MAX_TARS}. Check its numbers.")
     try:
         names = list(islice(braceexpand(pattern), _MAX_TARS + 1))
     except ValueError:  # its UnbalancedBracesError
-        raise SourceError(f"{pattern!r} has unbalanced braces; expected like train-{{000000..001281}}.tar.") from None
+        raise SourceError(
+            f"{pattern!r} has unbalanced braces; expected a pattern such as train-{{000000..001281}}.tar."
+        ) from None
     if len(names) > _MAX_TARS:
-        raise SourceError(f"{pattern!r} stands for over {_MAX_TARS} tars. Check its numbers.")
+        raise SourceError(f"{pattern!r} stands for more than {_MAX_TARS} tars, the most allowed. Check its numbers.")
     return names
 
 
@@ -139,9 +142,11 @@ def _check_suffix(path: Location) -> None:
     if path.name.lower().endswith(_COMPRESSED):
         raise SourceError(f"{path} is compressed. Decompress it first: samples are read in place.")
     if path.suffix.lower() in IMAGE_EXTENSIONS:
-        raise SourceError(f"{path} is an image. Run `atcache pack` on a folder with one folder a class to make tars.")
+        raise SourceError(
+            f"{path} is an image. To make tars, run `atcache pack` on a folder that has one folder for each class."
+        )
     if path.suffix.lower() != ".tar":
-        raise SourceError(f"{path} is no .tar file. Name WebDataset tars, or a folder of tars.")
+        raise SourceError(f"{path} is not a .tar file. Name WebDataset tars, or a folder of tars.")
 
 
 def _tars_in(folder: Path) -> list[Path]:

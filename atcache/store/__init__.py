@@ -10,5 +10,5 @@
 - `shard_file`: write one shard
 - `open_shards`: shards that are open for reading, a limited number of them
 - `shard_check`: check every byte of one shard
-- `audit`: what is wrong with metadata, tables and files
+- `audit`: find what is wrong with metadata, tables and files
 """

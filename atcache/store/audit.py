@@ -1,4 +1,4 @@
-"""What of a cache's metadata, tables and files is not as a build writes it. Reads only; one sentence a finding."""
+"""Finds what differs from a build's output in a cache's metadata, tables and files. Only reads; returns sentences."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SAMPLE_ARRAYS = [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
 def check_metadata(path: Location) -> list[str]:
     """What is wrong with the zarr.json files, which all else depends on.
 
-    The root's attributes carry a checksum, a finished cache's other files have a copy in the root's, and arrays must
-    be as the layout says. Where any of this fails, what the tasks should be is not known for sure.
+    The root's attributes have a checksum, a finished cache's other files have a copy in the root's, and arrays must be
+    as the layout says. If any of this fails, it is not certain what the tasks should be.
 
     Raises:
         CacheMissError, CacheMismatchError, CorruptCacheError: the root cannot be read at all.
@@ -80,7 +80,7 @@ def _array_metadata(spec: ArraySpec) -> dict[str, Any]:
     compressor = {"name": "zstd"} if how.shuffle is None else {"name": "blosc", "configuration": blosc}
     order = [*range(num_axes - 2), num_axes - 1, num_axes - 2]
     transpose = [{"name": "transpose", "configuration": {"order": order}}] if how.is_transposed else []
-    # One byte has no order: zarr-python writes `bytes` without it.
+    # One byte has no byte order, so zarr-python writes `bytes` without `endian`.
     bytes_codec = {"name": "bytes"} if np.dtype(spec.dtype).itemsize == 1 else little
     sharding = {
         "chunk_shape": list(spec.chunk_shape),
@@ -135,7 +135,7 @@ def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: St
     source: Any = attributes.get("source")
     table: Any = json.loads(read_file(path / "samples/zarr.json"))["attributes"]
     recorded: dict[Location, Any] = {path / "samples/zarr.json": table.get("fingerprint")}
-    if isinstance(source, dict):  # what `create_cache` makes without a build need not have one
+    if isinstance(source, dict):  # a cache that `create_cache` made without a build may have none
         recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
     return [
         f"the sample table in {path}/samples has the fingerprint {index.fingerprint[:12]}..., {file} says "
@@ -152,7 +152,7 @@ def _extra_arrays(path: Location) -> list[str]:
 
 
 def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> list[str]:
-    """Files that are no part of the cache, and shards of uncommitted tasks, a sentence each. They do no harm.
+    """Files that are not part of the cache, and shards of uncommitted tasks, a sentence each. They do no harm.
 
     Args:
         path: the cache.
@@ -164,7 +164,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
     uncommitted: set[str] = set()
     if isinstance(path, Url) and not path.can_list:
         return [
-            f"{path} is on a web server, which cannot list: files that are no part of the cache are not looked for."
+            f"{path} is on a web server, which cannot list files: this check did not look for files that do not belong."
         ]
     for relative in list_files(path):
         folder, _, name = relative.rpartition("/")
@@ -176,29 +176,29 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         elif is_partial(name):
             strays.append(f"{path / relative} was left by a writer that was stopped; the next build removes it.")
         else:
-            strays.append(f"{path / relative} is no part of the cache.")
+            strays.append(f"{path / relative} is not part of the cache.")
     if uncommitted:
         strays.append(
-            f"{path} has shards without commit record, from {min(uncommitted)} on ({len(uncommitted)} in all); "
-            "the next build writes them again."
+            f"{path} has shards of tasks without a commit record, the first is {min(uncommitted)} ({len(uncommitted)} "
+            "in all); the next build writes them again."
         )
     return strays
 
 
 def _known_files(path: Location, layout: StoreLayout) -> set[str]:
-    """The files of a cache beside shards and commit records, by their paths in it."""
+    """The files of a cache except shards and commit records, by their paths in it."""
     known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
     known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}
     for name in [*_SAMPLE_ARRAYS, *_extra_arrays(path)]:
         try:
             known |= array_files(path, name)
         except CorruptCacheError:
-            known.add(f"{name}/zarr.json")  # `check_tables` has a finding of its own
+            known.add(f"{name}/zarr.json")  # `check_tables` reports that it is damaged
     return known
 
 
 def _task_of_shard(relative: str, layout: StoreLayout) -> Task | None:
-    """The task whose shard a path in the cache is; None for other files."""
+    """The task whose shard is at a path in the cache; None for other files."""
     for spec in layout.arrays():
         match = re.fullmatch(f"{spec.name}/c/([0-9]+)/([0-9]+)" + "/0" * (len(spec.shape) - 2), relative)
         if match and int(match[1]) < layout.num_views and int(match[2]) < layout.num_blocks:

@@ -19,9 +19,9 @@ from numcodecs import (
 from atcache.store.layout import COMPRESSORS, ArraySpec
 
 BLOSC_LEVEL = 5
-"""On integer codes 3 often gives up ("incompressible"), 7 takes 3 to 9 times as long for about 1 %."""
+"""On integer codes level 3 often gives up ("incompressible"), and 7 takes 3 to 9 times as long to save about 1 %."""
 ZSTD_LEVEL = 1
-"""On integer codes and photos 3 and 5 are slower and no smaller."""
+"""On integer codes and photos levels 3 and 5 are slower and save nothing."""
 
 EMPTY = np.uint64(2**64 - 1)
 """Offset and length of a chunk that is not there."""
@@ -31,7 +31,7 @@ blosc = cast("Any", _blosc)
 zstd = cast("Any", _zstd)
 _google_crc32c = cast("Any", google_crc32c)
 
-# The crc32c of any bytes followed by their own crc32c: checks a chunk without cutting a copy of it.
+# The crc32c of any bytes followed by their own crc32c. Comparing with it checks a chunk without copying a part of it.
 _CRC32C_RESIDUE = 0x48674BC7
 
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
@@ -40,7 +40,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class DamagedChunkError(Exception):
-    """Bytes that are no chunk or index of the expected size; the store turns it into an error that names the file."""
+    """Bytes are not a chunk or index of the expected size; the store turns this into an error that names the file."""
 
 
 def use_single_threaded_blosc() -> None:
@@ -71,9 +71,9 @@ def compress(array: np.ndarray, compressor: str) -> bytes:
 def decompress_into(encoded: bytes, compressor: str, out_bytes: np.ndarray) -> None:
     """Undo `compress` into `out_bytes`, uint8 and contiguous, which the chunk must fill exactly.
 
-    Elements stay in the order they are stored in: where the compressor transposes, the last two axes are swapped.
+    Elements keep the order in which they are stored: if the compressor transposes, the last two axes are swapped.
 
-    Checksum and declared size are looked at before anything is decompressed: a chunk cannot make the reader allocate.
+    Checksum and declared size are checked before decompressing, so that no chunk can make the reader allocate memory.
 
     Raises:
         DamagedChunkError: checksum, header or size do not fit.
@@ -103,16 +103,16 @@ def _blosc_nbytes(packed: memoryview) -> int:
 
 
 def _zstd_nbytes(packed: memoryview) -> int:
-    """Content size of a zstd frame (RFC 8878, section 3.1.1.1); frames that do not tell are refused."""
+    """Content size of a zstd frame (RFC 8878, section 3.1.1.1); frames that do not state it are refused."""
     if len(packed) < 6 or bytes(packed[:4]) != _ZSTD_MAGIC:
-        raise DamagedChunkError("it is no zstd frame")
+        raise DamagedChunkError("it is not a zstd frame")
     descriptor = packed[4]
     is_single_segment = bool(descriptor & 0x20)
     field_nbytes = {0: 1 if is_single_segment else 0, 1: 2, 2: 4, 3: 8}[descriptor >> 6]
     start = 5 + (not is_single_segment) + (0, 1, 2, 4)[descriptor & 3]
     field = packed[start : start + field_nbytes]
     if not field_nbytes or len(field) < field_nbytes:
-        raise DamagedChunkError("its zstd frame does not tell its size")
+        raise DamagedChunkError("its zstd frame does not state its size")
     # The two-byte form starts at 256, since smaller sizes fit the one-byte form.
     return int.from_bytes(field, "little") + (256 if field_nbytes == 2 else 0)
 
@@ -140,7 +140,7 @@ class ChunkEncoder:
 
 
 def encode_index(index_N2: np.ndarray) -> bytes:
-    """A shard's index as it ends the file: (offset, length) of each chunk, uint64 little-endian, then its crc32c."""
+    """A shard's index as stored at its end: (offset, length) of each chunk, uint64 little-endian, then its crc32c."""
     data = np.ascontiguousarray(index_N2, dtype="<u8").tobytes()
     return data + crc32c(data)
 

@@ -1,22 +1,25 @@
-"""The shape of a cache: which arrays it has, how they are cut into shards and chunks, which task writes what. Pure."""
+"""The shape of a cache: which arrays it has, how they are cut into shards and chunks, which task writes what.
+
+Pure functions of numbers: nothing here reads or writes files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 
 FORMAT = 1
 """The format number this version writes and reads; `docs/format.md` says what it means."""
 
 CODES_DTYPES = ("int8", "uint8", "int16", "int32")
-"""Integers every Zarr v3 library reads."""
+"""Integer types that every Zarr v3 library reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +40,7 @@ COMPRESSORS: Mapping[str, Compressor] = {
     "transpose-blosc-zstd-shuffle": Compressor(shuffle="shuffle", is_transposed=True),
     "transpose-blosc-zstd-bitshuffle": Compressor(shuffle="bitshuffle", is_transposed=True),
 }
-"""By the names caches record, fastest to read first. Which is smallest depends on the codes: a build measures."""
+"""By the names that caches record, fastest to read first. A build measures which is smallest for its codes."""
 
 # Limits that no real cache comes near. They keep a damaged or hostile layout from asking for absurd memory.
 MAX_CHUNK_NBYTES = 2**30
@@ -73,7 +76,7 @@ def describe_status(status: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Task:
+class Task(JsonFields):
     """The work that writes one shard of every array: one view of the samples [start, stop)."""
 
     view: int
@@ -92,7 +95,7 @@ class Task:
 
     @property
     def num_samples(self) -> int:
-        """Samples in the block; fewer in the last one of a view."""
+        """Samples in the block; the last block of a view may have fewer."""
         return self.stop - self.start
 
 
@@ -112,7 +115,7 @@ class ArraySpec:
 
     @property
     def chunk_nbytes(self) -> int:
-        """Bytes of one decompressed chunk, always: chunks that stick out of the array are padded."""
+        """Bytes of any decompressed chunk: chunks that reach beyond the array are padded to the full size."""
         return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -137,7 +140,7 @@ class ArraySpec:
 
     @property
     def max_encoded_nbytes(self) -> int:
-        """More than any encoded chunk can have: zstd and blosc add less than this to incompressible data."""
+        """An upper bound for an encoded chunk: zstd and blosc add less than this to incompressible data."""
         return self.chunk_nbytes + self.chunk_nbytes // 64 + 1024
 
     def shard_file(self, task: Task) -> str:
@@ -150,9 +153,10 @@ class ArraySpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoreLayout:
-    """The numbers every array of a cache follows from. Stored in the cache's attributes."""
+class StoreLayout(JsonFields):
+    """The numbers that determine every array of a cache. Stored in the cache's attributes."""
 
+    is_strict: ClassVar[bool] = True
     num_views: int
     num_samples: int
     num_layers: int
@@ -171,7 +175,7 @@ class StoreLayout:
     pixels: tuple[int, int] | None = None
     """(height, width) of the stored images; None when views are replayed from the tars."""
     compressor: str = BLOSC
-    """How codes are compressed, one of `COMPRESSORS`. Which is smallest depends on the codes: measure."""
+    """How codes are compressed, one of `COMPRESSORS`."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -220,11 +224,11 @@ class StoreLayout:
         return -(-self.num_samples // self.samples_per_shard)
 
     def tasks(self) -> list[Task]:
-        """All tasks, views first, blocks of samples in order within."""
+        """All tasks: view by view, and block by block within a view."""
         return [self.task(view, block) for view in range(self.num_views) for block in range(self.num_blocks)]
 
     def task(self, view: int, block: int) -> Task:
-        """One task by its place."""
+        """The task of one view and block."""
         start = block * self.samples_per_shard
         return Task(view, block, start, min(start + self.samples_per_shard, self.num_samples))
 
@@ -268,7 +272,7 @@ class StoreLayout:
 
     @property
     def pixel_hash(self) -> ArraySpec:
-        """`views/pixel_hash`: hash of each augmented image; 0 where there is none."""
+        """`views/pixel_hash`: hash of each augmented image; 0 if there is none."""
         return self._views_array("pixel_hash", "uint64")
 
     @property
@@ -289,37 +293,12 @@ class StoreLayout:
         )
 
     def arrays(self) -> list[ArraySpec]:
-        """The arrays tasks write, in the order their shards are put in place: status last, so that it vouches."""
+        """The arrays that tasks write, in the order their shards are put in place.
+
+        Status is last: once its shard is there, the others are too.
+        """
         pixels = [] if self.rgb is None else [self.rgb]
         return [self.codes, *pixels, self.parameters, self.pixel_hash, self.status]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        pixels = None if self.pixels is None else list(self.pixels)
-        return {**values, "parameter_names": list(self.parameter_names), "pixels": pixels}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> StoreLayout:
-        """The layout `to_json` came from.
-
-        Raises:
-            ConfigError: a field is missing, unknown or out of range.
-        """
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise ConfigError(f"layout has the fields {sorted(values)}; expected {sorted(names)}.")
-        parsed: dict[str, Any] = dict(values)
-        parsed["parameter_names"] = _as_tuple("parameter_names", values["parameter_names"], str)
-        parsed["pixels"] = None if values["pixels"] is None else _as_tuple("pixels", values["pixels"], int)
-        return cls(**parsed)
-
-
-def _as_tuple(name: str, values: Any, kind: type) -> Any:  # noqa: ANN401 - JSON
-    items: list[Any] = [*values] if isinstance(values, list | tuple) else [None]  # pyright: ignore[reportUnknownVariableType]
-    if not all(isinstance(item, kind) for item in items):
-        raise ConfigError(f"{name}={values!r}: expected a list of {kind.__name__}.")
-    return tuple(items)
 
 
 def _check_count(name: str, value: object, limit: int) -> None:
@@ -330,13 +309,13 @@ def _check_count(name: str, value: object, limit: int) -> None:
 def plan_samples_per_shard(
     nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = 8192
 ) -> int:
-    """Samples a task takes, so that its shard has about `target_nbytes`.
+    """How many samples a task takes, so that its shard has about `target_nbytes`.
 
     Args:
-        nbytes_per_view: bytes one sample of one view takes on disk, or before compression: the caller's choice.
+        nbytes_per_view: bytes of one view of one sample, on disk or before compression: the caller chooses.
         num_samples: samples in the source; a shard is never larger.
         target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
-        max_samples: bounds the index of a shard, and the work lost, where views are tiny.
+        max_samples: limits the index of a shard, and the work lost, if views are tiny.
 
     >>> plan_samples_per_shard(1_500_000, 1_281_167)
     178
@@ -347,7 +326,7 @@ def plan_samples_per_shard(
 def plan_layers_per_chunk(layer_nbytes: int, num_layers: int, target_nbytes: int = 32 * 2**10) -> int:
     """Layers in a chunk: the largest divisor of `num_layers` whose chunk stays within `target_nbytes`, or 1.
 
-    A chunk is what a reader decompresses at least, so one layer of a large model; small ones share a chunk, because
+    A reader decompresses at least one chunk, so a large layer has a chunk of its own. Small layers share one, because
     compressors do badly on a few hundred bytes.
 
     >>> plan_layers_per_chunk(4096, 12)

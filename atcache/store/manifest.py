@@ -1,18 +1,19 @@
-"""Commit records: one small JSON a finished task, written after its shards. They say what can be trusted."""
+"""Commit records: one small JSON file per finished task, written after its shards. Only these tasks are trusted."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Annotated, Any, cast, overload
 
 import numpy as np
 
 from atcache.errors import CorruptCacheError
+from atcache.fields import JsonFields, Omitted
 from atcache.files.durable import encode_json, fsync_path, write_file
 from atcache.files.location import Location, parse_location
 from atcache.files.ranges import list_files, read_file
@@ -26,17 +27,17 @@ COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileRecord:
-    """What one shard file must be."""
+class FileRecord(JsonFields):
+    """The size and checksum that one shard file must have."""
 
     nbytes: int
     crc32: int
-    """zlib's, of the whole file. Not crc32c: what ends in its own crc32c has a constant one, so that a shard's crc32c
-    would depend on the lengths of its parts alone."""
+    """zlib's crc32 of the whole file. Not crc32c: bytes that end in their own crc32c all have the same one, so a
+    shard's would depend only on the lengths of its parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Commit:
+class Commit(JsonFields):
     """A finished task. Holds no time and no host, so that every build of the same thing writes the same bytes."""
 
     task: Task
@@ -45,11 +46,11 @@ class Commit:
     num_stored: int
     """Samples with codes."""
     num_bad: int
-    """Samples without, whose status says why."""
+    """Samples without codes; their status says why."""
     quality: dict[str, Any]
     """Numbers the build measured on this task."""
-    num_checked: int | None = None
-    """Views they were measured on; None in records that do not say."""
+    num_checked: Annotated[int | None, Omitted] = None
+    """How many views they were measured on; None in records that do not say."""
 
     @property
     def nbytes(self) -> int:
@@ -61,29 +62,6 @@ class Commit:
         """Bytes of the shard of codes."""
         return sum(record.nbytes for name, record in self.files.items() if name.startswith("attention/codes/"))
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        fields = asdict(self)
-        if self.num_checked is None:
-            del fields["num_checked"]
-        return fields
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Commit:
-        """The commit `to_json` came from; KeyError, TypeError or ValueError when it is none."""
-        files = {
-            str(name): FileRecord(nbytes=int(record["nbytes"]), crc32=int(record["crc32"]))
-            for name, record in dict(values["files"]).items()
-        }
-        return cls(
-            task=Task(**{name: int(value) for name, value in dict(values["task"]).items()}),
-            files=files,
-            num_stored=int(values["num_stored"]),
-            num_bad=int(values["num_bad"]),
-            quality=dict(values["quality"]),
-            num_checked=None if values.get("num_checked") is None else int(values["num_checked"]),
-        )
-
 
 @overload
 def commit_path(path: Path, task: Task) -> Path: ...
@@ -94,7 +72,7 @@ def commit_path(path: Location, task: Task) -> Location: ...
 
 
 def commit_path(path: Location, task: Task) -> Location:
-    """Where a task's commit record lies."""
+    """The path of a task's commit record."""
     return path / f"{COMMITS}/{task.name}.json"
 
 
@@ -104,14 +82,14 @@ def write_commit(path: Path | str, commit: Commit) -> None:
 
 
 def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
-    """Delete commit records, durably, so that the same build redoes their tasks. No other writer may be at work.
+    """Delete commit records, durably, so that the same build redoes their tasks. Nobody else may write meanwhile.
 
     Args:
         path: the cache.
-        names: names of tasks; those without a record are passed over.
+        names: names of tasks; those without a record are skipped.
 
     Returns:
-        The names whose record is gone now, in order.
+        The names whose record was deleted, in order.
     """
     folder = Path(path) / COMMITS
     deleted: list[str] = []
@@ -129,7 +107,7 @@ def list_commits(path: Location | str) -> set[str]:
     """Names of the committed tasks, from the folder's listing alone.
 
     Raises:
-        RemoteError: a web server, which cannot list.
+        RemoteError: the cache is on a web server, which cannot list files.
     """
     names = list_files(parse_location(path) / COMMITS)
     return {name.removesuffix(".json") for name in names if COMMIT_NAME.fullmatch(name)}
@@ -139,14 +117,14 @@ def read_commit(path: Location | str, name: str) -> Commit:
     """One commit record.
 
     Raises:
-        CorruptCacheError: it cannot be read, or is another task's.
+        CorruptCacheError: it cannot be read, or is the record of another task.
     """
     file = parse_location(path) / f"{COMMITS}/{name}.json"
     try:
         commit = Commit.from_json(json.loads(read_file(file)))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(
-            f"{file} is no commit record ({type(error).__name__}: {error}). Delete it and run the same "
+            f"{file} is not a commit record ({type(error).__name__}: {error}). Delete it and run the same "
             "`atcache build` command again: only this task is redone."
         ) from error
     if commit.task.name != name:
@@ -163,15 +141,15 @@ def read_commits(path: Location | str) -> dict[str, Commit]:
 
 
 def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
-    """What is wrong with a committed task, one sentence each; empty when it can be trusted.
+    """What is wrong with a committed task, one sentence each; empty if it can be trusted.
 
-    Looks at the size and the index of every shard. With `deep` also at every byte: the record's own checksum, the whole
-    files' checksums, every chunk's, that each decompresses to its size, and that status, chunks and counts agree.
-    Memory is one chunk.
+    Checks the size and the index of every shard. With `deep` it reads every byte and also checks the checksums of the
+    record, the files and the chunks, that each chunk decompresses to its size, and that status, chunks and counts
+    agree. Memory is one chunk.
     """
     task = commit.task
     if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
-        return [f"{commit_path(path, task)} is for {task}, which is no task of this cache."]
+        return [f"{commit_path(path, task)} is for {task}, which is not a task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
     if set(commit.files) != set(specs):
         return [f"{commit_path(path, task)} lists {sorted(commit.files)}, expected {sorted(specs)}."]
@@ -199,13 +177,13 @@ def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: b
 def _record_seal_holds(path: Location, task: Task) -> bool:
     try:
         record: Any = json.loads(read_file(commit_path(path, task)))
-    except (OSError, ValueError):  # it changed since it was read
+    except (OSError, ValueError):  # it was valid when `commit` was read from it, and has changed since
         return False
     return isinstance(record, dict) and seal_holds(cast("dict[str, Any]", record))
 
 
 def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
-    """Statuses that a finished task cannot have, and counts in the record that are not those of the statuses."""
+    """A sentence if there are statuses that a finished task cannot have, and one if the record counts other numbers."""
     task, file = commit.task, path / layout.status.shard_file(commit.task)
     rows_S, padding_S = status_S[: task.num_samples], status_S[task.num_samples :]
     problems: list[str] = []
@@ -224,9 +202,9 @@ def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S:
 def _check_presence(
     path: Location, spec: ArraySpec, task: Task, check: ShardCheck, is_stored_S: np.ndarray
 ) -> str | None:
-    """A shard that lacks what the statuses say is stored, or has what they say is not."""
+    """A sentence if a shard lacks views that the statuses say are stored, or has others; None if it is right."""
     if check.is_there_N is None:
-        return None  # its damage is named already
+        return None  # its damage is reported already
     if not spec.num_chunks_per_sample:
         return None if check.is_there_N.all() else f"{path / spec.shard_file(task)} lacks its only chunk."
     is_there_SN = check.is_there_N.reshape(-1, spec.num_chunks_per_sample)
@@ -235,9 +213,7 @@ def _check_presence(
     if not len(wrong_S):
         return None
     samples = name_samples((wrong_S + task.start).tolist())
-    return (
-        f"{path / spec.shard_file(task)} does not have just the views that are stored by their status: see {samples}."
-    )
+    return f"{path / spec.shard_file(task)} does not hold exactly the views whose status is STORED: see {samples}."
 
 
 def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
@@ -262,7 +238,7 @@ def summarise_commits(commits: Iterable[Commit]) -> dict[str, Any]:
 def summarise_quality(commits: Iterable[Commit]) -> dict[str, dict[str, float]]:
     """Mean and maximum of each number in the commits' `quality`.
 
-    The mean is weighted by the views that were looked at, or by the stored ones where a record does not say how many.
+    The mean is weighted by the number of views measured, or of views stored if any record does not say how many were.
     """
     commits = list(commits)
     all_say = all(commit.num_checked is not None for commit in commits)

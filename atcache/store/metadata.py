@@ -20,7 +20,7 @@ SEAL = "crc32"
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with their checksum; one they had before is replaced.
+    """`values` with their checksum added; an earlier checksum is replaced.
 
     >>> seal({"format": 1})
     {'format': 1, 'crc32': 1584290907}
@@ -30,18 +30,18 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seal_holds(values: Mapping[str, Any]) -> bool:
-    """Whether the members are those that were sealed; also True where there is no seal, as in older caches."""
+    """Whether the checksum in `values` matches them; also True if there is no checksum, as in older caches."""
     if SEAL not in values:
-        # A name one letter off is that of a seal which was damaged itself.
+        # A name that differs by one letter was the checksum's, and is damaged itself.
         return not any(len(name) == len(SEAL) and sum(map(ne, name, SEAL)) == 1 for name in values)
     try:
         return seal(values)[SEAL] == values[SEAL]
-    except ValueError:  # NaN, which JSON cannot say and Python reads all the same
+    except ValueError:  # NaN: JSON does not allow it, but Python reads it
         return False
 
 
 ATTRIBUTES = "atcache"
-"""The key of the root group's attributes that holds everything of ours."""
+"""The key in the root group's attributes under which all of atcache's attributes are."""
 
 
 def read_root(path: Location | str) -> tuple[dict[str, Any], StoreLayout]:
@@ -62,11 +62,11 @@ def load_root(path: Location) -> dict[str, Any]:
     try:
         root: Any = json.loads(read_file(file))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheMissError(f"{path} is no cache: {file} does not exist. Make one with `atcache build`.") from error
+        raise CacheMissError(f"{path} is not a cache: {file} does not exist. Make one with `atcache build`.") from error
     except (OSError, ValueError) as error:
         raise CorruptCacheError(f"{file} cannot be read ({error}). Restore it from a copy.") from error
     if not isinstance(root, dict):
-        raise CorruptCacheError(f"{file} is no Zarr group. Restore it from a copy.")
+        raise CorruptCacheError(f"{file} is not a Zarr group. Restore it from a copy.")
     return cast("dict[str, Any]", root)
 
 
@@ -75,12 +75,12 @@ def split_root(path: Location, root: Mapping[str, Any]) -> tuple[dict[str, Any],
     attributes: Any = root.get("attributes")
     ours: Any = cast("dict[str, Any]", attributes).get(ATTRIBUTES) if isinstance(attributes, dict) else None
     if not isinstance(ours, dict):
-        raise CorruptCacheError(f'{path} is no atcache cache: its attributes have no "{ATTRIBUTES}" object.')
+        raise CorruptCacheError(f'{path} is not an atcache cache: its attributes have no "{ATTRIBUTES}" object.')
     ours = cast("dict[str, Any]", ours)
     if ours.get("format") != FORMAT:
         raise CacheMismatchError(
             f"{path} has format {ours.get('format')!r}, this version of atcache reads format {FORMAT}; use the version "
-            "that wrote it, or build it anew."
+            "that wrote it, or build it again."
         )
     try:
         return ours, StoreLayout.from_json(ours["layout"])
@@ -89,14 +89,14 @@ def split_root(path: Location, root: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def consolidated_copies(root: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The copies of all nodes' metadata that the root of a finished cache has, by name; None where it has none."""
+    """The copies of all nodes' metadata that the root of a finished cache has, by name; None if it has none."""
     consolidated: Any = root.get("consolidated_metadata")
     copies: Any = cast("dict[str, Any]", consolidated).get("metadata") if isinstance(consolidated, dict) else None
     return cast("dict[str, Any]", copies) if isinstance(copies, dict) else None
 
 
 def list_arrays(path: Location, group: str) -> list[str]:
-    """Names of the arrays in a group of a cache, in order; from the root's copies of metadata where they are remote."""
+    """Names of the arrays in a group of a cache, in order; taken from the root's copies of metadata if it is remote."""
     if isinstance(path, Url) and (copies := consolidated_copies(load_root(path))) is not None:
         files = [f"{name.removeprefix(f'{group}/')}/zarr.json" for name in copies if name.startswith(f"{group}/")]
     else:

@@ -1,4 +1,4 @@
-"""Shards open for reading: their files and checked indexes, a bounded number of them."""
+"""Shards that are open for reading: their files and checked indexes, a limited number of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atcache.store.layout import ArraySpec, Task
 MAX_OPEN_SHARDS = 384
 MAX_VIEW_BLOCKS = 128
 
-_NUM_REQUESTS = 16
+_NUM_REQUESTS = 16  # requests to a server at the same time
 
 # Chunks further apart than this are read one by one: another writer may have laid them out in another order.
 _MAX_GAP_NBYTES = 2**16
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 class OpenShard:
-    """A shard's file and checked index. Closed with its last user: eviction cannot hurt a reading thread."""
+    """A shard's file and checked index. Closed with its last user, so that eviction cannot hurt a reading thread."""
 
     def __init__(self, file: RangeFile, spec: ArraySpec) -> None:
         """Read its index.
@@ -56,9 +56,9 @@ class OpenShard:
         return decode_index(self._read(spec.index_nbytes, offset), spec, self.file.nbytes)
 
     def read_into(self, ranges: list[list[int]], spec: ArraySpec, out_bytes: np.ndarray) -> None:
-        """The chunks at these (offset, nbytes), decompressed one behind another; see `decompress_into`.
+        """Decompress the chunks at these (offset, nbytes) one after another; see `decompress_into`.
 
-        What is damaged in a copy that is kept of a remote shard is fetched once again.
+        If a chunk is damaged in the local copy of a remote shard, it is fetched again, once.
 
         Raises:
             DamagedChunkError: the file ends early, or a chunk is damaged.
@@ -66,6 +66,7 @@ class OpenShard:
         try:
             self._read_into(ranges, spec, out_bytes)
         except DamagedChunkError:
+            # A list, not a generator: every range must be forgotten, not only the first.
             if not any([self.file.forget(nbytes, offset) for offset, nbytes in ranges]):
                 raise
             self._read_into(ranges, spec, out_bytes)
@@ -88,7 +89,7 @@ class OpenShard:
         return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
 
     def expect(self, first: int, stop: int) -> None:
-        """Have the chunks of these numbers read ahead of their use."""
+        """Start reading the chunks numbered `first` up to `stop` ahead of their use."""
         index_N2 = self.index_N2[first:stop]
         index_N2 = index_N2[index_N2[:, 0] != EMPTY]
         if len(index_N2):
@@ -111,14 +112,14 @@ class OpenShards:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        # Remote files hold nothing open, and are all kept: opening one again would ask the server.
+        # Remote files hold no descriptor, so all of them are kept: opening one again would ask the server.
         find = open_file if isinstance(self._path, Path) else cache(open_file)
         self._read_block = partial(_read_block, self._path, find)
         self._kept_shard = lru_cache(MAX_OPEN_SHARDS)(partial(_open_shard, self._path, find))
         self._kept_block = lru_cache(MAX_VIEW_BLOCKS)(self._read_block)
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """The results in order; of a remote cache, several at once, since each waits for a server."""
+        """The results of `work` in order. A remote cache runs several at once, since each waits for a server."""
         if isinstance(self._path, Path) or len(items) < 2:
             return [work(item) for item in items]
         with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
@@ -127,7 +128,7 @@ class OpenShards:
     def open_together(
         self, specs: Iterable[ArraySpec], block_specs: Sequence[ArraySpec], tasks: Iterable[Task]
     ) -> None:
-        """`get` the shards of `specs`, `view_block` those of `block_specs`. Reading will tell of damage."""
+        """`get` the shards of `specs`, `view_block` those of `block_specs`. Damage is left for reading to report."""
 
         def open_quietly(place: tuple[ArraySpec, Task]) -> None:
             with suppress(DamagedChunkError):

@@ -1,4 +1,4 @@
-"""Reads a cache: codes and pixels of one sample in one `pread` each, every byte checked, nothing loaded unasked.
+"""Reads a cache: codes and pixels of one sample in one `pread` each, every byte checked, nothing loaded in advance.
 
 Chunks are decompressed here, not by zarr-python, which adds half a millisecond to each: reading must keep up with
 training.
@@ -29,7 +29,7 @@ _NO_CHUNK = int(EMPTY)  # comparing with a numpy integer takes ten times as long
 
 
 class _SampleArray:
-    """What reading one sample of an array takes of its spec, worked out once: per view it would cost as much again."""
+    """What reading needs of an array's spec, worked out once: for each view it would double the cost of reading."""
 
     def __init__(self, spec: ArraySpec) -> None:
         self.spec = spec
@@ -53,7 +53,7 @@ class CacheReader:
             path: its folder, or the URL of one.
 
         Raises:
-            CacheMissError: there is none at `path`.
+            CacheMissError: there is no cache at `path`.
             CacheMismatchError: it has another format number, or is on a web server and not complete.
             CorruptCacheError: its metadata is damaged.
         """
@@ -76,12 +76,12 @@ class CacheReader:
 
     @property
     def is_remote(self) -> bool:
-        """Whether reading asks a server."""
+        """Whether the cache is read from a server."""
         return isinstance(self.path, Url)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the build finished, and no commit record was deleted since to have its task redone."""
+        """Whether the build finished and no commit record was deleted since, as is done to build a task again."""
         layout = self.layout
         num_tasks = layout.num_views * layout.num_blocks
         return self.attributes.get("complete") is not None and len(self.committed_tasks()) == num_tasks
@@ -91,11 +91,11 @@ class CacheReader:
         return not isinstance(self.path, Url) or self.path.can_list
 
     def committed_tasks(self) -> set[str]:
-        """Names of the tasks with a commit record; on a web server, of all, since the cache is complete."""
+        """Names of the tasks with a commit record. On a web server these are all tasks: the cache must be complete."""
         return list_commits(self.path) if self._can_list else {task.name for task in self.layout.tasks()}
 
     def missing_tasks(self) -> list[Task]:
-        """Tasks without commit record, from one folder listing."""
+        """Tasks without a commit record, from one folder listing."""
         committed = self.committed_tasks()
         return [task for task in self.layout.tasks() if task.name not in committed]
 
@@ -105,14 +105,14 @@ class CacheReader:
         Args:
             view: from 0.
             sample: its index in the source.
-            layers: rows of L, without step; None for all.
+            layers: a range of rows along L, without a step; None for all.
 
         Returns:
-            codes_LTC: a new array. Where chunks are stored transposed, so it lies in memory: each component's tokens
+            codes_LTC: a new array. If chunks are stored transposed, so is its memory: each component's tokens are
             together.
 
         Raises:
-            CacheMissError: not stored; the message says why.
+            CacheMissError: the codes are not stored; the message says why.
             CorruptCacheError: the stored bytes are damaged.
         """
         layout, array = self.layout, self._codes
@@ -142,14 +142,14 @@ class CacheReader:
         return pixels_HWC
 
     def expect(self, view: int, sample_S: np.ndarray, *, codes: bool = True) -> None:
-        """Have these samples, ascending, read from the disk or fetched ahead of their use; does not wait for them.
+        """Start reading these samples from the disk or a server ahead of their use; do not wait for them.
 
-        Runs of neighbours become one long read each. Samples that are not there are passed over.
+        Runs of neighbours become one long read each. Samples that are not there are skipped.
 
         Args:
-            view: of all of them.
-            sample_S: which.
-            codes: whether their codes are wanted, and not only their pixels.
+            view: the view of all samples.
+            sample_S: the samples, ascending.
+            codes: whether their codes are wanted too, not only their pixels.
         """
         cuts = np.flatnonzero((np.diff(sample_S) > 1) | (np.diff(sample_S // self.layout.samples_per_shard) > 0)) + 1
         wanted = [array for array in (self._codes if codes else None, self._rgb) if array is not None]
@@ -174,7 +174,7 @@ class CacheReader:
         return self._view_row(self.layout.parameters, view, sample).copy()
 
     def pixel_hash(self, view: int, sample: int) -> int:
-        """The hash of the augmented image, 0 where there is none."""
+        """The hash of the augmented image, 0 if there is none."""
         return int(self._view_row(self.layout.pixel_hash, view, sample))
 
     def status(self, view: int, sample: int) -> int:
@@ -185,7 +185,7 @@ class CacheReader:
 
     @cached_property
     def status_VS(self) -> np.ndarray:
-        """All statuses, uint8 of shape (view, sample), read-only. The first use reads one small file a task."""
+        """All statuses, uint8 of shape (view, sample), read-only. The first use reads one small file for each task."""
         layout = self.layout
         status_VS = np.zeros((layout.num_views, layout.num_samples), np.uint8)
         tasks = layout.tasks()
@@ -213,7 +213,7 @@ class CacheReader:
 
     @cached_property
     def bias_LHQK(self) -> np.ndarray | None:
-        """The teacher's bias for the stored layers and heads, float32; None when it has none."""
+        """The teacher's bias for the stored layers and heads, float32; None if it has none."""
         if not file_exists(self.path / "attention/bias/zarr.json"):
             return None
         return read_array(self.path, "attention/bias")
@@ -266,7 +266,7 @@ class CacheReader:
             self._raise_damaged(spec, task, error)
 
     def _raise_missing(self, spec: ArraySpec, task: Task, view: int, sample: int) -> NoReturn:
-        """Say why a sample is not there; a shard that its commit record promises is not missing but lost."""
+        """Raise an error that says why a sample is not there. If its task has a commit record, its shard is damaged."""
         status = self.status(view, sample)
         if status in (Status.PENDING, Status.STORED) and file_exists(commit_path(self.path, task)):
             self._raise_damaged(spec, task, DamagedChunkError(f"it lacks sample {sample}, which was committed"), sample)
@@ -282,6 +282,6 @@ class CacheReader:
             f"Delete {commit_path(self.path, task)} and run the same `atcache build` command again: only this task is "
             "redone."
             if isinstance(self.path, Path)
-            else "It is so on the server: copy it there again."
+            else "The file on the server is damaged: copy it there again."
         )
         raise CorruptCacheError(f"{self.path / spec.shard_file(task)}{chunk} is damaged: {error}. {advice}") from error

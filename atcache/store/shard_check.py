@@ -1,4 +1,6 @@
-"""Every byte of one shard: its size, index, whole-file checksum, and each chunk decompressed. Memory: one chunk."""
+"""Checks one shard: its size, its index, the checksum of the whole file, and that each chunk can be decompressed.
+
+Memory: one chunk."""
 
 from __future__ import annotations
 
@@ -13,25 +15,25 @@ from atcache.files.ranges import RangeFile, open_file
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec
 
-_GAP_BLOCK_NBYTES = 2**22
+_GAP_BLOCK_NBYTES = 2**22  # bytes between chunks are read in blocks, however many they are
 
 
 @dataclass(kw_only=True, slots=True)
 class ShardCheck:
-    """What a look at one shard found."""
+    """What checking one shard found."""
 
     problem: str | None = None
-    """One sentence that names the file; None for none."""
+    """One sentence that names the file; None if nothing is wrong."""
     is_there_N: np.ndarray | None = None
-    """Which chunks the index lists, bool; None where the index cannot be used."""
+    """Which chunks the index lists, bool; None if the index cannot be used."""
     content: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
-    """The bytes of the last chunk that was decompressed: of a shard of one chunk, all it holds."""
+    """The bytes of the last chunk that was decompressed; if the shard has only one chunk, its whole content."""
 
 
 def check_shard(
     file: Location, spec: ArraySpec, nbytes: int, crc32: int, *, first_sample: int = 0, deep: bool = False
 ) -> ShardCheck:
-    """What is wrong with a shard.
+    """Check one shard.
 
     Args:
         file: the shard.
@@ -39,7 +41,7 @@ def check_shard(
         nbytes: the size that was committed.
         crc32: the committed checksum of the whole file.
         first_sample: the sample of its first chunks, for messages.
-        deep: read every byte; otherwise only the size and the index are looked at.
+        deep: read every byte; if False, check only the size and the index.
     """
     check = ShardCheck()
     try:
@@ -58,7 +60,7 @@ def check_shard(
 
 
 def _look(shard: RangeFile, spec: ArraySpec, crc32: int | None, first_sample: int, check: ShardCheck) -> str | None:
-    """How a shard of the right size is damaged, if it is; with a checksum, every byte of it is looked at."""
+    """How a shard of the right size is damaged; None if it is not. If `crc32` is given, every byte is checked."""
     try:
         start = max(0, shard.nbytes - spec.index_nbytes)
         index_N2 = decode_index(shard.pread(shard.nbytes - start, start), spec, shard.nbytes)
@@ -82,7 +84,7 @@ def _read_all(shard: RangeFile, index_N2: np.ndarray, spec: ArraySpec, check: Sh
     for number in np.argsort(index_N2[:, 0], kind="stable").tolist():
         offset, length = index_N2[number].tolist()
         if offset == EMPTY:
-            break  # these sort last
+            break  # chunks that are not there sort last
         crc32 = _skip(shard, position, offset, crc32)
         data = shard.pread(length, offset)
         crc32 = zlib.crc32(memoryview(data)[max(0, position - offset) :], crc32)
@@ -95,7 +97,7 @@ def _read_all(shard: RangeFile, index_N2: np.ndarray, spec: ArraySpec, check: Sh
 
 
 def _skip(shard: RangeFile, position: int, stop: int, crc32: int) -> int:
-    """The crc32 with the bytes from `position` to `stop`, if any, taken in."""
+    """The crc32 continued over the bytes from `position` to `stop`, if there are any."""
     while position < stop and (block := shard.pread(min(_GAP_BLOCK_NBYTES, stop - position), position)):
         crc32 = zlib.crc32(block, crc32)
         position += len(block)
@@ -103,9 +105,9 @@ def _skip(shard: RangeFile, position: int, stop: int, crc32: int) -> int:
 
 
 def _describe(damaged: dict[int, str], spec: ArraySpec, first_sample: int) -> str:
-    """Whose chunks are damaged, and how the first one is.
+    """Which samples have damaged chunks, and how the first of these is damaged.
 
-    One line for a shard however many they are: a lost disk sector can hit thousands.
+    One line per shard, because a lost disk sector can damage thousands of chunks.
     """
     reason = next(iter(damaged.values()))
     if not spec.num_chunks_per_sample:

@@ -1,4 +1,4 @@
-"""One shard on its way to the disk: chunks streamed to a temp file, the index last, then a rename."""
+"""Writes one shard: chunks go to a temp file, then the index, then a rename gives the file its name."""
 
 from __future__ import annotations
 
@@ -48,11 +48,12 @@ class ShardFile:
     def place(self) -> None:
         """Give the sealed shard its name."""
         self._partial.replace(self.path)
+        # A rename survives a power cut only once its folder is on the disk.
         fsync_path(self.path.parent)
 
     def discard(self) -> None:
         """Remove the temp file, if it is still there."""
-        # Closing writes what is buffered, which fails again on a full disk.
+        # Closing writes what is still buffered, which fails again if the disk is full.
         with suppress(OSError):
             self._file.close()
         with suppress(FileNotFoundError):

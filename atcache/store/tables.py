@@ -1,7 +1,7 @@
 """The arrays written once, when a cache is created: the sample table, the codec's state, the teacher's bias.
 
-They are written with zarr-python and read without it: reading stays free of its event loop (which forked data loaders
-do not like), and each chunk's size is checked before it is decompressed.
+They are written with zarr-python and read without it: reading then needs no event loop, which would cause trouble in
+forked data loaders, and each chunk's size is checked before it is decompressed.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 65_536
 MAX_KEY_NBYTES = 4096
+# Limits on what a damaged or hostile cache can make a reader allocate.
 MAX_ARRAY_NBYTES = 2**34
 MAX_STATE_NBYTES = 2**31
-"""Of a codec's fitted arrays together: codec transform's of a ViT-g take a few hundred MB."""
+"""Limit for a codec's fitted arrays together. Codec transform's take a few hundred MB for a ViT-g."""
 
 SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
-"""Columns of the sample table beside `key`."""
+"""Columns of the sample table except `key`."""
 
 _STATE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ArrayInfo:
-    """What of an array's zarr.json its reader needs."""
+    """The parts of an array's zarr.json that reading needs."""
 
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
@@ -49,7 +50,7 @@ class _ArrayInfo:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole array in memory."""
+        """Bytes of the whole array in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def places(self) -> Iterator[tuple[int, ...]]:
@@ -59,18 +60,19 @@ class _ArrayInfo:
 
 
 def write_group(folder: Path, attributes: Mapping[str, Any] | None = None) -> None:
-    """Make a Zarr group of a folder."""
+    """Make a folder a Zarr group; the folder is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
     (folder / "zarr.json").write_bytes(encode_json(group))
 
 
 def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tuple[str, ...] | None) -> None:
-    """Write a small array: chunks of whole rows under [bytes, zstd, crc32c]."""
+    """Write a small array in chunks of whole rows, with the codecs [bytes, zstd, crc32c]."""
     import zarr
     from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
     row_nbytes = math.prod(values.shape[1:]) * values.itemsize
+    # At most 64 MiB in a chunk, but at least one row.
     num_rows = max(1, min(ROWS_PER_CHUNK, 2**26 // max(1, row_nbytes), *values.shape[:1]))
     array = zarr.create_array(
         store=str(root),
@@ -83,16 +85,16 @@ def write_array(root: Path, name: str, values: np.ndarray, dimension_names: tupl
         compressors=[ZstdCodec(level=ZSTD_LEVEL, checksum=False), Crc32cCodec()],
         fill_value=0,
         dimension_names=dimension_names,
-        config={"write_empty_chunks": True},
+        config={"write_empty_chunks": True},  # readers take a missing file for damage, not for a chunk of zeros
     )
     array[...] = values
 
 
 def read_array(root: Location, name: str) -> np.ndarray:
-    """An array `write_array` wrote, whole.
+    """The whole of an array that `write_array` wrote.
 
     Raises:
-        CorruptCacheError: a file is missing or damaged, or is no such array.
+        CorruptCacheError: a file is missing or damaged, or is not such an array.
     """
     folder = root / name
     return _read_values(folder, _read_info(folder))
@@ -112,7 +114,7 @@ def _read_values(folder: Location, info: _ArrayInfo) -> np.ndarray:
 
 
 def check_array(root: Location, name: str) -> list[str]:
-    """What is wrong with the files of an array `write_array` wrote, a sentence each; empty when all can be read."""
+    """What is wrong with the files of an array of `write_array`, a sentence each; empty if all can be read."""
     folder, problems = root / name, list[str]()
     try:
         info = _read_info(folder)
@@ -127,7 +129,7 @@ def check_array(root: Location, name: str) -> list[str]:
 
 
 def array_files(root: Location, name: str) -> set[str]:
-    """The files an array `write_array` wrote consists of, by their paths in the cache; only its zarr.json is read.
+    """Paths in the cache of the files that an array of `write_array` consists of; only its zarr.json is read.
 
     Raises:
         CorruptCacheError: its zarr.json cannot be used.
@@ -137,7 +139,7 @@ def array_files(root: Location, name: str) -> set[str]:
 
 
 def _read_chunk(folder: Location, info: _ArrayInfo, place: tuple[int, ...]) -> np.ndarray:
-    """One whole chunk; the rows that stick out of the array are padding."""
+    """One whole chunk; rows beyond the end of the array are padding."""
     file = folder / "/".join(["c", *map(str, place)])
     chunk = np.empty(info.chunk_shape, info.dtype)
     try:
@@ -145,7 +147,7 @@ def _read_chunk(folder: Location, info: _ArrayInfo, place: tuple[int, ...]) -> n
     except (DamagedChunkError, OSError) as error:
         raise CorruptCacheError(
             f"{file} is damaged: {error}. It was written when the cache was created; restore it from a copy, or "
-            "build the cache anew."
+            "build the cache again."
         ) from error
     return chunk
 
@@ -174,13 +176,13 @@ def _read_info(folder: Location) -> _ArrayInfo:
     if not is_sane or codecs != ["bytes", "zstd", "crc32c"]:
         raise CorruptCacheError(
             f"{file} describes an array of shape {info.shape} in chunks of {info.chunk_shape}, type {info.dtype}, "
-            f"codecs {codecs}; expected a small array under bytes, zstd, crc32c."
+            f"codecs {codecs}; expected a small array with the codecs bytes, zstd, crc32c."
         )
     return info
 
 
 def write_samples(root: Path, index: SampleIndex) -> None:
-    """Write the sample table: one row a sample, tar names in the group's attributes."""
+    """Write the sample table: one row for each sample, and tar names in the group's attributes."""
     names = [tar.name for tar in index.tars]
     problem = find_bad_tar_name(names)
     if problem is not None:
@@ -203,7 +205,7 @@ def write_samples(root: Path, index: SampleIndex) -> None:
 
 
 def read_samples(root: Location, num_samples: int) -> SampleIndex:
-    """The sample table; tars are where they were at build time, `images.source.relocate` finds them elsewhere."""
+    """The sample table. Its tars have their paths of build time; `images.source.relocate` finds them elsewhere."""
     from atcache.images.source import SampleIndex
 
     file = root / "samples/zarr.json"
@@ -237,7 +239,7 @@ def read_samples(root: Location, num_samples: int) -> SampleIndex:
 
 
 def find_bad_tar_name(names: list[str]) -> str | None:
-    """The first name that is no plain file name (it could lead out of the tars' folder) or appears twice."""
+    """The first name that is not a plain file name (it could lead out of the tars' folder) or appears twice."""
     seen: set[str] = set()
     for name in names:
         if name in {"", ".", "..", *seen} or any(letter in name for letter in "/\\\0"):
@@ -267,7 +269,7 @@ def read_state(root: Location) -> dict[str, np.ndarray]:
     """A codec's fitted state by name.
 
     Raises:
-        CorruptCacheError: a file is missing or damaged, or there is more than any codec of a ViT has.
+        CorruptCacheError: a file is missing or damaged, or the arrays are larger than any codec needs for a ViT.
     """
     group = root / "attention/state"
     infos = {name: _read_info(group / name) for name in list_arrays(root, "attention/state")}

@@ -1,8 +1,7 @@
 """Writes a cache: creates it whole, writes one task's shards at a time, finishes it.
 
-What is on the disk is valid at every moment: after a kill or a power cut at any point a cache holds all tasks whose
-commit records it has, and nothing else is trusted. Equal input gives equal bytes, however often the build was
-interrupted.
+The cache on the disk is valid at every moment: after a kill or a power cut at any point, it holds all tasks that have a
+commit record, and nothing else is trusted. Equal input gives equal bytes, however often the build was interrupted.
 """
 
 from __future__ import annotations
@@ -56,12 +55,12 @@ def create_cache(
 ) -> None:
     """Create an empty cache: all metadata, the sample table and the codec's state, but no task yet.
 
-    Built in a temp folder beside and renamed, so that `path` is a whole cache or does not exist.
+    The cache is built in a temp folder beside `path` and renamed, so that `path` is a whole cache or does not exist.
 
     Args:
         path: the folder to create.
         layout: the cache's arrays.
-        attributes: what `attributes["atcache"]` is to say beside format, layout and completeness; JSON values.
+        attributes: members of `attributes["atcache"]` in addition to format, layout and completeness; JSON values.
         index: the samples, `layout.num_samples` of them.
         state: the codec's arrays, float32.
         bias_LHQK: the teacher's bias for the stored layers and heads, float32, if it has one.
@@ -105,7 +104,7 @@ def create_cache(
 
 def _exists(path: Path) -> CacheMismatchError:
     return CacheMismatchError(
-        f"{path} exists already: give another path; or where another process is building it, the same command again."
+        f"{path} exists already: give another path, or run the same command again if another process is building it."
     )
 
 
@@ -138,7 +137,7 @@ def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
 
 
 def encode_view(layout: StoreLayout, codes_LTC: np.ndarray) -> list[bytes]:
-    """The chunks of one view, in order. Safe to call from many threads: compression lets go of the interpreter's lock.
+    """The chunks of one view, in order. Many threads may call it; compression releases the interpreter's lock.
 
     Args:
         layout: the cache's layout.
@@ -152,7 +151,7 @@ def encode_view(layout: StoreLayout, codes_LTC: np.ndarray) -> list[bytes]:
 
 
 def encode_pixels(layout: StoreLayout, pixels_HWC: np.ndarray) -> bytes:
-    """The chunk of one stored image, uint8 (height, width, 3). Safe to call from many threads."""
+    """The chunk of one stored image, uint8 (height, width, 3). Many threads may call it."""
     if layout.rgb is None:
         raise ValueError("this layout stores no pixels.")
     return ChunkEncoder(layout.rgb).encode(pixels_HWC)
@@ -162,7 +161,7 @@ class TaskWriter:
     """Writes the shards of one task, then its commit record.
 
     Samples are added in order, each once; memory holds the index and the small views arrays, not the codes. Until
-    `commit` the cache is unchanged; `abort` removes the temp files of a task that will have none. One thread at a time.
+    `commit` the cache is unchanged; `abort` removes the temp files if the task is given up. One thread at a time.
     """
 
     def __init__(self, path: Path | str, layout: StoreLayout, task: Task) -> None:
@@ -198,24 +197,24 @@ class TaskWriter:
         Args:
             sample: its index in the source; must be the one after the last added.
             status: a `Status`; not PENDING.
-            parameters_P: the view's drawn parameters, float32; None for all 0, when the sample could not be read.
-            pixel_hash: hash of the augmented image; 0 when there is none.
-            chunks: from `encode_view`; exactly when `status` is STORED.
-            pixels_chunk: from `encode_pixels`; exactly when `status` is STORED and the layout stores pixels.
+            parameters_P: the view's drawn parameters, float32; None if the sample could not be read, stored as zeros.
+            pixel_hash: hash of the augmented image; 0 if there is none.
+            chunks: from `encode_view`; given if and only if `status` is STORED.
+            pixels_chunk: from `encode_pixels`; given if and only if `status` is STORED and the layout stores pixels.
         """
         layout, row = self._layout, sample - self.task.start
         is_stored = status == Status.STORED
         if sample != self._next_sample or sample >= self.task.stop:
             raise ValueError(f"sample {sample} added to task {self.task.name}, expected {self._next_sample}.")
         if status == Status.PENDING:
-            raise ValueError(f"sample {sample} has status PENDING; expected what became of it.")
+            raise ValueError(f"sample {sample} has status PENDING; expected another status.")
         num_chunks = layout.codes.num_chunks_per_sample
         if (chunks is not None) != is_stored or (chunks is not None and len(chunks) != num_chunks):
             given = "none" if chunks is None else len(chunks)
             raise ValueError(f"sample {sample} of status {int(status)} comes with {given} chunks of {num_chunks}.")
         if (pixels_chunk is not None) != (is_stored and layout.pixels is not None):
             raise ValueError(
-                f"sample {sample} of status {int(status)}: pixels are given or missing against the layout."
+                f"sample {sample} of status {int(status)}: expected pixels if it is STORED and the layout has them."
             )
         if parameters_P is not None:
             self._view_rows["views/parameters"][row] = parameters_P
@@ -234,7 +233,7 @@ class TaskWriter:
 
         Args:
             quality: finite numbers measured on the task, by name.
-            num_checked: views they were measured on.
+            num_checked: how many views they were measured on.
 
         Returns:
             The commit as recorded.
@@ -245,6 +244,8 @@ class TaskWriter:
             try:
                 for name, rows in self._view_rows.items():
                     self._shards[name].append(0, ChunkEncoder(self._view_specs[name]).encode(rows))
+                # All shards are on the disk before any gets its name, and the record is written last: whatever a record
+                # names is complete.
                 records = {name: shard.seal() for name, shard in self._shards.items()}
                 self._forget_old_commit()
                 for shard in self._shards.values():
@@ -266,7 +267,7 @@ class TaskWriter:
         return commit
 
     def _forget_old_commit(self) -> None:
-        # A task written again may differ in bytes (another device): its old record must not vouch for new shards.
+        # A task written again may have other bytes (from another device), so its old record must not cover new shards.
         old = commit_path(self._root, self.task)
         if old.exists():
             old.unlink()
@@ -279,9 +280,9 @@ class TaskWriter:
 
 
 def finish_cache(path: Path | str) -> dict[str, Any]:
-    """Declare a cache complete: its totals, and consolidated metadata, so that it opens with one read.
+    """Declare a cache complete: write its totals and consolidated metadata, so that it opens with one read.
 
-    Repeating it changes nothing.
+    Calling it again changes nothing.
 
     Returns:
         The record in `attributes["atcache"]["complete"]`.
@@ -312,7 +313,7 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
             )
     complete = summarise_commits(commits[name] for name in names)
     root["attributes"] = {**root["attributes"], ATTRIBUTES: seal({**ours, "complete": complete})}
-    # What zarr.consolidate_metadata writes, which warns that the key is not yet in the specification.
+    # As zarr.consolidate_metadata writes it, but without its warning that the key is not yet in the specification.
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": collect_metadata(path)}
     write_file(path / "zarr.json", encode_json(root))
     return complete

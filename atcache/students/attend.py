@@ -16,13 +16,13 @@ from atcache.choices import What
 def attend_with_given(
     call: AttentionCall | MapCall, given: LayerAttention, heads: Sequence[int], *, with_values: bool = False
 ) -> Tensor:
-    """What an attention call returns when some heads attend with what is given, and the others with their own.
+    """The result of an attention call in which some heads attend with what is given, and the others with their own.
 
     Args:
         call: the call, on any timm ViT.
         given: factors or maps of the heads `heads`.
-        heads: indices, ascending, of the heads that are given; where that is all, the call itself is not made.
-        with_values: whether these heads attend to the given v too, and not to their own; for factors with v.
+        heads: indices, ascending, of the heads that are given; if these are all, the call itself is not made.
+        with_values: whether these heads also use the given v instead of their own; `given` must be factors with v.
 
     Returns:
         Shape (batch, head, token, head dim), or maps for a `MapCall`; no gradient reaches q and k of the given heads.
@@ -30,7 +30,7 @@ def attend_with_given(
     if isinstance(call, MapCall):
         if len(heads) == call.logits_BHQK.shape[1]:
             return given.maps().to(call.logits_BHQK.dtype)
-        attn_BHQK = call.run().clone()
+        attn_BHQK = call.run().clone()  # autograd keeps the call's own result, which must not be written to
         attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
         return attn_BHQK
     values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
@@ -48,18 +48,19 @@ def attend_with_given(
 
 
 def attend_with_one_factor(call: AttentionCall, given: LayerFactors, heads: Sequence[int], what: What) -> Tensor:
-    """What an attention call returns when some heads attend with a given q, k or v and with their own others.
+    """The result of an attention call in which some heads use a given q, k or v, and their own of the other two.
 
     Args:
         call: the call, on any timm ViT; its own bias stays.
         given: factors of the heads `heads`, of the call's head dim.
-        heads: indices, ascending, of the heads that are given one.
-        what: "q", "k" or "v", the one that is given.
+        heads: indices, ascending, of the heads that use the given one.
+        what: "q", "k" or "v": which one is given.
 
     Returns:
         Shape (batch, head, token, head dim); gradients reach what is not given.
     """
     own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, v_BHTD=call.value)
+    # Each head of q gets its own k and v, so that those of single heads can be replaced.
     factors = {one: own.repeated(one) for one in ("q", "k", "v")}
     factors[what] = factors[what].clone()
     factors[what][:, list(heads)] = given.repeated(what).to(factors[what].dtype)

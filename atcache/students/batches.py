@@ -45,23 +45,23 @@ class TrainingBatch:
     images: Tensor
     """The views, normalised: float32 (batch, channel, height, width), on the device."""
     labels: Tensor
-    """Classes, int64 (batch,), on the device. From a cache whose views are mixed: the share of each class in each
-    image, float32 (batch, class). `torch.nn.functional.cross_entropy` takes both."""
+    """Classes, int64 (batch,), on the device. If the cache's views are mixed: the share of each class in each image,
+    float32 (batch, class). `torch.nn.functional.cross_entropy` takes both."""
     attention: TeacherFactors
     """The teacher's attention, for a student of `make_student`. `attention.layer(5).maps()` are the maps of layer 5,
-    shape (batch, head, query, key). A layer is decoded on the device when it is asked for, each time."""
+    shape (batch, head, query, key). Each call of `layer` decodes that layer, on the device."""
     sample: Tensor
-    """Rows of the sample table, int64 (batch,), in host memory. With several caches the rows of each follow those of
-    the one before."""
+    """Rows of the sample table, int64 (batch,), in host memory. With several caches, row numbers continue from one
+    cache to the next."""
 
 
 @final
 class Batches:
-    """The batches of a training, in an order that the seed alone decides. Made by `atcache.batches`.
+    """The batches of a training, in an order that only the seed decides. Made by `atcache.batches`.
 
-    One `for` loop over it is one pass: `num_steps` batches. The next loop is the next pass: it goes on with the epochs
-    that follow, in a new order and with other views, as far as the cache has them. A loop that was left by `break`
-    goes on where it was left.
+    One `for` loop is one pass: `num_steps` batches. The next loop is the next pass: it continues with the following
+    epochs, in a new order and with other views if the cache has several. After a `break`, the next loop continues with
+    the batch that follows.
 
     Example:
         batches = atcache.batches("in1k.zarr", batch_size=16, epochs=2)
@@ -83,11 +83,11 @@ class Batches:
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ) -> None:
-        """Take what `atcache.batches` opened; users call that."""
+        """Take what `atcache.batches` opened. Users call `atcache.batches` instead."""
         self._make_stream, self._teacher, self._mixed = make_stream, teacher, mixed
         self._mean, self._std = mean, std
         self.num_steps = num_steps
-        """Batches of one whole pass: what a learning rate schedule is made for."""
+        """Batches of one whole pass: the length of a learning rate schedule."""
         self.num_classes = num_classes
         """One more than the largest label."""
         self.device = device
@@ -96,7 +96,7 @@ class Batches:
         self._stream = self._stream_of_pass(0)
 
     def __len__(self) -> int:
-        """Batches that are left of this pass."""
+        """Number of batches that are left in this pass."""
         return len(self._stream)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -106,16 +106,16 @@ class Batches:
         self._stream = self._stream_of_pass(self._pass, first_step=self._stream.step)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it is, and of which batches; JSON values. What workers have read ahead does not count."""
+        """The position, and what identifies these batches; JSON values. What workers have read ahead does not count."""
         return {"pass": self._pass, **self._stream.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue behind the last batch that was handed out when `state` was taken, with exactly the same batches.
+        """Continue after the last batch that was handed out when `state` was taken, with exactly the same batches.
 
-        The number of workers, the device and the number of epochs may be others.
+        The number of workers, the device and the number of epochs may differ.
 
         Raises:
-            ConfigError: it is the state of other batches; names what differs.
+            ConfigError: `state` is that of other batches; the message names what differs.
 
         Example:
             batches = atcache.batches("in1k.zarr", batch_size=16, epochs=3)
@@ -168,35 +168,35 @@ def batches(
 ) -> Batches:
     """The batches of a training loop: images, labels and the teacher's attention, as `atcache train` reads them.
 
-    Every sample comes once an epoch, and all batches are full: one may hold the end of an epoch and the beginning of
+    Every sample comes once per epoch, and all batches are full: one may hold the end of an epoch and the beginning of
     the next. Epoch e shows view e modulo the cache's number of views. Samples without a label are left out, and so are
     those that could not be stored.
 
     Args:
         cache: a complete cache, or several to train on as one set of samples.
-        data: where the caches' tars lie now, if they were moved since the build.
+        data: where the caches' tars are now, if they were moved since the build.
         batch_size: samples a step.
         epochs: passes over the samples that one `for` loop makes.
         steps: batches of one `for` loop, instead of `epochs`.
         seed: decides the order of the samples and the subset.
         shuffle: "global", or "block" for disks that are slow at random reads.
-        subset: take so many samples only, as evenly over the classes as they go.
+        subset: use only this many samples, spread over the classes as evenly as possible.
         layers: the teacher's layers that are read, such as "0-17" or [0, 1, 2]; None for all in the cache. Leave out
-            those that no student is given, and less is read.
+            layers that no student uses, and less is read.
         mean: subtracted from red, green and blue in 0..1; None for the teacher's. A student of another family may
             expect other values: `atcache train` takes the student's own.
         std: divided by, after that; None for the teacher's. Mean (0, 0, 0) and std (1, 1, 1) leave images in 0..1.
         workers: processes that read ahead; 0 reads between the steps.
-        keep_mib: memory for views that were read, in MiB, over all workers: small datasets are read once.
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        keep_mib: memory in which views that were read are kept, in MiB, over all workers: small datasets are read once.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         rank: which of `num_ranks` equal parts of every batch this process takes.
         num_ranks: processes that train together, each with its own rank; a divisor of `batch_size`.
 
     Raises:
         ConfigError: a value cannot be used.
-        CacheMismatchError: a cache is not complete, or the caches do not go together.
+        CacheMismatchError: a cache is not complete, or the caches do not fit together.
         CacheMissError: there is no cache at one of the paths.
-        SourceError: the tars are not where they were.
+        SourceError: the tars cannot be found, or no sample can be used.
 
     Example:
         batches = atcache.batches("in1k.zarr", batch_size=8, seed=1)
@@ -220,7 +220,7 @@ def batches(
     if seed > MAX_SEED:
         raise ConfigError(f"seed={seed}: expected at most {MAX_SEED}.")
     if not (epochs > 0 and math.isfinite(epochs)):
-        raise ConfigError(f"epochs={epochs}: expected more than 0.")
+        raise ConfigError(f"epochs={epochs}: expected more than 0, and finite.")
     if rank >= num_ranks or batch_size % num_ranks:
         raise ConfigError(
             f"rank={rank}, num_ranks={num_ranks}, batch_size={batch_size}: expected a rank from 0 to num_ranks - 1, "
@@ -257,10 +257,10 @@ def batches(
 
 
 def locations_of(caches: Caches) -> tuple[Location, ...]:
-    """Where one or several caches lie.
+    """The folders or URLs of one or several caches.
 
     Raises:
-        ConfigError: none is named, or one by a URL that cannot be read.
+        ConfigError: no cache is named, or one has a URL of a kind that cannot be read.
     """
     if not (named := _listed(caches)):
         raise ConfigError("no cache is named: give at least one.")
@@ -268,7 +268,7 @@ def locations_of(caches: Caches) -> tuple[Location, ...]:
 
 
 def index_text(indices: Indices | None) -> str | None:
-    """Layers or heads as the command line takes them."""
+    """Layers or heads as text, as the command line takes them."""
     return indices if indices is None or isinstance(indices, str) else ",".join(map(str, indices))
 
 
@@ -277,7 +277,7 @@ def _listed(caches: Caches) -> Sequence[str | Location | Cache]:
 
 
 def _data_of(caches: Caches) -> str | list[str] | None:
-    """Where the tars of caches lie that were opened with `data`."""
+    """Where the tars are, of the caches that were opened with `data`; None if none was."""
     given = [cache.data for cache in _listed(caches) if isinstance(cache, Cache) and cache.reader.layout.pixels is None]
     places = [place for data in given if data is not None for place in _listed_data(data)]
     return places or None

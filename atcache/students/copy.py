@@ -14,11 +14,11 @@ from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 class CopyStudent(nn.Module):
     """A timm ViT whose chosen layers attend as the teacher does; it learns everything else.
 
-    Where all heads of a layer are given their maps, its attention module is replaced by `ValueOnlyAttention`: the
-    weights of q and k are gone, from the forward and from the optimizer, and those of v where v is given too. Where v
-    alone is given, the module keeps its q and k, and `GivenValues` takes the place of v's weights. Where only some
-    heads are given, or the attention is not a module of its own, the layer keeps its weights and what is given is put
-    in. Where only q is given, or only k, the layer keeps its weights too, the unused third of them included.
+    If all heads of a layer are given maps, `ValueOnlyAttention` replaces its attention module: the weights of q and k
+    are gone, from the forward pass and from the optimizer, and so are those of v if v is given too. If only v is given,
+    the module keeps its q and k, and `GivenValues` replaces the weights of v. If only some heads are given, or the
+    attention is not a module of its own, the layer keeps all its weights, and what is given is put in during the call.
+    If only q or only k is given, the layer also keeps all its weights, even the third that it no longer uses.
 
     Args:
         model: a timm ViT with fresh weights; changed in place.
@@ -56,12 +56,13 @@ class CopyStudent(nn.Module):
         try:
             return self._run(images, given)
         finally:
-            # Or a batch's factors would live until the next one's are here, and a moving average's for ever.
+            # Else a batch's factors would stay in memory until the next batch's are there too, and the modules of a
+            # moving average, which is seldom run, would keep them even longer.
             for taker in self._takers.values():
                 taker.take_back()
 
     def _run(self, images: Tensor, given: PairedFactors) -> Tensor:
-        """The model, with the given attention put in where no module takes it by itself."""
+        """Run the model; put the given attention into the layers whose modules do not take it themselves."""
         if not self._intercepted:
             return self.model(images)
 
@@ -80,7 +81,7 @@ class CopyStudent(nn.Module):
 
 
 def _replace_weights(block: nn.Module, what: What) -> TakesGiven | None:
-    """Put into a block what takes the given in place of the weights that would make it; None where it cannot be."""
+    """Replace a block's weights by a module that takes what they would compute; None if the block does not allow it."""
     attention = getattr(block, "attn", None)
     if not isinstance(attention, nn.Module):
         return None

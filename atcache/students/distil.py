@@ -1,4 +1,4 @@
-"""A student that is distilled: it attends by itself, and a loss pulls it towards the teacher."""
+"""A student that is distilled: it has its own attention, and a loss pulls that towards the teacher's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 class DistilledStudent(nn.Module):
     """A timm ViT with its own attention, and the loss that pulls chosen layers towards the teacher's.
 
-    The model inside stays as timm made it: its weights load anywhere.
+    The model inside stays as timm made it, so its weights load into any timm model of that architecture.
 
     Args:
         model: a timm ViT.
@@ -33,7 +33,7 @@ class DistilledStudent(nn.Module):
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, pairing: Pairing) -> None:
         super().__init__()
         self.model = model
-        self._blocks = [blocks]
+        self._blocks = [blocks]  # in a list, or the blocks would be registered a second time
         self._pairing = pairing
         self._layers = frozenset(pairing.student_layers)
 
@@ -81,9 +81,9 @@ class DistilledStudent(nn.Module):
 
 
 def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
-    """Whether one pass for output and loss beats the fused call and a pass for the loss beside it: on CPUs, mostly.
+    """Whether one pass for output and loss is faster than the fused call plus a pass for the loss: on CPUs, mostly.
 
-    `benchmarks/kernels.py`, and with `--dtype bfloat16`: only in float32 at 1,370 tokens is it slower. The pass knows
-    no dropout.
+    Measured by `benchmarks/kernels.py`, also with `--dtype bfloat16`: on CPUs it is slower only in float32 at 1,370
+    tokens. The single pass cannot do dropout.
     """
     return call.query.device.type == "cpu" and call.dropout_p == 0

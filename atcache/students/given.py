@@ -1,4 +1,4 @@
-"""Modules that take what a copying student is given in place of the weights that would make it."""
+"""Modules that use what a copying student is given, in place of the weights that would compute it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from atcache.students.pairing import PairedFactors
 
 
 class TakesGiven(nn.Module):
-    """A part of a copying student that asks the teacher's side of the batch for what it does not compute."""
+    """A module of a copying student that takes from the teacher's side of the batch what it does not compute."""
 
     def __init__(self) -> None:
         super().__init__()
         self._given: tuple[PairedFactors, int] | None = None
 
     def give(self, teacher: PairedFactors, block: int) -> None:
-        """Use what the teacher has for the student's `block` in the forward calls that follow."""
+        """Use what the teacher has for the student's `block` in the following forward calls."""
         self._given = (teacher, block)
 
     def take_back(self) -> None:
@@ -34,13 +34,13 @@ class TakesGiven(nn.Module):
 
 
 def projected_dtype(x: Tensor) -> torch.dtype:
-    """The type of what a linear layer makes of `x`: under autocast, its type."""
+    """The dtype that a linear layer returns for `x`: under autocast, autocast's."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class GivenValues(TakesGiven):
-    """In place of a value projection: the teacher's v, by token, with the heads side by side."""
+    """Replaces a value projection: returns the teacher's v, by token, with the heads side by side."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (batch, token, heads * head dim), in the type a projection of `x` would have."""
@@ -53,7 +53,7 @@ class GivenValues(TakesGiven):
 
 
 class QueryKeyProjection(GivenValues):
-    """In place of a fused projection to q, k and v: its first two thirds, with the teacher's v behind."""
+    """Replaces a fused projection to q, k and v: computes q and k, and appends the teacher's v."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take the rows of q and k.
@@ -76,7 +76,7 @@ class QueryKeyProjection(GivenValues):
 
 
 def can_give_values(attention: nn.Module) -> bool:
-    """Whether v can be given to this attention module by exchanging its projection: one head of v for each of q."""
+    """Whether v can be given by replacing this attention module's projection: it has one head of v for each of q."""
     fused, split, proj = (getattr(attention, name, None) for name in ("qkv", "v_proj", "proj"))
     if not isinstance(proj, nn.Linear):
         return False
@@ -86,7 +86,7 @@ def can_give_values(attention: nn.Module) -> bool:
 
 
 def give_values(attention: nn.Module) -> GivenValues:
-    """Exchange an attention module's projection for one that is given v; returns what is to be given it.
+    """Replace an attention module's projection by one that is given v; returns the new one.
 
     The module itself makes q and k as before: with its norms, rotary embedding and bias. Weights of q and k are kept.
     """
@@ -97,7 +97,7 @@ def give_values(attention: nn.Module) -> GivenValues:
     num_rows = 2 * qkv.out_features // 3
     bias: Tensor | None = getattr(attention, "q_bias", None)
     if bias is not None:
-        # BEiT and EVA keep biases apart, and use the projection's weight without calling it unless there are none.
+        # BEiT and EVA keep biases apart. While they have any, they use the projection's weight and never call it.
         for name in ("q_bias", "k_bias", "v_bias"):
             setattr(attention, name, None)
     elif (own_bias := cast("Tensor | None", qkv.bias)) is not None:
@@ -110,8 +110,8 @@ class ValueOnlyAttention(TakesGiven):
     """The rest of an attention module when q and k are given: value, norm, gate and output projections.
 
     timm's attention classes (`Attention`, `AttentionRope`, `EvaAttention`, BEiT's, `RelPosAttention`, CaiT's
-    `TalkingHeadAttn`) differ in how they make q and k; what comes after is the same, but for the talking heads' mixing
-    behind the softmax, and is taken over from the replaced module, value weights included, unless v is given too.
+    `TalkingHeadAttn`) differ in how they make q and k. What comes after is the same, except that talking heads are
+    mixed after the softmax. It is taken over from the replaced module, value weights included, unless v is given too.
     """
 
     def __init__(self, attention: nn.Module, *, own_values: bool = True) -> None:

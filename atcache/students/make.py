@@ -1,4 +1,4 @@
-"""A student for a training loop of one's own, from a cache."""
+"""Make a student from a cache, for a training loop of your own."""
 
 from __future__ import annotations
 
@@ -41,27 +41,28 @@ def make_student(
     squared error. The timm model inside is `.model`; that of a distilled student is an ordinary one, which needs no
     teacher to predict.
 
-    `torch.compile` makes one graph of either. Weights come from torch's global generator: see `torch.manual_seed`.
+    `torch.compile` makes one graph of either. Weights come from torch's global random generator: see
+    `torch.manual_seed`.
 
     Args:
         cache: the cache, or the caches, that it is to be trained from.
         mode: "copy" or "distill".
-        student: a timm name, with arguments behind a colon such as "vit_large_patch16_224.mae:embed_dim=512"; None for
+        student: a timm name, with arguments after a colon such as "vit_large_patch16_224.mae:embed_dim=512"; None for
             the teacher's own architecture.
         num_classes: outputs of its head; None for as many as the caches' labels need.
         layers: blocks whose attention is transferred, such as "0-17" or [0, 1, 2]; the others attend freely. None for
             all in the cache.
         heads: heads of these blocks, such as "0,3"; the others attend freely. None for all in the cache.
-        layer_map: instead of `layers`, for a student of other depth: the teacher's block of each of the student's, such
-            as {0: 0, 1: 11, 2: 23} or "0:0,1:11,2:23".
-        head_map: instead of `heads`, for a student with other heads: the teacher's head for each of its own.
+        layer_map: instead of `layers`, for a student of another depth: for blocks of the student, the teacher's block
+            that each is given, such as {0: 0, 1: 11, 2: 23} or "0:0,1:11,2:23".
+        head_map: instead of `heads`, for a student with other heads: for each head of the student, the teacher's head.
         what: what is transferred: "map", "qk", "q", "k", "v" or "qkv". All but "map" need a cache that keeps the
-            teacher's own q and k, and those with v one that stores v. Copying "qk" is copying the map.
+            teacher's own q and k; those with v also need one that stores v. Copying "qk" means copying the map.
         drop_path: the largest rate of stochastic depth.
 
     Raises:
         ConfigError: a value cannot be used, or the cache does not hold what is to be transferred.
-        TeacherError: the student does not fit the teacher's attention; names both sides.
+        TeacherError: the student does not fit the teacher's attention; the message names both sides.
 
     Example:
         student = atcache.make_student("in1k.zarr", "copy")
@@ -102,7 +103,7 @@ def make_student(
     architecture = parse_model_name(student or record.identity.teacher)
     made = new_student(mode, architecture, num_classes, geometry=record.geometry, pairing=pairing, drop_path=drop_path)
     check_views_fit(made, readers[0])
-    module = made.module.train()  # looking at the model had left it in evaluation mode
+    module = made.module.train()  # new_student leaves it in evaluation mode
     assert isinstance(module, (CopyStudent, DistilledStudent)), "these are the modules of the two modes"
     return module
 

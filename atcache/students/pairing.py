@@ -1,32 +1,34 @@
-"""Which of a teacher's attention goes where in a student: layer by layer, head by head, and what of it."""
+"""Which attention of a teacher goes where in a student, by layer and by head, and what of it: maps, q, k or v."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import ClassVar, Protocol
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError
+from atcache.fields import JsonFields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pairing:
+class Pairing(JsonFields):
     """Where a teacher's attention goes in a student: the `pairing` of what `make_student` made.
 
     Example:
         student = atcache.make_student("in1k.zarr", "copy", layers="0", heads=[1])
-        student.pairing.layers  # ((0, 0),): the student's block 0 is given that of the teacher's block 0
+        student.pairing.layers  # ((0, 0),): the student's block 0 is given attention of the teacher's block 0
         student.pairing.heads  # ((1, 1),)
     """
 
+    is_strict: ClassVar[bool] = True
     layers: tuple[tuple[int, int], ...]
-    """(student's block, teacher's block), by the student's, each of which comes once."""
+    """(student's block, teacher's block), sorted; each block of the student comes only once."""
     heads: tuple[tuple[int, int], ...]
-    """(student's head, teacher's head) in each of these layers, by the student's; each of either comes once."""
+    """(student's head, teacher's head) in each of these layers, sorted; each head of either comes only once."""
     num_student_heads: int
     """Heads a layer of the student must have; those that are not in `heads` stay free."""
     what: What = "map"
@@ -62,28 +64,13 @@ class Pairing:
         """Whether v is transferred, alone or with others."""
         return self.what in OF_VALUES
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
-            "layers": [list(pair) for pair in self.layers],
-            "heads": [list(pair) for pair in self.heads],
-            "num_student_heads": self.num_student_heads,
-            "what": self.what,
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Pairing:
-        """The pairing `to_json` came from."""
-        pairs: dict[str, Any] = {name: tuple((s, t) for s, t in fields[name]) for name in ("layers", "heads")}
-        return cls(**{**fields, **pairs})
-
 
 class TeacherFactors(Protocol):
     """The teacher's side of one batch."""
 
     @property
     def heads(self) -> tuple[int, ...] | None:
-        """Which of the teacher's heads `layer` gives, in this order; None for just those that are wanted."""
+        """The teacher's heads that `layer` gives, in this order; None if they are just those that are wanted."""
         ...
 
     def layer(self, block: int) -> LayerAttention:
@@ -92,7 +79,7 @@ class TeacherFactors(Protocol):
 
 
 class PairedFactors:
-    """A teacher's attention as a student's blocks and heads ask for it."""
+    """A teacher's attention, by the student's blocks and in the order of the student's heads."""
 
     def __init__(self, teacher: TeacherFactors, pairing: Pairing) -> None:
         self._teacher = teacher
@@ -107,15 +94,16 @@ class PairedFactors:
         return attention if self._positions is None else attention.select_heads(self._positions)
 
     def factors(self, block: int) -> LayerFactors:
-        """The same, where q, k or v themselves are wanted.
+        """The same as `layer`, for students that need q, k or v themselves.
 
         Raises:
-            ConfigError: the teacher's side has maps only.
+            ConfigError: the teacher's side has only maps.
         """
         attention = self.layer(block)
         if not isinstance(attention, LayerFactors):
             raise ConfigError(
-                "factors are wanted, but only maps are there. Leave --what out, or take a cache with q and k."
+                "q, k or v is needed, but the teacher's side has only maps. Leave --what out, or use a cache with q "
+                "and k."
             )
         return attention
 
@@ -138,16 +126,16 @@ def check_student(geometry: FactorGeometry, student: FactorGeometry, pairing: Pa
         raise TeacherError(
             f"student {student_name} has {'; '.join(differences)}. Attention can only be transferred between equal "
             "heads and tokens: leave --student out to use the teacher's own architecture, choose one that matches, or "
-            "say with --head-map and --layer-map which of the teacher's go where."
+            "say with --head-map and --layer-map which of the teacher's heads and layers go where."
         )
     if pairing.what == "map":
         return
     if "maps" in (geometry.kind, student.kind):
         whose = "teacher" if geometry.kind == "maps" else "student"
         raise TeacherError(
-            f"--what {pairing.what} is for factors, but the {whose}'s maps are no softmax of one q k^T. Leave it out."
+            f"--what {pairing.what} needs factors, but the {whose}'s maps are not a softmax of one q k^T. Leave it out."
         )
-    # What a live teacher hands over is known only when it runs; v is as wide as q in all of timm's ViTs.
+    # The v of a live teacher is known only when it runs; in all of timm's ViTs, v is as wide as q.
     v_head_dim = geometry.v_head_dim or geometry.head_dim
     if pairing.needs_values and student.v_head_dim != v_head_dim:
         raise TeacherError(
@@ -176,17 +164,17 @@ def plan_pairing(
     what: What = "map",
     copies: bool = False,
 ) -> Pairing:
-    """What a student is given, and where.
+    """The pairing that a user's options describe.
 
     Args:
         geometry: what the cache holds.
-        layers: blocks of both, such as "0-17"; None for all of the cache.
-        heads: heads of both, such as "0,3"; None for all of the cache.
+        layers: blocks, the same in teacher and student, such as "0-17"; None for all of the cache.
+        heads: heads, the same in teacher and student, such as "0,3"; None for all of the cache.
         layer_map: pairs STUDENT:TEACHER of blocks, such as "0:0,1:2,2:4", instead of `layers`.
-        head_map: the teacher's head of each of the student's, such as "0,2,5", instead of `heads`.
+        head_map: for each head of the student, the teacher's head, such as "0,2,5", instead of `heads`.
         what: what is transferred.
-        copies: whether the student copies it. Copying q and k is then copying the map that is made of them, whatever
-            basis they are in.
+        copies: whether the student copies it. Copying q and k is the same as copying the map that they make, in any
+            basis, so "qk" becomes "map".
 
     Raises:
         ConfigError: the cache does not hold a layer or head, or a map cannot be read.
@@ -206,7 +194,7 @@ def plan_pairing(
 
 
 def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, ...]:
-    """The layers or heads of `text`, or all the cache holds."""
+    """The layers or heads of `text`, or all that the cache holds."""
     if text is None or text.strip() == "all":
         return stored
     chosen = parse_indices(text, max(stored) + 1, what=what)
@@ -228,10 +216,11 @@ def _parse_layer_map(text: str, geometry: FactorGeometry) -> tuple[tuple[int, in
         student, _, teacher = (word.strip() for word in part.partition(":"))
         if not (student.isdecimal() and teacher.isdecimal()):
             raise ConfigError(
-                f"layer map {text!r}: {part.strip()!r} is no pair. Write STUDENT:TEACHER blocks, such as 0:0,1:2,2:4."
+                f"layer map {text!r}: {part.strip()!r} is not a pair. Write STUDENT:TEACHER blocks, such as "
+                "0:0,1:2,2:4."
             )
         if int(student) in pairs:
-            raise ConfigError(f"layer map {text!r}: the student's block {int(student)} is there twice.")
+            raise ConfigError(f"layer map {text!r}: the student's block {int(student)} comes twice. Name it once.")
         pairs[int(student)] = int(teacher)
     _check_stored(list(pairs.values()), geometry.layers, "layer")
     return tuple(sorted(pairs.items()))
@@ -242,10 +231,11 @@ def _parse_head_map(text: str, geometry: FactorGeometry) -> tuple[tuple[int, int
     words = [word.strip() for word in text.split(",")]
     if wrong := [word for word in words if not word.isdecimal()]:
         raise ConfigError(
-            f"head map {text!r}: {wrong[0]!r} is no head. Write the teacher's head for each of its own: 0,2,5."
+            f"head map {text!r}: {wrong[0]!r} is not a head. Write the teacher's head for each head of the student: "
+            "0,2,5."
         )
     heads = [int(word) for word in words]
     if len(set(heads)) < len(heads):
-        raise ConfigError(f"head map {text!r}: a head of the teacher's is there twice.")
+        raise ConfigError(f"head map {text!r}: a head of the teacher comes twice. Name each once.")
     _check_stored(heads, geometry.heads, "head")
     return tuple(enumerate(heads))

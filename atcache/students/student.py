@@ -38,7 +38,7 @@ class Student:
     num_classes: int
     """Outputs of its head."""
     pairing: Pairing | None = None
-    """What it is given of a teacher, and where; None for scratch and finetune."""
+    """What it is given of a teacher, and where; None in the modes scratch and finetune."""
 
     def train_step(
         self, images: Tensor, label_B: Tensor, teacher: TeacherFactors | None, label_smoothing: float
@@ -80,9 +80,9 @@ def new_student(
         mode: what it does with the teacher's attention.
         name: its timm architecture.
         num_classes: outputs of its head.
-        geometry: the teacher's; needed for copy and distill.
-        pairing: what of it is transferred, and where; None gives all to a student of the teacher's shape.
-        drop_path: stochastic depth.
+        geometry: the teacher's geometry; needed for copy and distill.
+        pairing: what is transferred, and where; None transfers all to a student of the teacher's shape.
+        drop_path: the largest rate of stochastic depth.
         weights: a state dict to begin with, for fine-tuning; the head stays fresh.
 
     Raises:
@@ -107,7 +107,7 @@ def check_views_fit(student: Student, reader: CacheReader) -> None:
     """Refuse a cache whose views are not of the student's size.
 
     Raises:
-        ConfigError: naming both sizes.
+        ConfigError: the sizes differ; the message names both.
     """
     policy = CacheRecord.of(reader).policy
     if (policy.image_height, policy.image_width) != (student.input.height, student.input.width):

@@ -1,4 +1,4 @@
-"""What a student is given of its teacher with each batch: from a cache, from the running teacher, or both joined."""
+"""The attention of a teacher that comes with each batch: from one cache, from several, or from the running teacher."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ from atcache.teachers.run import TeacherRun
 
 
 class CachedFactors:
-    """Attention decoded from codes, each layer when it is asked for: no layer that nobody uses is decoded.
+    """Attention decoded from codes. Each layer is decoded when it is needed; unused layers never are.
 
-    Nothing is kept here. What a student's backward pass needs of a layer, such as the q and k it copies, autograd keeps
-    until then.
+    Nothing is kept here: autograd keeps what a student's backward pass needs of a layer, such as the q and k it copies.
     """
 
     def __init__(self, coder: Coder, codes_BLTC: Tensor, first_code_layer: int = 0) -> None:
-        """Take the codes of a batch, from `first_code_layer` of what the coder makes on."""
+        """Take the codes of a batch; their first row of L is the coder's row `first_code_layer`."""
         self._coder = coder
         self._codes_BLTC = codes_BLTC
         self._first_code_layer = first_code_layer
@@ -62,7 +61,7 @@ class LiveFactors:
     """Attention just captured from a running teacher."""
 
     def __init__(self, layers: Mapping[int, LayerAttention], heads: tuple[int, ...] | None = None) -> None:
-        """Take the attention by block, and which heads it is of; None for just those that are wanted."""
+        """Take the attention by block, and the heads it has; None if they are just those that are wanted."""
         self._layers = layers
         self.heads = heads
 
@@ -72,11 +71,11 @@ class LiveFactors:
 
 
 class JoinedFactors:
-    """Several teacher's sides as one: each layer is put together when it is asked for.
+    """The attention that comes from several caches as one: each layer is put together when it is needed.
 
     Args:
-        parts: the attention of some rows of the batch each, of one teacher.
-        row_B: which rows, int64 on the parts' device; together each row of the batch once.
+        parts: the attention of one teacher; each part has some rows of the batch.
+        row_B: the rows of each part, int64 on the parts' device; each row of the batch is in exactly one part.
     """
 
     def __init__(self, parts: Sequence[TeacherFactors], row_B: Sequence[Tensor]) -> None:
@@ -89,12 +88,12 @@ class JoinedFactors:
         return self._parts[0].heads
 
     def layer(self, block: int) -> LayerAttention:
-        """See `TeacherFactors.layer`. Where one part has maps only, all of it is maps."""
+        """See `TeacherFactors.layer`. If one part has only maps, the whole layer comes as maps."""
         layers = [part.layer(block) for part in self._parts]
         factors = [layer for layer in layers if isinstance(layer, LayerFactors)]
         if len(factors) < len(layers):
             return LayerMaps(attn_BHQK=self._joined([layer.maps() for layer in layers]))
-        # The bias is the teacher's own, and so one for all. By name, since not all factors have all of them.
+        # All parts have the same bias, the teacher's. Factors are joined by name, since some parts may lack v.
         parts = {
             field.name: [getattr(part, field.name) for part in factors]
             for field in fields(LayerFactors)
@@ -104,7 +103,7 @@ class JoinedFactors:
         return replace(factors[0], **joined)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Each part's rows in their places; under autocast some codecs decode to its type, others to float32."""
+        """Each part's rows in their places. Under autocast some codecs decode to its type and others to float32."""
         dtype = torch.float32 if len({part.dtype for part in parts}) > 1 else parts[0].dtype
         joined = parts[0].new_empty((self._num_rows, *parts[0].shape[1:]), dtype=dtype)
         for part, row_B in zip(parts, self._row_B, strict=True):
@@ -113,14 +112,14 @@ class JoinedFactors:
 
 
 class CacheTeacher:
-    """Gives each batch its teacher's factors, decoded from the batch's codes, those of each cache by its own codec."""
+    """Gives each batch its teacher's factors: decodes the batch's codes, with the codec of each cache."""
 
     def __init__(self, readers: Sequence[CacheReader], pairings: Sequence[Pairing], device: torch.device) -> None:
         """Take the caches in the order of their rows, and what students are given of them.
 
         Raises:
-            ConfigError: a student is given q or k, and a cache's are in another basis than the teacher's; or v, and a
-                cache has none.
+            ConfigError: a student is given q or k, but those of a cache are not the teacher's own, only have the same
+                maps; or it is given v, but a cache has none.
         """
         self._device = device
         layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
@@ -143,9 +142,9 @@ class CacheTeacher:
 
 
 def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Coder:
-    """A cache's coder, which must give the teacher's own `factors` where there are any."""
+    """A cache's coder, which must decode the teacher's own `factors` if any are named."""
     record = CacheRecord.of(reader)
-    codec = record.make_codec()
+    codec = record.make_codec(reader.path)
     coder = stored_coder(reader, codec, record.geometry, str(device))
     if (of_values := sorted(factors & OF_VALUES)) and not coder.geometry.v_head_dim:
         raise ConfigError(
@@ -154,14 +153,14 @@ def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Cod
         )
     if factors and not coder.factors_are_teachers:
         raise ConfigError(
-            f"--what {min(factors)} needs the teacher's own q and k, but codec {codec.name} of {reader.path} keeps no "
-            "more of them than their maps. Build it with --codec int8 or exact, or train without --what."
+            f"--what {min(factors)} needs the teacher's own q and k, but codec {codec.name} of {reader.path} keeps "
+            "only their maps. Build it with --codec int8 or exact, or train without --what."
         )
     return coder
 
 
 def _code_layers(coder: Coder, layers: Sequence[int]) -> slice:
-    """The rows of L that these blocks are decoded from. One range is one read; what is between them comes along."""
+    """The rows of L that these blocks are decoded from, as one range, which is one read; rows between come along."""
     rows = [coder.code_layer(coder.geometry.layers.index(layer)) for layer in layers]
     return slice(min(rows), max(rows) + 1)
 
@@ -185,8 +184,8 @@ class LiveTeacher:
 class SharedTeacher:
     """Gives students that take the same batch, one after another, the same factors.
 
-    They stay until the next batch. So a cache's are shared by students that copy, whose own steps hold the factors of
-    all layers anyway; distilling holds one layer at a time, and decodes for itself.
+    The factors stay in memory until the next batch. So only students that copy share a cache's factors: their own steps
+    hold those of all layers anyway. A student that is distilled holds one layer at a time, and decodes for itself.
     """
 
     def __init__(self, teacher: CacheTeacher | LiveTeacher) -> None:
@@ -197,14 +196,14 @@ class SharedTeacher:
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch; the same object for the same batch."""
         if self._factors is None or batch is not self._batch:
-            self._batch = self._factors = None  # before the next ones need room
+            self._batch = self._factors = None  # freed before the next ones need memory
             self._factors = _KeptLayers(self._teacher.factors(batch))
             self._batch = batch
         return self._factors
 
 
 class _KeptLayers:
-    """Factors whose layers are decoded when they are first asked for."""
+    """Factors whose layers are decoded once, when they are first needed, and then kept."""
 
     def __init__(self, factors: TeacherFactors) -> None:
         self._given = factors
@@ -225,7 +224,7 @@ class _KeptLayers:
 def start_teacher(
     record: TeacherRecord, weights: Path | None, pairings: Sequence[Pairing], device: torch.device
 ) -> LiveTeacher:
-    """A cache's teacher itself, running.
+    """A cache's teacher, loaded and ready to run.
 
     Args:
         record: which teacher it was.
@@ -234,7 +233,7 @@ def start_teacher(
         device: where it runs.
 
     Raises:
-        CacheMismatchError: these are other weights than the recorded ones.
+        CacheMismatchError: the weights are not the recorded ones.
     """
     teacher = load_teacher(record.name, weights=weights, device=device)
     layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})

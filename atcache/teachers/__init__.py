@@ -1,12 +1,12 @@
 """Teachers: timm models by name, their weights and input, and the device and precision they run in.
 
 - `load`: from a name to a model with its weights
-- `names`: what a user may call a model
+- `names`: the names by which a user may call a model
 - `weights`: read files of weights without running code in them, and fit them into a model
 - `hub`: download weights from the Hugging Face hub
 - `inputs`: how an image becomes the input of a model
 - `devices`: which device and which float type a model runs in
 - `run`: a loaded teacher, on its device and in its precision
 - `record`: what a cache or a run remembers of its teacher
-- `components`: what a student's architecture lacks of its teacher's
+- `components`: the components of a teacher's architecture that its student lacks
 """

@@ -1,7 +1,7 @@
-"""What a model is built of beyond plain attention and MLP, to name what a student lacks of its teacher.
+"""What a model has beyond plain attention and MLP, to name the components of the teacher that a student lacks.
 
-Attention transfer fails where the student lacks the teacher's own components and works again once it has them, with
-fresh weights (arXiv 2605.07191); so every difference is worth a sentence.
+Attention transfer fails if the student lacks the teacher's own components and works again once it has them, with fresh
+weights (arXiv 2605.07191). So each difference is reported in a sentence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _Check = Callable[[nn.Module, list[nn.Module]], bool]
 
 
 def component_differences(teacher_model: nn.Module, student_model: nn.Module) -> list[str]:
-    """One sentence for each component that only one of the two timm models has; empty where they match.
+    """One sentence for each component in which the two timm models differ; empty if they match.
 
     >>> import timm
     >>> plain = timm.create_model("vit_tiny_patch16_224", depth=1)
@@ -40,7 +40,7 @@ def component_differences(teacher_model: nn.Module, student_model: nn.Module) ->
 def components(model: nn.Module) -> dict[str, bool | int | str]:
     """The model's components by name: whether it has them, or how many or which.
 
-    Found by the attributes and class names timm's ViT families use, in the blocks where the component belongs there.
+    Found by the attributes and class names that timm's ViT families use; components of blocks only inside the blocks.
     """
     blocks = list(getattr(model, "blocks", None) or [])
     found: dict[str, bool | int | str] = {name: check(model, blocks) for name, check in _CHECKS.items()}

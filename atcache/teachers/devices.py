@@ -14,11 +14,11 @@ from atcache.errors import ConfigError
 def resolve_precision(name: str, device: str | torch.device) -> torch.dtype:
     """The type matrix products run in on `device`: torch.bfloat16 or torch.float32.
 
-    "auto" takes bfloat16 only where the device has instructions for it. A processor without them emulates each product
+    "auto" takes bfloat16 only if the device has instructions for it. A processor without them emulates each product
     and is hundreds of times slower than in float32; one with AMX or AVX512-BF16 is several times faster.
 
     Raises:
-        ConfigError: `name` is none of "auto", "fp32", "bf16".
+        ConfigError: `name` is not "auto", "fp32" or "bf16".
     """
     if name == "fp32":
         return torch.float32
@@ -42,13 +42,13 @@ def _is_fast_at_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    # torch's checks of the processor are private and differ between versions; one that is missing means no.
+    # torch's checks of the processor are private and differ between versions; a missing check counts as no.
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device `name` stands for; "auto" is the first GPU, or the CPU where there is none.
+    """The device that `name` stands for; "auto" is the first GPU, or the CPU if there is none.
 
     Raises:
         ConfigError: there is no such device here.

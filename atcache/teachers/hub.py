@@ -12,16 +12,16 @@ _REACH_TIMEOUT_S = 10.0
 
 
 def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
-    """The file of a timm model's weights on this machine, and a name for where it came from.
+    """The file of a timm model's weights on this machine, and the name of its source.
 
-    A copy that was downloaded before is taken without asking the network.
+    A copy that was downloaded before is taken without using the network.
 
     Args:
-        timm_name: with its tag, for messages.
-        config: timm's pretrained config of it, as a dict.
+        timm_name: the model's name with its tag, for messages.
+        config: timm's pretrained config of the model, as a dict.
 
     Raises:
-        TeacherError: there are none, the hub cannot be reached, or it refuses (some weights need an account).
+        TeacherError: the hub has no weights for it, cannot be reached, or refuses (some weights need an account).
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -32,7 +32,7 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
     filename: str = config.get("hf_hub_filename") or "model.safetensors"
     source = f"hub:{repository}/{filename}"
     by_hand = (
-        f"Fetch {filename} of https://huggingface.co/{repository} where there is a connection, and give it with "
+        f"Download {filename} of https://huggingface.co/{repository} on a machine with a connection, and give it with "
         f"--weights FILE."
     )
     cached = huggingface_hub.try_to_load_from_cache(repository, filename)
@@ -40,16 +40,16 @@ def fetch_weights(timm_name: str, config: dict[str, Any]) -> tuple[Path, str]:
         return Path(cached), source
     unreachable = f"{timm_name}: the Hugging Face hub cannot be reached. {by_hand}"
     try:
-        # One short question first: the download would ask for minutes before it gave up.
-        with suppress(HfHubHTTPError):  # an answer; the download will say what is wrong
+        # One short question first, because the download would try for minutes before it gives up.
+        with suppress(HfHubHTTPError):  # the hub did answer; the download will say what is wrong
             huggingface_hub.get_hf_file_metadata(
                 huggingface_hub.hf_hub_url(repository, filename), timeout=_REACH_TIMEOUT_S
             )
-    except Exception as error:  # those of the HTTP client that the hub's own uses
+    except Exception as error:  # the errors of whichever HTTP client huggingface_hub uses
         raise TeacherError(unreachable) from error
     try:
         return Path(huggingface_hub.hf_hub_download(repository, filename)), source
     except LocalEntryNotFoundError as error:
         raise TeacherError(unreachable) from error
     except HfHubHTTPError as error:
-        raise TeacherError(f"{timm_name}: the hub does not give {source} ({error}). {by_hand}") from error
+        raise TeacherError(f"{timm_name}: downloading {source} failed ({error}). {by_hand}") from error

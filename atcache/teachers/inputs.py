@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from atcache.choices import PolicyName
 from atcache.errors import TeacherError
+from atcache.fields import JsonFields, Range
 from atcache.views.mixing import MixPolicy
 from atcache.views.policy import ViewPolicy
 
@@ -17,31 +18,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InputConfig:
+class InputConfig(JsonFields):
     """How an image becomes a model's input; what timm calls its data config."""
 
-    height: int
+    height: Annotated[int, Range(at_least=1, at_most=8192)]
     """Pixels."""
-    width: int
+    width: Annotated[int, Range(at_least=1, at_most=8192)]
     """Pixels."""
-    mean: tuple[float, ...]
+    mean: tuple[float, float, float]
     """Subtracted from red, green, blue in [0, 1]."""
-    std: tuple[float, ...]
-    """Divided by, after that."""
+    std: Annotated[tuple[float, float, float], Range(above=0)]
+    """The differences are divided by these."""
     interpolation: str
     """Filter of the resize: "bicubic", "bilinear" ..."""
-    crop_pct: float
-    """Side of the centre crop over the side of the resized image, in evaluation."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+    crop_pct: Annotated[float, Range(above=0, at_most=1e6)]
+    """Side of the centre crop divided by the side of the resized image, in evaluation."""
 
     def view_policy(self, name: PolicyName, seed: int, mixing: MixPolicy | None = None) -> ViewPolicy:
         """The policy that draws views of this size, filter and crop.
 
         Raises:
-            ConfigError: the name or the seed cannot be used, or "eval" is to be mixed.
+            ConfigError: the name or the seed cannot be used, or `mixing` is given with "eval".
         """
         return ViewPolicy(
             name=name,
@@ -55,10 +52,10 @@ class InputConfig:
 
 
 def input_config(model: nn.Module) -> InputConfig:
-    """The input `model` was made for: its own image size, and what timm records of the rest.
+    """The input that `model` was made for: its own image size, and timm's record of the rest.
 
     Raises:
-        TeacherError: the recorded normalisation is not of three colours.
+        TeacherError: the recorded normalisation is not for three colours.
     """
     from timm.data import config as timm_data
 
@@ -81,13 +78,13 @@ def input_config(model: nn.Module) -> InputConfig:
 def normalise_images(
     pixels_BHWC: Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str
 ) -> Tensor:
-    """What a model takes: float32 (batch, channel, height, width) on `device`, (pixels / 255 - mean) / std.
+    """A model's input: float32 (batch, channel, height, width) on `device`, (pixels / 255 - mean) / std.
 
     Args:
-        pixels_BHWC: uint8; travels to the device as bytes.
-        mean: of each channel, in 0..1.
-        std: of each channel, in 0..1.
-        device: where the result is wanted.
+        pixels_BHWC: uint8; converted only on the device, so that the copy is small.
+        mean: mean of each channel, in 0..1.
+        std: standard deviation of each channel, in 0..1.
+        device: the device of the result.
     """
     pixels_BCHW = pixels_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
     return (pixels_BCHW - _of_channels(mean, str(device))) / _of_channels(std, str(device))
@@ -95,8 +92,8 @@ def normalise_images(
 
 @lru_cache(maxsize=16)
 def _of_channels(values: tuple[float, ...], device: str) -> Tensor:
-    """255 times each channel's value, shape (1, channel, 1, 1); made once, since a copy to a GPU makes it wait."""
-    import torch  # here: who reads what a cache says of its teacher's input shall not wait for it
+    """255 times each channel's value, shape (1, channel, 1, 1); cached, since each copy to a GPU makes it wait."""
+    import torch  # imported here, because reading the record of a cache's input should not wait for torch
 
-    with torch.inference_mode(False):  # whoever asks first
+    with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
         return torch.tensor([255 * value for value in values], device=device).view(1, -1, 1, 1)

@@ -20,7 +20,7 @@ from atcache.teachers.names import ModelName, parse_model_name, pretrained_confi
 from atcache.teachers.weights import AFTER_BLOCKS, load_weights, read_weights, weights_sha256
 
 DEMO_WEIGHTS = Path(__file__).parent.parent / "data" / "demo-mae.safetensors"
-"""Its weights."""
+"""The weights of "demo-mae", which ship with the package."""
 _INPUT_ARGUMENTS = ("mean", "std", "interpolation", "crop_pct")
 
 
@@ -35,9 +35,9 @@ class Teacher:
     source: str
     """Where the weights came from: a file's name, or "hub:" and a repository."""
     weights_sha256: str
-    """Of all that the maps depend on: the state dict without norm, pooling and head after the blocks."""
+    """sha256 of all that the maps depend on: the state dict without norm, pooling and head after the blocks."""
     licence: str | None
-    """Of the weights, as timm records it; None where unknown, as for a file of your own."""
+    """Licence of the weights, as timm records it; None if unknown, as for your own file."""
     input: InputConfig
     """The input it expects."""
     tokens: TokenLayout
@@ -52,11 +52,11 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
     Args:
         name: an alias ("mae-vit-l") or a timm name with arguments, see `parse_model_name`.
         weights: a safetensors or torch file; None takes the weights timm names, from the hub or its local cache.
-        device: where the model shall be.
+        device: where to put the model.
 
     Raises:
-        TeacherError: the name or the weights do not do, or the hub cannot be reached; then the message names the
-            file to fetch.
+        TeacherError: the name or the weights cannot be used, or the hub cannot be reached; then the message names the
+            file to download.
         UnsupportedAttentionError: the model's attention is known not to be one softmax over all tokens.
     """
     model_name = parse_model_name(name)
@@ -64,8 +64,8 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
     if weights is None and model_name == parse_model_name("demo-mae"):
         weights, licence = DEMO_WEIGHTS, "apache-2.0"
     elif weights is not None and "." not in model_name.timm_name:
-        licence = None  # timm's licence is of the weights a tag names, not of this file
-    # Its initial weights are replaced: a caller's student must not change because a teacher was made before it.
+        licence = None  # timm's licence is for the weights it would choose, not for this file
+    # Drawing initial weights, which are replaced anyway, must not change the random numbers of a student made later.
     with torch.random.fork_rng(devices=[]):
         model = _create(model_name, {})
     blocks = find_blocks(model)
@@ -97,7 +97,7 @@ def create_student(
     """A model to train: the architecture of `name` with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: the architecture and its arguments; `num_classes` among them is overruled.
+        name: the architecture and its arguments; a `num_classes` among them is ignored.
         num_classes: outputs of the head.
         weights: for fine-tuning: a file, or a state dict such as a teacher's, for all but the head.
         drop_path: probability of skipping the last block (stochastic depth); earlier ones are skipped less, linearly.
@@ -116,12 +116,12 @@ def create_student(
 
 
 def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
-    """The timm model, fresh; timm's own complaints about arguments become TeacherError."""
+    """A new timm model; timm's own errors about arguments become TeacherError."""
     from timm import create_model
 
     arguments = {**name.arguments, **overrides}
     if arguments.get("in_chans", 3) != 3:
-        raise TeacherError(f"model {name}: images have three colours here, which is in_chans=3. Leave in_chans out.")
+        raise TeacherError(f"model {name}: images have three colours (in_chans=3). Leave in_chans out.")
     overlay = {key: arguments.pop(key) for key in _INPUT_ARGUMENTS if key in arguments}
     try:
         model = create_model(name.timm_name, pretrained_cfg_overlay=overlay, **arguments)
@@ -137,7 +137,7 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
 
 
 def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
-    """Refuse a size of the user's own that leaves a rim out; some published models do."""
+    """Refuse sizes given by the user if patches do not cover the whole image; some published models are made so."""
     if not {"img_size", "patch_size"} & name.arguments.keys():
         return
     patch_embed: Any = getattr(model, "patch_embed", None)
@@ -161,7 +161,10 @@ def _close_arguments(unknown: str) -> str:
 
 
 def _load_from_hub(model: nn.Module, name: ModelName) -> tuple[ModelName, str]:
-    """Loads the weights; returns the name with their tag, which timm may choose differently in another version."""
+    """Load the weights; return the model's name with their tag, and their source.
+
+    The tag is kept because another version of timm may choose another one.
+    """
     from atcache.teachers.hub import fetch_weights
 
     config = pretrained_config(name.timm_name)

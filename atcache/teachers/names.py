@@ -72,7 +72,7 @@ class ModelName:
     timm_name: str
     """As timm writes it, with or without the tag of its weights: "vit_large_patch16_224.mae"."""
     arguments: dict[str, Any] = field(default_factory=dict[str, Any], hash=False)
-    """What timm's `create_model` is given, and `mean`, `std`, `interpolation`, `crop_pct` of the model's input."""
+    """Arguments of timm's `create_model`, and `mean`, `std`, `interpolation`, `crop_pct` of the model's input."""
 
     @property
     def architecture(self) -> str:
@@ -90,7 +90,7 @@ def parse_model_name(text: str) -> ModelName:
     Arguments are Python literals; text may stay unquoted: "vit_tiny_patch16_224:img_size=32,global_pool=avg".
 
     Raises:
-        TeacherError: no such model (close names are given), or the arguments cannot be read.
+        TeacherError: there is no such model (the message gives close names), or the arguments cannot be read.
     """
     from timm.models import is_model
 
@@ -111,7 +111,7 @@ def parse_model_name(text: str) -> ModelName:
 
 
 def _argument_text(value: object) -> str:
-    """An argument as a person would type it: words without quotes, which shells eat, and no spaces."""
+    """An argument as a person would type it: words without quotes, which shells remove, and no spaces."""
     if isinstance(value, str) and value.isidentifier() and value not in ("True", "False", "None"):
         return value
     return repr(value).replace(" ", "")
@@ -141,6 +141,11 @@ def _parse_arguments(model: str, text: str) -> dict[str, Any]:
 
 
 def pretrained_config(timm_name: str) -> dict[str, Any]:
+    """What timm records of a model's trained weights, as a dict; empty if there are none.
+
+    Raises:
+        TeacherError: timm has no weights with the tag in the name.
+    """
     from timm.models import get_pretrained_cfg, list_pretrained
 
     try:
@@ -149,7 +154,7 @@ def pretrained_config(timm_name: str) -> dict[str, Any]:
         architecture = timm_name.partition(".")[0]
         tags = [name for name in list_pretrained(f"{architecture}.*")]
         raise TeacherError(
-            f"model {timm_name!r}: timm has no weights of this tag. Known: {', '.join(tags) or 'none'}."
+            f"model {timm_name!r}: timm has no weights with this tag. Known: {', '.join(tags) or 'none'}."
         ) from error
     return dict(config.to_dict()) if config is not None else {}
 
@@ -159,4 +164,4 @@ def _close_models(name: str) -> str:
 
     known = [*ALIASES, *list_models(), *list_models(pretrained=True)]
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    return f" Did you mean {', '.join(close)}?" if close else " timm.list_models() lists what there is."
+    return f" Did you mean {', '.join(close)}?" if close else " timm.list_models() lists all names."

@@ -1,47 +1,39 @@
-"""What caches and runs remember of a teacher, and checking that a loaded one is that teacher."""
+"""What caches and runs remember of a teacher, and a check that a loaded teacher is the same one."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CacheMismatchError
+from atcache.fields import JsonFields
 from atcache.teachers.devices import resolve_precision
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherRecord:
+class TeacherRecord(JsonFields):
     """What a run or a cache remembers of its teacher: enough to find and check it again."""
 
+    is_strict: ClassVar[bool] = True
     name: str
     """Its timm name with arguments."""
     weights_sha256: str
-    """Of the weights its maps depend on."""
-    precision: str
-    """torch's name of the type it computed in."""
+    """sha256 of the weights that its maps depend on."""
+    precision: Literal["float32", "bfloat16"]
+    """torch's name of the float type it computed in."""
     geometry: FactorGeometry
     """Shapes of its factors."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {**asdict(self), "geometry": self.geometry.to_json()}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TeacherRecord:
-        """The record `to_json` came from."""
-        values: dict[str, Any] = {**fields, "geometry": FactorGeometry.from_json(fields["geometry"])}
-        return cls(**values)
-
     def run(self, teacher: Teacher, device: torch.device) -> TeacherRun:
-        """A loaded teacher as it ran when the cache was built.
+        """The loaded teacher, to run in the precision in which the cache was built.
 
         Raises:
-            CacheMismatchError: it has other weights than the recorded ones.
+            CacheMismatchError: its weights are not the recorded ones.
         """
         if teacher.weights_sha256 != self.weights_sha256:
             raise CacheMismatchError(

@@ -1,4 +1,4 @@
-"""A teacher with the device and the precision it runs in."""
+"""A loaded teacher with the device and the precision it runs in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atcache.teachers.load import Teacher, load_teacher
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TeacherRun:
-    """A teacher with the precision it runs in: what calibration and building share."""
+    """A teacher with its device and precision: what calibration and building share."""
 
     teacher: Teacher
     device: torch.device
@@ -27,7 +27,7 @@ class TeacherRun:
 
     @classmethod
     def load(cls, name: str, weights: Path | None, *, device: str, precision: str) -> Self:
-        """The teacher as a command's options name it.
+        """The teacher that a command's options name.
 
         Raises:
             ConfigError: there is no such device or precision.
@@ -38,7 +38,7 @@ class TeacherRun:
         return cls(teacher=teacher, device=place, dtype=resolve_precision(precision, place))
 
     def select(self, layers: str | None, heads: str | None) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-        """The block indices and the head indices to keep; None for all heads, whose number capture finds out.
+        """The block indices and the head indices to keep; None for all heads, whose number only capture knows.
 
         Args:
             layers: as typed, such as "0-17"; None for all.
@@ -47,6 +47,7 @@ class TeacherRun:
         Raises:
             ConfigError: they cannot be read, or the teacher does not have them.
         """
+        # A model need not say how many heads it has; capture checks the heads again.
         num_heads = getattr(self.teacher.model, "num_heads", 2**16)
         return (
             parse_indices("all" if layers is None else layers, self.teacher.depth, what="layer"),

@@ -20,16 +20,16 @@ from atcache.attention.blocks import model_label
 from atcache.errors import TeacherError
 
 WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
-"""Keys a checkpoint may hold its weights under, most wanted first: averaged weights before the last ones."""
+"""Keys under which a checkpoint may hold its weights, the preferred first: averaged weights before the last ones."""
 PREFIXES = ("_orig_mod.", "module.", "backbone.", "encoder.")
-"""What wrappers and training code put before a parameter's name."""
+"""Prefixes that wrappers and training code add to a parameter's name."""
 AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
 """Parameters that run after the last block. No map depends on them, so a file may lack them."""
 _HEADS = ("head.", "head_dist.")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file by parameter name, on the CPU; wrappers and prefixes taken off.
+    """The tensors of a safetensors or torch file by parameter name, on the CPU, without wrappers and prefixes.
 
     Torch files are read with `weights_only=True`, so nothing in them can run. Of several sets of weights in one file,
     the first of `WRAPPERS` is taken.
@@ -40,6 +40,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise TeacherError(f"weights {path}: no such file.")
+    # A safetensors file begins with the length of its header, 8 bytes; the header is JSON.
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     checkpoint: Any = _read_safetensors(path) if is_safetensors else _read_torch(path)
@@ -56,17 +57,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: bool = True) -> None:
     """Put `weights` into `model`, in place, through timm's own conversion for its family.
 
-    Position and patch embeddings of another size are interpolated by timm. All that the maps depend on must be there.
-    Where anything else that counts was left over or is missing, a note in the log says what.
+    timm interpolates position and patch embeddings of another size. All that the maps depend on must be there. If
+    anything else that matters was not used or is missing, a note in the log says what.
 
     Args:
         model: a timm model.
         weights: as from `read_weights`; not changed.
-        keep_head: False leaves the model's classifier as it is, for a student. One of another shape is never taken.
+        keep_head: False leaves the model's classifier as it is, for a student. One of another shape is never loaded.
 
     Raises:
-        TeacherError: something before or in the blocks is missing or has another shape, or the weights of the blocks
-            have more than the model; the message names it. The model is unchanged then.
+        TeacherError: a tensor before or in the blocks is missing or has another shape, or the weights have tensors in
+            their blocks that the model lacks; the message names it. The model is then unchanged.
     """
     weights = _without_decoder(weights)
     fitted = _converted(model, weights)
@@ -97,7 +98,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
         )
     _warn_of_another_patch_size(model, weights)
     model.load_state_dict(known, strict=False)
-    # No map depends on what comes after the blocks, so it only counts for a student. Its head is expected to be fresh.
+    # No map depends on what comes after the blocks, so it only matters to a student, whose head is fresh on purpose.
     without = _HEADS if not keep_head else AFTER_BLOCKS
     fresh = [name for name in wanted if name not in known]
     _note_what_was_left(model, *([name for name in names if not name.startswith(without)] for names in (unused, fresh)))
@@ -106,7 +107,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
 def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
     """The sha256 over the model's state dict: names in sorted order, types, shapes and bytes; 64 hex digits.
 
-    The same weights give the same digits whatever file they came in and whatever device they are on.
+    The same weights give the same digits, whatever file they came from and whatever device they are on.
 
     Args:
         model: any module.
@@ -116,13 +117,13 @@ def weights_sha256(model: nn.Module, *, without: tuple[str, ...] = ()) -> str:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], *, without: tuple[str, ...] = ()) -> str:
-    """What `weights_sha256` gives for a model with these tensors as its state dict."""
+    """What `weights_sha256` returns for a model with these tensors as its state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.startswith(without):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        # numpy knows no bfloat16; bytes are bytes. A scalar has no last axis to view as bytes.
+        # As bytes, because numpy has no bfloat16. Flattened first, because a scalar has no axis to view as bytes.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -133,7 +134,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors_torch.load_file(path)
     except SafetensorError as error:
-        raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Fetch it again.") from error
+        raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Download it again.") from error
 
 
 def _read_torch(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
@@ -146,7 +147,7 @@ def _read_torch(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
         if "GLOBAL" in detail:
             raise TeacherError(
                 f"weights {path}: the file holds pickled Python objects beside tensors, which could run code when "
-                "read; it was not read. Where you trust it, save its state dict alone (as safetensors, or with "
+                "read; it was not read. If you trust it, save its state dict alone (as safetensors, or with "
                 "torch.save(model.state_dict(), ...))."
             ) from error
         raise TeacherError(f"weights {path}: neither a safetensors nor a torch file.") from error
@@ -169,10 +170,10 @@ def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _without_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without those of MAE's decoder."""
+    """The weights without MAE's decoder."""
     decoder = [name for name in weights if name.startswith("decoder")]
     if decoder:
-        # timm takes a file with a mask token for DINOv2's; this one is the decoder's.
+        # The mask token is part of the decoder. timm would take a file that has one for a file of DINOv2.
         decoder.append("mask_token")
     return {name: tensor for name, tensor in weights.items() if name not in decoder}
 
@@ -187,7 +188,7 @@ def _converted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor
         options["adapt_layer_scale"] = True
     try:
         return dict(convert(weights, model, **options))
-    except Exception as error:  # timm's conversions fail in their own ways on files they were not written for
+    except Exception as error:  # timm's conversions raise anything on files they were not written for
         raise TeacherError(
             f"{model_label(model)}: timm cannot convert these weights ({type(error).__name__}: {error}). "
             "Choose the model these weights are of."
@@ -203,7 +204,7 @@ def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions ar
 
 
 def _matters(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor changes what a model does: no table that models compute, no bias that shifts logit rows."""
+    """Whether a tensor changes what a model does; not tables that models compute, nor biases that shift logit rows."""
     without_effect = ("relative_position_index", "k_bias", "rope.", "mask_token")
     return tensor.is_floating_point() and not any(part in name for part in without_effect)
 
@@ -212,18 +213,19 @@ def _note_what_was_left(model: nn.Module, unused: list[str], fresh: list[str]) -
     parts: list[str] = []
     if unused:
         parts.append(
-            f"{len(unused)} tensors of the weights have no place in it and are not used, the first {_first(unused)}"
+            f"{len(unused)} tensors of the weights are not in the model and not used, the first {_first(unused)}"
         )
     if fresh:
         parts.append(
-            f"{len(fresh)} of its own are not in the weights and keep their initial values, the first {_first(fresh)}"
+            f"{len(fresh)} tensors of the model are not in the weights and stay at their initial values, the first "
+            f"{_first(fresh)}"
         )
     if parts:
         logging.getLogger(__name__).info("NOTE: %s: %s.", model_label(model), "; ".join(parts))
 
 
 def _warn_of_another_patch_size(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """timm resizes the embedding of patches of any size, which few models stand without training."""
+    """Warn if timm resized the patch embedding: few models still work after that without training."""
     name = "patch_embed.proj.weight"
     given, wanted = weights.get(name), model.state_dict().get(name)
     if given is None or wanted is None or not given.ndim == wanted.ndim == 4:

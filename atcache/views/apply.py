@@ -2,9 +2,9 @@
 
 A view is one vector of float32 parameters, the same for every policy: crop a box of the source image, resize it, cut a
 window of the wanted size, flip, up to two RandAugment operations, erase a box. The parameters are stored, not only the
-seed, because what draws them may change: numpy keeps the raw stream of a bit generator but not the methods of
-`numpy.random.Generator` across versions, and `log` and `cos` differ between machines in the last bit. So only raw
-Philox words are used, and replaying a view draws nothing but the erase noise, which is raw words too.
+seed, because drawing them again may give others: between versions numpy keeps the raw stream of a bit generator but not
+the methods of `numpy.random.Generator`, and `log` and `cos` differ between machines in the last bit. So views use only
+raw Philox words, and replaying a view draws only the erase noise, which is raw words too.
 
 A policy that mixes views adds the parameters of `atcache.views.mixing`; everything here is about the view before that.
 """
@@ -35,7 +35,7 @@ def apply_view(
     """The view's pixels before mixing, uint8, shape (image_height, image_width, 3): a pure function.
 
     Args:
-        image: the decoded source image, mode RGB; it is left as it is.
+        image: the decoded source image, mode RGB; it is not changed.
         parameters_P: what `draw_view` gave for an image of this size, or stored parameters without `MIXING_NAMES`.
         policy: only its size and interpolation are used.
 
@@ -75,13 +75,14 @@ def _noise(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.ui
 
 
 def _checked(parameters_P: np.ndarray[Any, Any], height: int, width: int, policy: ViewPolicy) -> list[int]:
-    """The parameters as whole numbers (0 for the arguments), once they are known to fit."""
+    """The parameters as whole numbers (0 for the arguments), checked to fit the image and the policy."""
     if parameters_P.shape != (len(PARAMETER_NAMES),):
         raise CorruptCacheError(f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES)},).")
     numbers: list[float] = parameters_P.tolist()
     arguments = [numbers[position] for position in _ARGUMENTS]
     for position in _ARGUMENTS:
         numbers[position] = 0.0
+    # Whole numbers below 2**24 are exact in float32; -1 stands for no operation.
     for name, number in zip(PARAMETER_NAMES, numbers, strict=True):
         if not -1 <= number < 2**24 or number != int(number):
             raise CorruptCacheError(f"{name} is {number} in a stored view, expected a whole number.")
@@ -119,7 +120,7 @@ def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what makes a view's pixels: named when a replayed view differs from the stored one."""
+    """Versions of the libraries that make a view's pixels; an error names them if a replayed view differs."""
     from PIL import features
 
     versions = {name: metadata.version(name) for name in ("numpy", "pillow", "timm", "torchvision")}

@@ -1,12 +1,12 @@
-"""Draws a view: what random numbers of (seed, sample_key, view) make of crops, flips, operations and erasing.
+"""Draws a view: turns the random numbers of (seed, sample_key, view) into a crop, a flip, operations and erasing.
 
-Pure arithmetic on a list of uniform numbers, one a word. Each use has words of its own, so that `randaug` crops and
-flips just as `crop-flip` does."""
+Pure arithmetic on a list of uniform numbers, one for each random word. Each step has its own fixed words, so that
+`randaug` crops and flips just as `crop-flip` does."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +22,12 @@ from atcache.views.randaugment import (
     level_argument,
 )
 
-if TYPE_CHECKING:
-    pass
-
-
 NO_OPERATIONS = (-1.0, 0.0, -1.0, 0.0)
 NO_ERASING = (0.0, 0.0, 0.0, 0.0, 0.0)
 NUM_WORDS = 64
-"""Uniform numbers that a view is drawn from."""
-_CROP_WORD, _FLIP_WORD, _OPERATION_WORD, _ERASE_WORD = 0, 22, 24, 34
-_NUM_TRIES = 10
+"""How many uniform numbers a view is drawn from."""
+_CROP_WORD, _FLIP_WORD, _OPERATION_WORD, _ERASE_WORD = 0, 22, 24, 34  # the first word of each step
+_NUM_TRIES = 10  # as in torchvision's crop and timm's erasing
 
 
 def draw_eval(height: int, width: int, *, image_height: int, image_width: int, crop_pct: float) -> tuple[int, ...]:
@@ -74,7 +70,7 @@ def draw_crop(words: list[float], height: int, width: int) -> tuple[int, int, in
             top = int(words[position] * (height - crop_height + 1))
             left = int(words[position + 1] * (width - crop_width + 1))
             return top, left, crop_height, crop_width
-    # The image is too long: the largest box in its middle whose ratio is allowed.
+    # The image is too long and thin: take the largest box in its middle whose ratio is allowed.
     crop_height, crop_width = height, width
     if width / height < 3 / 4:
         crop_height = round(width / (3 / 4))
@@ -99,14 +95,14 @@ def _draw_operation(words: list[float], word: int) -> tuple[float, float]:
     if apply >= 0.5:
         return -1.0, 0.0
     position = int(choice * len(OPERATIONS))
-    # Box and Muller; 1 - first is never 0.
+    # The Box-Muller transform; 1 - first is never 0.
     normal = math.sqrt(-2.0 * math.log(1.0 - first)) * math.cos(2.0 * math.pi * second)
     magnitude = min(max(MAGNITUDE_MEAN + MAGNITUDE_STD * normal, 0.0), MAGNITUDE_MAX)
     return float(position), level_argument(OPERATIONS[position], magnitude, 1 if sign < 0.5 else -1)
 
 
 def draw_erasing(words: list[float], height: int, width: int) -> tuple[float, float, float, float, float]:
-    """The box and noise seed of random erasing (Zhong et al. 2017, arXiv 1708.04896), with timm's law for the box.
+    """The box and noise seed of random erasing (Zhong et al. 2017, arXiv 1708.04896), the box drawn as timm does.
 
     Probability 0.25, area 0.02 to 1/3 of the view, ratio log-uniform from 0.3 to 1/0.3.
     """
@@ -121,7 +117,7 @@ def draw_erasing(words: list[float], height: int, width: int) -> tuple[float, fl
         box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_height < height and 0 < box_width < width:
             box_top, box_left = int(top * (height - box_height + 1)), int(left * (width - box_width + 1))
-            # 24 bits of seed: what float32 holds exactly.
+            # A seed of 24 bits, because float32 holds no more exactly.
             return float(box_top), float(box_left), float(box_height), float(box_width), float(int(seed * 2**24))
     return NO_ERASING
 
@@ -139,7 +135,7 @@ def draw_view(
         source_width: the decoded image's width in pixels.
 
     Raises:
-        BadImageError: `eval` of so long and thin an image that the resized one would be over Pillow's pixel limit.
+        BadImageError: the policy is `eval`, and the image is so long that the resized one is over Pillow's pixel limit.
     """
     height, width = policy.image_height, policy.image_width
     if policy.name == "eval":

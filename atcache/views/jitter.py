@@ -1,7 +1,7 @@
 """Photometric jitter of a student's images: other light and colours, while every token stays where the teacher saw it.
 
-What torchvision's `ColorJitter` does (brightness, then contrast, then saturation), but with factors of its own for each
-image of a batch, and on whichever device the batch is.
+Does what torchvision's `ColorJitter` does (brightness, then contrast, then saturation), but each image of a batch has
+its own factors, and the work is done on the device the batch is on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def draw_jitter(strength: float, num_images: int) -> Tensor:
 
     Args:
         strength: 0..1.
-        num_images: of the whole batch.
+        num_images: how many images the whole batch has.
     """
     return 1 + strength * (2 * torch.rand(num_images, 3) - 1)
 
@@ -30,7 +30,7 @@ def jitter_pixels(pixels_BHWC: Tensor, factors_B3: Tensor) -> Tensor:
 
     Args:
         pixels_BHWC: RGB in 0..255, any type.
-        factors_B3: what `draw_jitter` drew; 1 leaves an image as it is.
+        factors_B3: what `draw_jitter` drew; factors of 1 do not change an image.
     """
     brightness, contrast, saturation = factors_B3.to(pixels_BHWC.device).view(-1, 3, 1, 1, 1).unbind(1)
     luma = torch.tensor(_LUMA, device=pixels_BHWC.device)

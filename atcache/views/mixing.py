@@ -1,36 +1,38 @@
 """Mixup and CutMix as part of a fixed view: the teacher sees the mixed image, and every student the same one.
 
-A mixed view is the sample's own view and, over it, the view of the same number of another sample of its block, its
-partner. Which, how much and where is drawn like the rest of a view and stored, so that a replay mixes again, exactly:
-shares are whole 65536ths, and pixels are mixed in integers.
+A mixed view combines the sample's own view with the view of the same number of another sample of its block, its
+partner. Which partner, how much and where is drawn like the rest of a view and stored. A replay therefore mixes exactly
+the same: shares are whole 65536ths, and pixels are mixed in integers.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from atcache.errors import ConfigError, CorruptCacheError
+from atcache.fields import JsonFields
 from atcache.views.philox import uniforms
 
 MIXING_NAMES = ("mix_partner", "mix_share", "mix_top", "mix_left", "mix_height", "mix_width")
-"""What the last numbers of `parameters_P` are under a policy that mixes. `mix_partner` is counted in rows from the
-sample's own, and 0 where the view is not mixed; then `mix_share` is 1. The box is 0 unless a box was pasted."""
+"""Names of the last numbers of `parameters_P` under a policy that mixes. `mix_partner` is the partner's row minus the
+sample's; 0 if the view is not mixed, and then `mix_share` is 1. The box is 0 unless a box was pasted."""
 
 _ONE = 2**16
-"""The whole of a share. Its parts are exact in float32, and pixel * share in int32."""
+"""A share of 1. Shares in 65536ths are exact in float32, and pixel * share is exact in int32."""
 
 _PURPOSE = b"atcache mixing 1"
 _NUM_WORDS = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixPolicy:
-    """How views are mixed: timm's `Mixup` in mode "elem", each view by itself."""
+class MixPolicy(JsonFields):
+    """How views are mixed: like timm's `Mixup` in mode "elem", which draws for each view separately."""
 
+    is_strict: ClassVar[bool] = True
     mixup_alpha: float = 0.0
     """Mixup (Zhang et al. 2017, arXiv 1710.09412): the own image's share follows Beta(alpha, alpha). 0: no mixup."""
     cutmix_alpha: float = 0.0
@@ -38,7 +40,7 @@ class MixPolicy:
     prob: float = 1.0
     """Share of the views that are mixed at all."""
     switch_prob: float = 0.5
-    """Share of the mixed ones that are CutMix, where both are wanted; timm's default."""
+    """Share of the mixed views that use CutMix if both are wanted; timm's default."""
 
     def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
@@ -55,10 +57,10 @@ class MixPolicy:
 
 
 def mix_policy(mixup_alpha: float, cutmix_alpha: float, prob: float = 1.0) -> MixPolicy | None:
-    """The policy for what a user asked for; None where that is no mixing.
+    """The policy for a user's options; None if they mix nothing.
 
     Raises:
-        ConfigError: a number is out of range, or there is a probability of nothing.
+        ConfigError: a number is out of range, or `prob` is given but both alphas are 0.
     """
     if not mixup_alpha and not cutmix_alpha:
         if prob != 1.0:
@@ -73,11 +75,11 @@ class Mix(NamedTuple):
     partner: int
     """Rows from the sample to its partner; 0 for no mixing."""
     share: float
-    """Of the own image, in 0..1; the labels mix alike. With a box: 1 - box area / image area, as float32."""
+    """Share of the own image, in 0..1; labels mix in the same share. With a box: 1 - box area / image area, float32."""
     top: int = 0
     left: int = 0
     height: int = 0
-    """Of the partner's box; 0 where the whole images are blended."""
+    """Height of the partner's box; 0 if the whole images are blended."""
     width: int = 0
 
 
@@ -98,14 +100,14 @@ def draw_mix(
     """What is mixed into a view: a pure function of its arguments.
 
     Args:
-        policy: how often, and how much.
-        seed: of the views.
+        policy: how often views are mixed, and how much.
+        seed: the seed of the views.
         sample_key: the sample's name.
         view: which of its views.
         sample: its row.
-        partner_S: rows it may be mixed with, ascending; itself is left out.
-        image_height: of the views, in pixels.
-        image_width: of the views, in pixels.
+        partner_S: rows it may be mixed with, ascending; the sample itself is never chosen.
+        image_height: height of the views, in pixels.
+        image_width: width of the views, in pixels.
     """
     words = uniforms(seed, sample_key, view, purpose=_PURPOSE, num_words=_NUM_WORDS)
     mixed, switch, first, second, middle_y, middle_x, choice = words
@@ -127,11 +129,11 @@ def draw_mix(
 
 
 def _symmetric_beta(alpha: float, first: float, second: float) -> float:
-    """A number of Beta(alpha, alpha) from two uniform ones, without rejection.
+    """A number drawn from Beta(alpha, alpha), made of two uniform ones without rejection.
 
     If T is Student's t with 2 alpha degrees of freedom, 1/2 + T / (2 sqrt(2 alpha + T^2)) is Beta(alpha, alpha)
-    (Devroye 1986, IX.3.2); T is drawn by Bailey's polar method (1994). Both are put into one formula, which no alpha
-    makes overflow.
+    (Devroye 1986, IX.3.2); T is drawn by Bailey's polar method (1994). Both steps are one formula here, which does not
+    overflow for any alpha.
     """
     cosine = math.cos(2.0 * math.pi * second)
     radius = (1.0 - first) ** (1.0 / alpha)
@@ -156,7 +158,7 @@ def _share_beside(box_area: int, image_area: int) -> float:
 
 
 def parse_mix(numbers_P: np.ndarray[Any, Any], image_height: int, image_width: int) -> Mix:
-    """The stored numbers of `MIXING_NAMES`, once they are known to fit.
+    """The stored numbers of `MIXING_NAMES`, checked to fit views of this size.
 
     Raises:
         CorruptCacheError: `draw_mix` never gives such numbers.
@@ -192,8 +194,8 @@ def mix_pixels(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The mixed view, a new uint8 array.
 
-    With a box, its pixels are the partner's. Else each value is (w * own + (65536 - w) * partner + 32768) >> 16 with
-    w = 65536 * share: the blend, rounded to the nearest, halves up.
+    With a box, the pixels in it are the partner's. Without one, each value is the blend
+    (w * own + (65536 - w) * partner + 32768) >> 16 with w = 65536 * share: rounded to the nearest, halves up.
     """
     if mix.height:
         mixed_HWC = own_HWC.copy()

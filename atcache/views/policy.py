@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, get_args
 
 from atcache.choices import PolicyName
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields, Omitted, Range
 from atcache.views.mixing import MIXING_NAMES, MixPolicy
 from atcache.views.randaugment import FILL, RESAMPLE
 
 SPEC, MIXING_SPEC = 1, 2
 """Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
 
-Policies that mix are of the second, all others of the first: who knows no mixing must refuse only the former."""
+Policies that mix have the second, all others the first: a reader that cannot mix must refuse only those that mix."""
 PARAMETER_NAMES = (
     "crop_top",
     "crop_left",
@@ -34,30 +36,32 @@ PARAMETER_NAMES = (
     "erase_width",
     "erase_seed",
 )
-"""What the first numbers of `parameters_P` are, for every policy: all of them, unless views are mixed. Unused:
-operation -1, everything else 0. Whole numbers below 2**24 but for the arguments, so float32 holds them exactly."""
+"""Names of the first numbers of `parameters_P`, for every policy; all of them unless views are mixed. An unused
+operation is -1, everything else unused is 0. All but the arguments are whole numbers below 2**24, exact in float32."""
+_OPERATIONS = {"resample": RESAMPLE, "fill": list(FILL)}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViewPolicy:
+class ViewPolicy(JsonFields):
     """How the views of a cache are drawn."""
 
+    is_strict: ClassVar[bool] = True
     name: PolicyName
-    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: that, RandAugment and
-    random erasing."""
-    seed: int = 0
-    """Any whole number from 0; with sample_key and view it decides everything."""
+    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: the same crop and
+    flip, then RandAugment and random erasing."""
+    seed: Annotated[int, Range(at_least=0, at_most=math.inf)] = 0
+    """Any whole number from 0; with sample_key and view it decides everything that is random."""
     image_height: int
-    """Height of the views, in pixels: what the teacher takes."""
+    """Height of the views, in pixels, as the teacher takes them."""
     image_width: int
     """Width of the views, in pixels."""
     interpolation: str = "bicubic"
     """How boxes are resized: one of `INTERPOLATIONS`, always antialiased (Pillow)."""
     crop_pct: float = 0.875
     """`eval` only: the shortest side is resized to size / crop_pct before the centre is cut; timm's default."""
-    mixing: MixPolicy | None = None
-    """How views are mixed with those of other samples; None for not at all."""
+    mixing: Annotated[MixPolicy | None, Omitted] = None
+    """How views are mixed with those of other samples; None if they are not mixed."""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(PolicyName):
@@ -75,30 +79,27 @@ class ViewPolicy:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """What the numbers of a stored view are."""
+        """Names of the numbers of a stored view, in order."""
         return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object, with the spec version and its fixed choices; `mixing` only where there is."""
-        fields = asdict(self)
-        if self.mixing is None:
-            del fields["mixing"]
+        """The fields as JSON, with the spec version and its fixed choices; without `mixing` if views are not mixed."""
         spec = SPEC if self.mixing is None else MIXING_SPEC
-        return {"spec": spec, **fields, "operations": {"resample": RESAMPLE, "fill": list(FILL)}}
+        return {"spec": spec, **JsonFields.to_json(self), "operations": dict(_OPERATIONS)}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> ViewPolicy:
-        """The policy `to_json` came from.
+    def known_members(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields, of what `to_json` gave.
 
         Raises:
             ConfigError: it was written for another spec.
         """
-        rest = dict(fields)
-        spec, operations, mixing = rest.pop("spec", None), rest.pop("operations", None), rest.pop("mixing", None)
-        expected_spec = SPEC if mixing is None else MIXING_SPEC
-        if spec != expected_spec or operations != {"resample": RESAMPLE, "fill": list(FILL)}:
+        fields = {name: value for name, value in values.items() if name not in ("spec", "operations")}
+        spec, operations = values.get("spec"), values.get("operations")
+        expected_spec = SPEC if fields.get("mixing") is None else MIXING_SPEC
+        if spec != expected_spec or isinstance(spec, bool | float) or operations != _OPERATIONS:
             raise ConfigError(
                 f"views of spec {spec} with operations {operations}, this atcache knows spec {expected_spec} with "
                 f"{RESAMPLE} and fill {list(FILL)}. Use the version that wrote the cache."
             )
-        return cls(**rest, mixing=None if mixing is None else MixPolicy(**mixing))
+        return fields

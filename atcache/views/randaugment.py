@@ -32,7 +32,7 @@ OPERATIONS = (
 RESAMPLE = "bicubic"
 """Interpolation of rotations, shears and translations."""
 FILL = (124, 116, 104)
-"""What they pull in from outside: ImageNet's mean colour."""
+"""Colour of the pixels these pull in from outside the image: ImageNet's mean."""
 
 MAGNITUDE_MEAN, MAGNITUDE_STD, MAGNITUDE_MAX = 9.0, 0.5, 10.0
 
@@ -45,8 +45,8 @@ _WHOLE_LIMITS = {"PosterizeIncreasing": (1, 4), "SolarizeIncreasing": (0, 256), 
 def level_argument(name: str, magnitude: float, sign: int) -> float:
     """The argument of an operation at a magnitude from 0 to 10, as timm's `LEVEL_TO_ARG` but with an explicit sign.
 
-    Operations without argument get 0; only those with a direction look at the sign, -1 or 1. One difference: at
-    magnitude 10 timm posterizes to 0 bits, a black image, which newer Pillow refuses; here 1 bit is left.
+    Operations without argument get 0; only those with a direction use the sign, -1 or 1. One difference from timm: at
+    magnitude 10 it posterizes to 0 bits, a black image, which newer Pillow refuses. Here 1 bit is left.
     """
     level = magnitude / MAGNITUDE_MAX
     if name in _WITHOUT_ARGUMENT:
@@ -66,7 +66,7 @@ def check_operation(position: int, argument: float) -> None:
     """Refuse what `level_argument` never gives: a cache may come from anybody.
 
     Raises:
-        CorruptCacheError: no such operation, or its argument is out of range.
+        CorruptCacheError: there is no such operation, or its argument is out of range.
     """
     if not -1 <= position < len(OPERATIONS):
         raise CorruptCacheError(f"operation {position} in a stored view, expected -1 (none) to {len(OPERATIONS) - 1}.")
@@ -81,7 +81,7 @@ def check_operation(position: int, argument: float) -> None:
         low, high = _WHOLE_LIMITS[name]
     else:
         low, high = 0.1, 1.9
-    # Some slack: float32 rounds 0.3 and 1.9 up. A NaN is never within.
+    # Some slack, because float32 rounds 0.3 and 1.9 up. NaN fails the comparison too.
     if not low - 1e-5 <= argument <= high + 1e-5 or (name in _WHOLE_LIMITS and argument != int(argument)):
         raise CorruptCacheError(f"{name} with argument {argument} in a stored view, expected {low} to {high}.")
 

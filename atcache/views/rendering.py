@@ -1,4 +1,4 @@
-"""From stored samples to the pixels of a view: drawn for the first time, or replayed and proved."""
+"""From stored samples to the pixels of a view: drawn for the first time, or replayed and checked."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Rendered(NamedTuple):
     status: int
     """STORED, or the `Problem` that kept it from being rendered."""
     parameters_P: np.ndarray
-    """What was drawn, float32, named by the policy's `parameter_names`; all 0 where nothing could be drawn."""
+    """What was drawn, float32, named by the policy's `parameter_names`; all 0 if nothing could be drawn."""
     pixel_hash: int
-    """Hash of the pixels; 0 where there are none."""
+    """Hash of the pixels; 0 if there are none."""
     pixels_HWC: np.ndarray
-    """uint8 (height, width, 3); all 0 where there are none."""
+    """uint8 (height, width, 3); all 0 if there are none."""
 
 
 class Unmixed(NamedTuple):
@@ -50,8 +50,8 @@ class Renderer:
     Args:
         source: where the images are.
         policy: how views are drawn.
-        skip_bad: give a problem back as the status instead of raising.
-        keep_nbytes: memory for views before mixing, since a view is also mixed into others of its block.
+        skip_bad: return a problem as the status instead of raising.
+        keep_nbytes: memory for views before mixing, which are kept because each may be mixed into others of its block.
     """
 
     def __init__(self, source: Source, policy: ViewPolicy, *, skip_bad: bool, keep_nbytes: int = 0) -> None:
@@ -64,8 +64,8 @@ class Renderer:
     def render(self, sample: int, view: int, block: range | None = None) -> Rendered:
         """One view of one sample.
 
-        Under a policy that mixes, its partner is a sample of `block` without a problem known before. One that turns
-        out to be undecodable is skipped as it is skipped itself: the view is then not mixed.
+        Under a policy that mixes, the partner is a sample of `block` without a problem in the index. If the partner
+        turns out to be undecodable and bad images are skipped, the view is not mixed.
 
         Args:
             sample: row of the source's index.
@@ -73,7 +73,7 @@ class Renderer:
             block: rows it may be mixed with; None for all.
 
         Raises:
-            BadImageError: the image or its partner cannot be read, and bad ones are not skipped.
+            BadImageError: the image or its partner cannot be read, and bad images are not skipped.
         """
         problem = int(self._source.index.problem_S[sample])
         if problem != Problem.NONE:
@@ -92,7 +92,7 @@ class Renderer:
         return Rendered(STORED, parameters_P, pixel_hash(pixels_HWC), pixels_HWC)
 
     def _enter(self, view: int, block: range) -> None:
-        """Keep views of one block and view only, and know its good rows."""
+        """On a new block or view, drop the kept views and find the rows that can be partners."""
         if self._policy.mixing is not None and self._block != (view, block):
             self._block = view, block
             good = self._source.index.problem_S[block.start : block.stop] == Problem.NONE
@@ -126,13 +126,13 @@ class Renderer:
 
 
 def draw_view_mix(policy: ViewPolicy, source: Source, sample: int, view: int, partner_S: np.ndarray) -> Mix:
-    """What a policy mixes into a view, see `draw_mix`; `NOT_MIXED` always if it does not mix.
+    """What a policy mixes into a view, see `draw_mix`; always `NOT_MIXED` if the policy does not mix.
 
     Args:
         policy: how views are drawn.
-        source: whose sample it is.
-        sample: its row.
-        view: which of its views.
+        source: where the images are.
+        sample: row of the source's index.
+        view: which of the sample's views.
         partner_S: rows it may be mixed with, ascending.
     """
     if policy.mixing is None:
@@ -150,7 +150,7 @@ def draw_view_mix(policy: ViewPolicy, source: Source, sample: int, view: int, pa
 
 
 def stored_mix(policy: ViewPolicy, parameters_P: np.ndarray) -> Mix:
-    """What was mixed into a stored view, from all its parameters; `NOT_MIXED` always if the policy does not mix.
+    """What was mixed into a stored view, from all its parameters; always `NOT_MIXED` if the policy does not mix.
 
     Raises:
         CorruptCacheError: the parameters do not fit the policy.
@@ -174,13 +174,13 @@ def replay_view(
         source: where the images are.
         policy: how the views were drawn.
         sample: row of the source's index.
-        parameters_of: row -> its stored parameters of this view; asked for the sample, and for its partner if mixed.
-        expected_hash: of the stored view.
-        recorded_versions: of the libraries at build time.
+        parameters_of: returns a row's stored parameters of this view; called for the sample, and its partner if mixed.
+        expected_hash: hash of the stored view's pixels.
+        recorded_versions: versions of the libraries at build time.
 
     Raises:
         CacheMismatchError: the replayed pixels have another hash; the message names the libraries that changed.
-        CorruptCacheError: the parameters fit neither image nor policy.
+        CorruptCacheError: the parameters do not fit the image or the policy.
     """
     parameters_P = parameters_of(sample)
     mix = stored_mix(policy, parameters_P)

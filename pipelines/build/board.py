@@ -1,8 +1,8 @@
 """What the processes of a build tell each other, over the key-value store that torchrun gives them.
 
-They have little to say, and may wait hours for each other: for a long calibration, for the slowest one's last task. So
-nothing here waits inside of a collective call, whose patience is fixed. Each process says every second that it lives
-and what it has done; who is silent for two minutes is lost, and then all end.
+They exchange little, but may wait hours for each other: for a long calibration, or for the last task of the slowest
+process. So nothing here waits inside a collective call, whose timeout is fixed. Every second each process reports that
+it is alive and what it has done. A process that is silent for two minutes counts as lost, and then all end.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Result = TypeVar("Result")
 _BEAT_S = 1.0
 _LOOK_S = 0.1
 _SILENCE_S = 120.0
-"""A process beats in a thread of its own: one that is silent for so long is stopped, or out of reach."""
+"""Reports come from a separate thread, so a process that is silent for this long has stopped or is out of reach."""
 _FAREWELL_S = 10.0
-"""How long a leader that ends waits for the others to hear why, who may be loading a teacher."""
+"""How long a leader that ends waits until the others have read why. They may be loading a teacher."""
 _GO_ON = "What was stored stays; type the same command again to continue."
 
 
@@ -41,15 +41,15 @@ class Counts:
     """What a process has done."""
 
     num_views: int = 0
-    """Views it went through."""
+    """Views it has processed."""
     num_stored: int = 0
-    """Those of them that have codes."""
+    """Views of these that have codes."""
     nbytes: int = 0
-    """Of the tasks it committed."""
+    """Bytes of the tasks it has committed."""
     sum_nats: float = 0.0
-    """Row KL of the views it looked at, summed."""
+    """Sum of the row KL of the views it has checked."""
     num_checked: int = 0
-    """How many these are."""
+    """Views it has checked."""
 
     def __add__(self, other: Counts) -> Counts:
         names = type(self).__slots__
@@ -57,10 +57,10 @@ class Counts:
 
 
 class Board:
-    """Where the processes of a build leave word for each other. Alone, a process reads its own.
+    """Messages between the processes of a build. A process that runs alone reads its own.
 
-    A problem is told once, by the first process that has it: there it is raised, and the others leave with
-    `SystemExit(1)` as soon as they look. For the main thread.
+    A problem is printed once: the first process that has one raises it, and the others end with `SystemExit(1)` at
+    their next `look`. Only the main thread may use it.
     """
 
     def __init__(self, store: Store, ranks: Ranks, *, silence_s: float = _SILENCE_S) -> None:
@@ -68,17 +68,17 @@ class Board:
         self._counts, self._is_done = Counts(), False
         self._beat = 0
         self._last_look_s = now_s = time.monotonic()
-        # The leader minds all others, and they mind the leader: who is lost ends all through it.
+        # The leader watches all others, and they watch the leader, so the loss of one process ends all.
         minded = range(1, ranks.world_size) if ranks.leads else range(1)
         self._others = {rank: _Seen(now_s) for rank in minded if rank != ranks.rank}
 
     @classmethod
     @contextmanager
     def opened(cls, ranks: Ranks) -> Generator[Board]:
-        """The board of this run's processes; all of them open it, and leave it together.
+        """The board of this run's processes. All of them open it, and leave it together.
 
         Raises:
-            ProcessLostError: another process has ended, or this one was told to.
+            ProcessLostError: another process has ended, or this one was told to end.
         """
         board = cls(_open_store(ranks), ranks)
         stop = threading.Event()
@@ -98,15 +98,15 @@ class Board:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that speaks."""
+        """Whether this process leads. Only the leader prints."""
         return self._ranks.leads
 
     def publish(self, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
-        """Say something to the others, once; a JSON value."""
+        """Tell the others a JSON value. Each key is used once."""
         self._ask(lambda: self._store.set(key, json.dumps(value)))
 
     def receive(self, key: str) -> Any:  # noqa: ANN401 - JSON
-        """What was published under `key`; waits for it."""
+        """The value that was published under `key`; waits until there is one."""
         self.wait_for(key)
         return json.loads(self._ask(lambda: self._store.get(key)))
 
@@ -120,17 +120,17 @@ class Board:
             time.sleep(_LOOK_S)
 
     def claims(self, num_tasks: int) -> Iterator[int]:
-        """Task numbers below `num_tasks` that are this process's; each goes to the first that asks."""
+        """Task numbers below `num_tasks` for this process to do; each goes to the first process that asks."""
         while (number := self._add("claimed", 1) - 1) < num_tasks:
             self.look()
             yield number
 
     def report(self, counts: Counts) -> None:
-        """Say what this process has done in all. The others hear of it within a second or two."""
+        """Set what this process has done in total. The others learn of it within a second or two."""
         self._counts = counts
 
     def finish(self, each_look: Callable[[], None]) -> None:
-        """Say that this process has no more tasks. The leader waits for all, and calls `each_look` now and then."""
+        """Report that this process has no more tasks. The leader waits for the others, and calls `each_look` often."""
         self._is_done = True
         self._say_beat()
         while not all(seen.is_done for seen in self._others.values()) and self._ranks.leads:
@@ -139,18 +139,18 @@ class Board:
             time.sleep(_LOOK_S)
 
     def total(self) -> Counts:
-        """What all have done, as far as the leader knows; once it has finished, all there is."""
+        """What all processes have done, as far as the leader knows. It is complete once `finish` has returned."""
         total = self._counts
         for seen in self._others.values():
             total += seen.counts
         return total
 
     def look(self) -> None:
-        """See to it, at most once a second, that nobody is lost and no problem was told.
+        """Check, at most once a second, that no process is lost and none has reported a problem.
 
         Raises:
-            ProcessLostError: somebody is lost.
-            SystemExit: another process has told a problem.
+            ProcessLostError: a process is lost.
+            SystemExit: another process has reported a problem.
         """
         now_s = time.monotonic()
         if self._ranks.is_alone or now_s - self._last_look_s < _BEAT_S:
@@ -163,7 +163,7 @@ class Board:
                 seen.update(json.loads(self._ask(lambda key=key: self._store.get(key))), now_s)
             if now_s - seen.last_news_s > self._silence_s and not seen.is_done:
                 raise ProcessLostError(
-                    f"process {rank} of {self._ranks.world_size} has not been heard of for {self._silence_s:.0f} s, so "
+                    f"process {rank} of {self._ranks.world_size} has not reported for {self._silence_s:.0f} s, so "
                     f"this one ends too. {_GO_ON}"
                 )
 
@@ -177,17 +177,18 @@ class Board:
         if self._ranks.is_alone:
             return
         self._beat += 1
-        record = {"beat": self._beat, "is_done": self._is_done, "counts": asdict(self._counts)}  # done before counts
+        # is_done is read before the counts: if it is True, the counts are final.
+        record = {"beat": self._beat, "is_done": self._is_done, "counts": asdict(self._counts)}
         self.publish(f"rank/{self._ranks.rank}", record)
 
     def _is_first_to_tell(self) -> bool:
         try:
             return self._add("told", 1) == 1
         except ProcessLostError:
-            return True
+            return True  # nobody can be asked: rather print the problem twice than never
 
     def _leave(self) -> None:
-        """Where the leader holds the store, the others should have read it before it goes."""
+        """Leave the board. The leader holds the store, so it waits a while until the others have read it."""
         if self._ranks.is_alone:
             return
         with suppress(ProcessLostError):
@@ -215,7 +216,7 @@ class Board:
 
 
 class _Seen:
-    """What the last word of another process was."""
+    """The last report of another process."""
 
     def __init__(self, now_s: float) -> None:
         self.last_news_s = now_s
@@ -241,7 +242,7 @@ def _open_store(ranks: Ranks) -> Store:
 
 @contextmanager
 def _ended_by_sigterm(ranks: Ranks) -> Generator[None]:
-    """torchrun sends SIGTERM to all that are left when one process has died: an error, so that files are tidied up."""
+    """Turn SIGTERM, which torchrun sends to the others when a process dies, into an error, so that temp files go."""
     if ranks.is_alone or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,11 +250,10 @@ def _ended_by_sigterm(ranks: Ranks) -> Generator[None]:
 
     def end(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if os.getpid() == owner else signal.SIG_DFL)
-        # Forked workers pass the first one by: they end with this process, in its order.
+        # Forked workers inherit this handler, and ignore the first SIGTERM: this process ends them in order.
         if os.getpid() == owner:
             raise ProcessLostError(
-                "this process was told to end, as torchrun does when another one of the run has ended, so it does. "
-                f"{_GO_ON}"
+                f"this process got SIGTERM, which torchrun sends when another process of the run has ended. {_GO_ON}"
             )
 
     before = signal.signal(signal.SIGTERM, end)

@@ -1,4 +1,4 @@
-"""Before the long run: fit the codec on a sample of views, check the teacher on it, measure what a view will cost."""
+"""Before the long run: fit the codec on some views, check the teacher on them, measure what a view will cost."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class CalibrationViews:
     pixels_NHWC: Tensor
     """uint8."""
     parameters_NP: np.ndarray
-    """What was drawn for each, float32."""
+    """The parameters drawn for each view, float32."""
     parameter_names: tuple[str, ...]
-    """What its columns mean."""
+    """What the columns of `parameters_NP` mean."""
     render_s: float
     """Seconds a view takes to load in one process."""
 
@@ -46,21 +46,21 @@ class CalibrationViews:
 def render_calibration_views(
     index: SampleIndex, policy: ViewPolicy, num_samples: int, *, skip_bad: bool
 ) -> CalibrationViews:
-    """View 0 of `num_samples` good samples, or of all where there are fewer.
+    """View 0 of `num_samples` good samples, or of all if there are fewer.
 
     Args:
         index: the samples.
         policy: how views are drawn.
-        num_samples: wanted.
+        num_samples: samples wanted.
         skip_bad: leave out images that turn out to be undecodable.
 
     Raises:
-        BadImageError: an image cannot be decoded, and bad ones are not to be skipped.
-        ConfigError: there is not one view.
+        BadImageError: an image cannot be decoded, and `skip_bad` is False.
+        ConfigError: not a single image can be decoded.
     """
     good = np.flatnonzero(index.problem_S == 0)
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
-    # Blocks are not known yet, so these are mixed with any sample: as good to calibrate on.
+    # Blocks are not known yet, so views are mixed with those of any sample. That is as good to calibrate on.
     renderer = Renderer(Source(index), policy, skip_bad=skip_bad)
     seconds: list[float] = []
     pixels: list[np.ndarray] = []
@@ -83,16 +83,16 @@ def render_calibration_views(
     )
 
 
-_CHECKED_VIEWS = 4  # maps are formed for these, so few
+_CHECKED_VIEWS = 4  # few, because whole maps are formed for these
 _HELD_BACK_SHARE = 8
-"""One view in so many is not fitted to: fidelity is measured on it."""
+"""One view in this many is held back from fitting: fidelity is measured on it."""
 _MAX_HELD_BACK = 32
 _HELD_BACK_NBYTES = 2**30
-"""Their attention is in memory at once: maps of many tokens allow few."""
+"""The most attention of held-back views, which is in memory all at once. If views have many tokens, few fit."""
 _INJECTED_VIEWS = 8
-_LAYER_VIEWS = 2  # each layer costs a forward of the teacher
+_LAYER_VIEWS = 2  # few, because each layer costs a forward of the teacher
 _CODES_NBYTES = 2**28
-"""Codes kept to measure how they compress."""
+"""The most codes that are kept to measure how they compress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -111,13 +111,13 @@ class Calibration:
     num_held_back: int
     """Views that fidelity was measured on."""
     row_kl_nats: float
-    """Mean KL(A || decoded A) over rows, heads, layers of the held-back views."""
+    """Mean KL(A || decoded A) over rows, heads and layers of the held-back views."""
     layer_row_kl_nats: tuple[float, ...]
-    """The same of each kept layer."""
+    """The same for each kept layer."""
     injected_error: float
     """Relative error of the teacher's final features when it attends with decoded factors."""
     layer_v_error: tuple[float, ...] | None
-    """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None where v is not stored."""
+    """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of capture and encoding, without loading images."""
 
@@ -128,7 +128,7 @@ class Calibration:
 
     @property
     def state_nbytes(self) -> int:
-        """What the fitted arrays take, once, before the store compresses them."""
+        """Bytes of the fitted arrays, before the store compresses them. A cache holds them once."""
         return sum(array.numel() * array.element_size() for array in self.state.values())
 
 
@@ -147,13 +147,13 @@ def calibrate(
 
     Args:
         run: the teacher.
-        codec: to be fitted.
-        pixels_NHWC: calibration views, uint8. Every eighth is held back, or fewer where their attention is large; of
-            a single one, nothing is.
+        codec: the codec to fit.
+        pixels_NHWC: calibration views, uint8. Every eighth is held back, or fewer if their attention is large. A
+            single view is both fitted to and measured on.
         layers: block indices to keep; None for all.
         heads: head indices to keep; None for all.
-        batch_size: views a forward.
-        state: what the codec was fitted to before; None fits it now.
+        batch_size: views in a forward.
+        state: the codec's fitted arrays from an earlier call; None fits it now.
         with_values: whether v is stored too.
 
     Raises:
@@ -201,18 +201,18 @@ def calibrate(
 def attention_nbytes(geometry: FactorGeometry) -> int:
     """Bytes that a view's captured attention takes in memory, as float32."""
     if geometry.kind == "maps":
-        return 2 * geometry.map_nbytes  # which are of float16
+        return 2 * geometry.map_nbytes  # map_nbytes counts float16
     num_values = (len(geometry.heads) + geometry.num_kv_heads) * geometry.head_dim
     num_values += geometry.num_kv_heads * geometry.v_head_dim
     return 4 * len(geometry.layers) * geometry.tokens.num_tokens * num_values
 
 
 def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
-    """Which of the calibration views the codec is not fitted to: is_held_back_N, bool, at least one, spread evenly.
+    """Which calibration views to hold back from fitting: is_held_back_N, bool, at least one, spread evenly.
 
     Args:
         num_views: calibration views.
-        view_nbytes: what the attention of one takes in memory.
+        view_nbytes: bytes that the attention of one view takes in memory.
     """
     is_held_back_N = torch.zeros(num_views, dtype=torch.bool)
     candidates_N = torch.arange(num_views)[_HELD_BACK_SHARE // 2 :: _HELD_BACK_SHARE][:_MAX_HELD_BACK]
@@ -224,7 +224,7 @@ def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
 
 
 class _Batches:
-    """The teacher's attention on some views, batch by batch; computed anew each time it is iterated."""
+    """The teacher's attention on some views, batch by batch; computed again each time it is iterated."""
 
     def __init__(self, run: TeacherRun, capture: FactorCapture, pixels_NHWC: Tensor, batch_size: int) -> None:
         self._run, self._capture = run, capture
@@ -242,7 +242,7 @@ def _time_encoding(
     batch_size: int,
     first_BLTC: Tensor,
 ) -> tuple[list[Tensor], float]:
-    """Codes of views beside those of `first_BLTC`, as many as may be kept, and views encoded a second."""
+    """Codes of as many more views as may be kept beside `first_BLTC`, and the views encoded per second."""
     view_nbytes = first_BLTC[:1].numel() * first_BLTC.element_size()
     num_views = min(len(pixels_NHWC), max(1, _CODES_NBYTES // max(1, view_nbytes) - len(first_BLTC)))
     start_s = time.monotonic()
@@ -251,7 +251,7 @@ def _time_encoding(
 
 
 def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
-    """What the codec does to each layer: one short forward of the teacher a layer."""
+    """Size and errors of each layer. Costs a short forward of the teacher for each."""
     coder, geometry = calibration.coder, calibration.geometry
     held_back = slice(0, calibration.num_held_back)
     nbytes_L = layer_nbytes(coder, calibration.codes_BLTC[held_back])

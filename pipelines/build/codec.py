@@ -1,4 +1,4 @@
-"""Which codec a build uses: what was named, or what suits the teacher, with the target that was asked for."""
+"""Which codec a build uses: the one that was named, or the one that suits the teacher; with its target."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .config import CodecTarget
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Refuse a teacher whose v is not seen.
+    """Refuse a teacher whose v cannot be captured.
 
     Raises:
-        ConfigError: it hands over maps.
+        ConfigError: the teacher hands over maps.
     """
     if attention_kind(model) == "maps":
         raise ConfigError(
-            "store=v: this teacher hands over maps, which are no softmax of one q k^T, and no v. Leave --store out."
+            "store=v: this teacher hands over maps, which are not a softmax of one q k^T, and no v. Leave --store out."
         )
 
 
@@ -33,15 +33,15 @@ def choose_codec(
     """The codec for a teacher.
 
     Args:
-        name: as a user named it; None takes `transform`, `int8` where v is stored too, or `logmap` for teachers that
-            hand over maps.
-        target: for `transform`.
+        name: the codec that a user named; None takes `transform`, or `int8` if v is stored too, or `logmap` for
+            teachers that hand over maps.
+        target: what `transform` is to meet.
         model: the teacher.
         num_views: views that will be stored in all.
         with_values: whether v is to be stored too.
 
     Raises:
-        CodecError: there is no such codec, or it keeps no v.
+        CodecError: there is no such codec, or it cannot store v.
         ConfigError: a target is given for a codec that has none, or v is wanted of a teacher that hands over maps.
     """
     if with_values:
@@ -55,7 +55,7 @@ def choose_codec(
     if target.kl is None and nbytes is None:
         return codec
     if not isinstance(codec, TransformCodec):
-        raise ConfigError(f"codec {name} meets no target: its size is what it is. Leave the target out, or --codec.")
+        raise ConfigError(f"codec {name} takes no target: its settings fix its size. Leave out the target, or --codec.")
     if nbytes is not None:
         return dataclasses.replace(codec, target_nbytes=nbytes)
     return dataclasses.replace(codec, target_kl=target.kl, target_nbytes=None)

@@ -1,4 +1,4 @@
-"""What a build was asked for."""
+"""The options of `atcache build`."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ from ..options import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecTarget:
-    """What the codec is to meet; at most one of them."""
+    """The target that the codec is to meet. At most one is given."""
 
     kl: float | None = None
     """Mean row KL, in nats."""
     mb_per_view: float | None = None
-    """Megabytes a view's codes take."""
+    """Megabytes that a view's codes take."""
     budget: str | None = None
-    """Bytes of all codes, such as "2TB"."""
+    """Bytes that all codes take, such as "2TB"."""
 
     def __post_init__(self) -> None:
         options = {"target_kl": self.kl, "target_mb_per_view": self.mb_per_view, "budget": self.budget}
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)}: one target decides. Give one of them.")
+            raise ConfigError(f"{' and '.join(given)}: a codec meets only one target. Give one of them.")
         if self.budget is not None:
             parse_nbytes(self.budget)
 
     def nbytes_per_view(self, num_views: int) -> int | None:
-        """Bytes a view may take where `num_views` are stored in all; None where fidelity is the target."""
+        """Bytes a view may take if `num_views` are stored in all; None if size is not the target."""
         if self.mb_per_view is not None:
             return max(1, round(self.mb_per_view * 1e6))
         return None if self.budget is None else max(1, parse_nbytes(self.budget) // num_views)
 
 
 def parse_nbytes(text: str) -> int:
-    """Bytes from words such as "2TB", "750 MB" or "1.5GiB".
+    """The number of bytes in a text such as "2TB", "750 MB" or "1.5GiB".
 
     Raises:
-        ConfigError: it is no number of bytes.
+        ConfigError: the text is not a number of bytes.
     """
     from dask.utils import parse_bytes
 
@@ -76,49 +76,51 @@ def parse_nbytes(text: str) -> int:
 
 @config
 class BuildConfig:
-    """What `atcache build` was asked for."""
+    """The options of `atcache build`."""
 
-    teacher: str = option("An alias such as mae-vit-l, or a timm name with arguments.")
+    teacher: str = option("The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments.")
     data: str = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
         "URLs of any of these (http, https, s3, gs, az).",
         metavar="TARS",
     )
-    out: Path = option("The cache, a folder. An unfinished one is continued.", is_written=True)
+    out: Path = option("Folder of the cache. An unfinished cache is continued.", is_written=True)
     recipe: str | None = recipe_option()
     weights: Path | None = weights_option()
     policy: PolicyName = policy_option("How views are drawn; eval is for validation caches.")
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
     mix_prob: float = mix_prob_option()
-    views: int = option("Views of each sample.", default=1, at_least=1)
+    views: int = option("Views (fixed augmentations) of each sample.", default=1, at_least=1)
     seed: int = seed_option("the views")
     codec: str | None = option(
-        "How attention becomes integers: transform, int8, exact, exact:dtype=float32 or logmap.  [default: transform; "
-        "int8 with --store v; logmap where the teacher's maps are not a softmax of one q k^T]",
+        "How attention is compressed: transform, int8, exact, exact:dtype=float32 or logmap.  [default: transform; "
+        "int8 with --store v; logmap if the teacher's maps are not a softmax of one q k^T]",
         default=None,
     )
     target_kl: float | None = option(
-        "Mean row KL that codec transform meets, in nats.  [default: 0.005]", default=None, above=0
+        "Fidelity target of codec transform: mean row KL of decoded maps, in nats.  [default: 0.005]",
+        default=None,
+        above=0,
     )
     target_mb_per_view: float | None = option(
-        "Megabytes that a view's codes take, instead of a KL.", default=None, above=0
+        "Size target, instead of a KL: megabytes that a view's codes take.", default=None, above=0
     )
     budget: str | None = option(
-        "Bytes that all codes take, such as 2TB, instead of a KL.", default=None, metavar="BYTES"
+        "Size target, instead of a KL: bytes that all codes take, such as 2TB.", default=None, metavar="BYTES"
     )
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
     store: Literal["v"] | None = store_option()
     pixels: Pixels = pixels_option()
     on_bad_image: Literal["raise", "skip"] = option(
-        "What an image that cannot be used does: raise stops the build, skip records it in the cache and goes on.",
+        "What to do with an image that cannot be used: raise stops the build, skip records it and continues.",
         default="raise",
     )
-    batch_size: int = option("Views in a forward of the teacher.", default=32, at_least=1)
+    batch_size: int = option("Views in one forward pass of the teacher.", default=32, at_least=1)
     workers: int | None = decoding_workers_option()
     samples_per_shard: int | None = option(
-        "Samples in a task, which writes one shard.  [default: as many as make about 256 MiB]", default=None, at_least=1
+        "Samples in a shard; one task writes one.  [default: enough for about 256 MiB]", default=None, at_least=1
     )
     calibration_samples: int = calibration_samples_option("the codec is fitted and measured on")
     device: str = device_option()
@@ -129,10 +131,10 @@ class BuildConfig:
         from atcache.views.mixing import mix_policy
 
         if self.policy == "eval" and self.views > 1:
-            raise ConfigError(f"views={self.views}: policy eval is the same every time; use --policy crop-flip.")
+            raise ConfigError(f"views={self.views}: policy eval always makes the same view; use --policy crop-flip.")
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
-        self.target  # noqa: B018 - checks what it is made of
+        self.target  # noqa: B018 - making it checks the three targets
 
     @property
     def with_values(self) -> bool:
@@ -141,5 +143,5 @@ class BuildConfig:
 
     @property
     def target(self) -> CodecTarget:
-        """What the codec is to meet."""
+        """The target that the codec is to meet."""
         return CodecTarget(kl=self.target_kl, mb_per_view=self.target_mb_per_view, budget=self.budget)

@@ -1,4 +1,4 @@
-"""What a build will make and cost, and whether a cache that exists is the one asked for. Writes nothing."""
+"""What a build will make and cost, and whether it may continue an existing cache. Writes nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from atcache.cache.differences import name_differences
 from atcache.cache.identity import CacheIdentity
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
 from atcache.errors import CacheMismatchError
+from atcache.fields import JsonFields
 from atcache.store.chunks import ChunkEncoder
 from atcache.store.layout import StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
@@ -27,16 +28,16 @@ from atcache.views.apply import library_versions
 from .calibrate import Calibration, CalibrationViews, layer_cards
 from .sizes import plan_codes
 
-_HASH_NBYTES = 8  # which do not compress; statuses, all alike, take next to nothing
+_HASH_NBYTES = 8  # hashes do not compress; statuses, which are all alike, take almost nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildPlan:
-    """What a build will do and cost, before it does it."""
+class BuildPlan(JsonFields):
+    """What a build will do and cost."""
 
     teacher: str
     licence: str | None
-    """Of the teacher's weights; None where it is not known."""
+    """The licence of the teacher's weights; None if it is not known."""
     num_samples: int
     num_views: int
     num_tasks: int
@@ -48,30 +49,29 @@ class BuildPlan:
     nbytes_per_view: int
     """Measured on the calibration views, pixels included when they are stored."""
     map_nbytes_per_view: int
-    """The same maps as float16."""
+    """Bytes that the same maps take as float16."""
     state_nbytes: int
-    """What the codec was fitted to takes, once."""
+    """Bytes of the codec's fitted arrays, stored once."""
     remaining_nbytes: int
-    """Of views, still to be written."""
+    """Bytes of the views that are still to be written."""
     free_nbytes: int
-    """Free on the target's disk."""
+    """Bytes free on the disk of the cache."""
     row_kl_nats: float
     """Mean row KL of decoded maps on the calibration views."""
     injected_error: float
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: float | None
-    """Relative error of decoded v on the calibration views; None where it is not stored."""
+    """Relative error of decoded v on the calibration views; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
 
 
-def describe_cache(out: Path, identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
-    """What a new cache says of itself: its identity, and what it was made with."""
+def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
+    """The record of a new cache: its identity, and what it was made with."""
     import timm
 
     teacher = run.teacher
     return CacheRecord(
-        path=out,
         identity=identity,
         weights_from=teacher.source,
         licence=teacher.licence,
@@ -126,11 +126,11 @@ def plan_layout(
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
     Args:
-        calibration: its codes are compressed here with each compressor; the layout names the one that pays.
-        views: what it was made from: their parameters are compressed here, too.
-        num_samples: rows of the source.
-        num_views: views a sample.
-        samples_per_shard: as asked for; None for shards of about 256 MiB.
+        calibration: its codes are compressed with each compressor, to choose the one for the layout.
+        views: the views it was made from; their parameters are compressed too.
+        num_samples: samples of the source.
+        num_views: views of each sample.
+        samples_per_shard: what the user wants; None for shards of about 256 MiB.
         stores_pixels: whether the images are stored too.
     """
     height, width = calibration.pixels_BHWC.shape[1:3]
@@ -141,9 +141,10 @@ def plan_layout(
         parameter_names=views.parameter_names,
         pixels=(height, width) if stores_pixels else None,
     )
-    # What parameters take is measured on a shard of the calibration views.
+    # The calibration views' parameters are compressed as one shard.
     shard = replace(layout, num_samples=len(views.parameters_NP), samples_per_shard=len(views.parameters_NP))
     parameters_nbytes = len(ChunkEncoder(shard.parameters).encode(views.parameters_NP)) / shard.num_samples
+    # 16: each chunk has an offset and a size in the index of its shard.
     record_nbytes = _HASH_NBYTES + parameters_nbytes + 16 * layout.codes.num_chunks_per_sample
     nbytes_per_view = round(record_nbytes + codes_nbytes)
     if stores_pixels:
@@ -155,7 +156,7 @@ def plan_layout(
 
 
 def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
-    """Names of the tasks whose commit records and shards agree; the others are to be done (again)."""
+    """Names of the tasks whose commit records and shards agree; the others must be done (again)."""
     return {name for name, commit in read_commits(path).items() if not check_commit(path, commit, layout)}
 
 

@@ -1,10 +1,10 @@
 """Build: run the teacher once over a dataset and keep its attention.
 
 index -> calibrate -> plan -> create the cache -> run the tasks -> declare it complete. Typing the same command again
-continues where an earlier run stopped; typing another one for the same cache is refused.
+continues where an earlier run stopped; other options for the same cache are refused.
 
-Of several processes one leads: it does all of this, and the others join it for the tasks, as if each continued the
-cache that it has created.
+If there are several processes, one leads and does all of this. The others join it for the tasks, as if each continued
+the cache that the leader has created.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from .shared_folder import check_mark, marked, wait_for_commits
 from .summary import BuildSummary
 from .tasks import TaskRunner
 
-_SAMPLES_TO_CONTINUE = 8  # calibration of a cache that exists only checks that the teacher still runs as it did
+_SAMPLES_TO_CONTINUE = 8  # an existing cache is calibrated only to check that the teacher still runs as it did
 
 
 def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: None) -> BuildSummary:
-    """Build a cache, or continue one; under torchrun together with the other processes.
+    """Build a cache, or continue one; under torchrun, together with the other processes.
 
     Args:
         config: what to build.
-        on_plan: told the plan before anything is written, in the process that leads.
+        on_plan: called with the plan before anything is written, in the process that leads.
 
     Returns:
-        What was planned and done. After a dry run nothing has been written.
+        What was planned and done. A dry run writes nothing.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit; whatever was committed stays.
+        AtcacheError: a child of it names what does not fit. What was committed before stays.
     """
     ranks = Ranks.from_environment()
     with Board.opened(ranks) as board:
@@ -70,7 +70,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
 
 def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
     start_s = time.monotonic()
-    # First of all, so that a cache that cannot be continued is refused before the teacher is loaded.
+    # First, so that a cache that cannot be continued is refused before the teacher is loaded.
     existing = _open_existing(config.out)
     index = index_source(config.data, on_bad=config.on_bad_image)
     wanted = _Wanted.of(config, index)
@@ -91,7 +91,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
         layers=wanted.layers,
         heads=wanted.heads,
         batch_size=config.batch_size,
-        # A cache is continued with the state it has, so that all of it is coded alike.
+        # An existing cache keeps its fitted state, so that all of it is encoded alike.
         state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
         with_values=config.with_values,
     )
@@ -105,7 +105,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     )
     layout = new_layout if existing is None else existing.layout
     if identity.policy.mixing is not None and layout.samples_per_shard == 1:
-        raise ConfigError("a shard takes one sample only, so there is nobody to mix it with: raise samples_per_shard.")
+        raise ConfigError("a shard holds one sample only, so there is none to mix it with: raise samples_per_shard.")
     done = committed_tasks(config.out, layout) if existing is not None else set[str]()
     plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
     on_plan(plan)
@@ -114,14 +114,14 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     if plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
         raise DiskFullError(
             f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
-            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some, or choose a smaller --budget or --codec, or "
-            "fewer --layers."
+            f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some space, or choose a smaller --budget or --codec, "
+            "or fewer --layers."
         )
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
-        record = describe_cache(config.out, identity, run, calibration)
-        create_cache(config.out, layout, record.to_attributes(), index, state, bias_LHQK)
+        record = describe_cache(identity, run, calibration)
+        create_cache(config.out, layout, record.to_json(), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
         cache = CacheReader(config.out)
@@ -141,7 +141,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
 
 
 def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
-    """Do some of the tasks, if there are any: in a cache that the leader has created or opened, and so checked."""
+    """Do some of the tasks, if there are any. The leader has created the cache, or has opened and checked it."""
     if board.wait_for("job", "end") == "end":
         return
     job = board.receive("job")
@@ -160,7 +160,7 @@ def _tasks(layout: StoreLayout, numbers: list[int]) -> list[Task]:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Wanted:
-    """What a config means, with its teacher loaded."""
+    """What a config asks for, with the teacher loaded."""
 
     run: TeacherRun
     codec: Codec
@@ -170,7 +170,7 @@ class _Wanted:
 
     @classmethod
     def of(cls, config: BuildConfig, index: SampleIndex) -> _Wanted:
-        """Load the teacher, and choose all that does not need calibration."""
+        """Load the teacher, and choose everything that does not depend on calibration."""
         run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
@@ -198,7 +198,7 @@ class _Wanted:
         return cls(run=run, codec=codec, layers=layers, heads=heads, identity=identity)
 
     def expectation(self, record: CacheRecord) -> Expectation:
-        """What the cache's views should have, by what was measured when it was begun."""
+        """The row KL that the cache's views should have, by what was measured when it was begun."""
         return Expectation.of(self.codec, record.calibration.row_kl_nats, self.run.dtype)
 
 
@@ -221,11 +221,11 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
 
 
 def _open_existing(out: Path) -> CacheReader | None:
-    """The cache that is to be continued; None if there is none yet."""
+    """The cache to continue; None if there is none yet."""
     if not out.exists():
         return None
     if not (out / "zarr.json").exists():
-        raise ConfigError(f"{out} exists and is no cache. Give another --out, or remove it.")
+        raise ConfigError(f"{out} exists and is not a cache. Give another --out, or remove it.")
     cache = CacheReader(out)
-    CacheRecord.of(cache).make_codec()
+    CacheRecord.of(cache).make_codec(cache.path)
     return cache

@@ -1,6 +1,6 @@
-"""A folder that processes of several nodes must all see: is it one, and is what the others wrote there yet?
+"""Check that the processes of all nodes see the same folder, and wait for what the others have written to it.
 
-Network file systems show a new file to other nodes after some seconds, up to a minute where a folder was just listed.
+Network file systems show a new file to other nodes after some seconds, or up to a minute if the folder was just listed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 @contextmanager
 def marked(folder: Path) -> Generator[str]:
-    """The name of an empty file that is in `folder` meanwhile, for `check_mark` of other processes.
+    """The name of an empty file that is in `folder` during the block, for `check_mark` in other processes.
 
-    It is named as temp files are: what a kill leaves is swept.
+    It is named like a temp file, so that the next build removes it if this one is killed.
     """
     mark = partial_path(folder / "mark")
     mark.touch()
@@ -39,27 +39,27 @@ def check_mark(
     """Refuse a folder that is not the one that another process has marked.
 
     Args:
-        folder: to look in.
-        name: of the mark.
-        each_look: called while it is not there; raises where the other process has ended, and taken its mark along.
-        patience_s: how long it may take to appear.
+        folder: where to look.
+        name: the name of the mark.
+        each_look: called while the mark is not there; raises if the other process has ended and removed its mark.
+        patience_s: how long the mark may take to appear.
 
     Raises:
-        ConfigError: the mark is not there, and does not appear.
+        ConfigError: the mark does not appear in that time.
     """
     stop_s = time.monotonic() + patience_s
     while not (folder / name).exists():
         each_look()
         if time.monotonic() > stop_s:
             raise ConfigError(
-                f"{folder} is not the folder that the leading process writes to: several nodes need an --out on "
-                "storage that they share. Give one."
+                f"{folder} is not the folder that the leading process writes to. Give an --out on storage that all "
+                "nodes share."
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def wait_for_commits(path: Path, layout: StoreLayout, patience_s: float = _SECONDS_TO_APPEAR) -> None:
-    """Wait until the commit records of all tasks can be seen; not for ever: who looks next says what is missing."""
+    """Wait, at most `patience_s`, until all commit records are visible; `finish_cache` names those that are missing."""
     names, stop_s = {task.name for task in layout.tasks()}, time.monotonic() + patience_s
     while not names <= list_commits(path) and time.monotonic() < stop_s:
         time.sleep(_SECONDS_BETWEEN_LOOKS)

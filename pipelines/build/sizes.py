@@ -1,4 +1,4 @@
-"""What codes take on disk: the compressor that suits them, and bytes a view and a layer, measured on real codes."""
+"""How many bytes codes take on disk, a view and a layer, and which compressor suits them; measured on real codes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from atcache.store.layout import COMPRESSORS, StoreLayout, plan_layers_per_chunk
 from atcache.store.writer import encode_view
 
 _PAYS_BELOW = 0.99
-"""A compressor must make less than this share of what a faster one makes."""
+"""A slower compressor is taken only if it makes less than this share of the bytes that a faster one makes."""
 _TRIED_VIEWS = 16
-"""Views that all compressors are tried on; the chosen one compresses the others too."""
+"""Views that all compressors are tried on. The chosen one then compresses all views."""
 
 
 def plan_codes(
@@ -28,11 +28,11 @@ def plan_codes(
     """The layout of a cache, with chunks and compressor for these codes, and the bytes a view of them takes.
 
     Args:
-        codes_BLTC: of one view or more.
-        num_views: of the cache; this and what follows matters only to who wants the layout.
-        num_samples: of the cache.
-        parameter_names: of its views.
-        pixels: (height, width) of its stored images; None for none.
+        codes_BLTC: codes of one view or more.
+        num_views: views of each sample. This and the following arguments change only the layout, not the bytes.
+        num_samples: samples of the cache.
+        parameter_names: names of the views' parameters.
+        pixels: (height, width) of stored images; None if none are stored.
     """
     _, num_layers, num_tokens, num_components = codes_BLTC.shape
     layer_nbytes = num_tokens * num_components * codes_BLTC.dtype.itemsize
@@ -63,10 +63,9 @@ def codes_nbytes(codes_BLTC: Tensor) -> float:
 
 
 def layer_nbytes(coder: Coder, codes_BLTC: Tensor) -> list[float]:
-    """Bytes a view takes for each kept layer.
+    """Bytes that a view takes for each kept layer.
 
-    Where layers share their codes, the whole is split by the layers' parts in each component, components weighing as
-    much as their entropy.
+    If layers share their codes, each gets its part of every component, where a component's weight is its entropy.
     """
     codes = codes_BLTC.cpu().numpy()
     shares_LC = coder.layer_shares_LC()
@@ -83,7 +82,7 @@ def _mean_nbytes(layout: StoreLayout, codes_BLTC: np.ndarray) -> float:
 
 
 def _entropy(numbers: np.ndarray) -> float:
-    """Bits of one of these numbers, each value's frequency being its probability."""
+    """Entropy of these numbers in bits, with the frequency of each value as its probability."""
     _, counts = np.unique(numbers, return_counts=True)
     share = counts / counts.sum()
     return float(-(share * np.log2(share)).sum())

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
+
+from atcache.fields import JsonFields
 
 from ..fidelity import Expectation
 from .plan import BuildPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildSummary:
+class BuildSummary(JsonFields):
     """What a build did, all its processes together."""
 
     out: str
     plan: BuildPlan | None = None
-    """None when the cache was complete already."""
+    """None if the cache was complete already."""
     complete: dict[str, Any] | None = None
     """The totals of the finished cache; None after a dry run."""
     num_built_views: int = 0
@@ -24,26 +25,15 @@ class BuildSummary:
     row_kl_nats: float | None = None
     """Mean row KL of decoded maps on some views of each task; None after a dry run."""
     warning: str | None = None
-    """What is wrong with that, in a sentence; None where it is as it should be."""
+    """A sentence if the row KL is higher than expected, else None."""
     seconds: float
     """From the first look at the data to the end."""
 
     def judged(self, expectation: Expectation) -> Self:
-        """The same for a finished cache, with its row KL and what `expectation` says of it."""
+        """The same for a finished cache, with its row KL, which `expectation` judges."""
         totals = self.complete or {"quality": {}}
         row_kl_nats = totals["quality"].get("row_kl_nats", {}).get("mean")
         if row_kl_nats is None:
             return self
         warning = expectation.warn(row_kl_nats, totals.get("num_checked", totals["num_stored"]))
         return replace(self, row_kl_nats=row_kl_nats, warning=warning)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The summary `to_json` came from."""
-        plan = values["plan"]
-        fields: dict[str, Any] = {**values, "plan": None if plan is None else BuildPlan(**plan)}
-        return cls(**fields)

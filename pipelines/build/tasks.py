@@ -1,7 +1,7 @@
-"""The long run of a build: tasks through overlapping stages.
+"""The long run of a build: tasks pass through overlapping stages.
 
 render views (worker processes) -> teacher forward and encoding (device) -> compression (threads) -> shard writing (one
-thread) -> commit. Queues between the stages are short, so memory is a few batches whatever the dataset.
+thread) -> commit. Queues between the stages are short, so memory holds a few batches, however large the dataset is.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ..running.progress import Progress
 from .board import Board, Counts
 
 _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
-_CHECKED_VIEWS = 2  # of a task's first batch, whose row KL is recorded: in float64, so few
-_LEAST_CHECKED_BATCHES = 8  # in all: where tasks are few, later batches are looked at too
-_KEPT_NBYTES = 64 * 2**20  # in each worker, of views that are mixed into others: some 450 at 224 pixels
+_CHECKED_VIEWS = 2  # of a checked batch; few, because their row KL is computed in float64
+_LEAST_CHECKED_BATCHES = 8  # in all: if tasks are few, later batches are checked too
+_KEPT_NBYTES = 64 * 2**20  # in each worker, for views that are mixed into others: about 450 at 224 pixels
 
 
 class RenderedBatch(NamedTuple):
@@ -73,7 +73,7 @@ class RenderedBatches(Dataset[RenderedBatch]):
         return len(self._batches)
 
     def numbers_of(self, task_number: int) -> range:
-        """The numbers of the batches of one of the tasks, by its place among them."""
+        """The batch numbers of the task at this place in `tasks`."""
         return self._numbers_of_tasks[task_number]
 
     def __getitem__(self, number: int) -> RenderedBatch:
@@ -98,11 +98,11 @@ class _Chunks(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """How far some views of a batch are from the teacher's once they are decoded."""
+    """How far the decoded attention of some views of a batch is from the teacher's."""
 
     num_views: int
     quality: dict[str, float]
-    """`row_kl_nats`, their mean row KL, and where v is stored `v_error`, its relative error."""
+    """`row_kl_nats`, the mean row KL, and if v is stored `v_error`, its relative error."""
 
 
 class _ShardWriter:
@@ -114,10 +114,10 @@ class _ShardWriter:
         self._checked: list[_Checked] = []
 
     def write(self, batch: RenderedBatch, chunks: list[_Chunks], checked: _Checked | None) -> Counts:
-        """Add a batch; open its task's shards before the first one, commit after the last one.
+        """Add a batch. The first batch of a task opens its shards, the last one commits it.
 
         Returns:
-            What was done now.
+            What this call has done.
         """
         if self._writer is None:
             self._writer = TaskWriter(self._out, self._layout, batch.task)
@@ -156,7 +156,7 @@ class _ShardWriter:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TaskRunner:
-    """All that running tasks needs."""
+    """Runs the tasks of a build."""
 
     out: Path
     layout: StoreLayout
@@ -173,16 +173,16 @@ class TaskRunner:
     expectation: Expectation
 
     def run_tasks(self, tasks: list[Task], board: Board) -> None:
-        """Write the shards of those of `tasks` that no other process takes, and commit each as it is finished.
+        """Write the shards of all `tasks` that no other process takes, and commit each when it is finished.
 
-        The process that leads comes back when all are finished, and tells how far all have got.
+        In the leading process this shows the progress of all processes, and returns when all have finished.
 
         Args:
-            tasks: the same in all processes.
-            board: where they meet; it says at the end what was done.
+            tasks: the same list in all processes.
+            board: hands out the tasks, and knows at the end what was done.
 
         Raises:
-            BadImageError: an image cannot be read, and bad ones are not to be skipped.
+            BadImageError: an image cannot be read, and `skip_bad` is False.
             DiskFullError: no space is left; tasks committed before stay.
         """
         geometry = self.coder.geometry
@@ -215,7 +215,7 @@ class TaskRunner:
                 board.finish(tell)
                 tell()
             except BaseException as error:
-                # What comes before a bad image is good, and is stored.
+                # The batches before a bad image are good, so they are still stored.
                 gives_up = not isinstance(error, BadImageError)
                 compressors.shutdown(wait=not gives_up, cancel_futures=gives_up)
                 writer.shutdown(wait=True, cancel_futures=gives_up)
@@ -225,7 +225,7 @@ class TaskRunner:
 
     @contextmanager
     def _telling(self, tasks: list[Task], board: Board) -> Generator[Callable[[], None]]:
-        """What to call now and then, so that the leader tells a person what all processes have done."""
+        """A function to call now and then: in the leader it shows what all processes have done, elsewhere nothing."""
         if not board.leads:
             yield lambda: None
             return
@@ -246,12 +246,12 @@ class TaskRunner:
 
     def _batches(self, tasks: list[Task], board: Board) -> Iterator[RenderedBatch]:
         batches = RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
-        # A task is claimed when its first batch is asked for: not much before it is worked on.
+        # A task is claimed only when its first batch is needed, so that no process holds tasks that others could do.
         numbers = (number for claimed in board.claims(len(tasks)) for number in batches.numbers_of(claimed))
         return read_ahead(batches, numbers, workers=min(self.workers, len(batches)))
 
     def _is_checked(self, batch: RenderedBatch) -> bool:
-        """Whether row KL is measured: in each task's first batch, and evenly spaced ones where there are few tasks."""
+        """Whether row KL is measured: in each task's first batch and, if tasks are few, in more, spaced evenly."""
         num_batches = -(-batch.task.num_samples // self.batch_size)
         num_checks = -(-_LEAST_CHECKED_BATCHES // (self.layout.num_views * self.layout.num_blocks))
         number = (batch.start - batch.task.start) // self.batch_size
@@ -260,11 +260,10 @@ class TaskRunner:
     def _encode(
         self, capture: FactorCapture, batch: RenderedBatch, compressors: ThreadPoolExecutor
     ) -> tuple[_Checked | None, list[_Chunks]]:
-        """Run the teacher on a batch; its codes are being compressed when this returns.
+        """Run the teacher on a batch, and begin to compress its codes.
 
         Returns:
-            The quality of a few views where the batch is one of those looked at, and the chunks of each stored view in
-            order.
+            The quality of a few views, if the batch is one to check, and the chunks of each stored view, in order.
         """
         stored = np.flatnonzero(batch.status_B == STORED)
         if not len(stored):
@@ -294,7 +293,7 @@ class TaskRunner:
 
 
 def _mean_quality(checks: Sequence[_Checked]) -> dict[str, float]:
-    """Each number's mean over the views that were looked at; empty where there are none."""
+    """The mean of each number over the checked views; empty if there are none."""
     num_views = sum(check.num_views for check in checks)
     names = checks[0].quality if checks else ()
     return {name: fsum(check.quality[name] * check.num_views for check in checks) / num_views for name in names}

@@ -1,7 +1,7 @@
 """Demo: attention transfer from start to end, on handwritten digits.
 
-- `config`: what the demo is asked for
+- `config`: the options of the demo
 - `run`: the whole demo, from start to end
 - `picture`: draw some cached maps over their images
-- `commands`: print what was run as commands to type
+- `commands`: what was run, as commands to type
 """

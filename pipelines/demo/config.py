@@ -1,4 +1,4 @@
-"""What a demo was asked for."""
+"""The options of the demo."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..options import config, option
 
 @config
 class DemoConfig:
-    """What `atcache demo` was asked for."""
+    """Where the demo works, and how much it trains."""
 
     out: Path = option(
         "Folder for tars, caches, runs, a picture of maps and the commands. What an earlier demo made there is "
-        "replaced; all else stays.",
+        "replaced; other files stay.",
         default=Path("atcache-demo"),
         is_written=True,
     )
-    seeds: int = option("Students of each mode; several show how much the result varies.", default=1, at_least=1)
-    pretrain: bool = option("Make the teacher anew instead of taking the one that ships.", default=False)
-    codec: str = option("How the teacher's factors are stored.", default="transform")
+    seeds: int = option("Students of each mode, one per seed; several show how results vary.", default=1, at_least=1)
+    pretrain: bool = option("Pre-train the teacher instead of using the one that comes with atcache.", default=False)
+    codec: str = option("Codec that stores the teacher's factors.", default="transform")

@@ -13,14 +13,14 @@ from atcache.views.rendering import STORED
 def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | None = None) -> None:
     """Draw, for a few samples, the image and where each head of the first and last layer looks.
 
-    What is drawn is the attention the patches receive from the class token, or on average from all patches where there
-    is none, stretched over the image.
+    A map shows the attention that patches receive from the class token or, without one, from all patches on average. It
+    is stretched over the image.
 
     Args:
         cache_path: a complete cache.
         out: the PNG to write.
         num_samples: rows of the picture, spread over the cache.
-        data: where the cache's tars now are.
+        data: where the cache's tars are now, if they were moved.
     """
     # The object interface needs no display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,7 +1,7 @@
 """Demo: attention transfer end to end on real images, without a download, through the pipelines users run.
 
 scikit-learn's 1,797 handwritten digits (8 x 8) are written as tars; the teacher is a small ViT, MAE-pre-trained on the
-training digits without labels; the students get 100 labels. What is run is also written down as commands.
+training digits without labels; the students get 100 labels. All that runs is also written down as commands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ import torch
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.files.durable import encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
@@ -45,55 +46,51 @@ TEACHER = "demo-mae"
 PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_lr=2e-3, decoder_depth=1, policy="eval")
 """How these weights were made; data and out are filled in."""
 _MARKER = ".made-by-atcache-demo"
-"""The file a demo puts into its folder first. Without it the folder is somebody else's."""
+"""The file a demo puts into its folder first. A folder without it was not made by a demo."""
 _MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
 """What a demo makes in its folder, beside the tars and the runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModeResult:
-    """What the students of one mode came to, over the seeds."""
+    """The results of one mode's students, over the seeds."""
 
     top1: float
     """Mean validation accuracy, percent."""
     top1_per_seed: tuple[float, ...]
     gap_closed: float | None
-    """(top1 - scratch) / (finetune - scratch) of the means; None where finetune is no better than scratch."""
+    """(top1 - scratch) / (finetune - scratch) of the means; None if finetune is not better than scratch."""
     seconds: float
     """Mean time to train one student."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoSummary:
-    """What the demo came to."""
+class DemoSummary(JsonFields):
+    """The results of the demo."""
 
     out: str
     modes: dict[str, ModeResult]
-    """By mode, and "ensemble": distilled and fine-tuned student together."""
+    """Results by mode; "ensemble" averages the distilled and the fine-tuned student."""
     cache_nbytes_per_view: float
-    """Of the training cache, everything counted."""
+    """Size of the training cache per view, with all its files."""
     map_nbytes_per_view: int
-    """The same maps as float16."""
+    """Size of the same maps as float16."""
     num_views: int
-    """In both caches."""
+    """Number of views in both caches together."""
     seconds: float
     commands: tuple[str, ...]
-    """What was run, to be repeated by hand in the folder above `out`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
+    """The commands that were run; they can be typed again in the same working folder."""
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:
-    """Run the demo, with one thread: operations of this size gain little from more, and lose much on a busy machine.
+    """Run the demo in one thread: such small operations gain little from more, and lose much on a busy machine.
 
     Args:
         config: what to run.
-        say: told each command before it runs.
+        say: called with each command before it runs.
 
     Raises:
-        ConfigError: the folder exists and is not an earlier demo's, or scikit-learn is not installed.
+        ConfigError: the folder exists and was not made by an earlier demo, or scikit-learn is not installed.
     """
     if find_spec("sklearn") is None:
         raise ConfigError(
@@ -168,7 +165,7 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
         with TarWriter(str(tar), mtime=0) as writer:
             for sample in chosen:
                 buffer = io.BytesIO()
-                grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)
+                grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)  # pixels are 0 to 16
                 Image.fromarray(grey_HW).convert("RGB").save(buffer, "PNG")
                 record = {"png": buffer.getvalue(), "cls": str(digits.target[sample])}
                 writer.write({"__key__": f"digit-{sample:04d}", **record})
@@ -180,7 +177,7 @@ def _digit_tars(folder: Path) -> tuple[Path, Path]:
 
 
 def _make_room(out: Path) -> None:
-    """Make the folder, or remove what an earlier demo made in it; refuse anybody else's."""
+    """Make the folder, or remove what an earlier demo made in it; refuse a folder that no demo made."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, expected a folder. Give another --out.")
     marker = out / _MARKER
@@ -188,7 +185,7 @@ def _make_room(out: Path) -> None:
         raise ConfigError(f"{out} exists and was not made by `atcache demo`. Give another --out.")
     make_folder(out)
     marker.touch()
-    # Only what a demo makes goes, name by name: the folder may hold work of the user's by now.
+    # Only files with a demo's names are removed: the user may have put other files there since.
     digits, runs = out / "digits", out / "runs"
     of_modes = [path for mode in MODES for path in runs.glob(f"{mode}-*") if path.name[len(mode) + 1 :].isdecimal()]
     for path in (*(out / name for name in _MADE), *_digit_tars(digits), *of_modes):
@@ -218,13 +215,13 @@ def _build(
 
 
 def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | None) -> TrainConfig:
-    """How the demo trains a student: every mode alike.
+    """The config of a student of the demo; all modes are trained alike.
 
     Args:
-        config: whose `out` holds the training cache and will hold the run.
-        mode: what the student is given.
-        seed: of its initial weights, its labelled digits and their order.
-        weights: the teacher's, where it was made afresh; for finetune.
+        config: its `out` holds the training cache and will hold the run.
+        mode: what the student does.
+        seed: seed of its initial weights, its labelled digits and their order.
+        weights: file of the teacher's weights, if the demo pre-trained it; used by finetune.
     """
     return TrainConfig(
         mode=mode,

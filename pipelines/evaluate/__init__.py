@@ -1,5 +1,5 @@
 """Evaluate: accuracy and loss of finished runs, one by one or averaged.
 
-- `config`: what the command was asked for
+- `config`: the options of the command
 - `run`: the evaluation
 """

@@ -1,4 +1,4 @@
-"""What an evaluation was asked for."""
+"""The options of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ..options import config, device_option, option, precision_option, weights_o
 
 @config
 class EvaluateConfig:
-    """What to measure."""
+    """Which runs to score, on what, and how."""
 
     runs: tuple[Path, ...] = option(
-        "Folders of finished runs; several are averaged.", metavar="RUN...", is_argument=True
+        "Folders of finished runs; the predictions of several are averaged.", metavar="RUN...", is_argument=True
     )
     cache: Location | tuple[Location, ...] | None = option(
-        "A validation cache, or several as one; copying students take their maps from it.", default=None
+        "Validation cache; several are used as one. Copying students take the teacher's maps from it.", default=None
     )
     data: str | tuple[str, ...] | None = option(
-        "Validation images, or where the caches' tars are now. May be given more than once.",
+        "Tars of validation images, or where the caches' tars are now. May be given more than once.",
         default=None,
         metavar="TARS",
     )
-    live_teacher: bool = option("Run the teacher for copying students instead of reading its maps.", default=False)
+    live_teacher: bool = option(
+        "Run the teacher for copying students instead of reading its maps from --cache.", default=False
+    )
     weights: Path | None = weights_option("The live teacher's")
-    batch_size: int = option("Samples in a forward; does not change the result.", default=256, at_least=1)
-    workers: int = option("Processes that read ahead; 0 reads in this one.", default=0, at_least=0)
+    batch_size: int = option("Samples in a forward pass; does not change the result.", default=256, at_least=1)
+    workers: int = option("Processes that read ahead; 0 reads in the main process.", default=0, at_least=0)
     device: str = device_option()
     precision: Precision = precision_option()
 
@@ -39,4 +41,4 @@ class EvaluateConfig:
         if self.cache is None and self.data is None:
             raise ConfigError("nothing to evaluate on: give --cache or --data.")
         if self.weights is not None and not self.live_teacher:
-            raise ConfigError(f"weights={self.weights}: only a live teacher has any. Give --live-teacher too.")
+            raise ConfigError(f"weights={self.weights} is for a live teacher only. Give --live-teacher too.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from atcache.errors import ConfigError
 from atcache.feed.caches import open_caches
+from atcache.fields import JsonFields
 from atcache.files.location import listed
 from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
@@ -18,17 +18,13 @@ from .config import EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSummary:
-    """What came out."""
+class EvaluateSummary(JsonFields):
+    """The result of an evaluation."""
 
     runs: tuple[str, ...]
     modes: tuple[str, ...]
     score: Score
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateSummary:
@@ -38,7 +34,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
     start_s = time.monotonic()
-    # First of all: a cache that cannot be used shall not be found out after the models were loaded.
+    # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
     readers = open_caches(listed(config.cache))
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]

@@ -1,6 +1,6 @@
 """Plan: what a cache would cost, and whether it would pay.
 
-- `config`: what a plan is asked for, and what it is told instead of measuring it
+- `config`: the options of a plan, and the numbers that it takes as given
 - `run`: the whole plan, from start to end
 - `verdict`: does a cache pay? Arithmetic on speeds and sizes
 - `measure`: sizes, fidelity and speeds, measured with the models

@@ -1,4 +1,4 @@
-"""What `atcache plan` was asked for, and what it was told instead of having to measure it."""
+"""The options of `atcache plan`, and the numbers that it takes as given instead of measuring them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ASSUMABLE: dict[str, tuple[str, float]] = {
     "samples": ("num_samples", 1),  # images in the dataset
     "nbytes-per-view": ("nbytes_per_view", 1),  # bytes a view takes in the cache
     "teacher-img-per-s": ("teacher_img_per_s", 1),  # speed of the teacher's forward
-    "student-img-per-s": ("student_img_per_s", 1),  # speed of a training step that has the teacher's attention
+    "student-img-per-s": ("student_img_per_s", 1),  # of steps, without the time that the teacher's attention takes
     "encode-img-per-s": ("encode_img_per_s", 1),  # speed of the codec on the teacher's device
     "load-img-per-s": ("load_img_per_s", 1),  # images read and augmented by all worker processes
     "disk-read-gb-per-s": ("read_nbytes_per_s", 1e9),  # speed of the target disk at reading views
@@ -48,7 +48,7 @@ _WHOLE = ("num_samples", "nbytes_per_view", "free_nbytes")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assumptions:
-    """Numbers that are taken as given; None is measured. Fields are those of `ASSUMABLE`, in plain units."""
+    """Numbers that are taken as given; None is measured. One field for each name of `ASSUMABLE`; sizes are in bytes."""
 
     num_samples: int | None = None
     nbytes_per_view: int | None = None
@@ -62,7 +62,7 @@ class Assumptions:
 
     @property
     def missing_of_teacher(self) -> list[str]:
-        """The names that only a run of the teacher can tell; empty where none has to be loaded."""
+        """The names whose values are still to be measured with the teacher; if empty, it need not be loaded."""
         return [name for name in _OF_TEACHER if getattr(self, ASSUMABLE[name][0]) is None]
 
 
@@ -73,13 +73,13 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
     8000000000000
 
     Raises:
-        ConfigError: a name is unknown or given twice, or a value is no number above 0.
+        ConfigError: a name is unknown or given twice, or a value is not a number above 0.
     """
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if name not in ASSUMABLE:
-            raise ConfigError(f"assume {text!r}: {name!r} is not known; known are {', '.join(ASSUMABLE)}.")
+            raise ConfigError(f"assume {text!r}: {name!r} is unknown; expected one of {', '.join(ASSUMABLE)}.")
         field_name, unit = ASSUMABLE[name]
         if field_name in values:
             raise ConfigError(f"assume {text!r}: {name} is given twice.")
@@ -95,55 +95,61 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
 
 @config
 class PlanConfig:
-    """What `atcache plan` was asked for. What build and train also have means the same here."""
+    """The options of `atcache plan`. Those that build and train have too mean the same here."""
 
     teacher: str | None = option(
-        "An alias such as mae-vit-l, or a timm name with arguments. Needed unless all that it tells is assumed.",
+        "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments. Not needed if "
+        "all that is measured with it is assumed.",
         default=None,
     )
     data: str | None = option(
-        "The images; some of them are enough where their number is assumed.", default=None, metavar="TARS"
+        "The images, as for build. A part of them is enough if their number is assumed.", default=None, metavar="TARS"
     )
     out: Path = option(
         "Where the cache would be. Its disk is measured, and nothing is left there.", default=Path(), is_written=True
     )
     weights: Path | None = weights_option()
-    codec: tuple[str, ...] = option("A codec setting to look at; repeat for several.  [default: all]", default=())
+    codec: tuple[str, ...] = option(
+        "A codec to compare, as for build; repeat for several.  [default: all that suit the teacher]", default=()
+    )
     policy: PolicyName = policy_option("How views are drawn.")
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
     mix_prob: float = mix_prob_option()
-    views: int = option("Views of each sample.", default=1, at_least=1)
+    views: int = option("Views (fixed augmentations) of each sample.", default=1, at_least=1)
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
     store: Literal["v"] | None = store_option()
     pixels: Pixels = pixels_option()
     mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
     student: str | None = option(
-        "The student, a timm name with arguments.  [default: the teacher's architecture]", default=None
+        "The student: a timm model name, optionally with arguments.  [default: the teacher's architecture]",
+        default=None,
     )
-    epochs: float = option("Passes over the samples in one run.", default=100.0, above=0)
+    epochs: float = option("Epochs of one training run.", default=100.0, above=0)
     runs: int = option("Training runs that would use the cache.", default=1, at_least=1)
-    batch_size: int = option("Samples in a step, and views in a forward.", default=32, at_least=1)
+    batch_size: int = option(
+        "Samples in a training step, and views in a forward of the teacher.", default=32, at_least=1
+    )
     workers: int | None = decoding_workers_option()
     calibration_samples: int = calibration_samples_option("sizes and fidelity are measured on")
     device: str = device_option()
     precision: Precision = precision_option()
     assume: tuple[str, ...] = option(
-        "Take a number as given instead of measuring it, for a machine that is not this one; repeat for several. "
+        "Take a number as given instead of measuring it, for example one of another machine; repeat for several. "
         f"Names: {', '.join(ASSUMABLE)}.",
         default=(),
         metavar="NAME=VALUE",
     )
     assumed: Assumptions = field(init=False)
-    """`assume`, read."""
+    """The numbers that `assume` gives."""
 
     def __post_init__(self) -> None:
         from atcache.codecs.registry import parse_codec
         from atcache.views.mixing import mix_policy
 
-        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
-        for codec in map(parse_codec, self.codec):  # before anything takes long
+        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises if they do not go together
+        for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
             if self.store == "v":
                 codec.refuse_values()
         assumed = parse_assumptions(self.assume)
@@ -160,9 +166,9 @@ class PlanConfig:
                 "images. Give it, or --assume these."
             )
         if assumed.num_samples is None and self.data is None:
-            raise ConfigError("nothing tells how many images there are: give --data, or --assume samples=NUMBER.")
+            raise ConfigError("the number of images is not known: give --data, or --assume samples=NUMBER.")
 
     @property
     def num_workers(self) -> int:
-        """Processes that load images, at least one: with `workers` 0 it is the caller's own."""
+        """Processes that load images, at least one: if `workers` is 0, the main process loads them."""
         return max(1, (os.cpu_count() or 1) - 1 if self.workers is None else self.workers)

@@ -1,4 +1,4 @@
-"""How fast a disk writes, and reads views in random order, by a small file that nobody ever sees."""
+"""Measures how fast a disk writes, and reads views in random order, by means of a temp file without a name."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from atcache.errors import DiskFullError
 
 _PROBE_NBYTES = 256 * 2**20
 _BLOCK_NBYTES = 4 * 2**20
-_BLOCKS_A_FSYNC = 8  # a slow disk is to be noticed before all is written
+_BLOCKS_A_FSYNC = 8  # few, so that a slow disk is noticed before everything is written
 _SECONDS_A_PROBE = 2.0
 
 
 class DiskProbe:
-    """A temp file without a name: it is gone when the `with` block ends, whatever ends it, also a kill.
+    """A temp file that measures its disk. It has no name, so it is gone when the `with` block ends, even by a kill.
 
-    Entering it writes the file. One thread at a time.
+    Entering the block writes the file. Only one thread at a time may use it.
     """
 
     def __init__(self, folder: Path, *, max_nbytes: int = _PROBE_NBYTES) -> None:
-        """Say where.
+        """Prepare a probe; nothing is written yet.
 
         Args:
-            folder: on the disk that is to be measured.
+            folder: a folder on the disk to measure.
             max_nbytes: size of the file; less is written where the disk is slow or nearly full.
         """
         self._folder = folder
         self._max_nbytes = max_nbytes
         self._nbytes = 0
         self.write_nbytes_per_s = 0.0
-        """With the final fsync."""
+        """Write speed, including all fsyncs."""
         self.page_cache: Literal["dropped", "kept", "unknown"] = "unknown"
-        """Whether the last measured reads found the file in memory: "kept" says nothing of the disk."""
+        """Whether the file was dropped from memory before the last reads. If "kept", they did not measure the disk."""
 
     def __enter__(self) -> Self:
         self._file = tempfile.TemporaryFile(dir=self._folder, prefix=".atcache-plan-", buffering=0)
@@ -55,7 +55,7 @@ class DiskProbe:
     def _write(self) -> None:
         stat = os.statvfs(self._file.fileno())
         limit = min(self._max_nbytes, stat.f_bavail * stat.f_frsize // 4)
-        # Random bytes: a disk that compresses would flatter itself on zeros.
+        # Random bytes, because a disk that compresses would be too fast at zeros.
         block = np.random.default_rng(0).bytes(max(1, min(_BLOCK_NBYTES, limit)))
         start_s = time.monotonic()
         while self._nbytes + len(block) <= limit and time.monotonic() - start_s < _SECONDS_A_PROBE:
@@ -69,11 +69,11 @@ class DiskProbe:
         self.write_nbytes_per_s = self._nbytes / (time.monotonic() - start_s)
 
     def read_nbytes_per_s(self, view_nbytes: int, num_threads: int) -> float:
-        """Speed of reads of one view each, from random places, by some threads, as training reads.
+        """Speed of reading views from random places by several threads, as training does.
 
         Args:
-            view_nbytes: bytes a read.
-            num_threads: reads at the same time.
+            view_nbytes: bytes of a view, which is one read.
+            num_threads: how many reads run at the same time.
         """
         fd = self._file.fileno()
         self._forget_pages(fd)
@@ -94,7 +94,7 @@ class DiskProbe:
         return nbytes / max(1e-9, time.monotonic() - start_s)
 
     def _forget_pages(self, fd: int) -> None:
-        """Make the kernel drop the file from memory, and look whether it did."""
+        """Make the kernel drop the file from memory, and check whether it did."""
         if not hasattr(os, "posix_fadvise"):
             self.page_cache = "kept"
             return

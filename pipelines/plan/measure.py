@@ -1,4 +1,4 @@
-"""What `atcache plan` measures with models: sizes and fidelity as a build finds them, and speeds of a few calls."""
+"""What `atcache plan` measures with models: sizes and fidelity as a build measures them, and speeds of a few calls."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ DEFAULT_CODECS: dict[AttentionKind, tuple[str, ...]] = {
     "factors": tuple(name for name in CODECS if name not in _OF_MAPS),
     "maps": _OF_MAPS,
 }
-"""What is compared when no codec is named, by what the teacher hands over: codecs at their own defaults."""
+"""The codecs to compare if none is named, each at its defaults, by what the teacher hands over (factors or maps)."""
 
 Say = Callable[[str], None]
 
 
 class Measures(NamedTuple):
-    """What is known of this machine and of each codec setting. Speeds that were not measured yet are unlimited."""
+    """What was assumed or measured of this machine and of each codec setting. A speed is unlimited until measured."""
 
     machine: Machine
     costs: tuple[CodecCost, ...]
+    """One for each codec setting."""
     device: str | None = None
     """Where speeds were measured; None if no model was run."""
     scratch_img_per_s: float | None = None
-    """The student's speed without a teacher; None if it was not measured."""
+    """The same student without a teacher; None if it was not measured."""
 
 
 def what_is_assumed(config: PlanConfig) -> Measures:
@@ -79,18 +80,18 @@ def what_is_assumed(config: PlanConfig) -> Measures:
 def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Measures, say: Say) -> Measures:
     """Load the teacher and measure what is not assumed, except for the disk.
 
-    Speeds of this machine's processors (loading, encoding, compressing) are measured only if the teacher's is, too:
-    they would say nothing of another machine.
+    The speeds of loading, encoding and compressing are measured only if the teacher's is measured too. If it is
+    assumed, it may be that of another machine, of which this one's speeds would say nothing.
 
     Args:
         config: names teacher and data.
-        index: of the data.
-        num_samples: of the dataset to plan for.
+        index: the samples of the data.
+        num_samples: samples of the dataset to plan for.
         known: what is assumed.
-        say: told what is being done.
+        say: called with a line on what is being done.
 
     Raises:
-        AtcacheError: one of its children for each thing that a build would refuse.
+        AtcacheError: a child of it names what does not fit, as for a build.
     """
     say(f"loading teacher {config.teacher}")
     bench = _set_up(config, index)
@@ -122,14 +123,14 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
 
 
 class _Bench(NamedTuple):
-    """What is measured with: the teacher, and views for it."""
+    """The teacher, and the views that it is measured with."""
 
     run: TeacherRun
     capture: FactorCapture
     """Has run once, so that its geometry is known."""
     views: CalibrationViews
     pixels_BHWC: Tensor
-    """One batch of them."""
+    """One batch of the views."""
 
 
 def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
@@ -148,12 +149,12 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
 
 
 def _to_length(rows_N: Tensor, length: int) -> Tensor:
-    """So many rows: the first ones, or all of them again and again."""
+    """`length` rows: the first ones, or all of them repeatedly if there are fewer."""
     return rows_N[torch.arange(length) % len(rows_N)]
 
 
 def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[str, ...]:
-    """The codec settings that are looked at; with an assumed size there is but one."""
+    """The codec settings to measure; only one if the size is assumed."""
     if config.codec:
         return config.codec
     defaults = DEFAULT_CODECS[geometry.kind]
@@ -172,7 +173,7 @@ def _measure_codec(
     *,
     timed: bool,
 ) -> CodecCost:
-    """Calibrate one codec as a build does, and time it. What is `known` stands in place of what was measured."""
+    """Calibrate one codec as a build does, and time it. Numbers that are `known` replace the measured ones."""
     run, geometry = bench.run, bench.capture.geometry
     calibration = calibrate(
         run,
@@ -196,7 +197,7 @@ def _measure_codec(
     if steps is not None:
         codes_BLTC = _to_length(calibration.codes_BLTC, config.batch_size)
         if run.device.type == "cuda":
-            codes_BLTC = codes_BLTC.pin_memory()  # as batches of a training are
+            codes_BLTC = codes_BLTC.pin_memory()  # as the batches in training are
 
         def decoded() -> TeacherFactors:
             return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
@@ -218,7 +219,7 @@ def _measure_codec(
 
 
 def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Calibration) -> tuple[float, float]:
-    """Views compressed a second by all threads of a build, and decompressed a second by all workers of a training."""
+    """Views per second that all threads of a build compress, and that all workers in training decompress."""
     few = slice(0, _PACKED_VIEWS)
     compress_s: list[float] = []
     unpack_s: list[float] = []

@@ -1,7 +1,7 @@
-"""Plan: says before anything is written what a cache would take and whether it would pay.
+"""Plan: say, before anything is written, what a cache would take and whether it would pay.
 
-index -> measure with the teacher -> measure the disk -> arithmetic. What is assumed is not measured; where all that a
-teacher could tell is assumed, none is loaded.
+index -> measure with the teacher -> measure the disk -> arithmetic. What is assumed is not measured. If all that the
+teacher is needed for is assumed, it is not loaded.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from atcache.fields import JsonFields
 from atcache.images.source import SampleIndex, index_source
 
 from ..build.plan import existing_folder
@@ -22,35 +22,31 @@ from .disk import DiskProbe
 from .measure import Measures, Say, measure, what_is_assumed
 from .verdict import DISK, Assessment, Decision, Machine, Workload, assess, decide, size
 
-_MUCH_STATE = 0.02  # share of a cache from which on its state is mentioned
+_MUCH_STATE = 0.02  # a note tells of fitted state that takes more than this share of the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What was found, and the answer."""
+class Plan(JsonFields):
+    """What was measured, and the answer."""
 
     teacher: str | None
     out: str
     device: str | None
-    """Where speeds were measured; None where no model was run."""
+    """Where speeds were measured; None if no model was run."""
     mode: str
     workload: Workload
     machine: Machine
     scratch_img_per_s: float | None
-    """The student's speed without a teacher; None where it was not measured."""
+    """The student's speed without a teacher; None if it was not measured."""
     assessments: tuple[Assessment, ...]
-    """One a codec setting."""
+    """One for each codec setting."""
     decision: Decision
     assumed: tuple[str, ...]
-    """What was taken as given, as it was typed."""
+    """The assumptions, as they were typed."""
     notes: tuple[str, ...]
-    """What the user should know of how this came about."""
+    """What the user should know about how the numbers came about."""
     seconds: float
     """Time the plan took."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
@@ -58,13 +54,13 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
 
     Args:
         config: what to plan for.
-        say: told what is being done.
+        say: called with a line on what is being done.
 
     Returns:
-        The plan. Nothing has been written, except for a file without a name on the target's disk, which is gone.
+        The plan. Nothing was written, except a temp file without a name on the target's disk, which is gone.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit.
+        AtcacheError: a child of it names what does not fit.
     """
     start_s = time.monotonic()
     assumed = config.assumed
@@ -106,7 +102,7 @@ def _count_good(index: SampleIndex | None) -> int:
 
 
 def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures, list[str]]:
-    """The same with the disk's speeds, measured if they are not assumed; and what to tell the user of that."""
+    """`found` with the disk's speeds, which are measured if they are not assumed; and notes about them."""
     assumed = config.assumed
     if assumed.read_nbytes_per_s is not None and assumed.write_nbytes_per_s is not None:
         return found, []
@@ -123,12 +119,12 @@ def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures,
     notes = {
         "dropped": [],
         "kept": [
-            f"The page cache cannot be dropped for {folder}: the read speed is that of memory. For the disk's own, "
-            "--assume disk-read-gb-per-s."
+            f"The page cache cannot be dropped for {folder}, so the read speed is that of memory. To plan with the "
+            "disk's own speed, --assume disk-read-gb-per-s."
         ],
         "unknown": [
-            f"{folder} cannot say whether its page cache was dropped: the read speed may be that of memory. To be "
-            "sure, --assume disk-read-gb-per-s."
+            f"The file system of {folder} does not tell whether the page cache was dropped, so the read speed may be "
+            "that of memory. To be sure, --assume disk-read-gb-per-s."
         ],
     }
     return found, notes[probe.page_cache]
@@ -145,19 +141,19 @@ def _notes(
     if index is not None and (num_bad := int(np.count_nonzero(index.problem_S))):
         yield f"Samples without image or label: {num_bad}. To leave them out, build with --on-bad-image skip."
     if assumed.teacher_img_per_s is not None and assumed.student_img_per_s is None:
-        yield "The teacher's speed is assumed and the student's was measured here: are both of one machine?"
+        yield "The teacher's speed is assumed and the student's was measured here: is that the same machine?"
     if assumed.teacher_img_per_s is None and assumed.student_img_per_s is not None:
-        yield "The student's speed is assumed and the teacher's was measured here: are both of one machine?"
+        yield "The student's speed is assumed and the teacher's was measured here: is that the same machine?"
     if assumed.nbytes_per_view is not None and found.device is not None:
-        yield "The size is assumed: row KL and features off are those of the codec as it is, whatever its size."
+        yield "The size is assumed, but row KL and features off were measured with the codec at its own size."
     if found.machine.load_img_per_s is None:
-        yield "Loading images is taken to be no limit, for cache and teacher alike; to see it, --assume load-img-per-s."
+        yield "Loading images is not counted as a limit, with or without a cache. To count it, --assume load-img-per-s."
     if found.machine.shares_processors:
-        yield "The models run on the processors that load and compress: these times are added up."
+        yield "The models run on the processors that also load and compress, so these times are added up."
     yield from disk_notes
     memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for one in assessments:
-        # The disk only seems to be the limit. A speed that is assumed may be of another machine.
+        # The disk is the limit only at first. A speed that is assumed may be that of another machine.
         if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes / 2:
             yield (
                 f"A cache of {size(one.total_nbytes)} fits in this machine's {size(memory_nbytes)} of memory: only the "
@@ -166,6 +162,6 @@ def _notes(
     for one in assessments:
         if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes:
             yield (
-                f"Codec {one.cost.codec} keeps {size(one.cost.state_nbytes)} of fitted state beside the views, once "
-                "for however many there are."
+                f"Codec {one.cost.codec} stores {size(one.cost.state_nbytes)} of fitted state beside the views, once "
+                "for all of them."
             )

@@ -26,7 +26,7 @@ _MAX_CALLS = 5
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a few calls after one that warms up; of that one alone where it takes long."""
+    """Median time of a few calls after one that warms up; if that one takes long, its time alone."""
 
     def timed() -> float:
         start_s = time.perf_counter()
@@ -45,7 +45,7 @@ def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 class StudentSteps:
-    """Times whole training steps: forward, backward and AdamW, on one batch that is at hand."""
+    """Times whole training steps: forward, backward and AdamW, on one batch that is already in memory."""
 
     def __init__(
         self, config: PlanConfig, run: TeacherRun, geometry: FactorGeometry, num_classes: int, pixels_BHWC: Tensor
@@ -57,7 +57,7 @@ class StudentSteps:
         self._students: dict[Mode, tuple[Student, torch.optim.Optimizer]] = {}
 
     def img_per_s(self, mode: Mode, factors: Callable[[], TeacherFactors | None]) -> float:
-        """Images a second of steps that each ask `factors` for the teacher's side of the batch."""
+        """Images per second in training steps that each call `factors` for the teacher's attention on the batch."""
         student, optimizer = self._student(mode)
         device = self._run.device
         label_B = torch.zeros(len(self._pixels_BHWC), dtype=torch.int64, device=device)
@@ -76,13 +76,13 @@ class StudentSteps:
     def _student(self, mode: Mode) -> tuple[Student, torch.optim.Optimizer]:
         if mode not in self._students:
             geometry = self._geometry
-            # A plan must not change what its caller draws next.
+            # A plan must not change the random numbers that its caller draws next.
             with torch.random.fork_rng(devices=[]):
                 student = new_student(mode, self._name, self._num_classes, geometry=geometry)
             policy, wanted = self._pixels_BHWC.shape[1:3], (student.input.height, student.input.width)
             if tuple(policy) != wanted:
                 raise ConfigError(
-                    f"student {self._name} takes {wanted[0]} x {wanted[1]} pixels, the teacher's views are "
+                    f"student {self._name} takes {wanted[0]} x {wanted[1]} pixels, but the teacher's views are "
                     f"{policy[0]} x {policy[1]}. Give --student with img_size={policy[0]}."
                 )
             student.module.to(self._run.device).train()

@@ -5,8 +5,8 @@
     live   = samples x slowest of (student's step + teacher, loading images)     one epoch with the teacher running
     the cache has paid for itself after build / (live - cached) epochs
 
-Stages overlap, so the slowest one decides; where the models run on the processors that also load and compress, these
-take turns and are added up.
+Stages overlap, so the slowest one decides. If the models run on the processors that also load and compress, these take
+turns and are added up.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Verdict = Literal["pays", "too late", "slower", "does not fit"]
-"""`too late`: only after more epochs than are planned; `slower`: never, an epoch from the cache takes no less."""
+"""`too late`: a cache pays only after more epochs than are planned. `slower`: it never pays, since it saves no time."""
 
 DISK = "the disk"
 UNLIMITED = float("inf")
 """A speed that is not measured yet."""
-# A cache whose total time is within this factor of the best is as good; the smallest of those is taken.
+# A cache whose total time is within this factor of the best is as good; the smallest of these is taken.
 _AS_GOOD = 1.05
 
 
@@ -33,41 +33,41 @@ class Workload:
     num_views: int
     """Views of each sample that are cached; an epoch uses one of them."""
     epochs: float
-    """Of one training run."""
+    """Epochs of one training run."""
     runs: int
     replays_images: bool = True
     """Training from the cache decodes and augments images again; False where the cache stores pixels."""
 
     @property
     def all_epochs(self) -> float:
-        """Over all runs."""
+        """Epochs of all runs together."""
         return self.epochs * self.runs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Speeds that do not depend on the codec. None: not known, and taken to be no limit."""
+    """Speeds that do not depend on the codec. None means not known, and is not counted as a limit."""
 
     teacher_img_per_s: float
     student_img_per_s: float
-    """Training steps with the teacher's factors at hand, nothing to decode."""
+    """Training steps with the teacher's factors already in memory, and nothing to decode."""
     load_img_per_s: float | None
     """Images read, decoded and augmented, by all workers together."""
     write_nbytes_per_s: float
     free_nbytes: int
     shares_processors: bool = False
-    """The models compute on the processors that load images and compress."""
+    """Whether the models run on the processors that also load images and compress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecCost:
-    """What one codec setting costs. None: not known; speeds are then taken to be no limit."""
+    """What one codec setting costs. None means not known; such a speed is not counted as a limit."""
 
     codec: str | None
-    """None where only its size is known."""
+    """None if only its size is known."""
     nbytes_per_view: int
     read_nbytes_per_s: float
-    """Of the disk, at reads of one view."""
+    """Speed of the disk when each read is one view."""
     student_img_per_s: float
     """Training steps that decode the cache's codes."""
     encode_img_per_s: float | None = None
@@ -77,9 +77,9 @@ class CodecCost:
     unpack_img_per_s: float | None = None
     """Decompressed by all workers together, stored pixels included."""
     state_nbytes: int = 0
-    """What the codec was fitted to takes, once, however many views there are."""
+    """Bytes of the codec's fitted arrays, stored once for all views."""
     map_nbytes_per_view: int | None = None
-    """The same maps as float16."""
+    """Bytes that the same maps take as float16."""
     row_kl_nats: float | None = None
     """Mean KL(A || decoded A) of a row."""
     injected_error: float | None = None
@@ -88,7 +88,7 @@ class CodecCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assessment:
-    """What a cache of one codec setting would come to."""
+    """Size, times and verdict of a cache with one codec setting."""
 
     cost: CodecCost
     verdict: Verdict
@@ -110,7 +110,7 @@ class Assessment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """The answer."""
+    """Whether to build a cache, and with which codec."""
 
     cache: bool
     codec: str | None
@@ -187,7 +187,7 @@ def decide(workload: Workload, machine: Machine, assessments: Sequence[Assessmen
     Args:
         workload: as for `assess`.
         machine: as for `assess`.
-        assessments: one a setting, at least one.
+        assessments: one for each setting, at least one.
     """
     live_epoch_s, live_limit = live_epoch(workload, machine)
     paying = [one for one in assessments if one.verdict == "pays"]
@@ -215,7 +215,7 @@ def _seconds(per_s: float | None) -> float:
 
 
 def _slowest(stages: Mapping[str, float], *, shares_processors: bool) -> tuple[float, str]:
-    """Seconds a view, and the stage that decides them."""
+    """Seconds per view, and the stage that decides them."""
     if not shares_processors:
         limit = max(stages, key=lambda name: stages[name])
         return stages[limit], limit
@@ -240,7 +240,7 @@ def _say_why_not(best: Assessment, workload: Workload, machine: Machine, live_ep
     setting = _with(best.cost.codec)
     setting = setting[0].upper() + setting[1:]
     if best.verdict == "does not fit":
-        return f"{setting} the cache takes {size(best.total_nbytes)}, {size(machine.free_nbytes)} are free."
+        return f"{setting} the cache takes {size(best.total_nbytes)}, but only {size(machine.free_nbytes)} are free."
     both = (
         f"{setting} one epoch takes {duration(best.epoch_s)} from the cache, where {best.epoch_limit} "
         f"{'are' if best.epoch_limit.endswith('s') else 'is'} the limit, and {duration(live_epoch_s)} with a live "
@@ -250,7 +250,7 @@ def _say_why_not(best: Assessment, workload: Workload, machine: Machine, live_ep
         return f"{both}: there is nothing to save."
     return (
         f"{both}; the build takes {duration(best.build_s)} and would have paid for itself only after "
-        f"{_epochs(best.payback_epochs, workload)}, {number(workload.all_epochs)} are planned."
+        f"{_epochs(best.payback_epochs, workload)}, but only {number(workload.all_epochs)} are planned."
     )
 
 

@@ -16,13 +16,13 @@ from atcache.teachers.components import components
 
 
 class PatchMask(nn.Module):
-    """Keeps the patches it was told to; sits where a timm ViT drops patches, after the position embedding."""
+    """Keeps only chosen patches. It replaces the patch dropout of a timm ViT, after the position embedding."""
 
     def __init__(self, num_prefix_tokens: int, *, returns_indices: bool) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         self.returns_indices = returns_indices
-        """EVA's models want the indices too, to pick rotary embeddings for the kept patches."""
+        """EVA models need the indices too, to pick rotary embeddings for the kept patches."""
         self.keep_BK: Tensor | None = None
         """Indices of the patches to keep, int64, shape (batch, kept); None keeps all."""
 
@@ -36,7 +36,7 @@ class PatchMask(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder, a decoder, and the loss between them. `encoder` stays a plain timm model with plain names."""
+    """An encoder, a decoder, and their loss. `encoder` stays a plain timm model, with timm's names of weights."""
 
     position_TC: Tensor
 
@@ -54,7 +54,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             encoder: a timm ViT that can drop patches.
-            mask_ratio: share of the patches that are hidden; at least one is hidden and one seen.
+            mask_ratio: share of the patches that are hidden; at least one must be hidden and one seen.
             decoder_dim: width of the decoder; divisible by 4 and by `decoder_heads`.
             decoder_depth: blocks of the decoder.
             decoder_heads: heads in each.
@@ -79,7 +79,7 @@ class MaskedAutoencoder(nn.Module):
         if decoder_dim % 4 or decoder_dim % decoder_heads:
             raise ConfigError(f"decoder_dim {decoder_dim}: expected a multiple of 4 and of {decoder_heads} heads.")
         patch_drop: Any = encoder.patch_drop
-        self.mask = PatchMask(self.tokens.num_prefix_tokens, returns_indices=patch_drop is None)
+        self.mask = PatchMask(self.tokens.num_prefix_tokens, returns_indices=patch_drop is None)  # None: EVA
         encoder.patch_drop = self.mask
         self.encoder = encoder
         patch_embed: Any = encoder.patch_embed
@@ -98,7 +98,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pixels = nn.Linear(decoder_dim, self.patch_height * self.patch_width * 3)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory shall not decay."""
+        """Names of the parameters that timm's optimiser factory must not decay."""
         names: Any = getattr(self.encoder, "no_weight_decay", set)
         return {f"encoder.{name}" for name in names()} | {"mask_token"}
 
@@ -129,7 +129,7 @@ class MaskedAutoencoder(nn.Module):
             latent_BTC = encoder.forward_features(images_BCHW)
         finally:
             self.mask.keep_BK = None
-        # Models that pool their patches keep their last norm in fc_norm; here it ends the encoder as `norm` does.
+        # In models that pool their patches, fc_norm is the last norm: it ends the encoder here, as `norm` in others.
         latent_BTC = self.decoder_embed(getattr(encoder, "fc_norm", nn.Identity())(latent_BTC))
         num_prefix = self.tokens.num_prefix_tokens
         prefix_BTC, seen_BKC = latent_BTC[:, :num_prefix], latent_BTC[:, num_prefix:]
@@ -151,7 +151,7 @@ def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
     """How many patches the encoder sees.
 
     Raises:
-        ConfigError: none would be seen, or none hidden.
+        ConfigError: no patch would be seen, or none hidden.
 
     >>> num_kept_patches(196, 0.75)
     49

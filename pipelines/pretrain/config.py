@@ -1,4 +1,4 @@
-"""What a pre-training run was asked for."""
+"""The options of a pre-training run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ..options import config, device_option, option, policy_option, precision_op
 class PretrainConfig:
     """Everything a pre-training run depends on. Defaults are those of MAE (arXiv 2111.06377, table 8)."""
 
-    model: str = option("A timm model, with arguments after a colon. Its head is left out.", metavar="NAME")
+    model: str = option(
+        "The teacher: a timm name, with arguments after a colon. It is made without a head.", metavar="NAME"
+    )
     data: str = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
         "URLs of any of these. Labels are not needed.",
@@ -26,34 +28,34 @@ class PretrainConfig:
     steps: int = option("Optimiser steps.", default=20_000, at_least=1)
     batch_size: int = option("Images in a step.", default=256, at_least=1)
     base_lr: float = option(
-        "Learning rate for 256 images in a step; the real one is base_lr * batch_size / 256.", default=1.5e-4, above=0
+        "Learning rate for 256 images in a step; the one used is base_lr * batch_size / 256.", default=1.5e-4, above=0
     )
     warmup_steps: int | None = option(
-        "Steps in which the learning rate rises from 0.  [default: a twentieth of all, as MAE's 40 of 800 epochs]",
+        "Steps in which the learning rate rises from 0.  [default: a twentieth of all, like MAE's 40 of 800 epochs]",
         default=None,
         at_least=0,
     )
     weight_decay: float = option(
-        "AdamW's weight decay, not of biases, norms and position embeddings.", default=0.05, at_least=0
+        "AdamW's weight decay; biases, norms and position embeddings have none.", default=0.05, at_least=0
     )
     mask_ratio: float = option("Share of the patches that the encoder does not see.", default=0.75, above=0, below=1)
     decoder_dim: int | None = option(
-        "Width of the decoder.  [default: 512, or the encoder's where that is smaller]", default=None, at_least=1
+        "Width of the decoder.  [default: 512, or the encoder's width if smaller]", default=None, at_least=1
     )
     decoder_depth: int | None = option(
-        "Blocks of the decoder.  [default: 8, or half the encoder's where that is smaller]", default=None, at_least=1
+        "Blocks of the decoder.  [default: 8, or half the encoder's blocks if fewer]", default=None, at_least=1
     )
     decoder_heads: int | None = option(
-        "Heads of the decoder.  [default: as many as are 32 wide, as MAE's]", default=None, at_least=1
+        "Heads of the decoder.  [default: one per 32 of the width, like MAE]", default=None, at_least=1
     )
-    normalise_targets: bool = option("Predict each patch with its own mean and deviation taken out.", default=True)
-    policy: PolicyName = policy_option("How images are augmented: crop-flip is MAE's, eval shows every image as it is.")
+    normalise_targets: bool = option("Predict each patch normalised by its own mean and deviation.", default=True)
+    policy: PolicyName = policy_option("How images are augmented: crop-flip is MAE's, eval does not augment.")
     seed: int = seed_option("weights, order, views and masks")
     workers: int = option(
-        "Processes that decode and augment images; 0 does it between the steps.", default=0, at_least=0
+        "Processes that decode and augment images; 0 does it in the training process.", default=0, at_least=0
     )
     keep_mib: int = option(
-        "Memory for images that were decoded, in MiB, over all workers: small datasets are read once.",
+        "Memory that keeps decoded images, in MiB, over all workers: small datasets are read only once.",
         default=512,
         at_least=0,
     )
@@ -73,7 +75,7 @@ class PretrainConfig:
         return self.base_lr * self.batch_size / 256
 
     def recorded(self) -> dict[str, Any]:
-        """What the result depends on, as JSON: not where it lies, nor what only changes the speed."""
+        """The settings that the result depends on, as JSON: no paths, and nothing that only changes the speed."""
         recorded = asdict(self)
         for name in ("data", "out", "workers", "keep_mib", "device", "checkpoint_every"):
             del recorded[name]

@@ -6,7 +6,7 @@ import importlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from atcache.feed.batch import Batch
 from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
+from atcache.fields import JsonFields
 from atcache.images.source import Source, index_source
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config, normalise_images
@@ -42,13 +43,13 @@ LOG_EVERY = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainSummary:
-    """What a finished run gave."""
+class PretrainSummary(JsonFields):
+    """The result of a finished run."""
 
     weights: Path
     """The encoder: a plain timm state dict, for `--teacher MODEL --weights FILE`."""
     weights_sha256: str
-    """Of its tensors."""
+    """SHA-256 of the tensors in it."""
     model: str
     """The name to give with the weights."""
     steps: int
@@ -60,20 +61,16 @@ class PretrainSummary:
     img_per_s: float
     """Speed of the last logged steps."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {**asdict(self), "weights": str(self.weights)}
-
 
 def pretrain(config: PretrainConfig) -> PretrainSummary:
-    """Train, or continue, or return what an earlier run of the same config gave.
+    """Pre-train a teacher, continue a run that was stopped, or return the result of a finished run of this config.
 
     Every step is a pure function of (seed, step) and the weights before it, so a run that was interrupted and continued
     gives the same weights on the same machine as one that was not. Files are replaced whole; after a failure the last
     checkpoint is valid.
 
     Raises:
-        ConfigError: a value does not fit the model or the data, or the loss is no longer a number.
+        ConfigError: a value does not fit the model or the data, or the loss is NaN or infinite.
         CacheMismatchError: the folder holds a run of another config; the message names each difference.
     """
     device = resolve_device(config.device)
@@ -83,7 +80,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        run = _Run(config, Source(index), device)  # before anything is written: what does not fit leaves nothing behind
+        run = _Run(config, Source(index), device)  # before anything is written: an error leaves no files
         with run_folder(config.out):
             keep_record(config.out / CONFIG_FILE, record)
             if not (config.out / WEIGHTS_FILE).exists():
@@ -108,7 +105,7 @@ class _Run:
             opt="adamw",
             lr=config.lr,
             weight_decay=config.weight_decay,
-            betas=(0.9, 0.95),
+            betas=(0.9, 0.95),  # MAE's, table 8
             fused=device.type in ("cpu", "cuda"),
         )
         warmup_steps = config.steps // 20 if config.warmup_steps is None else config.warmup_steps
@@ -123,11 +120,11 @@ class _Run:
         self.source = source
         self.step = 0
         self.losses: list[Tensor] = []
-        """Of the steps since the last line of metrics."""
+        """Losses of the steps since the last line of metrics."""
         self.checkpoint = config.out / CHECKPOINT_FILE
 
     def to_the_end(self) -> None:
-        """Train from the checkpoint, or the first step, to the last, then write the weights and drop the checkpoint."""
+        """Train from the checkpoint, or the first step, to the last; write the weights and delete the checkpoint."""
         config = self.config
         self._restore()
         with (
@@ -143,7 +140,7 @@ class _Run:
 
     def _batches(self) -> Iterable[Batch]:
         config, index = self.config, self.source.index
-        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps images of its own
         return BatchStream(
             FreshViews(self.source, self.input.view_policy(config.policy, config.seed), keep_nbytes=keep_nbytes),
             index.label_S,
@@ -198,7 +195,7 @@ class _Run:
     def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise ConfigError(
-                f"the loss is {loss} after {self.step} steps, expected a number. Lower base_lr "
+                f"the loss is {loss} after {self.step} steps, expected a finite one. Lower base_lr "
                 f"({self.config.base_lr:g}) or try precision fp32."
             )
 
@@ -224,7 +221,7 @@ class _Run:
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:
     encoder: Any = create_student(parse_model_name(config.model), 0)
-    find_blocks(encoder)  # refuses by name what is no plain ViT
+    find_blocks(encoder)  # refuses a model that is not a plain ViT, by its name
     width = config.decoder_dim or min(512, int(encoder.embed_dim))
     return MaskedAutoencoder(
         encoder,
@@ -240,7 +237,7 @@ def _summary(config: PretrainConfig) -> PretrainSummary:
     rows = read_metrics(config.out)
     if not rows:
         raise ConfigError(
-            f"{config.out / METRICS_FILE} is missing or empty beside finished weights. Give another folder."
+            f"{config.out / METRICS_FILE} is missing or empty, though its weights are finished. Give another --out."
         )
     return PretrainSummary(
         weights=config.out / WEIGHTS_FILE,

@@ -5,6 +5,6 @@
 - `checkpoint`: save the state of a run and load it again
 - `interrupts`: stop between two steps at Ctrl-C or SIGTERM
 - `metrics`: the numbers of a run, in a file and for TensorBoard
-- `progress`: tell a person how far a run is
+- `progress`: show how far a run is
 - `ranks`: several processes that work together, as `torchrun` starts them
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on exactly, replaced whole or not at all."""
+"""Checkpoints: the state that a run needs to continue exactly. Files are replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
 
     Args:
         path: the file.
-        contents: tensors, numbers, text, and lists and dicts of them. Random states are not needed: each step seeds
-            its own numbers.
+        contents: tensors, numbers, text, and lists and dicts of them. The states of random generators are not needed,
+            because each step seeds its own.
     """
     with replaced_whole(path) as temp:
         torch.save(dict(contents), temp)
@@ -30,10 +30,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """The checkpoint at `path`, its tensors on `device`.
 
     Raises:
-        CorruptCacheError: it cannot be read, or holds more than data.
+        CorruptCacheError: it cannot be read, or holds objects that are not plain data.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error).partition("\n")[0].rstrip(".")
-        raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run anew.") from error
+        raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error

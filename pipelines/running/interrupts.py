@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: they end it between two steps, where its state is whole and can be saved."""
+"""Ctrl-C and SIGTERM during training: they end it between two steps, when its state is whole and can be saved."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Remembers that a signal came, so that whoever trains can look; a context manager.
+    """Remembers that a signal came, so that a training loop can stop after its step; a context manager.
 
-    A second signal ends the process at once, as the first does inside of `at_once`. Only the main thread can receive
-    signals; in another one this does nothing. A signal that was ignored stays ignored.
+    A second signal ends the process at once, as the first does inside `at_once`. Only the main thread can receive
+    signals; in another thread this does nothing. A signal that was ignored stays ignored.
 
     Args:
-        heeded: whether this process is the one to look. Another one ends only by a second signal, or because the first
-            process has ended.
+        heeded: whether this process acts on the first signal. One that does not ends only at a second signal, or
+            because the process that does has ended.
     """
 
     def __init__(self, *, heeded: bool = True) -> None:
@@ -32,12 +32,12 @@ class Interrupts:
 
     @property
     def came(self) -> bool:
-        """Whether a signal came, and this process is to do something about it."""
+        """Whether a signal came that this process acts on."""
         return self._heeded and self._received is not None
 
     @contextmanager
     def at_once(self) -> Generator[None]:
-        """Where nothing would be lost: a signal ends the process there and then."""
+        """A signal ends the process at once inside this block, where nothing would be lost."""
         self._ends_at_once = self._heeded
         try:
             if self.came:
@@ -47,7 +47,7 @@ class Interrupts:
             self._ends_at_once = False
 
     def end(self) -> NoReturn:
-        """End as the signal would have.
+        """End the process as the signal would have.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C.
@@ -63,7 +63,7 @@ class Interrupts:
         if is_second or self._ends_at_once:
             self.end()
         if self._heeded:
-            # Not through Python's streams: this may run in the middle of a print. Who reads it may be gone: `| tee`.
+            # Not print: a signal can come in the middle of one. The reader of stderr may have ended, as in `| tee`.
             with suppress(OSError):
                 os.write(2, b"\nStopping after this step. Ctrl-C again stops at once, without saving it.\n")
 

@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard."""
+"""A run's metrics: one JSON object per line in metrics.jsonl, and the same numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes metrics of one run; a context manager for one thread.
 
-    A continued run drops what was written after its checkpoint, so that every step stands there once.
+    A continued run drops what was written after its checkpoint, so that the file holds each step once.
 
     Args:
         folder: the run's folder.
-        first_step: steps the run continues from; 0 for a new one.
-        validates_first_step: whether that step's validation is still to come, or comes once more.
+        first_step: the step that the run continues from; 0 for a new run.
+        validates_first_step: whether the run will validate after that step, for the first time or again.
     """
 
     def __init__(self, folder: Path, *, first_step: int, validates_first_step: bool = False) -> None:
         path = folder / METRICS_FILE
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
         rewritten: list[dict[str, Any]] = []
-        if validates_first_step:  # TensorBoard can only be told to forget a whole step
+        if validates_first_step:  # TensorBoard can only forget whole steps, so the step's training is written again
             rewritten = [row for row in kept if row["step"] == first_step and row["kind"] == "train"]
             kept = [row for row in kept if row["step"] < first_step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -65,7 +65,7 @@ class MetricsLog:
 
 
 def _open_board(folder: Path, *, purge_step: int) -> SummaryWriter | None:
-    """A writer of TensorBoard's events from `purge_step` on; None where TensorBoard is not installed."""
+    """A TensorBoard writer that forgets what it has from `purge_step` on; None if TensorBoard is not installed."""
     if not _has_tensorboard():
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -75,21 +75,21 @@ def _open_board(folder: Path, *, purge_step: int) -> SummaryWriter | None:
 
 @cache
 def _has_tensorboard() -> bool:
-    """Whether it is installed. The first question is answered to the user too."""
+    """Whether TensorBoard is installed. If it is not, the first call tells the user."""
     if find_spec("tensorboard") is not None:
         return True
     logging.getLogger(__name__).info(
-        f"NOTE: TensorBoard is not installed: metrics are written to {METRICS_FILE} only. For TensorBoard too, "
-        "pip install 'atcache[tensorboard]'."
+        f"NOTE: TensorBoard is not installed, so metrics are written to {METRICS_FILE} only. To have them in "
+        "TensorBoard too, pip install 'atcache[tensorboard]'."
     )
     return False
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """A run's metrics, oldest first; `kind` None for all. Half a line, left by a killed run, is dropped.
+    """A run's metrics of one `kind`, oldest first; None takes all. Half a line, left by a killed run, is dropped.
 
     Raises:
-        CorruptCacheError: a whole line is no record of a step.
+        CorruptCacheError: a whole line is not the record of a step.
     """
     path = folder / METRICS_FILE
     text = path.read_text() if path.exists() else ""
@@ -97,14 +97,14 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [row for row in rows if row["step"] >= 0 and kind in (None, row["kind"])]
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(f"{path} is damaged ({error}). Delete {folder} to start this run anew.") from error
+        raise CorruptCacheError(f"{path} is damaged ({error}). Delete {folder} to start this run again.") from error
 
 
 class Speed:
-    """Images per second of training, over all ranks, and the share of its time that went into waiting for batches.
+    """Images per second of training, over all ranks, and the share of the time that was spent waiting for batches.
 
     Args:
-        num_ranks: processes that train together. Each is as fast as this one: they wait for each other.
+        num_ranks: processes that train together. Each is as fast as this one, because they wait for each other.
     """
 
     def __init__(self, num_ranks: int = 1) -> None:
@@ -112,15 +112,15 @@ class Speed:
         self._start_s = time.monotonic()
         self._waited_s = self._paused_s = 0.0
         self.num_images = 0
-        """That were trained on."""
+        """Images trained on so far, over all ranks."""
 
     @property
     def seconds(self) -> float:
-        """Since the start, with all that was not training."""
+        """Seconds since the start, including what was not training."""
         return max(1e-9, time.monotonic() - self._start_s)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time each takes to come counts as waiting, and its images as trained on."""
+        """The same batches; the time until each arrives counts as waiting, and its images as trained on."""
         while True:
             start_s = time.monotonic()
             batch = next(batches, None)
@@ -132,7 +132,7 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Something else than training, such as validation."""
+        """Do not count the time of this block, such as validation, as training."""
         start_s = time.monotonic()
         try:
             yield
@@ -140,7 +140,7 @@ class Speed:
             self._paused_s += time.monotonic() - start_s
 
     def values(self) -> dict[str, float]:
-        """Both numbers by name."""
+        """Both numbers, by the names that metrics.jsonl has for them."""
         training_s = max(1e-9, self.seconds - self._paused_s)
         return {"img_per_s": self.num_images / training_s, "waited_for_data": self._waited_s / training_s}
 

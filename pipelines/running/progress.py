@@ -1,4 +1,4 @@
-"""How a running pipeline tells a person where it is: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Shows how far a running pipeline is: by a live bar on a terminal, by a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Progress of `total` units on stderr; a context manager for one thread.
 
-    On a terminal a rich bar with the time that remains; elsewhere (a log file, CI) one line every ten seconds and one
-    at the end, so that logs stay readable. Where nobody reads any more, a closed terminal, work goes on in silence.
+    On a terminal it shows a bar and the time that remains. Elsewhere (a log file, CI) it prints one line every ten
+    seconds and one at the end, so that logs stay readable. If the terminal is closed, the work continues in silence.
 
     Args:
         title: what is being done, one word.
@@ -68,7 +68,7 @@ class Progress:
         return self._done
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line; on a terminal, above the bar."""
         with suppress(OSError):
             if self._rich is not None:
                 self._rich.console.print(Text(line))

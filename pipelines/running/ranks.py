@@ -1,4 +1,4 @@
-"""Several processes that work together, as `torchrun` starts them; how those that train one student talk."""
+"""Several processes that work together, as `torchrun` starts them, and how those that train one student communicate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others before it gives up: longer than one of them may need to save."""
+"""How long a process waits for the others before it gives up. Saving, which one may have to do, takes less."""
 
 
 class ProcessLostError(AtcacheError, RuntimeError):
@@ -28,10 +28,10 @@ class ProcessLostError(AtcacheError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """Which of the processes of a run this one is. The first, rank 0, leads: it alone writes and speaks.
+    """Which of a run's processes this one is. Rank 0 leads: only it saves the run and prints.
 
-    An error that all ranks learn of is raised by the leader alone; the others end with `SystemExit(1)`, so that it is
-    told once.
+    An error that all ranks know of is raised by the leader only, so that it is printed once. The others end with
+    `SystemExit(1)`.
     """
 
     rank: int = 0
@@ -39,16 +39,16 @@ class Ranks:
     world_size: int = 1
     """Processes in all."""
     local_rank: int = 0
-    """Which process of this node, and so which GPU."""
+    """The number of the process on its node, and so of its GPU."""
     local_world_size: int = 1
-    """Processes of this node, which share its processors."""
+    """Processes on this node, which share its processors."""
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun has put into the environment; one process without it.
+        """The ranks that torchrun has put into the environment; without torchrun, those of a single process.
 
         Raises:
-            ConfigError: the environment holds no numbers.
+            ConfigError: what stands in the environment is not numbers.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if any(name not in os.environ for name in names):
@@ -68,29 +68,29 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is rank 0, which saves the run and prints."""
         return self.rank == 0
 
     def refuse_several(self, command: str) -> None:
         """Refuse to run `command` in several processes.
 
         Raises:
-            ConfigError: there are several, and this is the first.
+            ConfigError: there are several, and this one leads.
         """
         if self.is_alone:
             return
         self.refuse(
             ConfigError(
-                f"{command} runs in one process and was started in {self.world_size}: call it without torchrun. Only "
-                "`atcache build` and `atcache train` of one student take several."
+                f"{command} runs in one process but was started in {self.world_size}: call it without torchrun. Only "
+                "`atcache build` and `atcache train` of one student can use several."
             )
         )
 
     def device_name(self, name: str) -> str:
-        """The device of this process, where all were asked for `name`.
+        """The device of this process, if `name` was given to all.
 
         Raises:
-            ConfigError: one GPU was named for all.
+            ConfigError: `name` is a single GPU.
         """
         if self.is_alone or name == "cpu":
             return name
@@ -98,19 +98,19 @@ class Ranks:
 
         if name not in ("auto", "cuda"):
             raise ConfigError(
-                f"device {name!r} would be every process's: give auto, cpu or cuda, and each has its own."
+                f"device {name!r} would be used by every process: give auto, cpu or cuda, so that each gets its own."
             )
         return "cpu" if name == "auto" and not torch.cuda.is_available() else f"cuda:{self.local_rank}"
 
     @contextmanager
     def connected(self, device: torch.device) -> Generator[None]:
-        """The processes can talk to each other: by nccl from GPUs, by gloo from CPUs.
+        """Connect the processes inside this block: by nccl between GPUs, by gloo between CPUs.
 
-        Nothing that averages gradients may outlive it: its threads end with it, or the interpreter's end finds one at
-        work now and then and the process aborts.
+        Nothing that averages gradients may outlive the block. Threads of it that still work when the interpreter ends
+        would sometimes abort the process.
 
         Raises:
-            ProcessLostError: another process has ended, so that this one cannot go on.
+            ProcessLostError: another process has ended, so this one cannot continue.
         """
         if self.is_alone:
             yield
@@ -118,7 +118,7 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        # Its functions' defaults hold the group that exists when it is first imported, for ever: here that is none.
+        # Import it before a group exists: its functions keep the group of that moment as the default of an argument.
         import_module("torch.distributed.nn")
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -137,10 +137,10 @@ class Ranks:
         dist.destroy_process_group()
 
     def on_leader(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on the leader, on all ranks; the others do not call it.
+        """Call `function` on the leader only, and return its result on all ranks.
 
         Raises:
-            AtcacheError: what it raised.
+            AtcacheError: what `function` raised.
         """
         if self.is_alone:
             return function()
@@ -154,10 +154,10 @@ class Ranks:
         return result
 
     def on_all(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns on this rank, once it has returned on all of them.
+        """Call `function` on all ranks, and return this rank's result once all have finished.
 
         Raises:
-            AtcacheError: what it raised on the first rank where it did.
+            AtcacheError: what `function` raised, on the lowest rank that failed.
         """
         if self.is_alone:
             return function()
@@ -168,10 +168,10 @@ class Ranks:
         return cast("Result", result)
 
     def refused_once(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns, where all ranks call it alike and need nothing from each other.
+        """Call `function`, which does or refuses the same on all ranks, and return its result.
 
         Raises:
-            AtcacheError: what it raised, on the leader alone.
+            AtcacheError: what `function` raised, on the leader only.
         """
         try:
             return function()
@@ -179,7 +179,7 @@ class Ranks:
             self.refuse(error)
 
     def check_equal(self, value: object, message: str) -> None:
-        """Refuse to go on where `value` is not the same on every rank.
+        """Refuse to continue if `value` is not the same on every rank.
 
         Raises:
             ConfigError: with `message`.
@@ -188,7 +188,7 @@ class Ranks:
             self.refuse(ConfigError(message))
 
     def sum(self, values: Tensor) -> list[float]:
-        """The sums of each of `values` over the ranks; they lie on the device that was connected."""
+        """The sum over the ranks of each of `values`, which are on the device that was connected."""
         if not self.is_alone:
             import torch.distributed as dist
 
@@ -197,13 +197,13 @@ class Ranks:
         return cast("list[float]", values.tolist())
 
     def refuse(self, problem: AtcacheError) -> NoReturn:
-        """End all ranks for a problem that all know: the leader raises it, the others leave in silence."""
+        """End all ranks because of a problem that all know: the leader raises it, the others exit in silence."""
         if self.leads:
             raise problem
         raise SystemExit(1)
 
     def _gather(self, value: object) -> list[Any]:
-        """Each rank's value, in their order."""
+        """The value of each rank, in the order of ranks."""
         import torch.distributed as dist
 
         values: list[Any] = self.world_size * [None]
@@ -222,5 +222,5 @@ def _tried(function: Callable[[], Result]) -> tuple[Result | None, AtcacheError 
 def _is_of_a_lost_process(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
-    # gloo's errors are bare RuntimeErrors; they name its source file.
+    # gloo raises plain RuntimeErrors; they can only be told by its source file's name in their text.
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

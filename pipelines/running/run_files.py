@@ -1,4 +1,4 @@
-"""The files of a run's folder."""
+"""The names of the files in a run's folder, and how weights are written to one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write a timm model's weights; those of a distilled student load into any timm model of its name."""
+    """Write a timm model's weights. A distilled student's load into any timm model of the same name."""
     from safetensors import torch as safetensors_torch
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replaced_whole(path) as temp:
         safetensors_torch.save_file(tensors, temp, metadata={"format": "pt"})
-        # safetensors makes files that only their owner may read; whoever may read the run may read its weights.
+        # safetensors makes files that only their owner may read. Let all read the weights who may read the folder.
         temp.chmod(path.parent.stat().st_mode & 0o666)

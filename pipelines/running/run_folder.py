@@ -1,7 +1,7 @@
 """A run's folder belongs to one run, and one process at a time works in it.
 
-What the run is stands in a record, a JSON file. A run that is typed again with other options is refused as soon as
-something was saved that they would not have led to; before that it is begun anew.
+A record, which is a JSON file, says what the run is. Other options, which would make another run, are refused once the
+first run has saved something; before that, the new run replaces it.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from .checkpoint import CHECKPOINT_FILE
 from .run_files import RUN_FILE, WEIGHTS_FILE
 
 GIVEN_UP_FILE = "given-up.txt"
-"""In the folder of a sweep's student whose loss was no number any more: why. Deleting the folder tries it anew."""
+"""Says why a sweep gave up a student: its loss became NaN or infinite. Delete the student's folder to try it again."""
 
 _SAVED = (WEIGHTS_FILE, CHECKPOINT_FILE, GIVEN_UP_FILE)
-"""What a run is held to: without any of them, nothing of it is lost by another one."""
+"""What a run saves. Once any of them exists, another run in the folder is refused, because it would be lost."""
 _FILES_OF_OTHERS = (*_SAVED, RUN_FILE, "config.json", "zarr.json")
-"""What runs, pre-trained teachers, caches and anybody's weights leave in a folder, for a new run to overwrite."""
+"""Files of runs, pre-trained teachers, caches or downloaded weights, which a new run must not overwrite."""
 
 _WITHOUT_VALUES = {
-    "data.validation": "its validation images or cache are others",
-    "data.initial_weights_sha256": "it began with other --weights",
-    "record.teacher": "its teacher is another",
-    "record.pairing": "it is given other attention of its teacher",
-    "source_fingerprint": "its images are others",
-    "num_samples": "its images are others",
+    "data.validation": "its validation images or cache are different",
+    "data.initial_weights_sha256": "it began with different --weights",
+    "record.teacher": "its teacher is different",
+    "record.pairing": "it is given different attention of its teacher",
+    "source_fingerprint": "its images are different",
+    "num_samples": "its images are different",
 }
-"""What is said where something below these keys differs: the values themselves would say nothing."""
+"""The words for a difference below these keys, whose values (such as hashes) would tell a person nothing."""
 
 
 @contextmanager
 def run_folder(folder: Path) -> Generator[None]:
-    """Make the folder of a run, and keep other processes from working in it, where its file system has locks.
+    """Make the folder of a run, and keep other processes from working in it, if its file system has locks.
 
     Raises:
-        ConfigError: a file is in the way, there can be no folder there, or another process works in it.
+        ConfigError: a file is in the way, no folder can be made there, or another process works in it.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file is in the way of the output folder. Give another --out.")
     try:
         make_folder(folder)
-    except FileNotFoundError as error:  # its parent is there, but takes no folders, as /proc
+    except FileNotFoundError as error:  # the parent exists but takes no folders, such as /proc
         raise ConfigError(f"{folder}: no folder can be made there. Give another --out.") from error
     with only_writer(folder, where_possible=True):
         yield
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
-    """What `keep_record` kept in `file`; None where no run was begun.
+    """The record that `keep_record` wrote to `file`; None if no run was begun.
 
     Raises:
         CorruptCacheError: the record cannot be read.
@@ -69,24 +69,24 @@ def read_record(file: Path) -> dict[str, Any] | None:
     try:
         stored: Any = json.loads(file.read_text())
     except ValueError as error:
-        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {file.parent} to start anew.") from error
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {file.parent} to start again.") from error
     if not isinstance(stored, dict):
-        raise CorruptCacheError(f"{file} holds no record of a run. Delete {file.parent} to start anew.")
+        raise CorruptCacheError(f"{file} holds no record of a run. Delete {file.parent} to start again.")
     return cast("dict[str, Any]", stored)
 
 
 def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[str] = ()) -> None:
-    """Keep what a run is in `file`, or refuse to go on with another one.
+    """Write the record of a run to `file`, or refuse if the folder belongs to another run.
 
     Args:
         file: in the run's folder, which exists.
         record: JSON values.
-        may_change: dotted names of what may be another thing from now on.
+        may_change: dotted names of values that may differ from the record in the folder.
 
     Raises:
-        CacheMismatchError: the folder holds what a run with another record saved; the message names each difference.
+        CacheMismatchError: a run with another record has saved something there; the message names each difference.
         CorruptCacheError: the record in the folder cannot be read.
-        ConfigError: the folder holds something else.
+        ConfigError: the folder holds something other than a run.
     """
     folder, stored, asked = file.parent, read_record(file), json.loads(encode_json(record))
     if stored is None:
@@ -109,11 +109,11 @@ def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[s
 
 
 def settle_precision(asked: str, settings: object, device: torch.device) -> str:
-    """What a run computes in, "fp32" or "bf16".
+    """The precision that a run computes in, "fp32" or "bf16".
 
     Args:
-        asked: "auto" is what the run was begun with, wherever that was; else what the device is fast at.
-        settings: the run's, as recorded, a mapping; None for a new one.
+        asked: "auto" keeps what the run was begun with, on any machine; a new run gets what its device is fast at.
+        settings: the recorded settings of the run, a mapping; None for a new run.
         device: where it runs now.
 
     Raises:
@@ -134,12 +134,12 @@ def _is_below(name: str, prefix: str) -> bool:
 
 
 def _in_words(name: str, there: object, here: object) -> str:
-    """A difference of two records, as a user would put it."""
+    """A difference between two records, in the words of a user."""
     for prefix, words in _WITHOUT_VALUES.items():
         if _is_below(name, prefix):
             return words
     if name.startswith("data.views.") and name.endswith(".source"):
-        return "its training images are others"
+        return "its training images are different"
     if name.startswith(("record.", "data.views.")):
         return f"{name.removeprefix('record.').removeprefix('data.views.')} is {there!r} there and {here!r} here"
     return f"--{name.removeprefix('settings.').replace('_', '-')} is {there!r} there and {here!r} here"

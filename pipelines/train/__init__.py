@@ -1,15 +1,15 @@
 """Train: students from a cache, and the runs they are compared with.
 
-- `config`: what a run is asked for
+- `config`: the options of a run
 - `run`: train one student, or several from one stream of batches
 - `loop`: the loop over batches
 - `student_run`: one student in training: its state and its step
 - `sweep`: the configs of a sweep
-- `data`: what a run is made of: student, views, order, teacher and validation
+- `data`: what a run needs, opened and checked: student, views, order, teacher and validation
 - `optimiser`: the optimiser and the learning rates
 - `validation`: validation sets, and the score of students on them
 - `recipes`: settings in a TOML file
 - `notes`: what a user should know before a run
 - `record`: what a run's folder says about its student
-- `summary`: what a finished run came to
+- `summary`: the results of a finished run
 """

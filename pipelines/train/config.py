@@ -1,4 +1,4 @@
-"""What a training run was asked for."""
+"""The options of a training run."""
 
 from __future__ import annotations
 
@@ -42,82 +42,87 @@ STREAM_FIELDS = (
     "precision",
     "checkpoint_every",
 )
-"""What the students of a sweep must have in common."""
+"""Settings that must be the same for all students of a sweep."""
 _WHERE_FIELDS = ("layers", "heads", "layer_map", "head_map")
-"""What goes where, for students that are given a teacher's attention."""
+"""Settings that say which of the teacher's layers and heads go where in the student."""
 MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
     "weights": ("finetune",),
     **dict.fromkeys((*_WHERE_FIELDS, "what"), ("copy", "distill")),
     "attention_weight": ("distill",),
 }
-"""Settings that only students of these modes can have. A live teacher has weights in all modes."""
-_ATTENTION_WEIGHT = 3.0
+"""The modes that can use a setting, if not all can. With a live teacher all modes can have `weights`: the teacher's."""
+_ATTENTION_WEIGHT = 3.0  # the paper's (arXiv 2411.09702)
 
 
 @config
 class TrainConfig:
-    """Everything a run depends on. Epochs, learning rate and weight decay are the paper's for copy (arXiv 2411.09702).
+    """Everything a run depends on. By default, epochs, learning rate and weight decay are the paper's for mode copy.
 
-    Its layer decay and moving average are off unless asked for.
+    The paper is arXiv 2411.09702. Its layer decay and its moving average are off by default.
     """
 
     mode: Mode = option(
         "What the student does: copy the teacher's attention, distill it, train from scratch without it, or finetune "
         "the teacher's weights."
     )
-    out: Path = option("The run's folder. An unfinished run is continued.", is_written=True)
+    out: Path = option("The run's folder. If it holds an unfinished run, that run continues.", is_written=True)
     recipe: str | None = recipe_option()
     cache: Location | tuple[Location, ...] | None = option(
-        "The training cache, a path or URL. Several are one set of samples. scratch and finetune can train without "
-        "one, and then draw new views every epoch.",
+        "The training cache, a path or URL. Several caches are used as one. scratch and finetune can train without a "
+        "cache; they then draw new views every epoch.",
         default=None,
     )
     data: str | tuple[str, ...] | None = option(
-        "Where the caches' tars are now, or what to train on without a cache. May be given more than once.",
+        "Where the caches' tars are now, if they were moved; without a cache, the tars to train on. May be given more "
+        "than once.",
         default=None,
         metavar="TARS",
     )
     val_cache: Location | tuple[Location, ...] | None = option(
-        "Validation views with maps, from one cache or several. Copying students need one to be validated.",
+        "Cache of validation views and their maps; several are used as one. To validate, mode copy needs it, or "
+        "--live-teacher.",
         default=None,
     )
     val_data: str | tuple[str, ...] | None = option(
-        "Validation images, or where the validation caches' tars are now. May be given more than once.",
+        "Tars of validation images, or where the validation caches' tars are now. May be given more than once.",
         default=None,
         metavar="TARS",
     )
     student: str | None = option(
-        "The student, a timm name with arguments.  [default: the teacher's architecture]", default=None
+        "The student: a timm name, with arguments after a colon.  [default: the teacher's architecture]", default=None
     )
     weights: Path | None = option(
-        "The teacher's weights, a file, for finetune and --live-teacher.  [default: those timm names]", default=None
+        "File of the teacher's weights, for finetune and --live-teacher.  [default: timm's, from the hub]", default=None
     )
     layers: str | None = option(
-        "Blocks whose attention is transferred, such as 0-17; others attend freely.  [default: all in the cache]",
+        "Blocks whose attention is transferred, such as 0-17; the others use their own.  [default: all in the cache]",
         default=None,
     )
     heads: str | None = option(
-        "Heads of them, such as 0,3; others attend freely.  [default: all in the cache]", default=None
+        "Heads of these blocks whose attention is transferred, such as 0,3; the others use their own.  [default: all "
+        "in the cache]",
+        default=None,
     )
     layer_map: str | None = option(
-        "Instead of --layers, for a student of another depth: pairs STUDENT:TEACHER of blocks, such as 0:0,1:2,2:4.",
+        "Instead of --layers, for a student with another number of blocks: pairs STUDENT:TEACHER of blocks, such as "
+        "0:0,1:2,2:4.",
         default=None,
     )
     head_map: str | None = option(
-        "Instead of --heads, for a student with fewer heads: the teacher's head for each of the student's, such as "
+        "Instead of --heads, for a student with fewer heads: the teacher's head for each head of the student, such as "
         "0,2,5.",
         default=None,
     )
     what: What = option(
-        "What is transferred. Of q, k or v alone, copied, the student has its own others; distilled, it is a mean "
-        "squared error. v and qkv need `build --store v`, or --live-teacher.",
+        "What is transferred. A student that copies only q, k or v computes the others itself. Distilling anything "
+        "but maps uses a mean squared error. v and qkv need --live-teacher, or a cache of `build --store v`.",
         default="map",
     )
     live_teacher: bool = option(
-        "Run the teacher in every step instead of reading its maps, for comparison.", default=False
+        "Run the teacher in every step instead of reading its maps from the cache, to compare the two.", default=False
     )
     policy: PolicyName | None = option(
-        "How views are drawn without a cache, whose own are drawn already.  [default: crop-flip]", default=None
+        "How views are drawn without a cache; a cache's views are fixed.  [default: crop-flip]", default=None
     )
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
@@ -125,19 +130,19 @@ class TrainConfig:
     epochs: float = option("Passes over the samples.", default=100.0, above=0)
     steps: int | None = option("Optimiser steps, instead of epochs.", default=None, at_least=1)
     batch_size: int = option("Samples in an optimiser step.", default=256, at_least=1)
-    accumulate: int = option("Equal parts that a step's batch is cut into, to save memory.", default=1, at_least=1)
+    accumulate: int = option("Cut each step's batch into this many equal parts, to save memory.", default=1, at_least=1)
     subset: int | None = option(
-        "Train on so many samples only, drawn evenly over the classes by the seed.", default=None, at_least=1
+        "Train on this many samples only, drawn evenly over the classes by the seed.", default=None, at_least=1
     )
-    optimizer: str = option("Any optimiser of timm's.", default="adamw")
+    optimizer: str = option("Name of a timm optimiser.", default="adamw")
     base_lr: float = option(
-        "Learning rate for 256 samples in a step; the real one is base_lr * batch_size / 256.", default=1e-3, above=0
+        "Learning rate for 256 samples in a step; the one used is base_lr * batch_size / 256.", default=1e-3, above=0
     )
-    min_lr: float = option("Learning rate at the end of the cosine.", default=0.0, at_least=0)
+    min_lr: float = option("Learning rate at the end of the cosine schedule.", default=0.0, at_least=0)
     warmup_epochs: float = option(
-        "Passes in which the learning rate rises from 0; at most a tenth of the run.", default=5.0, at_least=0
+        "Passes in which the learning rate rises from 0; never more than a tenth of the run.", default=5.0, at_least=0
     )
-    weight_decay: float = option("Weight decay, not of biases and norms.", default=0.05, at_least=0)
+    weight_decay: float = option("Weight decay; biases and norms have none.", default=0.05, at_least=0)
     beta2: float | None = option(
         "The second of the optimiser's two betas.  [default: the optimiser's own, such as AdamW's 0.999]",
         default=None,
@@ -145,15 +150,15 @@ class TrainConfig:
         below=1,
     )
     layer_decay: float | None = option(
-        "Learning rate of a block relative to the one above, such as 0.75.  [default: equal ones]",
+        "Learning rate of each block as a share of the next block's, such as 0.75.  [default: all are the same]",
         default=None,
         above=0,
         at_most=1,
     )
     drop_path: float = option("Stochastic depth of the student.", default=0.0, at_least=0, below=1)
     student_jitter: float = option(
-        "How far brightness, contrast and saturation of the student's images vary at every step; 0.4 is 0.6 to 1.4. "
-        "Moves no token, so a cache's maps stay right.",
+        "How far brightness, contrast and saturation of the student's images vary at every step; 0.4 means factors "
+        "of 0.6 to 1.4. Nothing in the image moves, so a cache's maps still fit.",
         default=0.0,
         at_least=0,
         at_most=1,
@@ -161,9 +166,9 @@ class TrainConfig:
     label_smoothing: float = option(
         "Share of the label's probability that is spread over all classes.", default=0.0, at_least=0, below=1
     )
-    clip_grad: float | None = option("Largest gradient norm.  [default: no limit]", default=None, above=0)
+    clip_grad: float | None = option("Largest norm of the gradients.  [default: no limit]", default=None, above=0)
     ema: float | None = option(
-        "Decay of a moving average of the weights, such as 0.9999, which is then what is validated and saved.",
+        "Decay of a moving average of the weights, such as 0.9999. The average is then what is validated and saved.",
         default=None,
         at_least=0,
         below=1,
@@ -171,9 +176,9 @@ class TrainConfig:
     attention_weight: float = option(
         "Weight of the distillation loss; 3 is the paper's.", default=_ATTENTION_WEIGHT, at_least=0
     )
-    seed: int = seed_option("weights and dropout, and of the order of samples without --order-seed")
+    seed: int = seed_option("weights, dropout and, without --order-seed, the order of samples")
     order_seed: int | None = option(
-        "Seed of the stream of batches: order, subset, and views without a cache.  [default: the seed]",
+        "Seed of the stream of batches: order, subset and, without a cache, views.  [default: --seed]",
         default=None,
         at_least=0,
         at_most=MAX_SEED,
@@ -182,9 +187,9 @@ class TrainConfig:
         "global mixes all samples; block reads neighbours together, for disks that are slow at random reads.",
         default="global",
     )
-    workers: int = option("Processes that read ahead; 0 reads in this one.", default=0, at_least=0)
+    workers: int = option("Processes that read ahead; 0 reads in the training process.", default=0, at_least=0)
     keep_mib: int = option(
-        "Memory for views that were read, in MiB, over all workers: small datasets are read once.",
+        "Memory that keeps views once they are read, in MiB, over all workers: small datasets are read only once.",
         default=256,
         at_least=0,
     )
@@ -192,18 +197,19 @@ class TrainConfig:
     precision: Precision = precision_option()
     validate_every: float = option("Epochs between validations; 0 validates at the end only.", default=1.0, at_least=0)
     checkpoint_every: int = option(
-        "Steps between checkpoints, beside one at each validation.", default=1000, at_least=1
+        "Steps between checkpoints; each validation saves one too.", default=1000, at_least=1
     )
 
     def __post_init__(self) -> None:
         if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
             raise ConfigError(
-                f"min_lr={self.min_lr} is over the learning rate {lr:.4g} (base_lr * batch_size / 256): it would rise. "
-                "Lower it; it is not scaled with the batch."
+                f"min_lr={self.min_lr} is over the learning rate {lr:.4g} (base_lr * batch_size / 256), so the "
+                "rate would rise. Lower min_lr; it is not scaled with the batch."
             )
         if self.batch_size % self.accumulate:
             raise ConfigError(
-                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts."
+                f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts. Give a "
+                f"multiple of {self.accumulate}."
             )
         transfers = self.mode in ("copy", "distill")
         if not self.caches and transfers:
@@ -212,7 +218,7 @@ class TrainConfig:
             )
         if not self.caches and (not self.data or self.student is None):
             raise ConfigError(
-                "without --cache, give --data and --student: there is nothing else to train on, and what."
+                "without --cache, give --data and --student: nothing else says what to train, and on which images."
             )
         if self.caches and self.policy is not None:
             raise ConfigError(
@@ -221,7 +227,8 @@ class TrainConfig:
         self._check_mixing()
         if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
             raise ConfigError(
-                f"weights are for finetune and --live-teacher: mode {self.mode} begins fresh and needs no teacher."
+                f"weights={self.weights} is for finetune and --live-teacher: mode {self.mode} starts from random "
+                "weights and runs no teacher. Leave --weights out."
             )
         self._check_transfer(transfers)
 
@@ -235,7 +242,7 @@ class TrainConfig:
             )
         from atcache.views.mixing import mix_policy
 
-        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # refuses what cannot be
+        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises for values that cannot be used
         if self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave --mixup and --cutmix out.")
 
@@ -243,7 +250,7 @@ class TrainConfig:
         given = [name for name in ("live_teacher", *_WHERE_FIELDS) if getattr(self, name)]
         given += ["what"] if self.what != "map" else []
         if given and not transfers:
-            raise ConfigError(f"{given[0]} is for copy and distill: mode {self.mode} uses no attention of a teacher.")
+            raise ConfigError(f"{given[0]} is for copy and distill: mode {self.mode} uses no teacher's attention.")
         if self.mode != "distill" and self.attention_weight != _ATTENTION_WEIGHT:
             raise ConfigError(
                 f"attention_weight={self.attention_weight}: mode {self.mode} has no attention loss to weigh. Leave "
@@ -255,7 +262,7 @@ class TrainConfig:
 
     @property
     def caches(self) -> tuple[Location, ...]:
-        """The caches to train on, none or more. Their order is part of the run: rows are numbered through them."""
+        """The caches to train on; may be empty. Their order is part of the run, because it numbers the rows."""
         return listed(self.cache)
 
     @property
@@ -264,18 +271,18 @@ class TrainConfig:
         return self.seed if self.order_seed is None else self.order_seed
 
     def stream(self) -> dict[str, Any]:
-        """What students that share one stream of batches must have in common: what it is made of, and where it runs."""
+        """The settings that students of one stream must have in common: what makes the stream, and where it runs."""
         common = {name: getattr(self, name) for name in STREAM_FIELDS}
-        # A live teacher is one for all; without one, weights are what a student begins with, its own affair.
+        # All students share one live teacher and its weights. Without it, `weights` are where each student starts.
         weights = self.weights if self.live_teacher else None
         return {**common, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
 
     def settings(self) -> dict[str, Any]:
-        """What makes this run this run: not where things lie, where it runs, or how often it looks up."""
+        """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
         places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
         for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):
             del settings[name]
-        if self.stream_seed == self.seed:
+        if self.stream_seed == self.seed:  # the same run, whether --order-seed repeats the seed or is left out
             settings["order_seed"] = None
         return settings

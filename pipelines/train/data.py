@@ -1,4 +1,4 @@
-"""What a training run is made of: its student, views, order, teacher and validation set, from its config."""
+"""What a training run needs, made from its config: student, views, order, teacher and validation set."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ class TrainingData:
     """Class of every row of the source."""
     order: SampleOrder
     teacher: CacheTeacher | LiveTeacher | SharedTeacher | None
-    """Gives factors for the modes that transfer attention."""
+    """Gives the teacher's factors; None for modes that transfer no attention."""
     validation: ValidationSet | None
     record: RunRecord
     identity: dict[str, Any]
-    """What was read, as JSON: runs that differ in it are different runs."""
+    """What the run reads, as JSON: runs that differ in it are different runs."""
     notes: tuple[str, ...]
     """What the user should know before the run."""
 
 
 def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> list[TrainingData]:
-    """Open and check all that runs need; what they share is opened once.
+    """Open and check everything that runs need; what they share is opened once.
 
     Each run's weights are drawn from torch's global generator, seeded with the run's seed.
 
     Args:
-        configs: runs that are equal in their `stream()`.
+        configs: one per run, all with the same `stream()`.
         device: where the students run.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit.
+        AtcacheError: something does not fit; always one of its children.
     """
     first = configs[0]
     val_readers, readers = open_caches(listed(first.val_cache)), open_caches(first.caches)
@@ -90,6 +90,7 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
         order=SampleOrder(
             sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle
         ),
+        # Classes are counted over all usable labels, so that a subset does not change the student.
         num_classes=int(label_S[eligible_S].max()) + 1,
         cache_teacher=cache_teacher,
         teacher=teacher,
@@ -106,7 +107,7 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
 
 @contextmanager
 def _named(config: TrainConfig, num_students: int) -> Generator[None]:
-    """Say of which student of several an error is."""
+    """Put the student's name before the message of an error, if there are several students."""
     try:
         yield
     except AtcacheError as error:
@@ -116,11 +117,11 @@ def _named(config: TrainConfig, num_students: int) -> Generator[None]:
 
 
 class _Plan(NamedTuple):
-    """What a run's student is, before it is made."""
+    """What is known of a run's student before it is made."""
 
     student: ModelName
     pairing: Pairing | None
-    """What it is given of the teacher, and where; None for scratch and finetune."""
+    """Which of the teacher's layers and heads it is given, and where; None for scratch and finetune."""
 
 
 class _Stream(NamedTuple):
@@ -133,15 +134,16 @@ class _Stream(NamedTuple):
     order: SampleOrder
     num_classes: int
     cache_teacher: TeacherRecord | None
-    """Who the caches are of."""
+    """The teacher of the caches."""
     teacher: CacheTeacher | LiveTeacher | None
     shared_teacher: SharedTeacher | None
-    """The teacher for students that take whole batches together; None for a student alone."""
+    """Gives several students the same factors of a batch; None for a student alone."""
     live_teacher: LiveTeacher | None
     device: torch.device
 
     def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
-        """What gives a run its factors."""
+        """The teacher that gives a run its factors."""
+        # Parts of a batch cannot be shared. `SharedTeacher` says why only copying students share a cache's factors.
         shares = config.accumulate == 1 and (config.mode == "copy" or self.live_teacher is not None)
         return self.shared_teacher if self.shared_teacher is not None and shares else self.teacher
 
@@ -164,7 +166,7 @@ def _plan(config: TrainConfig, cache_teacher: TeacherRecord | None) -> _Plan:
 
 
 def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> TrainingData:
-    """One run's own part, with what it shares."""
+    """The data of one run: its own part, and what it shares with the others."""
     teacher = stream.cache_teacher if plan.pairing else None
     initial_weights = _initial_weights(config, stream.cache_teacher)
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
@@ -181,7 +183,7 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
         check_views_fit(student, stream.readers[0])
     validation = _validation(config, student, stream)
     views_identity, seen_label_S = stream.views.identity, stream.label_S[stream.order.sample_S]
-    if plan.pairing is None:  # codes may be read for another student of the sweep
+    if plan.pairing is None:  # the sweep may read codes for others; trained alone, this run would read none
         views_identity = _without_codecs(views_identity)
     return TrainingData(
         student=student,
@@ -223,8 +225,8 @@ def _open_views(
     teacher: CacheTeacher | LiveTeacher | None,
     name: ModelName,
 ) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
-    """The views to train on, the class of every row, the rows that can be used, and those that are."""
-    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)
+    """The views to train on, the class of every row, the rows that can be used, and the rows that are used."""
+    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps views of its own
     if not readers:
         assert config.data, "checked by TrainConfig"
         index = index_source(config.data)
@@ -252,19 +254,19 @@ def _input_of(name: ModelName) -> InputConfig:
 
 
 def _check_one_size(names: Sequence[ModelName]) -> None:
-    """Refuse students that would draw different views together."""
+    """Refuse students of one sweep that need different views, which they would have to share."""
     policies = [_input_of(name).view_policy("crop-flip", 0) for name in names]
     for name, policy in zip(names, policies, strict=True):
         if policy != policies[0]:
             sizes = [f"{p.image_height} x {p.image_width}, {p.interpolation}" for p in (policies[0], policy)]
             raise ConfigError(
                 f"students {names[0]} and {name} take different views ({sizes[0]}; {sizes[1]}). Without a cache the "
-                "students of a sweep share the views that are drawn: give one img_size, or train them one by one."
+                "students of a sweep share the views that are drawn: give all one img_size, or train them one by one."
             )
 
 
 def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict[str, torch.Tensor] | None:
-    """The teacher's weights for fine-tuning; they must be those the cache was built with, where there is one."""
+    """The teacher's weights for fine-tuning; if there is a cache, they must be those it was built with."""
     if config.mode != "finetune":
         return None
     if config.weights is not None and teacher is None:
@@ -274,8 +276,8 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
     loaded = load_teacher(name, weights=config.weights)
     if teacher is not None and loaded.weights_sha256 != teacher.weights_sha256:
         raise CacheMismatchError(
-            f"finetune would begin from {loaded.source} (sha256 {loaded.weights_sha256[:12]}...), the cache's teacher "
-            f"has {teacher.weights_sha256[:12]}.... Give the --weights that the cache was built with."
+            f"finetune would start from {loaded.source} (sha256 {loaded.weights_sha256[:12]}...), but the cache's "
+            f"teacher has {teacher.weights_sha256[:12]}.... Give the --weights that the cache was built with."
         )
     return loaded.model.state_dict()
 

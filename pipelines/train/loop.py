@@ -1,4 +1,4 @@
-"""The loop of training: runs that take turns at each batch of one stream, until all are done."""
+"""The training loop: every run takes each batch of one stream, in turn, until all runs are done."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .summary import SweepResult
 
 
 def train_to_the_end(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool) -> dict[Path, SweepResult]:
-    """Give each run the batches it lacks; what they came to, by folder.
+    """Train each run on the batches that it still lacks; returns the results by folder.
 
     Args:
-        runs: at least one; each goes on from its checkpoint, where there is one.
+        runs: at least one; each continues from its checkpoint, if there is one.
         data: the stream they share.
-        alone: whether this is no sweep, so that a run whose loss is no number any more is an error.
+        alone: whether this is a single run, not a sweep; then a loss that is NaN or infinite is an error.
 
     Raises:
-        AtcacheError: one of its children for what fails; runs that stand between two steps are saved before.
+        AtcacheError: something fails; always one of its children. Runs that are between two steps are saved first.
     """
     ranks = runs[0].ranks
     ranks.on_all(lambda: [run.restore() for run in runs])
@@ -44,7 +44,7 @@ def train_to_the_end(runs: Sequence[TrainingRun], data: TrainingData, *, alone: 
 
 
 class _Loop:
-    """The state of the runs' training. What is opened lives as long as the `stack`."""
+    """The state of the training of all runs. What it opens is closed with the `stack`."""
 
     def __init__(self, runs: Sequence[TrainingRun], stack: ExitStack, *, alone: bool) -> None:
         self._runs, self._ranks, self._alone = runs, runs[0].ranks, alone
@@ -66,7 +66,7 @@ class _Loop:
         self._speed = Speed(self._ranks.world_size)
 
     def to_the_end(self, data: TrainingData) -> dict[Path, SweepResult]:
-        """Take all steps."""
+        """Train all runs to their last step; returns their results by folder."""
         for run, validates in zip(self._runs, self._to_validate, strict=True):
             self._after_step(run, validates=validates)
         batches = self._speed.timed(self._batches(data))
@@ -75,7 +75,7 @@ class _Loop:
                 break
             with self._saved_when_stopped():
                 batch = next(batches)
-            if not self._alone:  # one journey to the device for all; a run alone may want it in parts
+            if not self._alone:  # one copy to the device for all; a single run may take the batch in parts
                 batch = batch.to(self._runs[0].device)
             # A run whose checkpoint is of a later step joins when the stream gets there.
             current = [run for run in self._unfinished() if run.step == step]
@@ -106,7 +106,7 @@ class _Loop:
         return [run for run in self._runs if run.config.out not in self._results]
 
     def _take(self, run: TrainingRun, batch: Batch) -> None:
-        """One step of a run; one of a sweep is given up where its loss is no number any more."""
+        """Take one step of a run. In a sweep, a run whose loss is NaN or infinite is given up."""
         try:
             run.take(batch, self._speed, self._reports[run])
         except DivergedError as error:
@@ -118,7 +118,7 @@ class _Loop:
             self._reports[run].say(f"given up: {error}")
 
     def _after_step(self, run: TrainingRun, *, validates: bool) -> None:
-        """Validate, and finish, when it is time."""
+        """Validate the run if `validates`; finish it after its last step."""
         if validates:
             with self._speed.paused(), self._interrupts.at_once():
                 run.validate(self._reports[run])
@@ -128,28 +128,29 @@ class _Loop:
 
     @contextmanager
     def _saved_when_stopped(self) -> Generator[None]:
-        """Where all runs stand between two steps: save them if the process is told to end here, or something fails."""
+        """A context in which all runs are between two steps: if it is interrupted or fails, they are saved."""
         try:
             yield
         except BaseException:
             if self._ranks.leads:
+                # A run without a new step would only save its checkpoint again.
                 trained = [run for run in self._unfinished() if run.step > self._restored_at[run]]
                 sound = [run for run in trained if run.is_sound()]
                 for run in sound:
                     run.save(self._speed)
                 for run in trained:
-                    outcome = "is saved" if run in sound else "is not saved: weights are no numbers any more"
+                    outcome = "is saved" if run in sound else "is not saved: some weights are NaN or infinite"
                     self._reports[run].say(f"stopped after step {run.step}, which {outcome}")
             raise
 
     def _tell(self, num_steps: int) -> None:
-        """Show how far it is, now and then."""
+        """Show the progress, every few steps."""
         if self._progress is not None and (num_steps % LOG_EVERY == 0 or num_steps == self._num_steps):
             losses = " ".join(f"{run.loss:.4g}" for run in self._runs)
             self._progress.advance(num_steps - self._progress.done, f"loss {losses}  {self._speed}")
 
     def _reports_of(self, run: TrainingRun, stack: ExitStack, validates: bool) -> Reports:
-        """Where a run's numbers and words go; says where it continues."""
+        """Where a run's metrics and log lines go; logs the step at which it continues."""
         if self._progress is None:
             return Reports()
         metrics = stack.enter_context(MetricsLog(run.config.out, first_step=run.step, validates_first_step=validates))
@@ -159,7 +160,7 @@ class _Loop:
         return reports
 
     def _notes(self) -> Iterator[str]:
-        """What the user should know before the runs; what concerns all of them is said once."""
+        """Notes for the user before the runs; a note that concerns all of them appears once."""
         for note in dict.fromkeys(note for run in self._runs for note in run.notes):
             concerned = [run for run in self._runs if note in run.notes]
             if len(concerned) == len(self._runs):
@@ -172,7 +173,7 @@ class _Loop:
 
 
 def _lacks_validation(run: TrainingRun) -> bool:
-    """Whether a run's step is to be validated, once more where it is the last one and the run was not finished."""
+    """Whether a run still needs a validation at its step. At the last step it always does: `finish` needs the score."""
     return run.is_validated and (
         run.is_done or all(row["step"] != run.step for row in read_metrics(run.config.out, "validation"))
     )

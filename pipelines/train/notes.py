@@ -1,4 +1,4 @@
-"""What a user should know before a run, where it is no reason to refuse it."""
+"""Notes: what a user should know before a run, but no reason to refuse it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .recipes import read_recipe, view_differences
 from .validation import ValidationSet
 
 _MANY_TIMES = 30
-"""How often a view may be shown before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
+"""How often a run may show a view before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
 
 
 def training_notes(
     config: TrainConfig, student: ModelName, num_classes: int, readers: Sequence[CacheReader]
 ) -> Iterator[str]:
-    """Sentences on a run of this student from these caches, in the order of their weight.
+    """Notes on a run of this student from these caches, the most important first.
 
     Args:
         config: the run.
         student: its architecture.
-        num_classes: that the labels are of.
-        readers: the caches, of one teacher; none for a run without.
+        num_classes: the number of classes of the labels.
+        readers: the caches, all of one teacher; empty for a run without a cache.
     """
     if readers and config.mode in ("copy", "distill") and config.student is not None:
         yield from _notes_on_components(student, CacheRecord.of(readers[0]).teacher_record)
     asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
     if asked not in (0, num_classes):
-        yield f"NOTE: the student's num_classes={asked} is not used: the labels are of {num_classes} classes, from 0."
+        yield f"NOTE: the student's num_classes={asked} is not used: the labels have {num_classes} classes, from 0."
     if config.recipe is not None:
         wanted = read_recipe(config.recipe)["build"]
         for reader in readers:
@@ -47,17 +47,18 @@ def training_notes(
                 yield (
                     f"NOTE: the views of {reader.path} are not those of recipe {config.recipe}: "
                     f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
-                    "draws the recipe's."
+                    "builds one with the recipe's."
                 )
 
 
 def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheReader]) -> Iterator[str]:
-    """A sentence where a run shows so few views so often that its student will know them by heart.
+    """A note if a run shows the same few views so often that its student may learn them by heart.
 
     Args:
         config: the run.
-        num_samples: that it is trained on.
-        readers: the caches; none for a run without, which draws new views. Those of policy eval can have one only.
+        num_samples: how many samples it is trained on.
+        readers: the caches; empty for a run without a cache, which draws new views. Caches of policy eval do not count:
+            they cannot have more than one view.
     """
     drawn = [identity for reader in readers if (identity := CacheRecord.of(reader).identity).policy.name != "eval"]
     num_epochs = config.epochs if config.steps is None else config.steps * config.batch_size / num_samples
@@ -65,21 +66,21 @@ def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheRea
     if num_views and num_epochs / num_views > _MANY_TIMES:
         yield (
             f"NOTE: the cache has {num_views} view{'s' * (num_views > 1)} of an image, which the run shows "
-            f"{num_epochs / num_views:.0f} times each: students may learn them by heart. Build it with more --views, "
-            "or vary what is seen with --student-jitter."
+            f"{num_epochs / num_views:.0f} times each: students may learn them by heart. Build a cache with more "
+            "--views, or vary the student's images with --student-jitter."
         )
 
 
 def validation_notes(views: Views, seen_label_S: np.ndarray, validation: ValidationSet) -> Iterator[str]:
-    """Sentences on what a run is validated on.
+    """Notes on what a run is validated on.
 
     Args:
-        views: that it is trained on.
-        seen_label_S: the classes of the samples that it is trained on.
+        views: the views it is trained on.
+        seen_label_S: the classes of their labels.
         validation: what it is validated on.
     """
     if _sources(views.identity) & _sources(validation.views.identity):
-        yield "NOTE: the run is validated on images that it is trained on: scores say nothing of other images."
+        yield "NOTE: the run is validated on images that it is trained on: scores say nothing about other images."
     label_S = validation.label_S[validation.sample_S]
     if num_unseen := int((~np.isin(label_S, seen_label_S)).sum()):
         yield (
@@ -89,13 +90,13 @@ def validation_notes(views: Views, seen_label_S: np.ndarray, validation: Validat
 
 
 def _sources(identity: dict[str, Any]) -> set[str]:
-    """Fingerprints of the tars that views are of."""
+    """Fingerprints of the tars that views come from."""
     parts = identity.get("joined", {"only": identity}).values()
     return {part["source"] for part in parts}
 
 
 def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:
-    """Warn where the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
+    """A warning if the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
     with torch.device("meta"):
         models = [create_student(parse_model_name(teacher.name), 1), create_student(student, 1)]
     if differences := component_differences(*models):

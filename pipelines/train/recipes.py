@@ -1,6 +1,7 @@
 """Recipes: settings of `train` and `build` in a TOML file that users can read, copy and change.
 
-Those of the papers come with the package. A file has the form of atcache.toml: a table a command, a key an option.
+The papers' recipes come with the package. A file has the form of atcache.toml: one table per command, one key per
+option.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from atcache.errors import ConfigError
 FOLDER = Path(atcache.__file__).parent / "data" / "recipes"
 TABLES = ("train", "build")
 VIEW_FIELDS = ("policy", "mixup", "cutmix", "mix_prob")
-"""Settings of [build] that a run without a cache, which draws views itself, follows too."""
+"""Settings of [build] that also apply to a run without a cache, because it draws its own views."""
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -28,7 +29,7 @@ def recipe_path(name: str) -> Path:
     """The file of a recipe: one of the package's by name, or the user's own by path.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such recipe or file.
     """
     if name in recipe_names():
         return FOLDER / f"{name}.toml"
@@ -36,16 +37,16 @@ def recipe_path(name: str) -> Path:
     if path.is_file():
         return path
     raise ConfigError(
-        f"recipe {name!r}: there is no such file, and no recipe of that name. There are "
+        f"recipe {name!r}: there is no such file, and no recipe of that name. The recipes are "
         f"{', '.join(recipe_names())}, in {FOLDER}."
     )
 
 
 def read_recipe(name: str) -> dict[str, dict[str, Any]]:
-    """The settings of a recipe by command: "train" as fields of `TrainConfig`, "build" as those of `BuildConfig`.
+    """The settings of a recipe by command: "train" holds fields of `TrainConfig`, "build" fields of `BuildConfig`.
 
     Raises:
-        ConfigError: there is no such recipe, it is no TOML, or it holds other tables.
+        ConfigError: there is no such recipe, it is not TOML, or it holds other tables.
     """
     path = recipe_path(name)
     try:
@@ -54,12 +55,12 @@ def read_recipe(name: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     for table, settings in tables.items():
         if table not in TABLES or not isinstance(settings, dict):
-            raise ConfigError(f"{path}: {table!r} is no table of a recipe; it has the tables [train] and [build].")
+            raise ConfigError(f"{path}: {table!r} is not a table of a recipe. Expected only [train] and [build].")
     return {table: {key.replace("-", "_"): value for key, value in tables.get(table, {}).items()} for table in TABLES}
 
 
 def views_to_draw(name: str) -> dict[str, Any]:
-    """How a run of a recipe draws views where it has no cache: as [build] says, unless [train] says otherwise.
+    """How a recipe's run without a cache draws its views: as [build] says, unless [train] says otherwise.
 
     Raises:
         ConfigError: as `read_recipe`.
@@ -70,11 +71,11 @@ def views_to_draw(name: str) -> dict[str, Any]:
 
 
 def view_differences(wanted: Mapping[str, Any], policy: Mapping[str, Any]) -> list[str]:
-    """In what stored views differ from those a recipe asks for, one text a setting.
+    """How stored views differ from those that a recipe asks for: one text per setting.
 
     Args:
         wanted: a recipe's "build" settings.
-        policy: the policy a cache records.
+        policy: the view policy that a cache records.
 
     >>> view_differences({"policy": "randaug", "mixup": 0.8}, {"name": "crop-flip"})
     ["policy is 'crop-flip', not 'randaug'", 'mixup is 0.0, not 0.8']

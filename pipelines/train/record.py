@@ -1,4 +1,4 @@
-"""A run's folder: which student it holds, so that it can be made again, and its weights."""
+"""What a run's folder records of its student, and how to load the student from it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from atcache.choices import Mode
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, new_student
 from atcache.teachers.names import parse_model_name
@@ -21,42 +22,25 @@ from ..running.run_files import RUN_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunRecord:
+class RunRecord(JsonFields):
     """What is needed to make a run's student again."""
 
+    is_strict: ClassVar[bool] = True
     mode: Mode
     student: str
-    """Its timm name with arguments."""
+    """The student's timm name, with arguments."""
     num_classes: int
     pairing: Pairing | None
-    """Which of a teacher's attention goes where in it; None for scratch and finetune."""
+    """Which of the teacher's layers and heads go where in the student; None for scratch and finetune."""
     teacher: TeacherRecord | None
-    """Who its attention comes from; None for scratch and finetune."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {
-            "mode": self.mode,
-            "student": self.student,
-            "num_classes": self.num_classes,
-            "pairing": None if self.pairing is None else self.pairing.to_json(),
-            "teacher": None if self.teacher is None else self.teacher.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> RunRecord:
-        """The record `to_json` came from."""
-        teacher = None if fields["teacher"] is None else TeacherRecord.from_json(fields["teacher"])
-        pairing = None if fields["pairing"] is None else Pairing.from_json(fields["pairing"])
-        values: dict[str, Any] = {**fields, "pairing": pairing, "teacher": teacher}
-        return cls(**values)
+    """The teacher whose attention it uses; None for scratch and finetune."""
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
-    """The student of a finished run, in eval mode, and what it is.
+    """The student of a finished run, in eval mode, and the run's record.
 
     Raises:
-        ConfigError: there is no finished run in the folder, or its weights are another student's.
+        ConfigError: there is no finished run in the folder, or its weights do not fit its student.
     """
     from safetensors import SafetensorError, torch as safetensors_torch
 
@@ -64,7 +48,8 @@ def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:
         record = RunRecord.from_json(json.loads((folder / RUN_FILE).read_text())["record"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{folder} is no run: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out {folder}`."
+            f"{folder} is not a run's folder: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out "
+            f"{folder}`."
         ) from error
     if not (folder / WEIGHTS_FILE).exists():
         raise ConfigError(

@@ -3,7 +3,7 @@
 One run is one folder: run.json (its settings), metrics.jsonl and TensorBoard events, checkpoint.pt while it runs,
 model.safetensors when it is done. Typing the same command again continues from the checkpoint, exactly.
 
-Several students can share one stream of batches (a sweep): each still is the run it would be alone.
+Several students can share one stream of batches (a sweep). Each comes out as if it were trained alone.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .summary import SweepResult, TrainSummary, read_finished
 
 
 def train(config: TrainConfig) -> TrainSummary:
-    """Train a student, or continue.
+    """Train a student, or continue a run that was stopped.
 
     Raises:
-        AtcacheError: one of its children for each thing that does not fit; a checkpoint that was saved stays valid.
+        AtcacheError: something does not fit; always one of its children. A saved checkpoint stays valid.
     """
     (result,) = _train_together([config], alone=True)
     if result.summary is None:
-        raise DivergedError(f"{config.out} was given up by a sweep: {result.problem} Delete it to train it anew.")
+        raise DivergedError(f"{config.out} was given up by a sweep: {result.problem} Delete it to train it again.")
     return result.summary
 
 
 def train_sweep(configs: Sequence[TrainConfig]) -> list[SweepResult]:
-    """Train several students from one stream of batches: what is read once serves all.
+    """Train several students from one stream of batches: data is read once for all of them.
 
-    Each student is bit for bit what `train` would make of its config alone. One whose loss is no number any more is
-    given up, and the others go on.
+    Each student is bit for bit the one that `train` makes from its config. A student whose loss is NaN or infinite is
+    given up; the others continue.
 
     Args:
-        configs: equal in their `stream()`, each with a folder of its own.
+        configs: one per student, all with the same `stream()`, each with its own folder.
 
     Raises:
-        ConfigError: the configs do not go together.
+        ConfigError: the configs differ in their stream, or two have the same folder.
         AtcacheError: as `train`.
     """
     Ranks.from_environment().refuse_several("`atcache train --sweep`")
@@ -60,7 +60,7 @@ def train_sweep(configs: Sequence[TrainConfig]) -> list[SweepResult]:
 
 def _check_one_stream(configs: Sequence[TrainConfig]) -> None:
     if not configs:
-        raise ConfigError("a sweep of no students: name at least one.")
+        raise ConfigError("the sweep has no students: name at least one.")
     first, *others = [config.stream() for config in configs]
     for other in others:
         if differing := [name for name, value in first.items() if other[name] != value]:
@@ -72,7 +72,7 @@ def _check_one_stream(configs: Sequence[TrainConfig]) -> None:
     outs = [config.out for config in configs]
     if len(set(outs)) < len(outs):
         twice = next(out for out in outs if outs.count(out) > 1)
-        raise ConfigError(f"two students of the sweep would be written to {twice}. Give each a name of its own.")
+        raise ConfigError(f"two students of the sweep would be written to {twice}. Give each its own name.")
 
 
 def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[SweepResult]:
@@ -89,7 +89,7 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
 
 
 def _settled(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The config with the precision that its run was begun with, or begins with now."""
+    """The config with its precision decided: the one its run started with, or that of a new run."""
     begun = read_record(config.out / RUN_FILE) or {}
     return replace(config, precision=settle_precision(config.precision, begun.get("settings"), device))
 
@@ -97,7 +97,7 @@ def _settled(config: TrainConfig, device: torch.device) -> TrainConfig:
 def _train_connected(
     configs: Sequence[TrainConfig], ranks: Ranks, device: torch.device, *, alone: bool
 ) -> dict[Path, SweepResult]:
-    """What is in here lives as long as the ranks are connected."""
+    """Train while the ranks are connected. All that is made here is gone when they disconnect."""
     configs = ranks.on_leader(lambda: [_settled(config, device) for config in configs])
     opened = ranks.on_all(lambda: open_training_data(configs, device))
     ranks.check_equal(
@@ -107,7 +107,7 @@ def _train_connected(
         ],
         "the processes see different data or options. Give all the same files and options.",
     )
-    # Made before anything is written: an optimiser that does not exist leaves nothing behind.
+    # Made before anything is written, so that an unknown optimiser leaves no files behind.
     runs = ranks.on_all(
         lambda: [TrainingRun(config, data, device, ranks) for config, data in zip(configs, opened, strict=True)]
     )
@@ -135,9 +135,9 @@ def _check_parts(config: TrainConfig, ranks: Ranks) -> None:
 def _begin(
     configs: Sequence[TrainConfig], opened: Sequence[TrainingData], folders: ExitStack
 ) -> dict[Path, SweepResult]:
-    """Keep in each folder which run it is, or refuse another one; results of those that are at their end already.
+    """Record in each folder which run it holds, or refuse another run; returns the results of runs that have ended.
 
-    The folders of those that are not are this process's until `folders` is left.
+    The folders of the other runs stay locked by this process until `folders` is closed.
     """
     results: dict[Path, SweepResult] = {}
     for config, data in zip(configs, opened, strict=True):
@@ -152,15 +152,15 @@ def _begin(
 
 
 def begin_run(config: TrainConfig, data: TrainingData) -> None:
-    """Keep in a run's folder which run it is, or refuse to go on with another one: see `keep_record`."""
+    """Record in a run's folder which run it holds, or refuse to continue another one: see `keep_record`."""
     record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
-    # What a run is validated on changes nothing in it; but a finished one has its score.
+    # Validation data does not change the training. Once the run is finished, its score is part of the result.
     is_finished = (config.out / WEIGHTS_FILE).exists()
     keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else ("data.validation",))
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:
-    """What an earlier call came to, where that was the end."""
+    """The result of an earlier call that ended the run; None if there was none."""
     file = config.out / GIVEN_UP_FILE
     if file.exists():
         return SweepResult(name=config.out.name, problem=file.read_text())

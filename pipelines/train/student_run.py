@@ -1,4 +1,4 @@
-"""One student being trained: its state, the step, and what is written to its folder."""
+"""One student in training: its state, the training step, and what is written to its folder."""
 
 from __future__ import annotations
 
@@ -36,40 +36,40 @@ from .validation import Score, score_students
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
 _MUCH_OF_THE_START = 0.05
-"""Share of the first weights in the moving average from which on a note warns."""
+"""A note warns if the initial weights make up at least this share of the moving average."""
 
 
 class DivergedError(ConfigError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reports:
-    """Where a run's numbers and words go; nowhere on ranks that do not lead."""
+    """Where a run's metrics and log lines go; only the leading rank writes any."""
 
     metrics: MetricsLog | None = None
     progress: Progress | None = None
     prefix: str = ""
-    """What a line begins with."""
+    """What each line starts with."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Keep numbers of a step."""
+        """Record the metrics of a step."""
         if self.metrics is not None:
             self.metrics.write(kind, step, values)
 
     def say(self, line: str) -> None:
-        """Tell the user."""
+        """Show the user a line."""
         if self.progress is not None:
             self.progress.say(self.prefix + line)
 
 
 class TrainingRun:
-    """One run's changing state.
+    """The state of one run, which changes with every step.
 
-    Whoever holds the batches calls `restore`, then `take` for each batch; also `validate` when a step `is_validated`,
-    and `finish` when the run `is_done`, right after `restore` too: a run may have been stopped in one of them.
+    The loop over batches calls `restore`, then `take` for each batch. After each of these it calls `validate` if the
+    step `is_validated`, and `finish` if the run `is_done`; after `restore` too, as either may have been interrupted.
 
-    Runs that are trained together know nothing of each other: every step seeds its own numbers.
+    Runs that are trained together do not affect each other: every step seeds its own random numbers.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class TrainingRun:
         self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
         self.checkpoint = config.out / CHECKPOINT_FILE
         self._together: Student | None = None
-        """The student with its gradients averaged over the ranks, once there are gradients."""
+        """The student with its gradients averaged over the ranks; None before the first step, and for one rank."""
         self.step = 0
         self.loss = math.nan
-        """The last logged one."""
+        """The last loss that was logged."""
         self.validation: Score | None = None
         self._seconds_before = 0.0
-        """Of the processes that trained it up to its checkpoint."""
+        """Time of earlier processes, which trained it up to its checkpoint."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -109,11 +109,11 @@ class TrainingRun:
         return (
             *self.data.notes,
             f"NOTE: --ema {decay} averages over about {round(1 / (1 - decay))} steps and the run has {self.num_steps}: "
-            f"{decay**self.num_steps:.0%} of what is validated and saved are the weights it began with. Lower --ema.",
+            f"{decay**self.num_steps:.0%} of what is validated and saved are the initial weights. Lower --ema.",
         )
 
     def restore(self) -> None:
-        """Go on from the checkpoint, where there is one."""
+        """Continue from the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
         contents = load_checkpoint(self.checkpoint, self.device)
@@ -127,12 +127,12 @@ class TrainingRun:
 
     @property
     def is_done(self) -> bool:
-        """Whether it has taken all its steps."""
+        """Whether the run has taken all its steps."""
         return self.step >= self.num_steps
 
     @property
     def is_validated(self) -> bool:
-        """Whether the student is looked at after the step it is at: the last, and each that ends a stretch."""
+        """Whether to validate after the current step: the last one, and one every `validate_every` epochs."""
         if self.data.validation is None or not self.step:
             return False
         return self.is_done or self._ends_a_stretch()
@@ -141,14 +141,14 @@ class TrainingRun:
         """Train on this rank's part of the current step's batch; log and save when it is time.
 
         Raises:
-            DivergedError: the loss is no number any more.
+            DivergedError: the loss is NaN or infinite.
         """
-        lr = self.lr()  # before the step, which sets the next one's
+        lr = self.lr()  # read before the step, which sets the next step's rate
         losses = self.train_step(batch)
         logs = self.step % LOG_EVERY == 0 or self.is_done
-        # Before a validation, which may fail for its images.
+        # Before a validation, which may fail, as at a damaged image. Without one, `finish` saves the last step.
         saves = self.is_validated if self.is_done else self._saves_now()
-        # A loss is looked at before its weights replace a good checkpoint.
+        # The loss is checked before these weights replace a good checkpoint.
         if logs or saves:
             # Reading losses waits for the device, so it is not done at every step.
             sums = self.ranks.sum(torch.stack(list(losses.values())).double())
@@ -168,7 +168,7 @@ class TrainingRun:
         jitter_B3 = self._draw(len(batch.label_B))
         jitters = config.accumulate * [None] if jitter_B3 is None else jitter_B3.chunk(config.accumulate)
         for number, (part, part_B3) in enumerate(zip(batch.cut(config.accumulate), jitters, strict=True), start=1):
-            # The student's alone: a live teacher sees the pixels as they are.
+            # Only the student's pixels are jittered: a live teacher sees them as they are.
             pixels_BHWC = part.pixels_BHWC.to(self.device, non_blocking=True)
             pixels_BHWC = pixels_BHWC if part_B3 is None else jitter_pixels(pixels_BHWC, part_B3)
             images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
@@ -200,23 +200,23 @@ class TrainingRun:
         return {"label_loss": label_loss, "loss": loss, "attention_loss": attention_loss}
 
     def _draw(self, num_images: int) -> Tensor | None:
-        """Seed the step's random numbers, and draw the jitter of this rank's images, where it is wanted.
+        """Seed the step's random numbers, and draw the jitter of this rank's images; None without jitter.
 
-        They do not depend on where a run was stopped, or on how it is validated.
+        The numbers depend neither on where a run was stopped nor on how it is validated.
         """
         seed = step_seed(self.config.seed, self.step)
         torch.manual_seed(seed)
         factors_B3 = None
         if self.config.student_jitter:
-            # Drawn for the whole batch, so that cutting it changes nothing.
+            # Drawn for the whole batch, so that the number of ranks changes nothing.
             all_B3 = draw_jitter(self.config.student_jitter, num_images * self.ranks.world_size)
             factors_B3 = all_B3[num_images * self.ranks.rank : num_images * (self.ranks.rank + 1)]
-        if self.ranks.rank:  # or all ranks would drop the same paths
+        if self.ranks.rank:  # otherwise all ranks would drop the same paths
             torch.manual_seed(step_seed(seed, self.ranks.rank))
         return factors_B3
 
     def _student_of_all_ranks(self, batch: Batch) -> Student:
-        """The student to train: under several ranks one whose gradients become the mean over them."""
+        """The student to train; with several ranks, one whose gradients are averaged over them."""
         if self.ranks.is_alone:
             return self.student
         if self._together is None:
@@ -229,7 +229,7 @@ class TrainingRun:
         return self._together
 
     def _freeze_what_is_unused(self, batch: Batch) -> None:
-        """Tell DDP which weights get no gradient, such as q and k of a copying CaiT: it would wait for it for ever."""
+        """Freeze weights that get no gradient, such as q and k of a copying CaiT: DDP would wait for it forever."""
         sample = batch.rows(0, 1)
         images = normalise_images(sample.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
         given = None if self.data.teacher is None else self.data.teacher.factors(sample)
@@ -239,17 +239,17 @@ class TrainingRun:
         weights = [weight for weight in self.student.module.parameters() if weight.requires_grad]
         gradients = cast(
             "Sequence[Tensor | None]", torch.autograd.grad(losses["loss"], weights, allow_unused=True)
-        )  # torch's type leaves the Nones out
+        )  # torch's annotation leaves out the Nones of unused weights
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.requires_grad_(gradient is not None)
 
     def _gradients_stay_here(self, student: Student, stay: bool) -> AbstractContextManager[None]:
-        """Where gradients are added up on each rank and not yet averaged, if they are to `stay`."""
+        """A context in which gradients add up on this rank and are not averaged yet; changes nothing without `stay`."""
         no_sync = getattr(student.module, "no_sync", None)
         return no_sync() if stay and no_sync is not None else nullcontext()
 
     def finish(self, speed: Speed) -> TrainSummary:
-        """Save the weights and the summary, and drop the checkpoint. For the leader alone."""
+        """Save the weights and the summary, and delete the checkpoint. Only the leader may call it."""
         out = self.config.out
         save_weights(out / WEIGHTS_FILE, self._evaluated_student().model)
         logged = read_metrics(out, "train")
@@ -270,12 +270,12 @@ class TrainingRun:
         return summary
 
     def lr(self) -> float:
-        """The next step's learning rate for the last block's weights: the highest under layer decay."""
+        """The next step's highest learning rate: with layer decay, earlier blocks have lower ones."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def _refuse_divergence(self) -> None:
         if not math.isfinite(self.loss):
-            problem = f"the loss is {self.loss}. Lower --base-lr or give --clip-grad 1, in another --out."
+            problem = f"the loss is {self.loss}. Lower --base-lr or give --clip-grad 1, and another --out."
             self.ranks.refuse(DivergedError(f"step {self.step}: {problem}"))
 
     def _ends_a_stretch(self) -> bool:
@@ -289,7 +289,7 @@ class TrainingRun:
         return self.step % self.config.checkpoint_every == 0 or self._ends_a_stretch()
 
     def validate(self, reports: Reports) -> None:
-        """Score the student."""
+        """Score the student on the validation set; keep the score and report it."""
         assert self.data.validation is not None, "the caller asks is_validated"
         score = score_students([self._evaluated_student()], self.data.validation, self.device, self.dtype, self.ranks)
         self.student.module.train()
@@ -301,11 +301,11 @@ class TrainingRun:
         )
 
     def _evaluated_student(self) -> Student:
-        """The student that counts: the moving average where there is one."""
+        """The student to validate and save: the moving average if there is one, else the student itself."""
         return self.student if self.ema is None else self.student.averaged(self.ema.module)
 
     def save(self, speed: Speed) -> None:
-        """Replace the checkpoint. For the leader alone."""
+        """Replace the checkpoint. Only the leader may call it."""
         save_checkpoint(
             self.checkpoint,
             {
@@ -318,15 +318,15 @@ class TrainingRun:
         )
 
     def is_sound(self) -> bool:
-        """Whether all weights are numbers: what `take` knows only of steps whose loss it reads."""
+        """Whether all weights are finite. `take` checks the loss of some steps only."""
         return all(bool(torch.isfinite(weight).all()) for weight in self.student.module.parameters())
 
 
 def _stretches(step: int, length: float) -> int:
-    """How many stretches of so many steps, not a whole number, lie in the first `step` of them."""
-    return math.floor(round(step / length, 9))  # 0.3 / 0.1 is less than 3
+    """How many whole stretches of `length` steps, which may be a fraction, the first `step` steps contain."""
+    return math.floor(round(step / length, 9))  # to Python, 0.3 / 0.1 is less than 3
 
 
 def _targets(batch: Batch, num_classes: int) -> Tensor:
-    """What to predict: classes, int64, or where views are mixed their probabilities, float32 (batch, class)."""
+    """What to predict: classes, int64 (batch,); for mixed views, class probabilities, float32 (batch, class)."""
     return batch.label_B if bool((batch.mix_share_B == 1).all()) else batch.class_probabilities(num_classes)

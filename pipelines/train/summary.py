@@ -1,13 +1,13 @@
-"""What a finished training run came to, kept in its folder."""
+"""The results of a finished training run, kept in its folder."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.errors import CorruptCacheError
+from atcache.fields import JsonFields
 
 from ..running.run_files import WEIGHTS_FILE
 from .validation import Score
@@ -16,41 +16,30 @@ SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSummary:
-    """What a run came to."""
+class TrainSummary(JsonFields):
+    """The results of a training run."""
 
     out: str
     mode: str
     steps: int
     num_samples: int
     loss: float
-    """The mean over the last tenth of the logged steps; of a distilled student with its attention loss."""
+    """Mean over the last tenth of the logged steps; includes the attention loss of a distilled student."""
     label_loss: float
-    """The same of the labels' part alone, which students of all modes have."""
+    """The same mean of the labels' loss alone, which students of all modes have."""
     validation: Score | None
     """At the end; None without validation data."""
     seconds: float
-    """Of all processes that trained it one after another, with validation; in a sweep, of all its students."""
+    """Time of all processes that trained it one after another, with validation; in a sweep, for all students."""
     img_per_s: float
-    """Speed of the training in the last process, over all ranks, without validation."""
+    """Images per second over all ranks in the last process that trained it, without validation."""
     waited_for_data: float
-    """Share of that training's time spent waiting for batches."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> TrainSummary:
-        """The summary `to_json` came from."""
-        score = fields["validation"]
-        values: dict[str, Any] = {**fields, "validation": None if score is None else Score(**score)}
-        return cls(**values)
+    """Share of that process's training time spent waiting for batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepResult:
-    """What one student of a sweep came to."""
+class SweepResult(JsonFields):
+    """The result of one student of a sweep."""
 
     name: str
     """Its folder's name."""
@@ -59,14 +48,9 @@ class SweepResult:
     problem: str | None = None
     """Why it was given up; None for a finished one."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        summary = None if self.summary is None else self.summary.to_json()
-        return {"name": self.name, "summary": summary, "problem": self.problem}
-
 
 def read_finished(folder: Path) -> TrainSummary | None:
-    """The summary of a finished run; None where the run is not finished.
+    """The summary of a finished run; None if the run is not finished.
 
     Raises:
         CorruptCacheError: the summary cannot be read.
@@ -77,4 +61,4 @@ def read_finished(folder: Path) -> TrainSummary | None:
     try:
         return TrainSummary.from_json(json.loads(file.read_text()))
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run anew.") from error
+        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run again.") from error

@@ -1,4 +1,4 @@
-"""The configs of a sweep: what all students share, and what is each one's own."""
+"""The configs of a sweep's students: from settings for all, and settings for each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def sweep_configs(
     """A config for each student of a sweep.
 
     Args:
-        students: fields of `TrainConfig` that are a student's own, by the student's name, which names its folder.
-        common: fields of all; `out` is the folder of the students' folders. What only some modes can have goes to the
-            students of these.
-        drawn: how students without a cache draw their views, where neither says so.
+        students: each student's own fields of `TrainConfig`, by its name, which also names its folder.
+        common: fields of all students; `out` is the folder for the students' folders. A field that only some modes
+            can use goes to the students of these modes.
+        drawn: how students without a cache draw their views; wins over `common`, but not over `students`.
 
     Raises:
-        ConfigError: a student has no mode, or fields that cannot be; names the student.
+        ConfigError: a student has no mode, or fields that cannot be used; the message names the student.
     """
     order_seed = common.get("order_seed")
     shared = {**common, "order_seed": common.get("seed", 0) if order_seed is None else order_seed}
@@ -50,7 +50,7 @@ def sweep_configs(
 
 
 def _without_other_modes(common: Mapping[str, Any], mode: Mode, modes: set[Mode]) -> dict[str, Any]:
-    """The fields of all students but those that this mode cannot have, where a student of the sweep can."""
+    """The common fields, without those that this mode cannot use, if the mode of another student can."""
     others = {
         name
         for name, theirs in MODES_OF_OPTIONS.items()

@@ -15,6 +15,7 @@ from atcache.feed.batch import Batch
 from atcache.feed.caches import open_joined_views
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
+from atcache.fields import JsonFields
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing
@@ -28,7 +29,7 @@ from ..running.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
+class Score(JsonFields):
     """How well predictions fit labels."""
 
     top1: float
@@ -42,7 +43,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ValidationSet:
-    """Views and labels to score students on, and the teacher for those that need one."""
+    """Views and labels to score students on, and the teacher for students that need one."""
 
     views: Views
     label_S: np.ndarray
@@ -54,7 +55,7 @@ class ValidationSet:
     workers: int
 
     def batches(self, ranks: Ranks = Ranks()) -> Iterator[Batch]:  # noqa: B008 - frozen
-        """This rank's share of all usable samples; the ranks' shares hold each sample once."""
+        """Batches of this rank's share of the usable samples; together the ranks see each sample once."""
         return validation_batches(
             self.views,
             self.label_S,
@@ -80,17 +81,17 @@ def open_validation(
     Args:
         readers: a validation cache, or several as one; none draws `eval` views from `data`.
         data: the images, or where the caches' tars now are.
-        students: whose inputs and classes must fit.
-        teacher: who copying students learnt from; None when none of them copies.
-        live_teacher: that teacher, running; instead of the cache's maps.
-        batch_size: samples a batch.
+        students: their inputs and classes must fit the views and labels.
+        teacher: the teacher that copying students were trained with; None if none of them copies.
+        live_teacher: the same teacher, loaded, to be used instead of the cache's maps.
+        batch_size: samples per batch.
         workers: processes that read ahead.
         device: where students run.
 
     Raises:
         ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
-        CacheMismatchError: a cache does not hold the maps that copying students were trained with, or caches do not go
-            together.
+        CacheMismatchError: a cache does not hold the maps that copying students were trained with, or the caches
+            cannot be used together.
     """
     pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
     given: CacheTeacher | LiveTeacher | None = live_teacher
@@ -124,48 +125,50 @@ def open_validation(
 
 
 def _check_unmixed(reader: CacheReader) -> None:
-    """Refuse a cache whose views have no one label to predict."""
+    """Refuse a cache of mixed views: each of them has several labels."""
     if CacheRecord.of(reader).policy.mixing is not None:
         raise ConfigError(
-            f"the views of {reader.path} are mixed with each other, so they have no one label to predict. Build a "
+            f"the views of {reader.path} are mixed with each other, so they have no single label to predict. Build a "
             "validation cache with --policy eval."
         )
 
 
 def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Sequence[Pairing]) -> None:
-    """Refuse a cache without the very maps that copying students were trained with."""
+    """Refuse a cache without the same maps that copying students were trained with."""
     theirs = CacheRecord.of(reader).teacher_record
     if theirs.weights_sha256 != teacher.weights_sha256:
         raise CacheMismatchError(
-            f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), the student copies "
-            f"{teacher.name} ({teacher.weights_sha256[:12]}...). Build the validation cache with the same teacher."
+            f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), but the student "
+            f"copies {teacher.name} ({teacher.weights_sha256[:12]}...). Build a validation cache with that teacher."
         )
     layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
     if missing := sorted(layers - set(theirs.geometry.layers)):
         raise CacheMismatchError(
-            f"{reader.path} has no maps of layer {missing[0]}, which the student copies. Build it with these --layers."
+            f"{reader.path} has no maps of layer {missing[0]}, which the student copies. Build it with the --layers of "
+            "the training cache."
         )
     heads = {head for pairing in pairings for head in pairing.teacher_heads}
     if missing := sorted(heads - set(theirs.geometry.heads)):
         raise CacheMismatchError(
-            f"{reader.path} has no maps of head {missing[0]}, which the student copies. Build it with these --heads."
+            f"{reader.path} has no maps of head {missing[0]}, which the student copies. Build it with the --heads of "
+            "the training cache."
         )
 
 
 def _check_one_view(students: Sequence[Student]) -> None:
-    """Refuse students that would look at images in different views; each normalises its view in its own way."""
+    """Refuse students that need different views of an image. Their normalisation may differ: each does its own."""
     first = students[0].input
     for other in (student.input for student in students):
         if other.view_policy("eval", seed=0) != first.view_policy("eval", seed=0):
             raise ConfigError(
-                f"the runs cannot be averaged on tars: they resize with {first.interpolation} and show "
-                f"{first.crop_pct:g} of an image, and {other.interpolation} and {other.crop_pct:g}. Give a validation "
-                "cache, whose views are the same for all, or evaluate them one by one."
+                f"the runs cannot be averaged on tars: one resizes with {first.interpolation} and shows "
+                f"{first.crop_pct:g} of an image, another with {other.interpolation} and {other.crop_pct:g}. Give a "
+                "validation cache, whose views are the same for all, or evaluate them one by one."
             )
 
 
 def _check_students_fit(students: Sequence[Student], largest_label: int) -> None:
-    """Refuse students of different sizes together, and labels that they have no class for."""
+    """Refuse students of different sizes, and labels that they have no class for."""
     first = students[0]
     for student in students:
         sizes = [(other.input.height, other.input.width, other.num_classes) for other in (first, student)]
@@ -176,7 +179,7 @@ def _check_students_fit(students: Sequence[Student], largest_label: int) -> None
             )
     if largest_label >= first.num_classes:
         raise ConfigError(
-            f"the validation labels go up to {largest_label}, the student has {first.num_classes} classes, from 0. "
+            f"the validation labels go up to {largest_label}, but the student has {first.num_classes} classes, from 0. "
             "Validate on the classes it was trained on."
         )
 
@@ -201,7 +204,7 @@ def score_students(
         ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
         top1 += float(ranked_BC[:, 0].sum())
         top5 += float(ranked_BC.any(1).sum())
-        # The smallest normal number stands in for a probability that underflowed to 0.
+        # A probability that underflowed to 0 has no logarithm; the smallest normal number stands in for it.
         of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
         loss -= float(of_label_B.log().sum())
         num_samples += len(label_B)

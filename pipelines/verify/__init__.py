@@ -1,8 +1,8 @@
 """Verify: check that a cache is what its build wrote.
 
-- `config`: what a check is asked for
+- `config`: the options of a check
 - `run`: the whole check, from start to end, and the repair
 - `files`: metadata, tables and every byte of each task
-- `views`: the pixels of some views, against what the teacher saw
-- `teacher`: decoded maps of some views, against those of the running teacher
+- `views`: the pixels of some views, compared with what the teacher saw
+- `teacher`: decoded maps of some views, compared with maps of the running teacher
 """

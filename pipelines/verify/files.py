@@ -1,4 +1,4 @@
-"""The files of a cache, proved without tars and teacher: metadata, tables, codec, and every byte of each task."""
+"""Checks that need neither tars nor teacher: of metadata, tables, codec, and every byte of each task."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """One problem of a cache."""
 
     message: str
     """One sentence that names the file."""
     task: str | None = None
-    """The task whose redoing mends it; None where a build does not write again what is wrong."""
+    """The task that a build must redo to repair it; None if no build would write the damaged part again."""
 
 
 class Report:
-    """Collects findings and tells each at once; for one thread."""
+    """Collects findings and reports each at once. Only one thread may use it."""
 
     def __init__(self, on_finding: Callable[[Finding], None]) -> None:
         self.findings: list[Finding] = []
@@ -43,7 +43,7 @@ class Report:
         self._seen: set[Finding] = set()
 
     def add(self, message: str, task: str | None = None) -> None:
-        """Take one finding, see `Finding` for the arguments; the same one again is passed over."""
+        """Add one finding, unless it was added before; see `Finding` for the arguments."""
         finding = Finding(message=message, task=task)
         if finding not in self._seen:
             self._seen.add(finding)
@@ -52,31 +52,31 @@ class Report:
 
     @property
     def damaged_tasks(self) -> list[str]:
-        """Names of the tasks a build would have to redo, in order."""
+        """Names of the tasks that a build must redo, in order."""
         return sorted({finding.task for finding in self.findings if finding.task is not None})
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
-    """The results in the items' order, some items ahead: memory does not grow with their number."""
+    """The results in the items' order. Only a few are made ahead, so memory does not grow with their number."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * num_threads:
+                if len(waiting) > 2 * num_threads:  # enough that no thread runs out of work
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except BaseException:
+        except BaseException:  # also when the caller stops early: work that has not begun is dropped
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 class CheckedMetadata(NamedTuple):
-    """What a look at all that no task writes found."""
+    """What the check of the parts that no task writes found."""
 
     is_whole: bool
-    """Whether the zarr.json files can be trusted; if not, what the tasks should be is not known for sure."""
+    """Whether the zarr.json files can be trusted; if not, it is not certain what the tasks should hold."""
     is_decodable: bool
     """Whether there is a codec to decode with."""
 
@@ -91,7 +91,7 @@ def check_all_metadata(cache: Cache, report: Report) -> CheckedMetadata:
 
 
 def _check_codec(cache: Cache) -> list[str]:
-    """Why nothing can be decoded, where the codec cannot be made of its stored state or does not fit the layout."""
+    """Why nothing can be decoded: the codec's stored state cannot be used, or does not fit the layout. Else empty."""
     layout = cache.reader.layout
     try:
         coder = cache.coder
@@ -100,23 +100,23 @@ def _check_codec(cache: Cache) -> list[str]:
             coder.decode(position, torch.from_numpy(zeros_BTC))
     except AtcacheError as error:
         return [str(error)]
-    except Exception as error:  # a codec stumbles over its damaged state in ways of its own
+    except Exception as error:  # damaged state can make a codec raise anything
         reason = f"{type(error).__name__}: {error}"
-        return [f"{cache.path}: its codec cannot be made of zarr.json and attention/state ({reason})."]
+        return [f"{cache.path}: its codec cannot be made from zarr.json and attention/state ({reason})."]
     return []
 
 
 class CheckedTasks(NamedTuple):
-    """What a look at all tasks found."""
+    """What the check of all tasks found."""
 
     whole: list[Task]
-    """Committed, and nothing is wrong with them."""
+    """Committed tasks without a problem."""
     num_committed: int
     nbytes: int
-    """Of the shards that were read."""
+    """Size of the shards that were read."""
     is_complete: bool
     notes: list[str]
-    """What is odd but harms nothing."""
+    """What is odd but harmless."""
 
 
 def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTasks:
@@ -149,7 +149,7 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
                 commits.append(commit)
                 nbytes += commit.nbytes
             progress.advance(1, note=f"{nbytes / 2**20:.0f} MiB")
-    if is_finished and len(whole) == len(tasks):  # else their sums are wrong for a reason that is known
+    if is_finished and len(whole) == len(tasks):  # otherwise the totals differ for a reason that is reported already
         _check_totals(cache, sorted(commits, key=lambda commit: commit.task), report)
     return CheckedTasks(whole, len(committed), nbytes, is_finished and committed == tasks.keys(), notes)
 
@@ -167,6 +167,6 @@ def _check_totals(cache: Cache, commits: list[Commit], report: Report) -> None:
     for name, value in summarise_commits(commits).items():
         if recorded.get(name) != value:
             report.add(
-                f'{cache.path}/zarr.json: "complete" says {recorded.get(name)} for {name}, its commit records add up '
-                f"to {value}."
+                f'{cache.path}/zarr.json: "complete" says {recorded.get(name)} for {name}, but its commit records add '
+                f"up to {value}."
             )

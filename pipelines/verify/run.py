@@ -1,7 +1,7 @@
-"""Verify: prove that a cache is what its build wrote, and with its teacher at hand that it is still faithful.
+"""Verify: check that a cache is what its build wrote and, given its teacher, that its maps are close to the teacher's.
 
 metadata -> tables and codec -> every byte of every committed task -> totals -> pixels of some views -> the teacher.
-Nothing is written, but for `repair`, which deletes the commit records of damaged tasks.
+Nothing is written, except that `repair` deletes the commit records of damaged tasks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atcache.cache.cache import Cache
 from atcache.errors import ConfigError
+from atcache.fields import JsonFields
 from atcache.files.durable import only_writer
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
@@ -27,64 +27,61 @@ from .views import check_views, spread_views
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifySummary:
-    """What was looked at and found."""
+class VerifySummary(JsonFields):
+    """What was checked and found."""
 
     path: str
     is_complete: bool
     """Whether all tasks are committed and the build declared the cache finished; before any repair."""
     num_tasks: int
     num_committed: int
-    """Tasks with a commit record; only these are looked into."""
+    """Tasks with a commit record; only these are checked."""
     nbytes: int
-    """Of the shards that were read."""
+    """Size of the shards that were read."""
     num_views: int
     """Views whose pixels were compared with their hash."""
     problems: tuple[Finding, ...]
     notes: tuple[str, ...]
-    """What is odd but harms nothing: files that are no part of the cache, tasks not built yet."""
+    """What is odd but harmless: files that do not belong to the cache, tasks not built yet."""
     repaired_tasks: tuple[str, ...]
     """Tasks whose commit record was deleted."""
     is_metadata_whole: bool
-    """Where False, nothing is repaired: what the tasks should be is not known for sure."""
+    """If False, nothing is repaired: it is not certain what the tasks should hold."""
     fidelity: Fidelity | None
-    """What the teacher found; None without one, or where nothing can be decoded."""
+    """The comparison with the teacher; None without a teacher, or if nothing can be decoded."""
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return asdict(self)
 
 
 def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda _: None) -> VerifySummary:
-    """Look for everything that is wrong with a cache.
+    """Find everything that is wrong with a cache.
 
     Args:
-        config: what to look at.
-        on_finding: told each problem when it is found.
+        config: what to check.
+        on_finding: called with each problem as soon as it is found.
 
     Returns:
-        All problems, and what was looked at. After a repair the problems are those that were found before it.
+        All problems, and what was checked. After a repair, the problems are those found before it.
 
     Raises:
-        CacheMissError, CorruptCacheError: there is no cache, or what its zarr.json says of it cannot be used.
-        CacheMismatchError: the teacher is not the cache's.
+        CacheMissError, CorruptCacheError: there is no cache, or its zarr.json cannot be used.
+        CacheMismatchError: the teacher is not the one that the cache was built with.
         SourceError: the tars are not where `data` says.
-        ConfigError: another process is writing the cache that is to be repaired.
+        ConfigError: another process is writing the cache that is to be repaired, or `data` is given for a
+            cache that stores its images.
     """
     start_s = time.monotonic()
     cache = Cache(config.cache, data=config.data)
     layout = cache.reader.layout
     if config.data is not None and layout.pixels is not None:
-        raise ConfigError(f"data={config.data}: {cache.path} stores its images and reads no tars. Leave it out.")
-    # First of all: a wrong teacher shall not be found out after hours of reading.
+        raise ConfigError(f"data={config.data}: {cache.path} stores its images and reads no tars. Leave --data out.")
+    # First, so that a wrong teacher is refused before hours of reading.
     run = None
     if config.teacher is not None:
         run = open_teacher(cache, config.teacher, config.weights, resolve_device(config.device))
     report = Report(on_finding)
     repaired: list[str] = []
     num_threads = config.workers or os.cpu_count() or 1
-    # From the first look to the deletion, so that what is deleted is what was judged.
+    # Locked from the first check to the deletion, so that no build changes in between what is deleted.
     with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
         metadata = check_all_metadata(cache, report)
         checked = check_all_tasks(cache, num_threads, report)

@@ -1,4 +1,4 @@
-"""A cache against its own teacher: some views recomputed, and how far decoded maps are from the live ones."""
+"""Compare a cache with its teacher: recompute some views, and measure how far decoded maps are from live ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .views import Place
 
 _VIEWS_A_FORWARD = 8
 
-_TIMES_A_VIEW = 10.0  # the KL of one view may be this much over the limit of the mean: images differ
+_TIMES_A_VIEW = 10.0  # one view's KL may be this many times the limit of the mean, because images differ
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,39 +49,39 @@ class Fidelity:
     row_kl_nats: float
     """Mean KL(live || decoded) over rows, heads, layers and views."""
     layer_row_kl_nats: dict[int, float]
-    """The same of each stored layer, by block index."""
+    """The same mean for each stored layer, by block index."""
     injected_error: float
     """Relative error of the teacher's final features when it attends with decoded maps."""
     worst_row_kl_nats: float
-    """Mean row KL of the view where it is largest."""
+    """The largest mean row KL of a single view."""
     worst_sample_key: str
     worst_view: int
     worst_shard: str
     """The shard that holds that view's codes."""
     row_kl_limit_nats: float
-    """What `row_kl_nats` may be; a single view may have ten times as much."""
+    """The largest allowed `row_kl_nats`; a single view may have ten times as much."""
     injected_error_limit: float
-    """What `injected_error` may be."""
+    """The largest allowed `injected_error`."""
     v_error: float | None
-    """Relative error of decoded v, the mean over layers and views; None where v is not stored."""
+    """Relative error of decoded v, the mean over layers and views; None if v is not stored."""
     v_error_limit: float | None
-    """What `v_error` may be; a single view may have ten times as much."""
+    """The largest allowed `v_error`; a single view may have ten times as much."""
     worst_v_error: float | None
-    """The largest of a view."""
+    """The largest `v_error` of a single view."""
 
 
 def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.device) -> TeacherRun:
-    """The cache's own teacher, running as it did at build time.
+    """The cache's own teacher, which computes as it did at build time.
 
     Args:
-        cache: says what its teacher was.
-        name: an alias or timm name; tags of weights do not count, the weights themselves do.
+        cache: the cache, which records its teacher.
+        name: an alias or timm name. The tag of its weights is not compared, the weights themselves are.
         weights: a file; None takes timm's.
         device: where it runs.
 
     Raises:
         CacheMismatchError: it is another model, or has other weights or another input.
-        TeacherError: it cannot be had.
+        TeacherError: it cannot be loaded.
     """
     record = cache.record.teacher_record
     _refuse_another(cache, _describe(parse_model_name(record.name)), _describe(parse_model_name(name)))
@@ -93,7 +93,7 @@ def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.de
 def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any]) -> None:
     if differences := name_differences(recorded, given):
         raise CacheMismatchError(
-            f"{cache.path} was built with another teacher: {'; '.join(differences)}. Give --teacher as it was built "
+            f"{cache.path} was built with another teacher: {'; '.join(differences)}. Give the --teacher it was built "
             f"with: {cache.record.identity.teacher}."
         )
 
@@ -107,21 +107,21 @@ def check_fidelity(
 ) -> Fidelity | None:
     """Recompute views and compare their maps with the decoded ones.
 
-    The limit of the row KL is `threshold` times the codec's `target_kl` where it meets one; else times what the build
-    recorded, the calibration's or the tasks' mean, whichever is larger. That of the injected error is `threshold` times
-    the calibration's. Neither is below a floor for the type the teacher computes in, so that the noise of another
-    device, batch size or version of torch is no failure. Views whose own KL is ten times the limit fail too: one
-    damaged view must not hide in the mean.
+    The limit of the row KL is `threshold` times the codec's `target_kl`, if it has one. Otherwise it is `threshold`
+    times what the build recorded: the mean of the calibration or of all tasks, whichever is larger. The limit of the
+    injected error is `threshold` times that of the calibration. Neither limit is below a floor for the type the teacher
+    computes in: noise of another device, batch size or version of torch is not a failure. A view whose own KL is over
+    ten times the limit fails too, because the mean would hide one damaged view.
 
     Args:
         cache: the cache.
         run: its teacher.
-        places: the views; those that are not stored are passed over.
+        places: the views; those that are not stored are skipped.
         threshold: at least 1.
-        report: takes what is over a limit.
+        report: receives what is over a limit.
 
     Returns:
-        None where no view could be recomputed, which is reported.
+        The comparison; None if no view could be recomputed, which is reported.
     """
     limits = _limits(cache, run.dtype, threshold)
     compare = _Comparison(cache, run)
@@ -142,7 +142,7 @@ def check_fidelity(
                 measured += [view.place for view in views]
             progress.advance(len(batch))
     if not measured:
-        report.add(f"{cache.path}: not one view could be recomputed with the teacher.")
+        report.add(f"{cache.path}: no view could be recomputed with the teacher.")
         return None
     row_kl_L, row_kl_V = np.mean(row_kl_VL, axis=0), np.mean(row_kl_VL, axis=1)
     worst = measured[int(row_kl_V.argmax())]
@@ -194,7 +194,7 @@ class _View(NamedTuple):
 
 
 def _read_view(cache: Cache, place: Place, report: Report) -> _View | None:
-    """One stored view; None where there is none, or its image cannot be had, which is reported."""
+    """One stored view; None if it is not stored, or if its image cannot be read, which is reported."""
     if cache.reader.status(place.view, place.sample) != STORED:
         return None
     try:
@@ -206,7 +206,7 @@ def _read_view(cache: Cache, place: Place, report: Report) -> _View | None:
 
 
 class _Comparison:
-    """Runs the teacher on views and compares: what is the same for all batches is made once."""
+    """Runs the teacher on batches of views and compares their maps. What all batches need is made once."""
 
     def __init__(self, cache: Cache, run: TeacherRun) -> None:
         self._run = run
@@ -217,7 +217,7 @@ class _Comparison:
         )
 
     def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]], float]:
-        """Each view's row KL and error of v by layer (none where v is not stored), and the views' injected error."""
+        """Each view's row KL and error of v by layer (empty if v is not stored), and the views' injected error."""
         run, coder = self._run, self._coder
         pixels_BHWC = torch.from_numpy(np.stack([view.pixels_HWC for view in views]))
         codes_BLTC = torch.from_numpy(np.stack([view.codes_LTC for view in views])).to(run.device)
@@ -234,7 +234,7 @@ class _Comparison:
 
 def _judge(path: Location, fidelity: Fidelity, report: Report) -> None:
     kl, limit = fidelity.row_kl_nats, fidelity.row_kl_limit_nats
-    # Not "is it over": a KL that is no number must not pass.
+    # "not within" instead of "over": a KL that is NaN must fail.
     if not (kl <= limit and fidelity.worst_row_kl_nats <= _TIMES_A_VIEW * limit):
         worst_layer = max(fidelity.layer_row_kl_nats, key=fidelity.layer_row_kl_nats.__getitem__)
         report.add(

@@ -1,4 +1,4 @@
-"""The pixels of views against the hashes of what the teacher saw: replayed from the tars, or as stored."""
+"""Compare the pixels of views, replayed from tars or stored, with the hashes of what the teacher saw."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 def spread_views(tasks: Sequence[Task], num_views: int | None) -> Iterator[Place]:
-    """Views spread evenly over some tasks, the same ones every time; None for all of them."""
+    """This many views, spread evenly over the tasks, the same ones every time; all views for None."""
     ends = np.cumsum([task.num_samples for task in tasks], dtype=np.int64)
     total = sum(task.num_samples for task in tasks)
     count = total if num_views is None else min(total, num_views)
@@ -44,10 +44,10 @@ def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, num_
 
     Args:
         cache: the cache, opened with the place of its tars.
-        tasks: those without damage.
+        tasks: the tasks without damage.
         num_views: how many views; None for all.
         num_threads: threads that replay.
-        report: takes what does not agree.
+        report: receives what differs.
 
     Returns:
         How many views were compared.
@@ -58,7 +58,7 @@ def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, num_
     try:
         unusable_tars = _check_tars(cache, report)
     except CorruptCacheError:
-        return 0  # the sample table is damaged, which is known
+        return 0  # the sample table is damaged, which was reported already
     total = sum(task.num_samples for task in tasks)
     num_checked = 0
     with Progress("pixels", total=total if num_views is None else min(total, num_views), unit="views") as progress:
@@ -72,7 +72,7 @@ def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, num_
 
 
 def _check_tars(cache: Cache, report: Report) -> frozenset[int]:
-    """Numbers of the tars that are gone or have another size, which are reported."""
+    """Numbers of the tars that are missing or have another size; each is reported."""
     if cache.reader.layout.pixels is not None:
         return frozenset()
     index, unusable = cache.source.index, set[int]()
@@ -80,17 +80,17 @@ def _check_tars(cache: Cache, report: Report) -> frozenset[int]:
         try:
             found = open_file(tar).nbytes
         except OSError as error:
-            report.add(f"{tar} cannot be read: {error.strerror}. If the tars were moved, say where to with --data.")
+            report.add(f"{tar} cannot be read: {error.strerror}. If the tars were moved, give their place with --data.")
         else:
             if found == nbytes:
                 continue
-            report.add(f"{tar} has {found} bytes, {nbytes} when it was indexed. Restore it.")
+            report.add(f"{tar} has {found} bytes, but had {nbytes} when it was indexed. Restore it.")
         unusable.add(number)
     return frozenset(unusable)
 
 
 def _check_view(cache: Cache, unusable_tars: frozenset[int], place: Place) -> tuple[bool, str | None, str | None]:
-    """Whether the pixels were compared, what is wrong with them, and the task whose redoing would mend it."""
+    """Whether the pixels were compared, what is wrong with them, and the task that a build must redo to repair it."""
     reader, (view, sample, task) = cache.reader, place
     if reader.status(view, sample) != STORED:
         return False, None, None
@@ -107,4 +107,4 @@ def _check_view(cache: Cache, unusable_tars: frozenset[int], place: Place) -> tu
     rgb = reader.layout.rgb
     assert rgb is not None, "pixels are stored"
     file = cache.path / rgb.shard_file(task)
-    return True, f"{file}, sample {sample}: the stored image is not the one the teacher saw: another hash.", task.name
+    return True, f"{file}, sample {sample}: the stored image is not the one the teacher saw: hashes differ.", task.name

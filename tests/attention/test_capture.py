@@ -415,10 +415,10 @@ def test_indices_are_read_from_ranges():
     ("text", "message"),
     [
         ("0-17", "layer 12 does not exist: the model has 12, numbered 0 to 11"),
-        ("a", "layers 'a': 'a' is no index"),
-        ("3-1", "the range 3-1 runs backwards"),
-        ("", "'' is no index"),
-        ("-1", "'-1' is no index"),
+        ("a", "layers 'a': 'a' is not an index"),
+        ("3-1", "the range 3-1 is backwards"),
+        ("", "'' is not an index"),
+        ("-1", "'-1' is not an index"),
     ],
 )
 def test_unreadable_indices_are_named(text, message):

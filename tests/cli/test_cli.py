@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +115,24 @@ def test_listed_summary_is_the_first_line_of_the_commands_help(name: str):
     assert (command.help or "").strip().splitlines()[0] == COMMANDS[name].summary
 
 
+def test_help_names_the_commands_that_print_text_and_all_others_print_json():
+    help_text = " ".join(CliRunner().invoke(cli, ["--help"]).output.split())
+    told = re.search(r"The commands (\w+) and (\w+) print text", help_text)
+    assert told is not None
+    writers = {name: _what_writes_to_stdout(command) for name, command in COMMANDS.items()}
+    assert set(told.groups()) == {name for name, calls in writers.items() if calls - {"options.print_json"}}
+    assert {name for name, calls in writers.items() if "options.print_json" in calls} == set(COMMANDS) - {"demo"}
+    assert all("--json" in CliRunner().invoke(cli, [name, "--help"]).output for name in told.groups())
+
+
+def _what_writes_to_stdout(command: LazyCommand) -> set[str]:
+    """The functions that the command's module calls to write to stdout."""
+    source = Path(str(importlib.import_module(command.module).__file__)).read_text()
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    to_stdout = [call for call in calls if not {"err", "stderr"} & {keyword.arg for keyword in call.keywords}]
+    return {ast.unparse(call.func) for call in to_stdout} & {"options.print_json", "click.echo", "print", "Console"}
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_option_explains_itself(name: str):
     result = CliRunner().invoke(cli, [name, "--help"])
@@ -217,11 +238,14 @@ def test_path_of_the_file_that_the_command_line_replaces_need_not_exist(toy: Laz
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[biuld]\n", "atcache.toml: 'biuld' is no command of atcache; did you mean build?"),
-        ("[serve]\n", "atcache.toml: 'serve' is no command of atcache; there are build, train."),
-        ("views = 2\n", "atcache.toml: 'views' is no command of atcache; there are build, train."),
+        ("[biuld]\n", "atcache.toml: 'biuld' is not a command of atcache; did you mean build?"),
+        ("[serve]\n", "atcache.toml: 'serve' is not a command of atcache; expected one of build, train."),
+        ("views = 2\n", "atcache.toml: 'views' is not a command of atcache; expected one of build, train."),
         ("build = 2\n", "atcache.toml: 'build' must be a table of options, written [build]."),
-        ("[build]\nveiws = 2\n", "atcache.toml: [build] veiws is no option of 'atcache build'; did you mean views?"),
+        (
+            "[build]\nveiws = 2\n",
+            "atcache.toml: [build] veiws is not an option of 'atcache build'; did you mean views?",
+        ),
         ('[build]\nviews = "2"\n', "atcache.toml: [build] views = '2', but --views takes a whole number."),
         ("[build]\nviews = true\n", "atcache.toml: [build] views = True, but --views takes a whole number."),
         ("[build]\nresume = 1\n", "atcache.toml: [build] resume = 1, but --resume takes true or false."),

@@ -167,7 +167,7 @@ def test_a_cache_with_no_task_done_can_be_looked_at(cache):
 def test_what_is_no_cache_is_said_in_a_sentence(tmp_path):
     result = show(tmp_path / "nothing.zarr")
     assert result.exit_code == 1
-    assert "nothing.zarr is no cache" in result.stderr
+    assert "nothing.zarr is not a cache" in result.stderr
 
 
 def test_info_does_not_wait_for_torch(cache):

@@ -188,7 +188,7 @@ class TestValues:
 @pytest.mark.parametrize("name", ["transform", "logmap"])
 def test_codecs_of_maps_refuse_values_and_name_those_that_take_them(name):
     geometry = make_geometry(v_head_dim=8)
-    with pytest.raises(CodecError, match=f"codec {name} codes what the maps need, .* Use --codec int8 or exact"):
+    with pytest.raises(CodecError, match=f"codec {name} stores only what the maps are .* Use --codec int8 or exact"):
         make_coder(name, geometry, make_factors(geometry))
 
 
@@ -236,7 +236,7 @@ def test_logmap_refuses_by_layer_what_is_no_distribution(value):
     maps = make_maps(geometry)
     coder = make_coder("logmap", geometry, maps)
     maps[1].attn_BHQK[0, 0, 0, 0] = value
-    with pytest.raises(CodecError, match="layer 2: a row of a map is no distribution"):
+    with pytest.raises(CodecError, match="layer 2: a row of a map is not a distribution"):
         coder.encode(maps)
 
 
@@ -247,7 +247,7 @@ def test_logmap_refuses_by_layer_what_is_no_distribution(value):
         ("exact:dtype=float8", "dtype='float8', expected one of float16, float32"),
         ("logmap:bits=3", "codec logmap: bits=3, expected 4, 5, 6, 7 or 8"),
         ("int8:bits=3", "codec 'int8' has no field 'bits'; it has "),
-        ("exact:float32", "'float32' is no field=value"),
+        ("exact:float32", "'float32' is not of the form field=value"),
     ],
 )
 def test_a_codec_that_cannot_be_made_says_why(text, message):

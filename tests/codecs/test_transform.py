@@ -264,7 +264,7 @@ def test_infinity_is_refused_by_layer():
     layers = make_factors(geometry)
     coder = fit("transform", geometry, layers)
     layers[1].k_BHTD[0, 0, 0, 0] = math.inf
-    with pytest.raises(CodecError, match="layer 2: a factor of size inf is no number"):
+    with pytest.raises(CodecError, match="layer 2: a factor of size inf is NaN, infinite, or too large"):
         coder.encode(layers)
     with pytest.raises(CodecError, match="layer 2: a factor is not finite"):
         fit("transform", geometry, layers)

@@ -284,7 +284,7 @@ def test_the_checks_bite(tmp_path: Path):
     with pytest.raises(AssertionError, match="atcache has no opne"):
         check_python("import atcache\natcache.opne('x')")
     (tmp_path / "atcache.toml").write_text("[build]\nveiws = 2\n")
-    with pytest.raises(ConfigError, match="veiws is no option"):
+    with pytest.raises(ConfigError, match="veiws is not an option"):
         read_defaults(tmp_path / "atcache.toml", "build", click.Command("build"), all_commands=("build",))
 
 

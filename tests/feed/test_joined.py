@@ -407,7 +407,7 @@ def test_a_killed_run_goes_on_and_other_caches_are_another_run(config_for, part_
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not (died.out / "model.safetensors").exists()
     for others in (paths[::-1], paths[:1], paths[1:]):
-        with pytest.raises(CacheMismatchError, match=r"another run: .*its training images are others"):
+        with pytest.raises(CacheMismatchError, match=r"another run: .*its training images are different"):
             train(replace(died, cache=others))
     train(died)
     train(whole)
@@ -506,7 +506,7 @@ def test_caches_that_do_not_go_together_are_refused_with_both_named(part_caches,
         ),
     ):
         paths = part_caches(second=fields)
-        expected = r"these caches cannot be taken together: .*" + difference.format(*map(str, paths))
+        expected = r"these caches cannot be used together: .*" + difference.format(*map(str, paths))
         with pytest.raises(CacheMismatchError, match=expected):
             open_caches(paths)
 
@@ -516,14 +516,14 @@ def test_samples_that_two_caches_hold_are_refused(part_caches, tiny_cache):
     whole, drawn_anew = tiny_cache(), tiny_cache(views=2)
     for paths in ([first, first], [whole, drawn_anew], [second, first, whole]):
         with pytest.raises(
-            CacheMismatchError, match=r"both hold the samples of digits-000\d\.tar, so each would count"
+            CacheMismatchError, match=r"both hold the samples of digits-000\d\.tar, so each sample would count"
         ):
             open_caches(paths)
 
 
 def test_what_one_of_the_caches_cannot_do_is_refused_by_its_name(config_for, part_caches):
     paths = part_caches(first={"codec": "int8"}, second={"codec": "transform"})
-    with pytest.raises(ConfigError, match=rf"codec transform of {paths[1]} keeps no more of them than their maps"):
+    with pytest.raises(ConfigError, match=rf"codec transform of {paths[1]} keeps only their maps"):
         train(config_for("q", "copy", paths, what="q"))
     paths = part_caches(second={"mixup": 0.8})
     with pytest.raises(ConfigError, match=rf"subset=5: the views of {paths[1]} are mixed"):

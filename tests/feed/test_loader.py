@@ -310,7 +310,7 @@ def test_a_state_of_another_stream_is_refused(tiny_cache):
         stream_of(tiny_cache(views=2), batch_size=21, shuffle="block").load_state_dict(state)
     with pytest.raises(ConfigError, match="another stream of batches: views differ in num_views"):
         stream_of(tiny_cache(views=1)).load_state_dict(state)
-    with pytest.raises(ConfigError, match="at step 7: this stream has 6 steps"):
+    with pytest.raises(ConfigError, match="at step 7, but this stream has 6 steps"):
         stream_of(tiny_cache(views=2), num_steps=6).load_state_dict({**state, "step": 7})
 
 

@@ -348,7 +348,7 @@ def test_what_a_server_damaged_once_is_fetched_again_and_then_raised(server, tin
     expected = CacheReader(tiny_cache(codec="int8")).read_codes(0, 5)
     reader = CacheReader(url)
     server.fault = "garbage"
-    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S* is damaged: its index .* It is so on the server"):
+    with pytest.raises(CorruptCacheError, match=r"codes/c/0/0\S* is damaged: its index .* The file on the server is"):
         reader.read_codes(0, 5)
     server.fault = ""  # what is kept locally is garbage with a good checksum of its own
     assert np.array_equal(reader.read_codes(0, 5), expected)
@@ -421,9 +421,9 @@ def test_an_object_store_is_listed_so_caches_there_may_be_incomplete(server, tin
         ("pipe:cat /etc/passwd", r"cannot be read: expected a path"),
         ("https://me:secret@host/a.zarr", r"^https://host/a.zarr: a URL must have no password"),
         ("https://host/a.zarr?sig=secret", r"^https://host/a.zarr: a URL must have no password, query"),
-        ("s3://bucket/../other/a.zarr", r"is no place on a server"),
-        ("https://host/a%2F..%2Fb", r"is no place on a server"),
-        ("s3:///a.zarr", r"names no host or bucket"),
+        ("s3://bucket/../other/a.zarr", r"is not a path on a server"),
+        ("https://host/a%2F..%2Fb", r"is not a path on a server"),
+        ("s3:///a.zarr", r"does not name a host or bucket"),
         (Path("s3://bucket/a.zarr"), r"was a URL before it became a Path"),
     ],
 )
@@ -443,7 +443,7 @@ def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     assert f"repair: {url} is on a server, and only local caches are written" in run.output
     run = CliRunner().invoke(cli, ["build", "--teacher", "vit", "--data", "x.tar", "--out", "s3://bucket/new.zarr"])
     assert run.exit_code == 2
-    assert "'s3://bucket/new.zarr' is a URL, and servers are only read" in run.output
+    assert "'s3://bucket/new.zarr' is a URL, but servers are only read" in run.output
     run = CliRunner().invoke(cli, ["info", "ftp://host/a.zarr"])
     assert "cannot be read: expected a path, or a URL that begins with http://" in run.output
 
@@ -454,10 +454,10 @@ def test_a_size_or_folder_that_cannot_be_is_refused(server, monkeypatch, tmp_pat
     with pytest.raises(AtcacheError, match="ATCACHE_BLOCKS_GIB='much': expected a number of GiB"):
         open_url(server, "file")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0")
-    with pytest.raises(AtcacheError, match="0 bytes hold no blocks; expected at least 1 MiB"):
+    with pytest.raises(AtcacheError, match="0 bytes are too few for any block; expected at least 1 MiB"):
         open_url(server, "file")
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "1")
     monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(tmp_path / "a file"))
-    with pytest.raises(AtcacheError, match=r"a file cannot keep what is read from servers: .*ATCACHE_BLOCKS_DIR"):
+    with pytest.raises(AtcacheError, match=r"a file cannot store what is read from servers: .*ATCACHE_BLOCKS_DIR"):
         open_url(server, "file")

@@ -116,7 +116,9 @@ def test_huge_sizes_in_base_256_are_understood(tmp_path):
     info.size = 9 << 30
     path = tmp_path / "big.tar"
     path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    with pytest.raises(SourceError, match=f"truncated: .* needs {512 + (9 << 30)} bytes, the file has 1536.*'big'"):
+    with pytest.raises(
+        SourceError, match=f"truncated: .* ends at byte {512 + (9 << 30)}, but .* has 1536 bytes.*'big'"
+    ):
         index_source(path)
 
 
@@ -221,7 +223,7 @@ def test_names_that_lead_outside_are_left_out(tmp_path):
 
 def test_keys_are_bounded_and_utf8(tmp_path):
     long = write_tar(tmp_path / "t.tar", [member("k" * 513 + ".png", b"x")], tarfile.PAX_FORMAT)
-    with pytest.raises(SourceError, match=r"a key of 513 bytes .*at most 512"):
+    with pytest.raises(SourceError, match=r"a key has 513 bytes .*at most 512"):
         index_source(long, on_bad="skip")
     latin = write_tar(tmp_path / "u.tar", [member("k\udce4.png", b"x")], tarfile.GNU_FORMAT)
     with pytest.raises(SourceError, match="not UTF-8"):
@@ -241,7 +243,7 @@ def test_every_cut_is_noticed_or_harmless(tmp_path):
             if length >= end + 512:  # an end block is left
                 assert index_source(whole).keys_S.tolist() == index.keys_S.tolist()
                 continue
-            with pytest.raises(SourceError, match=r"truncated|is no tar"):
+            with pytest.raises(SourceError, match=r"truncated|not a tar"):
                 index_source(whole)
             if length >= 512:
                 skipped = index_source(whole, on_bad="skip")
@@ -267,10 +269,10 @@ def test_damaged_headers_joined_tars_and_zero_filled_downloads_are_noticed(tmp_p
     broken = bytearray(data)
     broken[second_header + 3] ^= 1
     path.write_bytes(broken)
-    with pytest.raises(SourceError, match=f"damaged at byte {second_header}: bad header checksum.*last key is 'a'"):
+    with pytest.raises(SourceError, match=f"damaged at byte {second_header}: .*checksum is wrong.*last key is 'a'"):
         index_source(path)
     path.write_bytes(os.urandom(4096))
-    with pytest.raises(SourceError, match="is no tar file"):
+    with pytest.raises(SourceError, match="not a tar file"):
         index_source(path, on_bad="skip")
 
 
@@ -338,10 +340,10 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
         (tmp_path / "t-{0..99999999}.tar", "stands for 100000000 tars, expected at most 1000000"),
         ([tmp_path / "t-00.tar", tmp_path / "other" / "t-00.tar"], r"two tars are called t-00\.tar"),
         ("pipe:curl http://x/y.tar", "cannot be read: expected a path, or a URL"),
-        ("https://x/tars", "is no .tar, and a web server cannot list a folder"),
+        ("https://x/tars", "is not a .tar, and a web server cannot list a folder"),
         (tmp_path / "x.tar.gz", "is compressed. Decompress it first"),
-        (tmp_path / "x.txt", "is no .tar file"),
-        (tmp_path / "y.png", "Run `atcache pack`"),
+        (tmp_path / "x.txt", "is not a .tar file"),
+        (tmp_path / "y.png", "is an image. To make tars, run `atcache pack`"),
         (tmp_path / "images", "looks like an image folder. Run `atcache pack"),
         (tmp_path / "empty", "holds no tars"),
         ([], "no tars were given"),
@@ -383,7 +385,7 @@ def test_a_changed_tar_is_noticed_before_it_is_read(tmp_path):
     path = write_tar(tmp_path / "t.tar", sample("a"))
     index = index_source(path)
     path.write_bytes(path.read_bytes() + bytes(512))
-    with pytest.raises(SourceError, match="has changed: 10752 bytes, 10240 when it was indexed"):
+    with pytest.raises(SourceError, match="has changed: it has 10752 bytes, but had 10240 when it was indexed"):
         Source(index).read_bytes(0)
     path.unlink()
     with pytest.raises(SourceError, match="cannot be opened"):
@@ -487,7 +489,7 @@ def test_decompression_bombs_are_refused_without_a_warning():
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     data = b"\x89PNG\r\n\x1a\n" + chunk + encoded(picture())[33:]
-    with pytest.raises(BadImageError, match="bomb: an image of 20000 x 20000 pixels, expected at most 89478485"):
+    with pytest.raises(BadImageError, match="bomb: the image has 20000 x 20000 pixels, expected at most 89478485"):
         decode_image(data, where="bomb")
 
 
@@ -495,7 +497,7 @@ def test_other_formats_are_refused():
     image = picture()
     ImageDraw.Draw(image)
     for data in (encoded(image, "TIFF"), encoded(image, "GIF"), b"%!PS-Adobe", b"", b"Pf\n1 1\n-1\n\0\0\0\0"):
-        with pytest.raises(BadImageError, match="no JPEG, PNG, WebP, PPM or BMP image"):
+        with pytest.raises(BadImageError, match="not a JPEG, PNG, WebP, PPM or BMP image"):
             decode_image(data, where="x")
 
 

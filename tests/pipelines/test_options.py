@@ -191,15 +191,15 @@ def test_texts_become_paths_and_lists_tuples():
         ({"count": True}, "count=True: expected a whole number."),
         ({"count": None}, "count=None: expected a whole number."),
         ({"share": 1.0}, "share=1.0: expected more than 0 and less than 1."),
-        ({"share": float("nan")}, "share=nan: expected a number."),
+        ({"share": float("nan")}, "share=nan: expected a finite number."),
         ({"share": "0.5"}, "share='0.5': expected a number."),
         ({"size": 10}, "size=10: expected 0 to 9."),
         ({"way": "of"}, "way='of': expected one of on, off."),
         ({"flag": "yes"}, "flag='yes': expected True or False."),
         ({"path": 3}, "path=3: expected a path."),
-        ({"places": [3]}, "places=3: expected a path."),
+        ({"places": [3]}, "places[0]=3: expected a path or a URL."),
         ({"places": "ftp://x/y"}, "ftp://x/y"),
-        ({"names": [1]}, "names=1: expected text."),
+        ({"names": [1]}, "names[0]=1: expected text."),
     ],
 )
 def test_what_an_option_does_not_take_is_refused_in_a_sentence(fields, message):

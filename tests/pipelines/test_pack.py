@@ -272,8 +272,8 @@ def test_what_cannot_be_packed_is_said(folder, tmp_path):
     (tmp_path / "texts" / "a" / "x.txt").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
     for data, out, message in (
-        ("nowhere", "out", "nowhere is no folder"),
-        ("flat", "out", "holds no folders. Expected one folder a class"),
+        ("nowhere", "out", "nowhere is not a folder"),
+        ("flat", "out", "holds no folders. Expected one folder per class"),
         ("texts", "out", r"hold no images \(\.jpg.*left out: 1 files that are no images"),
         ("train", "file", "is a file, expected a folder"),
         ("train", "train/tars", "lies inside the image folder"),
@@ -290,7 +290,7 @@ def test_a_pack_that_cannot_fit_is_refused_first(tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     with (tmp_path / "in" / "a" / "x.png").open("wb") as file:
         file.truncate(1 << 42)  # sparse: takes no space
-    with pytest.raises(DiskFullError, match=r"bytes free, the tars need 43980"):
+    with pytest.raises(DiskFullError, match=r"bytes free, but the tars need 43980"):
         pack(PackConfig(data=tmp_path / "in", out=tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
 

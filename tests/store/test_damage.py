@@ -97,7 +97,7 @@ def test_a_damaged_commit_record_names_its_file(cache):
     whole = json.loads(file.read_bytes())
     for text in ("", "[]", "{}", file.read_text()[:-20], json.dumps({**whole, "files": 3})):
         file.write_text(text)
-        with pytest.raises(CorruptCacheError, match=r"v0000-b000000\.json is no commit record .*Delete it and run"):
+        with pytest.raises(CorruptCacheError, match=r"v0000-b000000\.json is not a commit record .*Delete it and run"):
             read_commits(cache)
     whole["task"]["block"] = 1
     file.write_text(json.dumps(whole))

@@ -1,4 +1,4 @@
-"""What is no cache, or says what cannot be, is refused before memory is asked for."""
+"""What is not a cache, or describes an impossible one, is refused before memory is allocated."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def rewrite_root(cache, change):
 
 
 def test_what_is_no_cache_is_a_miss_or_refused(tmp_path):
-    with pytest.raises(CacheMissError, match=r"nothing is no cache: .*zarr\.json does not exist\. Make one with"):
+    with pytest.raises(CacheMissError, match=r"nothing is not a cache: .*zarr\.json does not exist\. Make one with"):
         CacheReader(tmp_path / "nothing")
     (tmp_path / "zarr.json").write_text("{")
     with pytest.raises(CorruptCacheError, match=r"zarr\.json cannot be read"):
         CacheReader(tmp_path)
     for text in ("[]", "3", "{}", '{"attributes": 5}', '{"attributes": {"atcache": []}}'):
         (tmp_path / "zarr.json").write_text(text)
-        with pytest.raises(CorruptCacheError, match=r"is no (Zarr group|atcache cache)"):
+        with pytest.raises(CorruptCacheError, match=r"is not (a Zarr group|an atcache cache)"):
             CacheReader(tmp_path)
 
 
@@ -128,8 +128,8 @@ def test_state_that_no_codec_has_is_refused_before_any_of_it_is_read(cache):
         (SHARDS[1], zstd_frame_claiming(2**60), r"claims 1152921504606846976 bytes of content, expected 126"),
         (SHARDS[1], bytes(zstd.compress(bytes(10**6), 1)), r"claims 1000000 bytes of content, expected 126"),
         (SHARDS[1], zstd_frame_claiming(126), "cannot be decompressed"),
-        (SHARDS[1], b"\x28\xb5\x2f\xfd\x00\x58\x01\x00\x00", "does not tell its size"),
-        (SHARDS[1], b"plain text", "is no zstd frame"),
+        (SHARDS[1], b"\x28\xb5\x2f\xfd\x00\x58\x01\x00\x00", "does not state its size"),
+        (SHARDS[1], b"plain text", "is not a zstd frame"),
     ],
 )
 def test_a_hostile_chunk_is_refused_before_it_is_decompressed(cache, shard, packed, message):

@@ -101,7 +101,7 @@ def test_deleting_a_commit_record_makes_a_complete_cache_incomplete(cache):
 def test_creating_over_something_is_refused_and_leaves_it(tmp_path):
     (tmp_path / "cache.zarr").mkdir()
     (tmp_path / "cache.zarr" / "thesis.txt").write_text("important")
-    with pytest.raises(CacheMismatchError, match=r"cache\.zarr exists already: give another path; or where"):
+    with pytest.raises(CacheMismatchError, match=r"cache\.zarr exists already: give another path, or run"):
         create_cache(tmp_path / "cache.zarr", LAYOUT, {}, make_index(10), {})
     assert [file.name for file in (tmp_path / "cache.zarr").iterdir()] == ["thesis.txt"]
 
@@ -140,7 +140,7 @@ def test_samples_out_of_order_or_incomplete_are_our_own_mistakes(tmp_path):
         writer.add(0, status=1)
     with pytest.raises(ValueError, match="comes with 2 chunks"):
         writer.add(0, status=6, chunks=chunks)
-    with pytest.raises(ValueError, match="pixels are given or missing"):
+    with pytest.raises(ValueError, match="expected pixels if it is STORED and"):
         writer.add(0, status=1, chunks=chunks)
     writer.add(0, status=2)
     with pytest.raises(ValueError, match="ends at sample 4, added up to 1"):
@@ -185,7 +185,7 @@ except DiskFullError as error:
     print(error)
 """
     result = run_python(code, tmp_path / "cache.zarr")
-    assert "What was stored before is valid; make room and run the same command again" in result.stdout
+    assert "What was stored before is valid. Free some space and run the same command again" in result.stdout
     assert not list(tmp_path.rglob("*.partial"))
     assert issubclass(DiskFullError, OSError)
 

@@ -349,7 +349,7 @@ def test_caches_that_cannot_be_used_are_refused(tiny_cache, tmp_path):
         ({"layers": [0, 5]}, "layer 5 does not exist"),
         ({"layers": "0", "layer_map": {0: 1}}, "layers and layer_map both say which layers are transferred"),
         ({"heads": "0", "head_map": [1]}, "heads and head_map both say which heads are transferred"),
-        ({"layer_map": "0-1"}, "layer map '0-1': '0-1' is no pair"),
+        ({"layer_map": "0-1"}, "layer map '0-1': '0-1' is not a pair"),
     ],
 )
 def test_values_of_students_that_cannot_be_used_are_refused(fields, message, tiny_cache):

@@ -208,11 +208,11 @@ def test_students_that_a_pairing_does_not_fit_are_refused(fields, message, confi
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layer_map": "0-1"}, r"layer map '0-1': '0-1' is no pair\. Write STUDENT:TEACHER blocks, such as 0"),
-        ({"layer_map": "0:0,0:1"}, "layer map '0:0,0:1': the student's block 0 is there twice"),
+        ({"layer_map": "0-1"}, r"layer map '0-1': '0-1' is not a pair\. Write STUDENT:TEACHER blocks, such as 0"),
+        ({"layer_map": "0:0,0:1"}, "layer map '0:0,0:1': the student's block 0 comes twice"),
         ({"layer_map": "0:3"}, "layer 3 is not in the cache, which holds layers 0, 1, 2"),
-        ({"head_map": "0,x"}, "head map '0,x': 'x' is no head"),
-        ({"head_map": "0,0"}, "head map '0,0': a head of the teacher's is there twice"),
+        ({"head_map": "0,x"}, "head map '0,x': 'x' is not a head"),
+        ({"head_map": "0,0"}, "head map '0,0': a head of the teacher comes twice"),
         ({"head_map": "0,7"}, "head 7 is not in the cache, which holds heads 0, 1, 2, 3"),
         ({"heads": "7"}, "head 7 does not exist"),
         ({"heads": "0", "head_map": "0"}, "heads and head_map both say which heads are transferred; give one of them"),

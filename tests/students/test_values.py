@@ -181,9 +181,9 @@ def test_a_cache_with_v_is_not_continued_without_it(values_cache, tiny_vit, tiny
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"codec": "transform"}, CodecError, "codec transform codes what the maps need.*Use --codec int8 or exact"),
-        ({"codec": "logmap"}, CodecError, "codec logmap codes what the maps need"),
-        ({"target_kl": 0.01}, ConfigError, "codec int8 meets no target"),
+        ({"codec": "transform"}, CodecError, "codec transform stores only what the maps .*Use --codec int8 or exact"),
+        ({"codec": "logmap"}, CodecError, "codec logmap stores only what the maps are made from"),
+        ({"target_kl": 0.01}, ConfigError, "codec int8 takes no target"),
         ({"teacher": CAIT}, ConfigError, "store=v: this teacher hands over maps.*Leave --store out"),
     ],
 )

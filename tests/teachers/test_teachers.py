@@ -85,8 +85,8 @@ def test_arguments_after_an_alias_overrule_its_own():
     [
         ("mae-vit-x", "model 'mae-vit-x' is unknown. Did you mean .*mae-vit-l"),
         ("vit_tinny_patch16_224", "Did you mean .*vit_tiny_patch16_224"),
-        ("zzz", r"timm.list_models\(\) lists what there is"),
-        ("vit_base_patch16_224.fb", "no weights of this tag. Known: .*vit_base_patch16_224.mae"),
+        ("zzz", r"timm.list_models\(\) lists all names"),
+        ("vit_base_patch16_224.fb", "no weights with this tag. Known: .*vit_base_patch16_224.mae"),
         ("vit_tiny_patch16_224:", "nothing follows the colon"),
         ("vit_tiny_patch16_224:32", "cannot read its arguments '32'. Write name=value"),
         ("vit_tiny_patch16_224:img_size=f()", "cannot read its arguments"),
@@ -173,7 +173,7 @@ def test_an_unreachable_hub_names_the_file_to_fetch_within_seconds(offline, tmp_
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start_s < 60
-    assert "hub cannot be reached. Fetch model.safetensors of https://huggingface.co/timm/vit_tiny" in done.stdout
+    assert "hub cannot be reached. Download model.safetensors of https://huggingface.co/timm/vit_tiny" in done.stdout
     assert "--weights FILE" in done.stdout
 
 
@@ -352,7 +352,7 @@ def test_resized_patches_are_said(tiny, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("in_chans=1", "images have three colours here, which is in_chans=3. Leave in_chans out"),
+        ("in_chans=1", r"images have three colours \(in_chans=3\)\. Leave in_chans out"),
         ("img_size=30", "images of 30 x 30 pixels cannot be cut into patches of 16 x 16. Give an img_size that is"),
     ],
 )
@@ -375,7 +375,7 @@ def test_an_mae_checkpoint_loses_its_decoder_and_only_what_else_is_left_over_is_
     extra = {f"neck.{number}.weight": torch.zeros(1) for number in range(4)}
     load_weights(student, tiny.state_dict() | decoder | extra)
     assert caplog.messages == [
-        "NOTE: vit_tiny_patch16_224: 4 tensors of the weights have no place in it and are not used, the first "
+        "NOTE: vit_tiny_patch16_224: 4 tensors of the weights are not in the model and not used, the first "
         "neck.0.weight, neck.1.weight, neck.2.weight."
     ]
 
@@ -397,9 +397,9 @@ def test_a_student_is_told_of_a_norm_that_stays_fresh_and_a_teacher_is_not(tiny,
     assert caplog.messages == []
     create_student(parse_model_name(pooled), 7, weights=tiny_file)
     assert caplog.messages == [
-        "NOTE: vit_tiny_patch16_224: 2 tensors of the weights have no place in it and are not used, the first "
-        "norm.bias, norm.weight; 2 of its own are not in the weights and keep their initial values, the first "
-        "fc_norm.weight, fc_norm.bias."
+        "NOTE: vit_tiny_patch16_224: 2 tensors of the weights are not in the model and not used, the first "
+        "norm.bias, norm.weight; 2 tensors of the model are not in the weights and stay at their initial values, the "
+        "first fc_norm.weight, fc_norm.bias."
     ]
 
 

@@ -20,7 +20,7 @@ Basis = Literal["all", "layer", "head"]
 
 
 class TransformSettings(Protocol):
-    """What fitting takes of the codec, whose fields say what these are."""
+    """The settings of the codec that fitting uses; the codec's fields describe them."""
 
     @property
     def target_kl(self) -> float: ...
@@ -37,13 +37,13 @@ class TransformSettings(Protocol):
 _MAP_NUMEL = 2**25
 """Elements of maps held at a time: 128 MiB in float32."""
 _UNIFORM = 1e-3
-"""Weight of the metric that uniform rows would have. A row that looks at one key alone minds no small error at all, but
-it does mind a large one."""
+"""Weight of the metric that uniform rows would have. A row that looks at one key alone is not changed by small errors,
+but by large ones it is."""
 _LEAST_VIEWS = 16
 """Means of fewer views would be those views themselves, and leave nothing to fit a basis to."""
 _METRIC_FLOOR = 1e-7
-"""Smallest weight of a direction, relative to the layer's largest: directions no row minds have one too, or the basis
-would not exist."""
+"""Smallest weight of a direction, relative to the layer's largest. Directions whose errors change no row need one too,
+or the basis would not exist."""
 _MEAN_ERROR = 0.02
 """Error that the means' low rank may add, as a share of the components' own."""
 
@@ -143,7 +143,7 @@ def _weighted_gram(vectors_BHTD: Tensor, weight_BHT: Tensor | None) -> Tensor:
 
 
 def _metric_roots(metric_VDD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The metric, its square root and that one's inverse, none of them singular."""
+    """The metric, its square root and the inverse of that root, none of them singular."""
     weight_VD, vectors_VDD = eigh(metric_VDD)
     largest = float(weight_VD.max())
     weight_VD = weight_VD.clamp(min=_METRIC_FLOOR * largest if largest > 0 else 1.0)

@@ -29,15 +29,15 @@ DEFAULT_TARGET_KL = 0.005
 class TransformCodec(Codec):
     """As few bytes as a target allows: a mean row KL, or bytes a view. The step is searched for on held-back views.
 
-    `basis`, `positions` and `dct` turn parts of the transform off. They are there to be measured
-    (`benchmarks/rate_distortion.py`); all of them pay.
+    `basis`, `positions` and `dct` turn parts of the transform off, so that their use can be measured
+    (`benchmarks/rate_distortion.py`). All of them save bytes.
     """
 
     name: ClassVar[str] = "transform"
     target_kl: float = DEFAULT_TARGET_KL
     """Mean row KL of decoded maps, in nats, on held-back views."""
     target_nbytes: int | None = None
-    """Bytes of a view's codes, compressed; where given, it is met instead of `target_kl`."""
+    """Bytes of a view's codes, compressed. If given, it is met instead of `target_kl`."""
     basis: Literal["all", "layer", "head"] = "all"
     """What one basis spans: all layers, since a layer is much like the one before; the q and k of all heads of a layer;
     or each head's q and k by themselves."""
@@ -54,7 +54,7 @@ class TransformCodec(Codec):
         if self.basis not in ("all", "layer", "head"):
             raise CodecError(f"codec transform: basis={self.basis!r}, expected all, layer or head.")
         for name, value in (("positions", self.positions), ("dct", self.dct)):
-            if value not in (True, False):  # a text, which counts as true, would decode to other maps
+            if value not in (True, False):  # text such as "false" counts as true and would decode to other maps
                 raise CodecError(f"codec transform: {name}={value!r}, expected True or False.")
 
     def fit(
@@ -75,7 +75,7 @@ class TransformCodec(Codec):
         - `mean_left_LTR`, `mean_right_LRN`: their product is each position's mean.
 
         Raises:
-            CodecError: the teacher hands over maps, or factors that are not finite.
+            CodecError: the layers are maps, or factors that are not finite.
         """
         return fit_transform(self, geometry, batches, held_back, nbytes_per_view)
 

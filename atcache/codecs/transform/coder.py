@@ -34,7 +34,7 @@ class TransformCoder(Coder):
     """All layers share one row of codes: codes_BLTC has L = 1, and C stored components.
 
     A code is a whole number of steps, its sign in the lowest bit (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), so that
-    small codes have empty upper bytes. These cost next to nothing behind a byte shuffle, so codes are int32 and a token
+    small codes have empty upper bytes. These cost next to nothing after a byte shuffle, so codes are int32 and a token
     of any size fits: nothing is clipped. With `dct`, the tokens after the prefix are the coefficients of the patch
     grid, low frequencies first.
     """
@@ -73,8 +73,8 @@ class TransformCoder(Coder):
         factors = only_factors(layers, "transform")
         num_views, _, num_tokens = factors[0].shape_BHT
         q_N, k_N = self._vectors_of_q, self._vectors_of_k
-        # Projecting is linear: the keys' means and the positions' are taken out behind it, where they are small. An
-        # autocast of the caller's must not round the products.
+        # Projecting is linear, so the means of keys and positions are subtracted after it, where they are small. The
+        # caller's autocast must not round the products.
         with torch.autocast(self.device.type, enabled=False):
             components_RC = self._mean_TC.new_zeros(num_views * num_tokens, self.num_components)
             mean_BC = self._mean_TC.new_zeros(num_views, self.num_components)
@@ -95,7 +95,7 @@ class TransformCoder(Coder):
         Raises:
             CodecError: a component is not finite.
         """
-        # A maximum over what is no number is none either: one look at the device answers both.
+        # The maximum is NaN if any value is, so one number from the device answers both questions.
         largest = float(components_BTC.abs().max()) if components_BTC.numel() else 0.0
         if not math.isfinite(largest):
             raise _too_large(self.geometry, layers)
@@ -153,7 +153,7 @@ class TransformCoder(Coder):
 
     def dequantise(self, codes_BTC: Tensor, step: float) -> Tensor:
         """Stored components that codes stand for, float32."""
-        # From 1 for -1 and 2 for 1: halve, and flip all bits of what was odd.
+        # Code 1 means -1 and code 2 means 1: halve, and flip all bits if the code was odd.
         return ((codes_BTC >> 1) ^ -(codes_BTC & 1)).float() * step
 
     def rebuild(self, position: int, components_BTC: Tensor) -> LayerFactors:
@@ -171,7 +171,7 @@ class TransformCoder(Coder):
 
 
 def _check_state(arrays: State, geometry: FactorGeometry, num_values: int, step: float) -> None:
-    """Refuse arrays that do not fit together: those of a cache may be anybody's."""
+    """Refuse arrays that do not fit together: a cache may come from anybody."""
     num_layers, num_tokens, head_dim = len(geometry.layers), geometry.tokens.num_tokens, geometry.head_dim
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     num_joined, rank = shapes["basis_LJN"][1:2], shapes["mean_right_LRN"][1:2]
@@ -209,6 +209,6 @@ def _too_large(geometry: FactorGeometry, layers: Sequence[LayerAttention]) -> Co
     largest = [max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max())) for layer in factors]
     worst = max(range(len(layers)), key=lambda position: (largest[position] != largest[position], largest[position]))
     return CodecError(
-        f"layer {geometry.layers[worst]}: a factor of size {largest[worst]:.4g} is no number, or too large for codec "
-        "transform. Check the teacher's weights and precision."
+        f"layer {geometry.layers[worst]}: a factor of size {largest[worst]:.4g} is NaN, infinite, or too large for "
+        "codec transform. Check the teacher's weights and precision."
     )

@@ -1,7 +1,7 @@
 """Fitting the `transform` codec: what all layers have in common, and the step that meets the target.
 
-In words: (1) one pass over the calibration views measures, for every layer, how vectors of q and k vary and how much a
-row's KL minds an error in them. (2) From both follows each layer's basis (`basis`). (3) A second pass
+In words: (1) one pass over the calibration views measures, for every layer, how vectors of q and k vary and how much an
+error in them raises a row's KL. (2) From both follows each layer's basis (`basis`). (3) A second pass
 measures how the layers' components vary together, from which the stored components follow. (4) The step is searched
 for on held-back views.
 """
@@ -162,7 +162,7 @@ def _join_layers(
     elif codec.basis == "head":
         gram_CC = gram_CC.diag().diag()
     sums_C, vectors_CC = eigh(gram_CC)
-    # Rows that only fill up have no variance and come last; there are sum(num_kept) others.
+    # Rows that are only padding have no variance and come last; there are sum(num_kept) others.
     state["mixing_LJC"] = vectors_CC.flip(1)[:, : sum(num_kept)].float().view(num_layers, width, -1)
     return state, sums_C.flip(0)[: sum(num_kept)] / max(1, num_rows)
 
@@ -201,7 +201,7 @@ def _find_step(
         return nbytes_per_view(coder.quantise(components_BTC, step))
 
     by_kl = codec.target_nbytes is None
-    measure = functools.cache(mean_kl if by_kl else mean_nbytes)  # the step that is found is asked for once more
+    measure = functools.cache(mean_kl if by_kl else mean_nbytes)  # the step that is found is needed once more
     target = codec.target_kl if codec.target_nbytes is None else codec.target_nbytes
     step = find_step(measure, target, rises=by_kl, **bounds)
     value = measure(step)

@@ -1,12 +1,12 @@
-"""Blocks of remote files, kept in one local file of fixed size that all processes of this machine share.
+"""Blocks of remote files, kept in one local file of fixed size that all processes on this machine share.
 
-The file is a header, a table of what is in which slot, and the slots. A block may lie in any of the eight slots of one
-set, which its key says; the one it replaces is drawn at random. Nothing is locked and nothing is counted: a row of the
-table has a checksum over its key and its bytes, so that whatever another process, a kill or a disk did to slot or row,
-a block is what was stored or is not there.
+The file has a header, a table of what is in which slot, and the slots. A block's key chooses a set of eight slots, and
+the block may be in any of them. If all eight are taken, it replaces one at random. Reading and writing blocks takes no
+lock: each row of the table has a checksum over the block's key and bytes. So a block that another process, a kill or
+the disk has damaged counts as missing.
 
-Why not the least recently used: training reads everything once an epoch, in a new order. What was used last is then
-needed last, and keeping it would leave a cache smaller than the data with hardly a hit.
+Why it does not replace the least recently used block: training reads everything once an epoch, in a new order. The
+blocks used last are then needed last. Keeping them would give hardly any hits in a cache smaller than the data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import google_crc32c
 from atcache.errors import ConfigError
 
 BLOCK_NBYTES = 2**16
-"""Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): larger ones fetch more than is read."""
+"""Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): larger blocks fetch bytes that nobody reads."""
 
 DEFAULT_GIB = 16.0
 FOLDER_VARIABLE = "ATCACHE_BLOCKS_DIR"
@@ -36,14 +36,14 @@ _ROW = struct.Struct("<16sII8x")  # key, bytes, crc32c of key and bytes
 _SET_NBYTES = _NUM_WAYS * _ROW.size
 _EMPTY_ROW = bytes(_ROW.size)
 _HEADER = struct.Struct("<8sIIQ")  # magic, bytes of a block, slots of a set, sets
-_HEADER_NBYTES = 4096
+_HEADER_NBYTES = 4096  # a page, so that the table behind it is aligned
 _MAGIC = b"atcblk1\n"
 
 _crc32c = cast("Any", google_crc32c)
 
 
 class BlockKeys:
-    """The names of the blocks of one version of a file, 16 bytes each."""
+    """The keys of the blocks of one version of a file, 16 bytes each, by block number."""
 
     def __init__(self, url: str, version: str, size: int) -> None:
         self._digest = hashlib.sha256(f"{url}\n{version}\n{size}\n".encode())
@@ -58,22 +58,23 @@ class BlockCache:
     """The blocks of one folder. Threads and forked processes may share it."""
 
     def __init__(self, folder: Path, max_nbytes: int) -> None:
-        """Open or make it.
+        """Open the cache, or create it.
 
         Args:
-            folder: where it lies; made for this user alone if it is not there.
-            max_nbytes: bytes it takes at most, table and all. A folder that was made for another size is begun anew.
+            folder: the cache's folder. If it is missing, it is created with access for this user only.
+            max_nbytes: the most bytes it may take, including the table. An existing cache of another size is replaced
+                by an empty one.
 
         Raises:
-            ConfigError: the folder cannot be written, or the size is too small for a single set.
+            ConfigError: the folder cannot be written, or the size is too small for one set of blocks.
         """
         self.num_sets = (max_nbytes - _HEADER_NBYTES) // (_SET_NBYTES + _NUM_WAYS * BLOCK_NBYTES)
         if self.num_sets < 1:
-            raise ConfigError(f"{GIB_VARIABLE}: {max_nbytes} bytes hold no blocks; expected at least 1 MiB.")
+            raise ConfigError(f"{GIB_VARIABLE}: {max_nbytes} bytes are too few for any block; expected at least 1 MiB.")
         self._data_offset = _HEADER_NBYTES + self.num_sets * _SET_NBYTES
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # The one descriptor of this file: closing another would drop this process's locks.
+            # Never open this file a second time: closing that descriptor would drop all of this process's locks.
             self.lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(self.lock_fd, fcntl.LOCK_EX, 1, 0)
             try:
@@ -82,8 +83,8 @@ class BlockCache:
                 fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1, 0)
         except OSError as error:
             raise ConfigError(
-                f"{folder} cannot keep what is read from servers: {error.strerror}. Name another folder in "
-                f"{FOLDER_VARIABLE}."
+                f"{folder} cannot store what is read from servers: {error.strerror}. Name another folder in the "
+                f"environment variable {FOLDER_VARIABLE}."
             ) from error
 
     def _open(self, file: Path) -> int:
@@ -98,17 +99,17 @@ class BlockCache:
             if os.pread(found, _HEADER.size, 0) == header and os.fstat(found).st_size == nbytes:
                 return found
             os.close(found)
-        # Processes that have the old one open go on with it until they end.
+        # Processes that have the old file open continue to use it until they end.
         partial = file.with_name(f".blocks.{secrets.token_hex(8)}")
         made = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o600)
         os.pwrite(made, header, 0)
-        os.ftruncate(made, nbytes)  # takes room as slots are filled
+        os.ftruncate(made, nbytes)  # a sparse file: it takes disk space only as slots are filled
         partial.replace(file)
         return made
 
     @property
     def num_slots(self) -> int:
-        """Blocks it can hold."""
+        """The number of blocks it can hold."""
         return self.num_sets * _NUM_WAYS
 
     def __del__(self) -> None:
@@ -117,7 +118,7 @@ class BlockCache:
                 os.close(descriptor)
 
     def get(self, key: bytes) -> bytes | None:
-        """A block, whole and as it was stored; None where it is not there."""
+        """A block, exactly as it was stored; None if it is missing or damaged."""
         first, rows = self._rows_of(key)
         way = _find(rows, key)
         if way is None:
@@ -132,18 +133,19 @@ class BlockCache:
         return None
 
     def has(self, key: bytes) -> bool:
-        """Whether a block is there, damaged or not."""
+        """Whether a block is in the table. Its bytes are not checked."""
         return _find(self._rows_of(key)[1], key) is not None
 
     def put(self, key: bytes, data: bytes | memoryview) -> None:
-        """Keep a block, in the place of another one if need be. A full disk keeps nothing, and is no error."""
+        """Store a block; it may replace another one. On a full disk nothing is stored, and no error is raised."""
         first, rows = self._rows_of(key)
         way = _find(rows, key)
         if way is None:
-            way = _find(rows, bytes(16))
+            way = _find(rows, bytes(16))  # an empty row: its key is all zeros
         if way is None:
             way = secrets.randbelow(_NUM_WAYS)
         try:
+            # The row is empty while the slot is written, so that the old row never points to new bytes.
             self._write_row(first + way, _EMPTY_ROW)
             written = os.pwrite(self._fd, data, self._data_offset + (first + way) * BLOCK_NBYTES)
             if written == len(data):
@@ -152,7 +154,7 @@ class BlockCache:
             return
 
     def drop(self, key: bytes) -> None:
-        """Forget a block."""
+        """Remove a block."""
         first, rows = self._rows_of(key)
         way = _find(rows, key)
         if way is not None:
@@ -169,7 +171,8 @@ class BlockCache:
 
 
 def _find(rows: bytes, key: bytes) -> int | None:
-    """Which of a set's rows has this key."""
+    """The position of this key's row in a set; None if no row has it."""
+    # A match may lie across two rows or inside one; only one at the start of a row counts.
     place = rows.find(key)
     while place >= 0 and place % _ROW.size:
         place = rows.find(key, place + 1)
@@ -185,10 +188,10 @@ _opening = threading.Lock()
 
 
 def shared_blocks() -> BlockCache:
-    """The block cache of this process, and of all with the same environment: the folder and size it names.
+    """The block cache with the folder and size that the environment variables name; all processes share it.
 
     Raises:
-        ConfigError: the environment names no folder that can be written, or no size.
+        ConfigError: the folder cannot be written, or the size is not a number.
     """
     global _shared
     with _opening:

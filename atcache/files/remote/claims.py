@@ -1,4 +1,4 @@
-"""Who is fetching which block: one at a time, over all processes, and a killed one no longer."""
+"""Claims: only one process at a time fetches a block. A killed process loses its claims."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import threading
 
 
 class Claims:
-    """Claims on blocks by their keys: locks on single bytes of a file, which end with their process.
+    """Claims on blocks, by key. Each is a lock on one byte of a file, and ends with its process.
 
-    Threads may share it; a forked copy begins without any.
+    Threads may share one object. A forked copy starts without claims.
     """
 
     def __init__(self, lock_fd: int) -> None:
@@ -23,7 +23,7 @@ class Claims:
         self._held: dict[bytes, threading.Event] = {}
 
     def take(self, key: bytes) -> bool:
-        """Claim a block, unless somebody has."""
+        """Claim a block. Returns False if another thread or process has claimed it."""
         if self._pid != os.getpid():
             self._reset()
         with self._lock:
@@ -37,13 +37,13 @@ class Claims:
             return True
 
     def release(self, key: bytes) -> None:
-        """Give a claim of this process back."""
+        """Give up a claim of this process."""
         with self._lock:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
             self._held.pop(key).set()
 
     def wait(self, key: bytes) -> None:
-        """Wait until nobody has claimed a block. Whoever waits must hold no claim."""
+        """Wait until nobody claims a block. The caller must hold no claim, or two callers could wait for each other."""
         with self._lock:
             event = self._held.get(key)
         if event is not None:
@@ -53,9 +53,9 @@ class Claims:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, _place(key))
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
         except OSError:
-            return  # the system sees a deadlock where two threads of a process wait for one another's processes
+            return  # the system may see a deadlock, as it looks at processes, not threads; the caller tries again
 
 
 def _place(key: bytes) -> int:
-    """The byte of the lock file that stands for a block. Byte 0 is for opening the block cache."""
+    """The byte of the lock file that is locked for a block. Byte 0 is the lock for opening the block cache."""
     return 1 + int.from_bytes(key[:7], "little")

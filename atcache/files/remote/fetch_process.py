@@ -1,9 +1,9 @@
-"""The process that talks to servers: obstore behind a socket, for one parent, until the parent goes.
+"""The process that talks to servers: it runs obstore for one parent, over a socket, until the parent ends.
 
-obstore's threads do not survive a fork: a forked data loader would wait for ever. Here they are never forked. This file
-is run, not imported, and imports nothing of ours, so that it starts in a moment.
+obstore's threads do not survive a fork, so a forked data loader would wait without end. This process is never forked.
+The file is run as a script, not imported. It imports nothing from atcache, so that it starts quickly.
 
-A request is a line of JSON. An answer is a line of JSON, and `nbytes` bytes.
+A request is a line of JSON. An answer is a line of JSON, followed by `nbytes` bytes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _KINDS: tuple[tuple[type[BaseException], str], ...] = (
 
 
 @cache
-def _store(root: str) -> Any:  # noqa: ANN401 - one of obstore's
+def _store(root: str) -> Any:  # noqa: ANN401 - one of obstore's store classes
     scheme, _, host = root.partition("://")
     if scheme in ("http", "https"):
         options: Any = {"connect_timeout": "10s", "timeout": "120s", "allow_http": scheme == "http"}
         return HTTPStore.from_url(root, client_options=options, retry_config=_RETRIES)
-    # Regions, endpoints, credentials and timeouts come from each store's own environment variables, which client
-    # options given here would hide.
+    # Each store reads region, endpoint, credentials and timeouts from its own environment variables. Client options
+    # given here would override them.
     store = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
     return store(host, retry_config=_RETRIES)
 
@@ -61,12 +61,12 @@ def _head(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
 
 
 def _get(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """A range of a file that must still have the version it was opened with."""
+    """A range of a file, which must still have the version it had when it was opened."""
     options: dict[str, Any] = {"range": (request["start"], request["stop"])}
     if request["version"].startswith('"'):  # a weak entity tag never matches
         options["if_match"] = request["version"]
     result = obstore.get(_store(request["root"]), request["key"], options=cast("Any", options))
-    # Not every server minds `If-Match`.
+    # Some servers ignore `If-Match`, so the answer is checked too.
     if (result.meta["size"], _version(result.meta)) != (request["size"], request["version"]):
         raise _ChangedError
     return {}, result.bytes().to_bytes()
@@ -98,19 +98,19 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         return _WORK[request["do"]](request)
     except _ChangedError:
         return {"error": "changed", "reason": ""}, b""
-    except Exception as error:  # whatever a server or obstore can think of is for the parent to tell
+    except Exception as error:  # whatever obstore raises, the parent reports it
         kind = next((kind for known, kind in _KINDS if isinstance(error, known)), "failed")
         return {"error": kind, "reason": _first_sentence(str(error))}, b""
 
 
 def _first_sentence(message: str) -> str:
-    """The reason in obstore's message, without how often it tried, the page that came and the structures behind it."""
+    """The reason in obstore's message, without the retry counts, the server's HTML page and the debug structures."""
     sentence = " ".join(message.partition("\n\nDebug source")[0].partition("<")[0].split())
     return sentence.rpartition(" - ")[2][:300].rstrip(" :")
 
 
 def main(descriptor: int) -> None:
-    """Answer the parent's requests, several at once, until it closes the socket or dies."""
+    """Answer the parent's requests, several at a time, until the parent closes the socket or ends."""
     parent, sending = socket.socket(fileno=descriptor), Lock()
 
     def serve(request: dict[str, Any]) -> None:

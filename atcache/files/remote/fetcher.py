@@ -1,4 +1,4 @@
-"""Asks servers for bytes, by way of a process of its own; see `fetch_process`."""
+"""Asks servers for bytes, through a separate process; see `fetch_process`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from atcache.files.location import Url
 _SCRIPT = Path(__file__).with_name("fetch_process.py")
 
 MAX_WHOLE_NBYTES = 2**31
-"""Files that are read whole have at most as many bytes: no metadata and no table of a cache comes near."""
+"""Limit for files that are read whole. The metadata and tables of a cache are far smaller."""
 
 
 class Meta(NamedTuple):
-    """What a server says of a file."""
+    """What a server says about a file."""
 
     size: int
     version: str
-    """Changes when the content does: its entity tag, or when it was modified."""
+    """Changes when the content does: the entity tag, or the time of the last change."""
 
 
 class _Fetcher:
-    """A fetch process and the questions it has not answered yet. Threads may share it; forked copies may not."""
+    """A fetch process and the requests it has not answered yet. Threads may share it; forked copies may not."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -43,7 +43,7 @@ class _Fetcher:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={"TOKIO_WORKER_THREADS": "2", **os.environ},
-                process_group=0,  # this process decides what Ctrl-C and a scheduler's SIGTERM mean
+                process_group=0,  # Ctrl-C and a scheduler's SIGTERM must not end it while we still need its answers
             )
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[Url, Future[tuple[dict[str, Any], bytes]]]] = {}
@@ -52,7 +52,7 @@ class _Fetcher:
         threading.Thread(target=self._receive, name="atcache-fetch", daemon=True).start()
 
     def ask(self, url: Url, request: dict[str, Any]) -> Future[tuple[dict[str, Any], bytes]]:
-        """The answer to come: its header and bytes, or the error it is."""
+        """A future of the answer: its header and bytes, or an exception if the server or the process fails."""
         future: Future[tuple[dict[str, Any], bytes]] = Future()
         with self._lock:
             self._num_asked += 1
@@ -82,7 +82,7 @@ class _Fetcher:
                     else:
                         future.set_result((header, payload))
         except (OSError, ValueError):
-            pass  # closed while it waited
+            pass  # the socket was closed while this thread waited
         with self._lock:
             self.is_running = False
             left = list(self._waiting.values())
@@ -93,24 +93,24 @@ class _Fetcher:
     def close(self) -> None:
         """End the process."""
         self.is_running = False
-        with suppress(OSError):  # it may have ended before
+        with suppress(OSError):  # the process may have ended already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._process.wait()
         self._socket.close()
 
     def abandon(self) -> None:
-        """Leave the process to its parent; for a forked copy."""
+        """In a forked copy: let go of the process, which belongs to the parent."""
         self._socket.close()
-        self._process.returncode = 0  # so that nothing here waits for it or complains
+        self._process.returncode = 0  # or Popen would warn that the process still runs
 
 
 def _describe(url: Url, kind: str, reason: str) -> Exception:
     if kind == "missing":
         return FileNotFoundError(errno.ENOENT, "no such file on the server", str(url))
     texts = {
-        "changed": "has changed since it was opened. Start again, so that all of it is of one version.",
+        "changed": "has changed since it was opened. Start again, so that all its bytes come from one version.",
         "no ranges": "cannot be read in parts: its server does not answer range requests. Use another server.",
-        "denied": f"may not be read: the server refuses access ({reason}). Give credentials by the environment "
+        "denied": f"may not be read: the server refuses access ({reason}). Give credentials in the environment "
         "variables of the store.",
         "ended": "cannot be read: the process that fetches it has ended. Run the same command again.",
     }
@@ -149,39 +149,39 @@ def _ask(url: Url, **request: Any) -> Future[tuple[dict[str, Any], bytes]]:  # n
 
 
 def head(url: Url) -> Meta:
-    """Size and version of a file.
+    """Size and version of a file on a server.
 
     Raises:
-        FileNotFoundError: the server has none.
-        RemoteError: the server cannot be asked.
+        FileNotFoundError: the server has no such file.
+        RemoteError: the server does not answer, or refuses access.
     """
     header, _ = _ask(url, do="head").result()
     return Meta(int(header["size"]), str(header["version"]))
 
 
 def get_range(url: Url, meta: Meta, start: int, stop: int) -> Future[tuple[dict[str, Any], bytes]]:
-    """The bytes [start, stop) to come, of the very version `meta` is of; its second part."""
+    """A future of the bytes [start, stop), as (header, bytes). It fails if the file's version is not that of `meta`."""
     return _ask(url, do="get", start=start, stop=stop, size=meta.size, version=meta.version)
 
 
 def read_whole(url: Url) -> bytes:
-    """A small file.
+    """All bytes of a small file.
 
     Raises:
-        FileNotFoundError: the server has none.
-        RemoteError: it cannot be read, or is no small file.
+        FileNotFoundError: the server has no such file.
+        RemoteError: the file cannot be read, or is larger than `MAX_WHOLE_NBYTES`.
     """
     return _ask(url, do="read", limit=MAX_WHOLE_NBYTES).result()[1]
 
 
 def list_below(folder: Url) -> list[str]:
-    """The files below a folder, by their paths in it, in no order.
+    """Paths of the files below a folder, relative to it, in no particular order.
 
     Raises:
-        RemoteError: the server cannot list.
+        RemoteError: the server cannot list folders, or cannot be read.
     """
     if not folder.can_list:
-        raise RemoteError(f"{folder} cannot be listed: web servers do not say what lies in a folder.")
+        raise RemoteError(f"{folder} cannot be listed: web servers do not say what is in a folder. Name the files.")
     prefix = folder.key + "/" if folder.parts else ""
     names: list[str] = json.loads(_ask(folder, do="list").result()[1])
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]

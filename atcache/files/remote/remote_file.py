@@ -1,4 +1,4 @@
-"""A file of a server that is read at any place, by way of the block cache."""
+"""A file on a server. Any part of it can be read, through the block cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atcache.files.remote.claims import Claims
 from atcache.files.remote.fetcher import get_range, head
 
 _MAX_BLOCKS_A_REQUEST = 32
-# Reads this close behind one another are taken for one pass over the file, whose next blocks are then fetched ahead.
+# Reads this close together count as one pass over the file. The blocks that follow are then fetched ahead.
 _NEAR_BLOCKS = 8
 _MAX_AHEAD_BLOCKS = 128
 
@@ -44,35 +44,35 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 
 class RemoteFile:
-    """One version of a file of a server; see `RangeFile`. Threads and forked processes may share it.
+    """One version of a file on a server; see `RangeFile`. Threads and forked processes may share it.
 
-    Each block is fetched by one process at a time, adjacent ones in one request, and kept for all.
+    Only one process at a time fetches a block, and all processes can then read it. Adjacent blocks share a request.
     """
 
     def __init__(self, url: Url) -> None:
-        """Ask for its size and version.
+        """Ask the server for the file's size and version.
 
         Raises:
-            FileNotFoundError: there is none.
-            RemoteError: the server cannot be asked.
+            FileNotFoundError: the server has no such file.
+            RemoteError: the server does not answer, or refuses access.
         """
         self._url = url
         self._meta = head(url)
         self._keys = BlockKeys(str(url), self._meta.version, self._meta.size)
         self._blocks = shared_blocks()
         self._claims = _shared_claims(self._blocks)
-        # What is fetched ahead must still be there when it is read: little against what is kept.
+        # A small share of the cache, so that blocks fetched ahead are not replaced before they are read.
         self._num_ahead = min(_MAX_AHEAD_BLOCKS, self._blocks.num_slots // 32)
         self._last_stop = self._ahead_stop = self._num_near = 0
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """The file's size."""
         return self._meta.size
 
     @property
     def version(self) -> str:
-        """Its server's name for its content."""
+        """The entity tag, or the time of the last change."""
         return self._meta.version
 
     def pread(self, nbytes: int, offset: int) -> bytes:
@@ -91,7 +91,7 @@ class RemoteFile:
         return data[offset - first * BLOCK_NBYTES : end - first * BLOCK_NBYTES]
 
     def expect(self, nbytes: int, offset: int) -> None:
-        """See `RangeFile.expect`: begins to fetch what is not kept. What goes wrong is told by the read."""
+        """See `RangeFile.expect`. Starts to fetch the blocks that are not in the cache. A later read reports errors."""
         end = min(offset + nbytes, self.nbytes)
         wanted = range(offset // BLOCK_NBYTES, -(-end // BLOCK_NBYTES))
         self._fetch([number for number in wanted if not self._blocks.has(self._keys[number])])
@@ -103,7 +103,7 @@ class RemoteFile:
         return True
 
     def _look_ahead(self, first: int, stop: int) -> None:
-        """Fetch ahead where reads follow one another, as those of tar headers do."""
+        """Fetch ahead if reads follow one another closely, as the reads of tar headers do."""
         is_near = -1 <= first - self._last_stop <= _NEAR_BLOCKS
         self._num_near = self._num_near + 1 if is_near else 0
         self._last_stop = stop
@@ -120,7 +120,7 @@ class RemoteFile:
             fetched = self._fetch(missing)
             for run, future in fetched:
                 found.update(self._cut(run, future.result()[1]))
-            # What is still missing others are fetching, or just have. Waited for without a claim of one's own.
+            # Others fetch the rest, or have just done so. Here we hold no claim, as `Claims.wait` demands.
             for number in missing:
                 if found[number] is None:
                     self._claims.wait(self._keys[number])
@@ -128,9 +128,13 @@ class RemoteFile:
         return [data for data in found.values() if data is not None]
 
     def _fetch(self, numbers: Iterable[int]) -> list[tuple[range, _Fetched]]:
-        """Begin to fetch those of these ascending blocks that nobody is fetching; they are kept when they arrive."""
+        """Start to fetch these blocks, given in ascending order, except those that others are fetching already.
+
+        Each is stored in the block cache when it arrives.
+        """
         mine = [number for number in numbers if self._claims.take(self._keys[number])]
-        late = {number for number in mine if self._blocks.has(self._keys[number])}  # came between look and claim
+        # Others may have stored a block after the caller looked and before we claimed it.
+        late = {number for number in mine if self._blocks.has(self._keys[number])}
         for number in late:
             self._claims.release(self._keys[number])
         fetched: list[tuple[range, _Fetched]] = []
@@ -142,30 +146,31 @@ class RemoteFile:
         return fetched
 
     def _keep(self, run: range, future: _Fetched) -> None:
-        """Store what arrived, and let others look."""
+        """Store the blocks that arrived, and give up the claims on them."""
         try:
             if future.exception() is None:
                 for number, data in self._cut(run, future.result()[1]).items():
                     self._blocks.put(self._keys[number], data)
         except RemoteError:
-            return  # the reader is told
+            return  # the reader gets this error from the future
         finally:
             for number in run:
                 self._claims.release(self._keys[number])
 
     def _cut(self, run: range, data: bytes) -> dict[int, bytes]:
-        """What was fetched, block by block."""
+        """The fetched bytes, cut into blocks."""
         expected = min(run.stop * BLOCK_NBYTES, self.nbytes) - run.start * BLOCK_NBYTES
         if len(data) != expected:
             raise RemoteError(
-                f"{self._url} cannot be read: its server answered {len(data)} bytes where {expected} were asked for."
+                f"{self._url} cannot be read: its server sent {len(data)} bytes, expected {expected}. Try again, or "
+                "use another server."
             )
         starts = range(0, len(data), BLOCK_NBYTES)
         return {number: data[start : start + BLOCK_NBYTES] for number, start in zip(run, starts, strict=True)}
 
 
 def _runs(numbers: list[int]) -> list[range]:
-    """Ascending numbers as ranges of neighbours, none longer than a request.
+    """Ascending numbers as ranges of neighbours, each of at most `_MAX_BLOCKS_A_REQUEST`.
 
     >>> _runs([1, 2, 3, 7])
     [range(1, 4), range(7, 8)]

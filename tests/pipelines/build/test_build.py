@@ -78,7 +78,7 @@ def test_chosen_layers_and_heads_are_those_of_the_whole(config, tmp_path):
     whole, part = atcache.open(config.out), atcache.open(tmp_path / "part.zarr")
     assert (part.geometry.layers, part.geometry.heads) == ((1,), (1,))
     assert np.allclose(part.maps(layer=1).compute(), whole.maps(layer=1, heads=[1]).compute(), atol=1e-6)
-    with pytest.raises(CacheMissError, match=r"layer 0 of the teacher is not stored .* stored are 1"):
+    with pytest.raises(CacheMissError, match=r"layer 0 of the teacher is not stored in .*, only layers 1"):
         part.maps(layer=0)
 
 
@@ -173,7 +173,7 @@ def test_mixing_that_cannot_be_is_refused_before_anything_is_written(config):
     for fields, message in (
         ({"policy": "eval", "mixup": 0.8}, "views of policy eval are never mixed"),
         ({"mix_prob": 0.5}, r"mix_prob=0\.5 without mixup or cutmix"),
-        ({"cutmix": 1.0, "samples_per_shard": 1}, "a shard takes one sample only, so there is nobody to mix it with"),
+        ({"cutmix": 1.0, "samples_per_shard": 1}, "a shard holds one sample only, so there is none to mix it with"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(replace(config, **fields))

@@ -28,7 +28,7 @@ def test_the_command_prints_its_plan_and_one_line_of_json(config):
         ({"codec": "int9"}, r"int9.*int8"),
         ({"layers": "0-9"}, r"layer 2 does not exist: the model has 2"),
         ({"heads": "2"}, r"head 2 does not exist: the model has 2"),
-        ({"policy": "eval", "views": "2"}, r"views=2: policy eval is the same every time"),
+        ({"policy": "eval", "views": "2"}, r"views=2: policy eval always makes the same view"),
         ({"device": "tpu"}, r"tpu"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -49,7 +49,7 @@ def test_an_out_that_is_no_cache_is_refused(config, tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     result = run_cli(config, out=str(tmp_path / "photos"))
     assert result.exit_code == 1
-    assert "photos exists and is no cache. Give another --out, or remove it." in result.stderr
+    assert "photos exists and is not a cache. Give another --out, or remove it." in result.stderr
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 

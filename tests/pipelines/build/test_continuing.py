@@ -222,7 +222,7 @@ def test_a_write_that_is_refused_loses_nothing_that_was_stored(config, tmp_path)
     shutil.copytree(config.out, tmp_path / "before.zarr")
     for task in (1, 3, 4):
         (config.out / f"commits/v0000-b{task:06d}.json").unlink()
-    with largest_file(nbytes=4096), pytest.raises(DiskFullError, match=r"File too large.*make room"):
+    with largest_file(nbytes=4096), pytest.raises(DiskFullError, match=r"File too large.*Free some space"):
         build(config)
     assert len(list_commits(config.out)) == 3
     build(config)

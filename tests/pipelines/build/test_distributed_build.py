@@ -115,7 +115,7 @@ def test_a_killed_process_ends_all_with_a_sentence_and_one_process_goes_on(confi
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode != 0
-    assert stderr.count("Error: this process was told to end, as torchrun does when another one") == 1, stderr
+    assert stderr.count("Error: this process got SIGTERM, which torchrun sends when another process") == 1, stderr
     assert "What was stored stays; type the same command again to continue." in stderr
     num_done = len(list_commits(config.out))
     assert 3 <= num_done < 96
@@ -144,7 +144,7 @@ def test_an_error_is_told_once_whoever_has_it(config, tmp_path, capfd):
     broken = replace(config, data=str(write_tar(tmp_path / "bad.tar", images)), calibration_samples=1)
     assert sorted(in_two_processes(partial(build, broken))) == [1, 3]
     error = capfd.readouterr().err
-    assert error.count("told:") == error.count("key 'sample-030': no JPEG, PNG") == 1
+    assert error.count("told:") == error.count("key 'sample-030': not a JPEG, PNG") == 1
     nowhere = replace(config, data="nowhere.tar")
     assert in_two_processes(partial(build, nowhere)) == [3, 1]
     assert capfd.readouterr().err.count("told:") == 1
@@ -166,7 +166,7 @@ def test_an_out_that_is_not_shared_is_refused(tmp_path):
         folder.mkdir()
     with marked(theirs) as mark:
         check_mark(theirs, mark, patience_s=0)
-        with pytest.raises(ConfigError, match=r"ours\.zarr is not the folder .* --out on storage that they share"):
+        with pytest.raises(ConfigError, match=r"ours\.zarr is not the folder .* --out on storage that all nodes share"):
             check_mark(ours, mark, patience_s=0)
         with pytest.raises(SystemExit):  # the leader has failed meanwhile, and told why
             check_mark(ours, mark, each_look=lambda: sys.exit(1))
@@ -212,7 +212,7 @@ def test_the_leader_waits_for_all_and_adds_up_what_they_did(boards):
 def test_who_is_silent_is_lost_unless_it_was_done(boards):
     leader, done, _silent = boards
     done.finish(lambda: None)
-    with pytest.raises(ProcessLostError, match="process 2 of 3 has not been heard of for 2 s, so this one ends too"):
+    with pytest.raises(ProcessLostError, match="process 2 of 3 has not reported for 2 s, so this one ends too"):
         leader.finish(lambda: None)
 
 
@@ -221,5 +221,5 @@ def test_what_runs_in_one_process_says_that_build_takes_several(monkeypatch):
         monkeypatch.setenv(name, value)
     done = CliRunner().invoke(cli, ["plan"])
     assert done.exit_code == 1
-    assert "`atcache plan` runs in one process and was started in 2" in done.stderr
-    assert "Only `atcache build` and `atcache train` of one student take several." in done.stderr
+    assert "`atcache plan` runs in one process but was started in 2" in done.stderr
+    assert "Only `atcache build` and `atcache train` of one student can use several." in done.stderr

@@ -167,8 +167,8 @@ def test_answers_say_their_numbers():
             {},
             {},
             "With codec int8 one epoch takes 25 s from the cache, where the student is the limit, and 30 s with a live "
-            "teacher; the build takes 40 s and would have paid for itself only after 8 epochs (2 runs of 4 epochs), 4 "
-            "are planned.",
+            "teacher; the build takes 40 s and would have paid for itself only after 8 epochs (2 runs of 4 epochs), "
+            "but only 4 are planned.",
         ),
         (
             {},
@@ -177,7 +177,7 @@ def test_answers_say_their_numbers():
             "With codec int8 one epoch takes 40 s from the cache, where the disk is the limit, and 30 s with a live "
             "teacher: there is nothing to save.",
         ),
-        ({}, {"free_nbytes": 5000}, {}, "With codec int8 the cache takes 20 MB, 5 kB are free."),
+        ({}, {"free_nbytes": 5000}, {}, "With codec int8 the cache takes 20 MB, but only 5 kB are free."),
     ],
 )
 def test_no_is_said_plainly_and_why(workload, machine, cost, reason):
@@ -210,7 +210,7 @@ def test_names_and_units_of_assumptions():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["gpu=3"], r"assume 'gpu=3': 'gpu' is not known; known are samples, nbytes-per-view, .* disk-free-tb\."),
+        (["gpu=3"], r"assume 'gpu=3': 'gpu' is unknown; expected one of samples, nbytes-per-view, .* disk-free-tb\."),
         (["samples"], "assume 'samples': expected samples=NUMBER, with a number above 0"),
         (["samples=many"], "assume 'samples=many': expected samples=NUMBER"),
         (["disk-free-tb=0"], "assume 'disk-free-tb=0': expected disk-free-tb=NUMBER"),
@@ -395,7 +395,7 @@ def test_speeds_that_are_assumed_are_used_and_the_others_measured(config):
     assert 0 < one.cost.student_img_per_s < 12345
     # This machine's processors say nothing of the one with that teacher.
     assert (one.cost.encode_img_per_s, one.cost.compress_img_per_s, one.cost.unpack_img_per_s) == (None, None, None)
-    assert "are both of one machine?" in made.notes[0]
+    assert "is that the same machine?" in made.notes[0]
 
 
 def test_an_assumed_size_is_used_with_a_measured_teacher(config):
@@ -513,7 +513,7 @@ def test_the_command_prints_tables_and_one_line_of_json(config, tmp_path):
 def test_an_unknown_assumption_is_one_sentence():
     result = run_plan("--assume", "gpus=8")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: assume 'gpus=8': 'gpus' is not known; known are samples, ")
+    assert result.stderr.startswith("Error: assume 'gpus=8': 'gpus' is unknown; expected one of samples, ")
     assert result.stderr.count("\n") == 1
 
 

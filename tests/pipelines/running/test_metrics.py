@@ -58,8 +58,8 @@ def test_without_tensorboard_metrics_are_written_and_that_is_said_once(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == (
-        "NOTE: TensorBoard is not installed: metrics are written to metrics.jsonl only. For TensorBoard too, "
-        "pip install 'atcache[tensorboard]'.\n"
+        "NOTE: TensorBoard is not installed, so metrics are written to metrics.jsonl only. To have them in TensorBoard "
+        "too, pip install 'atcache[tensorboard]'.\n"
     )
     for folder in ("a", "b"):
         assert read_metrics(tmp_path / folder) == [{"kind": "train", "step": 1, "loss": 0.5}]
@@ -69,7 +69,9 @@ def test_without_tensorboard_metrics_are_written_and_that_is_said_once(tmp_path)
 @pytest.mark.parametrize("line", ["no JSON", "[1]", '{"kind": "train"}'])
 def test_a_damaged_line_is_an_error_that_names_the_file(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises(CorruptCacheError, match=r"metrics\.jsonl is damaged \(.*\)\. Delete .* to start this run anew"):
+    with pytest.raises(
+        CorruptCacheError, match=r"metrics\.jsonl is damaged \(.*\)\. Delete .* to start this run again"
+    ):
         read_metrics(tmp_path)
 
 

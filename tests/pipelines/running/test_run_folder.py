@@ -37,9 +37,9 @@ def test_a_folder_belongs_to_one_run_and_every_difference_is_named(tmp_path):
     with pytest.raises(CacheMismatchError) as refused:
         keep_record(file, OTHER)
     assert str(refused.value) == (
-        f"{tmp_path} holds another run: its validation images or cache are others; num_views is 1 there and 2 here; "
-        "its training images are others; student is 'a' there and 'c' here; its teacher is another; --seed is 0 there "
-        "and 1 here. Give another --out, or the same options."
+        f"{tmp_path} holds another run: its validation images or cache are different; num_views is 1 there and 2 here; "
+        "its training images are different; student is 'a' there and 'c' here; its teacher is different; --seed is 0 "
+        "there and 1 here. Give another --out, or the same options."
     )
     assert json.loads(file.read_text()) == stored
 
@@ -49,7 +49,7 @@ def test_what_may_change_is_written_down(tmp_path):
     keep_record(file, RECORD)
     (tmp_path / "checkpoint.pt").touch()
     changed = {**RECORD, "data": {**RECORD["data"], "validation": {"source": "new"}}}
-    with pytest.raises(CacheMismatchError, match="its validation images or cache are others"):
+    with pytest.raises(CacheMismatchError, match="its validation images or cache are different"):
         keep_record(file, changed)
     keep_record(file, changed, may_change=["data.validation"])
     assert json.loads(file.read_text())["data"]["validation"] == {"source": "new"}
@@ -86,10 +86,10 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     ):
         pass
     (tmp_path / "run.json").write_text('{"settings": ')
-    with pytest.raises(CorruptCacheError, match=r"run\.json is damaged \(.*\)\. Delete .* to start anew"):
+    with pytest.raises(CorruptCacheError, match=r"run\.json is damaged \(.*\)\. Delete .* to start again"):
         keep_record(tmp_path / "run.json", {})
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(CorruptCacheError, match=r"run\.json holds no record of a run\. Delete .* to start anew"):
+    with pytest.raises(CorruptCacheError, match=r"run\.json holds no record of a run\. Delete .* to start again"):
         keep_record(tmp_path / "run.json", {})
 
 

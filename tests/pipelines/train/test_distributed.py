@@ -225,7 +225,8 @@ def test_who_loses_the_other_process_says_so(capfd):
 
 
 @pytest.fixture
-def as_leader_of_two(monkeypatch):
+def as_leader_of_two(monkeypatch, tiny_cache):
+    tiny_cache()  # built before, or building would look for the second process
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
 
@@ -242,10 +243,10 @@ def test_a_batch_that_ranks_cannot_share_is_refused(config_for):
 def test_what_runs_in_one_process_is_refused_in_several(config_for, tmp_path):
     done = CliRunner().invoke(cli, ["info", str(tmp_path)])
     assert done.exit_code == 1
-    assert "`atcache info` runs in one process and was started in 2: call it without torchrun." in done.stderr
+    assert "`atcache info` runs in one process but was started in 2: call it without torchrun." in done.stderr
     with pytest.raises(ConfigError, match="`atcache train --sweep` runs in one process"):
         train_sweep([config_for("run", "copy")])
-    with pytest.raises(ConfigError, match="device 'cuda:1' would be every process's: give auto, cpu or cuda"):
+    with pytest.raises(ConfigError, match="device 'cuda:1' would be used by every process: give auto, cpu or cuda"):
         Ranks.from_environment().device_name("cuda:1")
 
 

@@ -17,6 +17,7 @@ from atcache.errors import CacheMismatchError, ConfigError
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.record import load_run
 from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
 
@@ -128,15 +129,15 @@ def test_what_does_not_fit_is_refused(runs, val_cache, tiny_cache, digits_tars, 
         config_of(copy)
     with pytest.raises(ConfigError, match=r"batch_size=0: expected at least 1"):
         config_of(copy, cache=val_cache, batch_size=0)
-    with pytest.raises(ConfigError, match="workers=-1: expected 0 or more"):
+    with pytest.raises(ConfigError, match="workers=-1: expected at least 0"):
         config_of(copy, cache=val_cache, workers=-1)
-    with pytest.raises(ConfigError, match=r"weights=mine\.pt: only a live teacher has any"):
+    with pytest.raises(ConfigError, match=r"weights=mine\.pt is for a live teacher only\. Give --live-teacher too"):
         config_of(copy, cache=val_cache, weights=Path("mine.pt"))
     with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict"):
         evaluate(config_of(copy, data=str(digits_tars[0])))
     with pytest.raises(ConfigError, match="--live-teacher: none of these runs copies attention"):
         evaluate(config_of(scratch, cache=val_cache, live_teacher=True))
-    with pytest.raises(ConfigError, match=r"missing is no run: run\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"missing is not a run's folder: run\.json cannot be read"):
         evaluate(config_of(tmp_path / "missing", cache=val_cache))
     with pytest.raises(CacheMismatchError, match="has no maps of layer 0, which the student copies"):
         evaluate(config_of(copy, cache=tiny_cache(policy="eval", layers="1")))
@@ -162,7 +163,7 @@ def test_labels_without_a_class_and_students_of_other_sizes_are_refused(runs, di
         )
     )
     tars = str(digits_tars[0].parent)
-    with pytest.raises(ConfigError, match="the validation labels go up to 9, the student has 9 classes, from 0"):
+    with pytest.raises(ConfigError, match="the validation labels go up to 9, but the student has 9 classes, from 0"):
         evaluate(config_of(Path(nine.out), data=tars))
     with pytest.raises(ConfigError, match=r"are \(8, 8, 10\) and \(8, 8, 9\)\. Evaluate them one by one"):
         evaluate(config_of(runs["scratch"][0], Path(nine.out), data=tars))
@@ -176,7 +177,7 @@ def test_runs_that_see_other_views_of_the_tars_are_refused_and_share_a_caches(
     cropped = train(TrainConfig(mode="scratch", data=tars, student=f"{tiny_vit},crop_pct=0.5", **place))
     together = (runs["scratch"][0], Path(cropped.out))
     with pytest.raises(
-        ConfigError, match=r"bicubic and show 0\.9 of an image, and bicubic and 0\.5\. Give a validation"
+        ConfigError, match=r"bicubic and shows 0\.9 of an image, another with bicubic and 0\.5\. Give a"
     ):
         evaluate(config_of(*together, data=tars))
     assert evaluate(config_of(*together, cache=val_cache)).score.num_samples == 48
@@ -209,3 +210,19 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
     refused = CliRunner().invoke(cli, ["eval", *place])
     assert refused.exit_code == 1
     assert "Error: no run to evaluate" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": "10"}, r"\"num_classes\" is '10', expected a whole number"),
+        ({"mode": "copied"}, r"\"mode\" is 'copied', expected one of copy"),
+        ({"teacher": {"name": "vit"}}, r'says nothing of "teacher\.weights_sha256"'),
+        ({"pairing": {"layers": [[0]]}}, r'"pairing\.layers\[0\]" is \[0\], expected a list of 2'),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_refused_in_a_sentence(tmp_path, change, message):
+    record = {"mode": "scratch", "student": "vit", "num_classes": 10, "pairing": None, "teacher": None}
+    (tmp_path / "run.json").write_text(json.dumps({"record": {**record, **change}}))
+    with pytest.raises(ConfigError, match=rf"is no run: run\.json cannot be read \(.*{message}"):
+        load_run(tmp_path, torch.device("cpu"))

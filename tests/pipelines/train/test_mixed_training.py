@@ -127,7 +127,7 @@ def test_a_subset_of_a_mixed_cache_is_refused(config_for, tiny_cache):
 
 def test_a_mixed_cache_is_no_validation_cache(config_for, tiny_cache):
     mixed = tiny_cache(**MIXED)
-    with pytest.raises(ConfigError, match="are mixed with each other, so they have no one label to predict"):
+    with pytest.raises(ConfigError, match="are mixed with each other, so they have no single label to predict"):
         train(config_for("copy", cache=mixed, val_cache=mixed))
     config = config_for("copy", cache=mixed)
     train(config)
@@ -140,7 +140,7 @@ def test_a_mixed_cache_is_no_validation_cache(config_for, tiny_cache):
     [
         ({"cache": "some.zarr"}, r"mixup=0\.8, cutmix=1\.0, mix_prob=1\.0: the views of some.zarr are drawn already"),
         ({"data": "tars", "student": "vit", "policy": "eval"}, "views of policy eval are never mixed"),
-        ({"data": "tars", "student": "vit", "mixup": -0.5}, r"mixup=-0\.5: expected 0 or more"),
+        ({"data": "tars", "student": "vit", "mixup": -0.5}, r"mixup=-0\.5: expected at least 0"),
     ],
 )
 def test_mixing_that_cannot_be_is_refused_before_anything_is_read(config_for, fields, message):

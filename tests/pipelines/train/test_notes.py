@@ -41,7 +41,7 @@ def test_the_labels_say_how_many_classes_a_student_has(config_for, tiny_vit, cap
         config = config_for("copy", student=student, steps=1)
         train(config)
         assert weights_of(config)["head.bias"].shape == (10,)
-        said = "NOTE: the student's num_classes=5 is not used: the labels are of 10 classes, from 0." in (
+        said = "NOTE: the student's num_classes=5 is not used: the labels have 10 classes, from 0." in (
             capsys.readouterr().err.splitlines()
         )
         assert said == (num_classes == 5)
@@ -63,7 +63,7 @@ def test_too_few_views_for_so_many_epochs_are_noted(views, steps, warns, config_
     run = training_of(config_for("copy", cache=tiny_cache(views=views), steps=steps))  # an epoch is two steps
     expected = (
         "NOTE: the cache has 1 view of an image, which the run shows 32 times each: students may learn them by heart. "
-        "Build it with more --views, or vary what is seen with --student-jitter."
+        "Build a cache with more --views, or vary the student's images with --student-jitter."
     )
     assert (expected in run.notes) == warns
     assert warns or not run.notes

@@ -95,7 +95,7 @@ def test_label_smoothing_is_that_of_torch(config_for):
 
 
 def test_an_optimizer_that_timm_does_not_know_is_refused(config_for):
-    with pytest.raises(ConfigError, match=r"optimizer='adamx': .*timm\.optim\.list_optimizers\(\) names all"):
+    with pytest.raises(ConfigError, match=r"optimizer='adamx': .*timm\.optim\.list_optimizers\(\) lists all names"):
         train(config_for("scratch", optimizer="adamx"))
 
 

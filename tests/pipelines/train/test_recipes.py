@@ -154,12 +154,12 @@ def test_a_sweep_of_a_recipe_may_say_itself_what_to_train_on(tiny_cache, digits_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[train]\nepoch = 3", r"mine.toml: [train] epoch is no option of 'atcache train'; did you mean epochs?"),
+        ("[train]\nepoch = 3", r"mine.toml: [train] epoch is not an option of 'atcache train'; did you mean epochs?"),
         ("[train]\nepochs = true", "mine.toml: [train] epochs = True, but --epochs takes a number."),
         ('[build]\nmixup = "much"', "mine.toml: [build] mixup = 'much', but --mixup takes a number."),
-        ("[build]\nmixin = 0.8", "mine.toml: [build] mixin is no option of 'atcache build'; did you mean mix"),
-        ("[eval]\nbatch-size = 3", "mine.toml: 'eval' is no command of atcache; there are build, train."),
-        ("epochs = 3", "mine.toml: 'epochs' is no command"),
+        ("[build]\nmixin = 0.8", "mine.toml: [build] mixin is not an option of 'atcache build'; did you mean mix"),
+        ("[eval]\nbatch-size = 3", "mine.toml: 'eval' is not a command of atcache; expected one of build, train."),
+        ("epochs = 3", "mine.toml: 'epochs' is not a command"),
         ("[train", "mine.toml is not valid TOML"),
     ],
 )
@@ -182,6 +182,6 @@ def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do():
 def test_a_file_with_other_tables_is_no_recipe(tmp_path):
     (tmp_path / "mine.toml").write_text("epochs = 3")
     with pytest.raises(
-        ConfigError, match=r"'epochs' is no table of a recipe; it has the tables \[train\] and \[build\]"
+        ConfigError, match=r"'epochs' is not a table of a recipe\. Expected only \[train\] and \[build\]"
     ):
         read_recipe(str(tmp_path / "mine.toml"))

@@ -79,7 +79,7 @@ def test_a_cache_that_does_not_say_what_its_teacher_was_is_refused(tiny_cache, c
     del root["attributes"]["atcache"]["geometry"]
     (tmp_path / "other.zarr").mkdir()
     (tmp_path / "other.zarr" / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(CorruptCacheError, match=r'other\.zarr/zarr\.json says nothing of "geometry"'):
+    with pytest.raises(CorruptCacheError, match=r'other\.zarr/zarr\.json has no "geometry"'):
         train(config_for("copy", cache=tmp_path / "other.zarr"))
 
 
@@ -99,7 +99,7 @@ def other_weights(tiny_weights, tmp_path_factory):
 def test_validation_that_does_not_fit_the_student_is_refused(config_for, tiny_cache, digits_tars, other_weights):
     other = tiny_cache(policy="eval", weights=other_weights)
     with pytest.raises(
-        CacheMismatchError, match=r"holds maps of .* \(sha256 .*\), the student copies .* with the same t"
+        CacheMismatchError, match=r"holds maps of .* \(sha256 .*\), but the student copies .* with that t"
     ):
         train(config_for("copy", val_cache=other))
     with pytest.raises(CacheMismatchError, match="has no maps of layer 0, which the student copies"):
@@ -114,7 +114,7 @@ def test_validation_that_does_not_fit_the_student_is_refused(config_for, tiny_ca
 
 def test_weights_other_than_the_caches_teacher_are_refused(config_for, other_weights):
     with pytest.raises(
-        CacheMismatchError, match=r"finetune would begin from other\.safetensors .* the cache's teacher"
+        CacheMismatchError, match=r"finetune would start from other\.safetensors .* but the cache's teacher"
     ):
         train(config_for("finetune", weights=other_weights))
     with pytest.raises(CacheMismatchError, match=r"from other\.safetensors has weights of sha256 .*, expected"):
@@ -132,29 +132,29 @@ def test_a_loss_that_is_no_number_stops_the_run(config_for):
     ("fields", "message"),
     [
         ({"mode": "imitate"}, "mode='imitate': expected one of copy, distill, scratch, finetune"),
-        ({"steps": 0}, "steps=0: expected more than 0"),
-        ({"subset": 0}, "subset=0: expected more than 0"),
-        ({"accumulate": 5}, "batch_size=256 cannot be cut into accumulate=5 equal parts"),
-        ({"ema": 1.0}, "ema=1.0: expected 0 or more, and less than 1"),
-        ({"drop_path": -0.1}, "drop_path=-0.1: expected 0 or more, and less than 1"),
-        ({"layer_decay": 1.5}, "layer_decay=1.5: expected more than 0, and at most 1"),
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"subset": 0}, "subset=0: expected at least 1"),
+        ({"accumulate": 5}, "batch_size=256 cannot be cut into accumulate=5 equal parts. Give a multiple of 5"),
+        ({"ema": 1.0}, "ema=1.0: expected at least 0 and less than 1"),
+        ({"drop_path": -0.1}, "drop_path=-0.1: expected at least 0 and less than 1"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5: expected more than 0 and at most 1"),
         ({"clip_grad": 0.0}, "clip_grad=0.0: expected more than 0"),
         (
             {"min_lr": 2e-3, "batch_size": 128},
-            r"min_lr=0\.002 is over the learning rate 0\.0005 .*: it would rise\. Lower",
+            r"min_lr=0\.002 is over the learning rate 0\.0005 .*, so the rate would rise\. Lower",
         ),
-        ({"workers": -1}, "workers=-1: expected 0 or more"),
-        ({"validate_every": -1.0}, "validate_every=-1.0: expected 0 or more"),
+        ({"workers": -1}, "workers=-1: expected at least 0"),
+        ({"validate_every": -1.0}, "validate_every=-1.0: expected at least 0"),
         ({"cache": None}, "mode copy needs the teacher's attention: give --cache"),
         ({"cache": None, "mode": "scratch", "data": "tars"}, "without --cache, give --data and --student"),
         ({"mode": "scratch", "live_teacher": True}, "live_teacher is for copy and distill: mode scratch uses"),
         ({"mode": "finetune", "layers": "0"}, "layers is for copy and distill: mode finetune uses"),
-        ({"mode": "copy", "weights": Path("w")}, "weights are for finetune and --live-teacher: mode copy begins fresh"),
+        ({"mode": "copy", "weights": Path("w")}, "weights=w is for finetune and --live-teacher: mode copy starts from"),
         ({"mode": "scratch", "policy": "eval"}, "policy=eval: the views of .* are drawn already"),
         ({"attention_weight": 1.0}, r"attention_weight=1\.0: mode copy has no attention loss to weigh\. Leave"),
-        ({"beta2": 1.0}, r"beta2=1\.0: expected 0 or more, and less than 1"),
+        ({"beta2": 1.0}, r"beta2=1\.0: expected at least 0 and less than 1"),
         *(
-            ({name: value}, f"{name}={value}: expected a number")
+            ({name: value}, f"{name}={value}: expected a finite number")
             for name in ("epochs", "base_lr", "weight_decay", "clip_grad", "min_lr", "warmup_epochs", "validate_every")
             for value in (float("nan"), float("inf"))
         ),

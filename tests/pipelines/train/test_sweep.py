@@ -115,7 +115,7 @@ def test_a_student_that_diverges_is_given_up_and_the_others_go_on(config_for, tm
     before = (tmp_path / "sweep" / "tame" / "model.safetensors").stat().st_mtime_ns
     assert train_sweep([wild, tame]) == [first, second]
     assert (tmp_path / "sweep" / "tame" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ConfigError, match=r"wild was given up by a sweep: step 10: .* Delete it to train it anew"):
+    with pytest.raises(ConfigError, match=r"wild was given up by a sweep: step 10: .* Delete it to train it again"):
         train(wild)
 
 
@@ -160,7 +160,7 @@ def test_students_without_a_cache_share_views_of_one_size(config_for, digits_tar
 def test_two_students_in_one_folder_and_none_at_all_are_refused(config_for):
     with pytest.raises(ConfigError, match=r"two students of the sweep would be written to .*/a"):
         train_sweep([config_for("a", "copy"), config_for("a", "copy", seed=1)])
-    with pytest.raises(ConfigError, match="a sweep of no students"):
+    with pytest.raises(ConfigError, match="the sweep has no students"):
         train_sweep([])
 
 
@@ -228,12 +228,12 @@ name = "plain"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[student]]\nmode = "copy"\nepoch = 3', r"sweep\.toml: student 0: epoch is no option of 'atcache train'; "),
+        ('[[student]]\nmode = "copy"\nepoch = 3', r"sweep\.toml: student 0: epoch is not an option of 'atcache train'"),
         ('[[student]]\nmode = "copy"\nseed = "one"', r"student 0: seed = 'one', but --seed takes a whole number"),
         ('[[student]]\nmode = "copy"\nout = "x"', r"student 0: out is for all students; give it with --out"),
         ('[[student]]\nmode = "copy"\norder-seed = 1', r"student 0: order-seed is for all students; give it"),
-        ('[[student]]\nmode = "copy"\nname = "../x"', r"student 0: name = '../x' cannot be a folder's"),
-        ('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"', r"student 1: there is a student 'copy' already"),
+        ('[[student]]\nmode = "copy"\nname = "../x"', r"student 0: name = '../x' cannot be a folder's name"),
+        ('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"', r"student 1: there is already a student 'copy'"),
         ("[[student]]\nseed = 1", r"student seed=1 has no mode\. Give it one, or --mode for all"),
         ('[student]\nmode = "copy"', r"a sweep is a list of students, each a table of options that "),
         ("[[student]", r"sweep\.toml is not valid TOML"),
@@ -256,7 +256,7 @@ def test_the_command_fails_when_a_student_was_given_up(sweep_of):
 def test_without_a_sweep_a_mode_is_needed(tmp_path):
     done = CliRunner().invoke(cli, ["train", "--out", str(tmp_path / "run")])
     assert done.exit_code == 2
-    assert "Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe has one." in done.stderr
+    assert "Missing option '--mode'. It is copy, distill, scratch or finetune; a recipe sets one." in done.stderr
 
 
 def test_what_a_batch_gives_students_that_copy_is_decoded_once(config_for):

@@ -183,7 +183,6 @@ def test_views_that_are_stored_against_their_status_are_found(cache):
     commit = read_commit(cache, TASK)
     files = {**commit.files, spec.shard_file(task): record}
     write_commit(cache, replace(commit, files=files, num_stored=18, num_bad=2))
-    assert (
-        f"{cache / CODES} does not have just the views that are stored by their status: see samples 23-24."
-        in messages(look(cache, sample=0))
+    assert f"{cache / CODES} does not hold exactly the views whose status is STORED: see samples 23-24." in messages(
+        look(cache, sample=0)
     )

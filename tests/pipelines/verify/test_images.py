@@ -56,8 +56,8 @@ def test_moved_tars_are_named_once_each_and_found_by_data(tiny_vit, tiny_weights
     found = messages(look(config.out))
     assert len(found) == 3
     assert found[0] == (
-        f"{tmp_path}/here/digits-0000.tar cannot be read: No such file or directory. If the tars were moved, say where "
-        "to with --data."
+        f"{tmp_path}/here/digits-0000.tar cannot be read: No such file or directory. If the tars were moved, give "
+        "their place with --data."
     )
     assert messages(look(config.out, data=str(tmp_path / "there"))) == []
     with (tmp_path / "there/digits-0002.tar").open("ab") as file:

@@ -64,7 +64,7 @@ def test_another_teacher_is_refused(cache, tiny_vit, tiny_weights, tmp_path):
         CacheMismatchError, match=r"has weights of sha256 \w+\.\.\., expected \w+\.\.\.\. Give the --weig"
     ):
         look(cache, teacher=tiny_vit, weights=tmp_path / "other.pth")
-    with pytest.raises(CacheMismatchError, match=r"another teacher: num_heads is 2 there and 4 here\. Give --tea"):
+    with pytest.raises(CacheMismatchError, match=r"another teacher: num_heads is 2 there and 4 here\. Give the --t"):
         look(cache, teacher=tiny_vit.replace("num_heads=2", "num_heads=4"), weights=tiny_weights)
     with pytest.raises(CacheMismatchError, match=r"another teacher: mean is None there and \(0\.1.* here"):
         look(cache, teacher=f"{tiny_vit},mean=(0.1,0.1,0.1)", weights=tiny_weights)

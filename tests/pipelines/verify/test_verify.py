@@ -68,7 +68,8 @@ def test_an_unfinished_cache_is_whole_as_far_as_it_is_built(cache):
     summary = look(cache)
     assert (messages(summary), summary.is_complete, summary.num_committed) == ([], False, 5)
     assert summary.notes == (
-        f"{cache} has shards without commit record, from {TASK} on (1 in all); the next build writes them again.",
+        f"{cache} has shards of tasks without a commit record, the first is {TASK} (1 in all); the next build writes "
+        "them again.",
         f"{cache}: 1 of 6 tasks are not built yet, the first is {TASK}.",
     )
 
@@ -150,18 +151,18 @@ def test_repair_waits_its_turn(cache, monkeypatch):
 
 def test_options_that_cannot_be_used_are_refused(cache):
     for fields, message in (
-        ({"weights": Path("w.pth")}, "weights=w.pth: only for a comparison with the teacher. Give --teacher too"),
-        ({"threshold": 2.0}, "threshold=2.0: only .* Give --teacher too, or leave --threshold out"),
-        ({"teacher_sample": 8}, "teacher_sample=8: only .* Give --teacher too, or leave --teacher-sample out"),
-        ({"device": "cpu"}, "device=cpu: only .* Give --teacher too, or leave --device out"),
+        ({"weights": Path("w.pth")}, "weights=w.pth is only for a comparison with the teacher. Give --teacher too"),
+        ({"threshold": 2.0}, "threshold=2.0 is only .* Give --teacher too, or leave --threshold out"),
+        ({"teacher_sample": 8}, "teacher_sample=8 is only .* Give --teacher too, or leave --teacher-sample out"),
+        ({"device": "cpu"}, "device=cpu is only .* Give --teacher too, or leave --device out"),
         ({"sample": -1}, "sample=-1: expected at least 0"),
         ({"workers": 0}, "workers=0: expected at least 1"),
         ({"threshold": 0.5}, "threshold=0.5: expected at least 1"),
-        ({"threshold": float("nan")}, "threshold=nan: expected a number"),
+        ({"threshold": float("nan")}, "threshold=nan: expected a finite number"),
     ):
         with pytest.raises(ConfigError, match=message):
             look(cache, **fields)
-    with pytest.raises(CacheMissError, match="is no cache"):
+    with pytest.raises(CacheMissError, match="is not a cache"):
         look(cache / "nowhere", repair=True)
 
 
@@ -193,8 +194,8 @@ def test_the_command_lists_problems_repairs_and_says_what_to_type(cache):
     record = json.loads(result.stdout)
     for problem in record["problems"]:
         assert problem["message"] in lines
-    assert f"1 task can be redone: `atcache verify {cache} --repair`, then the same `atcache build`" in lines
-    assert any("in what a build does not write again: restore the files from a copy" in line for line in lines)
+    assert f"1 task can be redone: run `atcache verify {cache} --repair`, then the same `atcache build`" in lines
+    assert any("in files that a build does not write again: restore them from a copy" in line for line in lines)
     assert len(list_commits(cache)) == 6
     result = run_cli(cache, "--repair")
     assert result.exit_code == 1
