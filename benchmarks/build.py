@@ -134,7 +134,7 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
         batch_size=options.batch_size,
         state=state,
     )
-    layout, _ = plan_layout(calibration, views, stop, options.views, None, options.samples_per_shard)
+    layout, _ = plan_layout(calibration, views, stop, options.views, options.samples_per_shard, stores_pixels=False)
     return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
 
 

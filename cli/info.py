@@ -76,7 +76,7 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
             (
                 "size",
                 f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view; codes are "
-                + options.size_against_maps(about["times_smaller_than_float16_maps"]),
+                f"{options.compare_sizes(about['times_smaller_than_float16_maps'])} than float16 maps",
             )
         )
     calibration = _part(about, "calibration")

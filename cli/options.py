@@ -44,11 +44,9 @@ recipe = click.option(
 )
 
 
-def size_against_maps(times_smaller: float) -> str:
+def compare_sizes(times_smaller: float) -> str:
     """The size of codes against that of the same maps in float16. With few tokens, factors are larger than maps."""
-    if times_smaller >= 1:
-        return f"{times_smaller:.1f}x smaller than float16 maps"
-    return f"{1 / times_smaller:.1f}x larger than float16 maps"
+    return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
 
 
 def print_json(record: dict[str, Any]) -> None:

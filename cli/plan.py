@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..pipelines.plan.config import PlanConfig
+from ..pipelines.plan.verdict import duration, number, size
 from . import options
 from .fields import options_from
 
@@ -54,8 +55,6 @@ def _print(plan: Plan) -> None:
 
 
 def _facts(plan: Plan) -> list[str]:
-    from ..pipelines.plan.verdict import number, size
-
     machine, workload = plan.machine, plan.workload
     loads = "" if machine.load_img_per_s is None else f"; loading images: {number(machine.load_img_per_s)} img/s"
     runs = f"{workload.runs} run{'s' if workload.runs > 1 else ''}"
@@ -70,21 +69,16 @@ def _facts(plan: Plan) -> list[str]:
 
 
 def _cache_table(plan: Plan) -> Table:
-    from ..pipelines.plan.verdict import duration, number, size
-
-    table = _table(
-        "What a cache would be", ["codec", "one view", "whole cache", "than float16 maps", "row KL", "features off"]
-    )
-    for heading in ("encodes", "build takes", "build limited by"):
-        table.add_column(heading, justify="right")
+    headings = ["codec", "one view", "whole cache", "than float16 maps", "row KL", "features off", "encodes"]
+    table = _table("What a cache would be", [*headings, "build takes", "build limited by"])
     for one in plan.assessments:
         cost = one.cost
-        against = "-" if cost.map_nbytes_per_view is None else _against(cost.map_nbytes_per_view / cost.nbytes_per_view)
+        ratio = None if cost.map_nbytes_per_view is None else cost.map_nbytes_per_view / cost.nbytes_per_view
         table.add_row(
             cost.codec or "assumed",
             size(cost.nbytes_per_view),
             size(one.total_nbytes),
-            against,
+            "-" if ratio is None else options.compare_sizes(ratio),
             "-" if cost.row_kl_nats is None else f"{cost.row_kl_nats:.2g}",
             "-" if cost.injected_error is None else f"{cost.injected_error:.2g}",
             "-" if cost.encode_img_per_s is None else f"{number(cost.encode_img_per_s)} img/s",
@@ -94,24 +88,9 @@ def _cache_table(plan: Plan) -> Table:
     return table
 
 
-def _against(times_smaller: float) -> str:
-    return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
-
-
 def _training_table(plan: Plan) -> Table:
-    from ..pipelines.plan.verdict import duration, number, size
-
-    headings = [
-        "training from",
-        "steps alone",
-        "must read",
-        "disk reads",
-        "one epoch",
-        "limited by",
-        "pays off after",
-        "verdict",
-    ]
-    table = _table("What an epoch would take", headings)
+    headings = ["training from", "steps alone", "must read", "disk reads", "one epoch", "limited by", "pays off after"]
+    table = _table("What an epoch would take", [*headings, "verdict"])
     decision, machine = plan.decision, plan.machine
     live_step_s = 1 / machine.teacher_img_per_s + 1 / machine.student_img_per_s
     if plan.scratch_img_per_s is not None:
@@ -138,6 +117,6 @@ def _table(title: str, headings: list[str]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left")
     return table

@@ -8,6 +8,7 @@ from atcache.attention.factors import LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.tokens import TokenLayout
 from atcache.codecs.fidelity import row_kl
+from atcache.students.pairing import Pairing
 
 
 def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1, layers=(0, 2), v_head_dim=0):
@@ -20,6 +21,16 @@ def make_geometry(num_heads=3, num_kv_heads=3, head_dim=8, grid=(2, 3), prefix=1
         tokens=TokenLayout(num_prefix_tokens=prefix, grid_height=grid[0], grid_width=grid[1]),
         scale=head_dim**-0.5,
         v_head_dim=v_head_dim,
+    )
+
+
+def equal_pairing(geometry, layers=None, heads=None, what="map") -> Pairing:
+    """Each layer and head to its like in a student of the teacher's shape; all that the geometry has for None."""
+    return Pairing(
+        layers=tuple((layer, layer) for layer in (geometry.layers if layers is None else layers)),
+        heads=tuple((head, head) for head in (geometry.heads if heads is None else heads)),
+        num_student_heads=geometry.num_model_heads,
+        what=what,
     )
 
 

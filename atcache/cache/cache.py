@@ -102,7 +102,7 @@ class Cache:
         self._data = data
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self._data)
+        return partial(Cache, data=self._data), (self.path,)
 
     def __repr__(self) -> str:
         layout = self.reader.layout
@@ -402,7 +402,3 @@ class Cache:
         index = self.reader.samples
         tar_names = np.array([tar.name + "/" for tar in index.tars])
         return np.char.add(tar_names[index.tar_S], np.char.decode(index.keys_S, "utf-8"))
-
-
-def _reopen(path: Location, data: str | Path | Sequence[str | Path] | None) -> Cache:
-    return Cache(path, data=data)

@@ -31,9 +31,7 @@ def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
     """
     readers = tuple(CacheReader(path) for path in paths)
     for reader in readers:
-        CacheRecord.of(reader).make_codec(
-            reader.path
-        )  # a cache that cannot be used is refused before anything costs time
+        CacheRecord.of(reader).make_codec(reader.path)  # refuses a cache that cannot be used, before anything slow
     for other in readers[1:]:
         _check_alike(readers[0], other)
     for first, second in combinations(readers, 2):
@@ -131,16 +129,25 @@ def open_joined_views(
     usable: list[np.ndarray] = []
     start = 0
     for number, reader in enumerate(readers):
-        views, usable_S = _open_cache_views(
-            reader,
-            data,
-            with_codes=code_layers is not None,
-            code_layers=slice(None) if code_layers is None else code_layers[number],
-            keep_nbytes=keep_nbytes * reader.layout.num_samples // num_samples,
-        )
-        parts.append(views)
+        layout = reader.layout
+        if not reader.is_complete:
+            raise CacheMismatchError(
+                f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(layout.tasks())} tasks are "
+                "missing. Run its `atcache build` command again."
+            )
+        source = None
+        if layout.pixels is None:
+            source = Source(reader.samples if data is None else relocate(reader.samples, data))
+        its_layers = None if code_layers is None else code_layers[number]
+        its_nbytes = keep_nbytes * layout.num_samples // num_samples
+        parts.append(CachedViews(reader, source, code_layers=its_layers, keep_nbytes=its_nbytes))
+        usable_S = usable_samples(reader)
+        if not len(usable_S):
+            raise SourceError(
+                f"{reader.path} has no sample with a label and an image. Build it from images with labels."
+            )
         usable.append(start + usable_S)
-        start += views.num_samples
+        start += layout.num_samples
     label_S = np.concatenate([reader.labels_S for reader in readers])
     return parts[0] if len(parts) == 1 else JoinedViews(parts), label_S, np.concatenate(usable)
 
@@ -178,27 +185,3 @@ def usable_samples(reader: CacheReader) -> np.ndarray:
 def are_mixed(reader: CacheReader) -> bool:
     """Whether a cache's views show two samples each."""
     return CacheRecord.of(reader).policy.mixing is not None
-
-
-def _open_cache_views(
-    reader: CacheReader,
-    data: str | Sequence[str] | None,
-    *,
-    with_codes: bool,
-    code_layers: slice,
-    keep_nbytes: int,
-) -> tuple[CachedViews, np.ndarray]:
-    """The views of one complete cache, and the rows that have a label and are stored in every view."""
-    if not reader.is_complete:
-        raise CacheMismatchError(
-            f"{reader.path} is not complete: {len(reader.missing_tasks())} of {len(reader.layout.tasks())} tasks are "
-            "missing. Run its `atcache build` command again."
-        )
-    source = None
-    if reader.layout.pixels is None:
-        source = Source(reader.samples if data is None else relocate(reader.samples, data))
-    views = CachedViews(reader, source, with_codes=with_codes, code_layers=code_layers, keep_nbytes=keep_nbytes)
-    usable_S = usable_samples(reader)
-    if not len(usable_S):
-        raise SourceError(f"{reader.path} has no sample with a label and an image. Build it from images with labels.")
-    return views, usable_S

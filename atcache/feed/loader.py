@@ -15,21 +15,9 @@ from atcache.cache.stacking import Stack
 from atcache.errors import AtcacheError, ConfigError
 from atcache.feed.batch import Batch, Codes
 from atcache.feed.order import SampleOrder
-from atcache.feed.sample_views import CachedViews, FreshViews, JoinedViews, SampleView, Views
+from atcache.feed.sample_views import Views
 from atcache.feed.workers import read_ahead
 from atcache.views.mixing import Mix
-
-__all__ = [
-    "Batch",
-    "BatchStream",
-    "CachedViews",
-    "Codes",
-    "FreshViews",
-    "JoinedViews",
-    "SampleView",
-    "Views",
-    "validation_batches",
-]
 
 
 class _Batches(Dataset[Batch]):

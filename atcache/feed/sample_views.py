@@ -50,7 +50,7 @@ class Views(Protocol):
 
     def part_of(self, sample_B: np.ndarray) -> np.ndarray:
         """Which of several caches each sample is in, int64 from 0: only codes of the same cache can be stacked."""
-        ...
+        return np.zeros(len(sample_B), np.int64)
 
     def read(self, sample: int, epoch: int) -> SampleView:
         """The view of `sample` that `epoch` uses."""
@@ -68,10 +68,10 @@ class Views(Protocol):
     @property
     def codes_may_narrow(self) -> bool:
         """Whether codes are plain numbers, which mean the same in a smaller integer type."""
-        ...
+        return False
 
 
-class CachedViews:
+class CachedViews(Views):
     """The fixed views of a cache; epoch e uses view e modulo the number of views.
 
     Pixels come from the cache if it stores them; else they are replayed from the tars and checked by their hash.
@@ -79,8 +79,7 @@ class CachedViews:
     Args:
         reader: the cache.
         source: the tars; needed if the cache stores no pixels.
-        with_codes: whether codes are wanted.
-        code_layers: which rows of L of the codes to read.
+        code_layers: which rows of L of the codes to read; None if no codes are wanted.
         keep_nbytes: memory in which views that were read are kept, in each process that reads.
     """
 
@@ -89,12 +88,10 @@ class CachedViews:
         reader: CacheReader,
         source: Source | None,
         *,
-        with_codes: bool,
-        code_layers: slice = slice(None),
+        code_layers: slice | None,
         keep_nbytes: int = 0,
     ) -> None:
-        self._reader, self._source = reader, source
-        self._with_codes, self._code_layers = with_codes, code_layers
+        self._reader, self._source, self._code_layers = reader, source, code_layers
         self._kept = Kept[SampleView](keep_nbytes)
         self._record = CacheRecord.of(reader)
         self._policy = self._record.policy
@@ -107,17 +104,13 @@ class CachedViews:
             "source": identity.fingerprint,
             "policy": identity.policy.to_json(),
             "num_views": identity.num_views,
-            "codec": dict(identity.codec) if self._with_codes else None,
+            "codec": dict(identity.codec) if self._code_layers is not None else None,
         }
 
     @property
     def num_samples(self) -> int:
         """See `Views.num_samples`."""
         return self._reader.layout.num_samples
-
-    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
-        """See `Views.part_of`; all are of one part."""
-        return np.zeros(len(sample_B), np.int64)
 
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
@@ -130,7 +123,7 @@ class CachedViews:
         if self.is_remote:
             sample_S = np.array([row for row in sample_S.tolist() if (view, row) not in self._kept], np.int64)
         if len(sample_S):
-            self._reader.expect(view, sample_S, codes=self._with_codes)
+            self._reader.expect(view, sample_S, codes=self._code_layers is not None)
         if self._source is not None:
             self._source.expect(sample_S)
 
@@ -145,7 +138,8 @@ class CachedViews:
         return self._record.identity.codec["name"] == "transform"
 
     def _read(self, view: int, sample: int) -> SampleView:
-        codes_LTC = self._reader.read_codes(view, sample, self._code_layers) if self._with_codes else None
+        layers = self._code_layers
+        codes_LTC = None if layers is None else self._reader.read_codes(view, sample, layers)
         mix = NOT_MIXED
         if self._policy.mixing is not None:
             mix = stored_mix(self._policy, self._reader.parameters(view, sample))
@@ -165,7 +159,7 @@ class CachedViews:
         )
 
 
-class FreshViews:
+class FreshViews(Views):
     """A new random view every epoch, without a cache.
 
     Args:
@@ -193,10 +187,6 @@ class FreshViews:
         """See `Views.num_samples`."""
         return self._source.index.num_samples
 
-    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
-        """See `Views.part_of`; all are of one part."""
-        return np.zeros(len(sample_B), np.int64)
-
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
         if self._policy.name == "eval":
@@ -223,11 +213,6 @@ class FreshViews:
         """See `Views.is_remote`."""
         return self._source.is_remote
 
-    @property
-    def codes_may_narrow(self) -> bool:
-        """See `Views.codes_may_narrow`; there are no codes."""
-        return False
-
     def _image(self, sample: int) -> Image.Image:
         return self._kept_images.get(sample, lambda: self._source.read_image(sample), _count_image_nbytes)
 
@@ -249,7 +234,7 @@ def _count_image_nbytes(image: Image.Image) -> int:
     return image.width * image.height * 4  # Pillow spends four bytes on an RGB pixel
 
 
-class JoinedViews:
+class JoinedViews(Views):
     """The views of several parts as one: the rows of each part follow those of the part before.
 
     Each part keeps its own number of views, so epoch e takes view e modulo that number. It also keeps its own codec, so

@@ -18,6 +18,8 @@ from atcache.store.manifest import COMMIT_NAME, COMMITS
 from atcache.store.metadata import consolidated_copies, list_arrays, load_root, seal_holds, split_root
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
+_SAMPLE_ARRAYS = [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
+
 
 def check_metadata(path: Location) -> list[str]:
     """What is wrong with the zarr.json files, which all else depends on.
@@ -119,7 +121,7 @@ def _differences(found: object, expected: object, where: str = "") -> Iterator[s
 
 def check_tables(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
     """What is wrong with the sample table, the codec's state and the teacher's bias: what no task writes."""
-    problems = [problem for name in _sample_arrays() for problem in check_array(path, name)]
+    problems = [problem for name in _SAMPLE_ARRAYS for problem in check_array(path, name)]
     if not problems:
         problems += _check_fingerprint(path, attributes, layout)
     return problems + [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
@@ -141,10 +143,6 @@ def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: St
         for file, fingerprint in recorded.items()
         if fingerprint != index.fingerprint
     ]
-
-
-def _sample_arrays() -> list[str]:
-    return [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
 
 
 def _extra_arrays(path: Location) -> list[str]:
@@ -191,7 +189,7 @@ def _known_files(path: Location, layout: StoreLayout) -> set[str]:
     """The files of a cache except shards and commit records, by their paths in it."""
     known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
     known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}
-    for name in [*_sample_arrays(), *_extra_arrays(path)]:
+    for name in [*_SAMPLE_ARRAYS, *_extra_arrays(path)]:
         try:
             known |= array_files(path, name)
         except CorruptCacheError:

@@ -170,11 +170,9 @@ class TaskWriter:
         self._layout = layout
         self._next_sample = task.start
         self._num_stored = 0
-        self._encoders = {spec.name: ChunkEncoder(spec) for spec in layout.arrays()}
-        num_rows = layout.samples_per_shard
-        self._parameters_SP = np.zeros((num_rows, len(layout.parameter_names)), np.float32)
-        self._pixel_hash_S = np.zeros(num_rows, np.uint64)
-        self._status_S = np.zeros(num_rows, np.uint8)
+        # One chunk each, which `commit` writes: the other arrays are written sample by sample.
+        self._view_specs = {spec.name: spec for spec in (layout.parameters, layout.pixel_hash, layout.status)}
+        self._view_rows = {name: np.zeros(spec.chunk_shape[1:], spec.dtype) for name, spec in self._view_specs.items()}
         self._shards: dict[str, ShardFile] = {}
         with disk_errors_explained(self._root):
             try:
@@ -219,9 +217,9 @@ class TaskWriter:
                 f"sample {sample} of status {int(status)}: expected pixels if it is STORED and the layout has them."
             )
         if parameters_P is not None:
-            self._parameters_SP[row] = parameters_P
-        self._pixel_hash_S[row] = pixel_hash
-        self._status_S[row] = status
+            self._view_rows["views/parameters"][row] = parameters_P
+        self._view_rows["views/pixel_hash"][row] = pixel_hash
+        self._view_rows["views/status"][row] = status
         with disk_errors_explained(self._shards["attention/codes"].path):
             for position, chunk in enumerate(chunks or ()):
                 self._shards["attention/codes"].append(row * num_chunks + position, chunk)
@@ -242,15 +240,10 @@ class TaskWriter:
         """
         if self._next_sample != self.task.stop:
             raise ValueError(f"task {self.task.name} ends at sample {self.task.stop}, added up to {self._next_sample}.")
-        values: dict[str, np.ndarray] = {
-            "views/parameters": self._parameters_SP,
-            "views/pixel_hash": self._pixel_hash_S,
-            "views/status": self._status_S,
-        }
         with disk_errors_explained(self._root):
             try:
-                for name, array in values.items():
-                    self._shards[name].append(0, self._encoders[name].encode(array))
+                for name, rows in self._view_rows.items():
+                    self._shards[name].append(0, ChunkEncoder(self._view_specs[name]).encode(rows))
                 # All shards are on the disk before any gets its name, and the record is written last: whatever a record
                 # names is complete.
                 records = {name: shard.seal() for name, shard in self._shards.items()}

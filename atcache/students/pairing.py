@@ -34,22 +34,6 @@ class Pairing(JsonFields):
     what: What = "map"
     """What is transferred."""
 
-    @classmethod
-    def equal(
-        cls,
-        geometry: FactorGeometry,
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-        what: What = "map",
-    ) -> Pairing:
-        """The pairing of equal layers and heads, for a student of the teacher's shape; None for all of the geometry."""
-        return cls(
-            layers=tuple((layer, layer) for layer in (geometry.layers if layers is None else layers)),
-            heads=tuple((head, head) for head in (geometry.heads if heads is None else heads)),
-            num_student_heads=geometry.num_model_heads,
-            what=what,
-        )
-
     @property
     def teacher_layers(self) -> tuple[int, ...]:
         """The teacher's blocks that are needed, ascending."""
@@ -200,17 +184,13 @@ def plan_pairing(
         head_pairs = _parse_head_map(head_map, geometry)
         num_student_heads = len(head_pairs)
     else:
-        head_pairs = _equal(_chosen(heads, geometry.heads, "head"))
+        head_pairs = tuple((head, head) for head in _chosen(heads, geometry.heads, "head"))
     if layer_map is not None:
         layer_pairs = _parse_layer_map(layer_map, geometry)
     else:
-        layer_pairs = _equal(_chosen(layers, geometry.layers, "layer"))
+        layer_pairs = tuple((layer, layer) for layer in _chosen(layers, geometry.layers, "layer"))
     given: What = "map" if copies and what == "qk" else what
     return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=given)
-
-
-def _equal(indices: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((index, index) for index in indices)
 
 
 def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, ...]:

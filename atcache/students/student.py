@@ -18,7 +18,7 @@ from atcache.errors import ConfigError
 from atcache.store.reader import CacheReader
 from atcache.students.copy import CopyStudent
 from atcache.students.distil import DistilledStudent
-from atcache.students.pairing import Pairing, TeacherFactors, check_student
+from atcache.students.pairing import Pairing, TeacherFactors, check_student, plan_pairing
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student
 from atcache.teachers.names import ModelName
@@ -94,7 +94,7 @@ def new_student(
         return Student(mode=mode, module=model, model=model, input=config, num_classes=num_classes)
     if geometry is None:
         raise ConfigError(f"mode {mode} needs the teacher's attention: give --cache.")
-    pairing = pairing or Pairing.equal(geometry)
+    pairing = pairing or plan_pairing(geometry)
     capture = FactorCapture(model.eval(), with_values=pairing.needs_values)
     capture(torch.zeros(1, 3, config.height, config.width))
     check_student(geometry, capture.geometry, pairing, student_name=str(name))

@@ -12,13 +12,10 @@ import torch
 
 from atcache import __version__
 from atcache.cache.differences import name_differences
-from atcache.cache.identity import CacheIdentity, Selection
+from atcache.cache.identity import CacheIdentity
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
-from atcache.choices import Pixels
-from atcache.codecs.base import Codec
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
-from atcache.images.source import SampleIndex
 from atcache.store.chunks import ChunkEncoder
 from atcache.store.layout import StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
@@ -27,7 +24,6 @@ from atcache.store.writer import encode_pixels
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 from atcache.views.apply import library_versions
-from atcache.views.policy import ViewPolicy
 
 from .calibrate import Calibration, CalibrationViews, layer_cards
 from .sizes import plan_codes
@@ -68,35 +64,6 @@ class BuildPlan(JsonFields):
     """Relative error of decoded v on the calibration views; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
-
-
-def identify(
-    run: TeacherRun,
-    index: SampleIndex,
-    policy: ViewPolicy,
-    *,
-    num_views: int,
-    pixels: Pixels,
-    layers: tuple[int, ...],
-    heads: tuple[int, ...] | None,
-    codec: Codec,
-    with_values: bool,
-) -> CacheIdentity:
-    """The identity of a cache: two builds must agree in all of it to make the same cache."""
-    teacher = run.teacher
-    return CacheIdentity(
-        teacher=str(teacher.name),
-        weights_sha256=teacher.weights_sha256,
-        input=teacher.input,
-        precision="bfloat16" if run.dtype == torch.bfloat16 else "float32",
-        fingerprint=index.fingerprint,
-        num_samples=index.num_samples,
-        policy=policy,
-        num_views=num_views,
-        pixels=pixels,
-        selection=Selection(layers=layers, heads=heads, store="v" if with_values else None),
-        codec=codec.to_json(),
-    )
 
 
 def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
@@ -152,8 +119,9 @@ def plan_layout(
     views: CalibrationViews,
     num_samples: int,
     num_views: int,
-    pixel_shape: tuple[int, int] | None,
     samples_per_shard: int | None,
+    *,
+    stores_pixels: bool,
 ) -> tuple[StoreLayout, int]:
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
@@ -162,35 +130,29 @@ def plan_layout(
         views: the views it was made from; their parameters are compressed too.
         num_samples: samples of the source.
         num_views: views of each sample.
-        pixel_shape: (height, width) of stored images; None if none are stored.
         samples_per_shard: what the user wants; None for shards of about 256 MiB.
+        stores_pixels: whether the images are stored too.
     """
+    height, width = calibration.pixels_BHWC.shape[1:3]
     layout, codes_nbytes = plan_codes(
         calibration.codes_BLTC.numpy(),
         num_views=num_views,
         num_samples=num_samples,
         parameter_names=views.parameter_names,
-        pixels=pixel_shape,
+        pixels=(height, width) if stores_pixels else None,
     )
-    record_nbytes = _HASH_NBYTES + parameters_nbytes(views, layout)
+    # The calibration views' parameters are compressed as one shard.
+    shard = replace(layout, num_samples=len(views.parameters_NP), samples_per_shard=len(views.parameters_NP))
+    parameters_nbytes = len(ChunkEncoder(shard.parameters).encode(views.parameters_NP)) / shard.num_samples
     # 16: each chunk has an offset and a size in the index of its shard.
-    nbytes_per_view = round(record_nbytes + 16 * layout.codes.num_chunks_per_sample + codes_nbytes)
-    if pixel_shape is not None:
-        nbytes_per_view += 16 + _mean([len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()])
+    record_nbytes = _HASH_NBYTES + parameters_nbytes + 16 * layout.codes.num_chunks_per_sample
+    nbytes_per_view = round(record_nbytes + codes_nbytes)
+    if stores_pixels:
+        image_nbytes = [len(encode_pixels(layout, image)) for image in calibration.pixels_BHWC.numpy()]
+        nbytes_per_view += 16 + round(float(np.mean(image_nbytes)))
     if samples_per_shard is None:
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
-
-
-def parameters_nbytes(views: CalibrationViews, layout: StoreLayout) -> float:
-    """Bytes that a view's parameters take, when those of all calibration views are in one shard."""
-    num_views = len(views.parameters_NP)
-    spec = replace(layout, num_samples=num_views, samples_per_shard=num_views).parameters
-    return len(ChunkEncoder(spec).encode(views.parameters_NP)) / num_views
-
-
-def _mean(values: list[int]) -> int:
-    return round(float(np.mean(values)))
 
 
 def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
@@ -224,7 +186,7 @@ def plan_build(
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,
         remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
-        free_nbytes=_free_nbytes(out),
+        free_nbytes=shutil.disk_usage(existing_folder(out)).free,
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,
@@ -232,7 +194,6 @@ def plan_build(
     )
 
 
-def _free_nbytes(path: Path) -> int:
-    """Free space on the disk that `path` is, or will be, on."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+def existing_folder(path: Path) -> Path:
+    """`path` if it is a folder, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -13,13 +13,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from atcache.cache.coders import stored_coder
-from atcache.cache.identity import CacheIdentity
+from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec
 from atcache.errors import ConfigError, DiskFullError
@@ -30,7 +29,6 @@ from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
 from atcache.teachers.run import TeacherRun
 from atcache.views.mixing import mix_policy
-from atcache.views.policy import ViewPolicy
 
 from ..fidelity import Expectation
 from ..running.ranks import Ranks
@@ -38,7 +36,7 @@ from .board import Board
 from .calibrate import calibrate, render_calibration_views
 from .codec import choose_codec
 from .config import BuildConfig
-from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, identify, plan_build, plan_layout
+from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, plan_build, plan_layout
 from .shared_folder import check_mark, marked, wait_for_commits
 from .summary import BuildSummary
 from .tasks import TaskRunner
@@ -72,22 +70,20 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
 
 def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
     start_s = time.monotonic()
-    summarise = partial(BuildSummary.of, str(config.out))
     # First, so that a cache that cannot be continued is refused before the teacher is loaded.
-    existing, record = _open_existing(config.out)
+    existing = _open_existing(config.out)
     index = index_source(config.data, on_bad=config.on_bad_image)
     wanted = _Wanted.of(config, index)
-    run, policy = wanted.run, wanted.policy
-    if existing is not None and record is not None:
-        check_same_cache(existing, wanted.identity, config.samples_per_shard)
+    run, identity = wanted.run, wanted.identity
+    if existing is not None:
+        check_same_cache(existing, identity, config.samples_per_shard)
+        record = CacheRecord.of(existing)
         if record.complete is not None and existing.is_complete:
-            return summarise(
-                seconds=time.monotonic() - start_s,
-                complete=record.complete.to_json(),
-                expectation=wanted.expectation(record),
-            )
+            complete, seconds = record.complete.to_json(), time.monotonic() - start_s
+            summary = BuildSummary(out=str(config.out), complete=complete, seconds=seconds)
+            return summary.judged(wanted.expectation(record))
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
-    views = render_calibration_views(index, policy, num_samples, skip_bad=config.on_bad_image == "skip")
+    views = render_calibration_views(index, identity.policy, num_samples, skip_bad=config.on_bad_image == "skip")
     calibration = calibrate(
         run,
         wanted.codec,
@@ -99,18 +95,22 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
         state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
         with_values=config.with_values,
     )
-    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
     new_layout, view_nbytes = plan_layout(
-        calibration, views, index.num_samples, config.views, pixel_shape, config.samples_per_shard
+        calibration,
+        views,
+        index.num_samples,
+        config.views,
+        config.samples_per_shard,
+        stores_pixels=config.pixels == "store",
     )
     layout = new_layout if existing is None else existing.layout
-    if policy.mixing is not None and layout.samples_per_shard == 1:
+    if identity.policy.mixing is not None and layout.samples_per_shard == 1:
         raise ConfigError("a shard holds one sample only, so there is none to mix it with: raise samples_per_shard.")
     done = committed_tasks(config.out, layout) if existing is not None else set[str]()
     plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
     on_plan(plan)
     if config.dry_run:
-        return summarise(seconds=time.monotonic() - start_s, plan=plan)
+        return BuildSummary(out=str(config.out), plan=plan, seconds=time.monotonic() - start_s)
     if plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
         raise DiskFullError(
             f"{config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
@@ -120,7 +120,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     if existing is None:
         state = {name: tensor.cpu().numpy() for name, tensor in calibration.state.items()}
         bias_LHQK = None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy()
-        record = describe_cache(wanted.identity, run, calibration)
+        record = describe_cache(identity, run, calibration)
         create_cache(config.out, layout, record.to_json(), index, state, bias_LHQK)
     with only_writer(config.out):
         sweep_partials(config.out)
@@ -131,13 +131,13 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(layout, to_do), board)
         wait_for_commits(config.out, layout)
         complete = finish_cache(config.out)
-    return summarise(
-        seconds=time.monotonic() - start_s,
+    return BuildSummary(
+        out=str(config.out),
         plan=plan,
         complete=complete,
-        expectation=wanted.expectation(CacheRecord.of(cache)),
         num_built_views=board.total().num_stored,
-    )
+        seconds=time.monotonic() - start_s,
+    ).judged(wanted.expectation(CacheRecord.of(cache)))
 
 
 def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
@@ -163,7 +163,6 @@ class _Wanted:
     """What a config asks for, with the teacher loaded."""
 
     run: TeacherRun
-    policy: ViewPolicy
     codec: Codec
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None
@@ -183,18 +182,20 @@ class _Wanted:
             with_values=config.with_values,
         )
         layers, heads = run.select(config.layers, config.heads)
-        identity = identify(
-            run,
-            index,
-            policy,
+        identity = CacheIdentity(
+            teacher=str(run.teacher.name),
+            weights_sha256=run.teacher.weights_sha256,
+            input=run.teacher.input,
+            precision="bfloat16" if run.dtype == torch.bfloat16 else "float32",
+            fingerprint=index.fingerprint,
+            num_samples=index.num_samples,
+            policy=policy,
             num_views=config.views,
             pixels=config.pixels,
-            layers=layers,
-            heads=heads,
-            codec=codec,
-            with_values=config.with_values,
+            selection=Selection(layers=layers, heads=heads, store=config.store),
+            codec=codec.to_json(),
         )
-        return cls(run=run, policy=policy, codec=codec, layers=layers, heads=heads, identity=identity)
+        return cls(run=run, codec=codec, layers=layers, heads=heads, identity=identity)
 
     def expectation(self, record: CacheRecord) -> Expectation:
         """The row KL that the cache's views should have, by what was measured when it was begun."""
@@ -208,7 +209,7 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
         out=config.out,
         layout=cache.layout,
         source=Source(index),
-        policy=wanted.policy,
+        policy=wanted.identity.policy,
         run=wanted.run,
         coder=stored_coder(cache, wanted.codec, record.geometry, str(wanted.run.device)),
         batch_size=config.batch_size,
@@ -219,13 +220,12 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
     )
 
 
-def _open_existing(out: Path) -> tuple[CacheReader, CacheRecord] | tuple[None, None]:
-    """The cache to continue, and its record; None if there is none yet."""
+def _open_existing(out: Path) -> CacheReader | None:
+    """The cache to continue; None if there is none yet."""
     if not out.exists():
-        return None, None
+        return None
     if not (out / "zarr.json").exists():
         raise ConfigError(f"{out} exists and is not a cache. Give another --out, or remove it.")
     cache = CacheReader(out)
-    record = CacheRecord.of(cache)
-    record.make_codec(cache.path)
-    return cache, record
+    CacheRecord.of(cache).make_codec(cache.path)
+    return cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from atcache.fields import JsonFields
@@ -16,41 +16,24 @@ class BuildSummary(JsonFields):
     """What a build did, all its processes together."""
 
     out: str
-    plan: BuildPlan | None
+    plan: BuildPlan | None = None
     """None if the cache was complete already."""
-    complete: dict[str, Any] | None
+    complete: dict[str, Any] | None = None
     """The totals of the finished cache; None after a dry run."""
-    num_built_views: int
+    num_built_views: int = 0
     """Views this run stored."""
-    row_kl_nats: float | None
+    row_kl_nats: float | None = None
     """Mean row KL of decoded maps on some views of each task; None after a dry run."""
-    warning: str | None
+    warning: str | None = None
     """A sentence if the row KL is higher than expected, else None."""
     seconds: float
     """From the first look at the data to the end."""
 
-    @classmethod
-    def of(
-        cls,
-        out: str,
-        *,
-        seconds: float,
-        plan: BuildPlan | None = None,
-        complete: dict[str, Any] | None = None,
-        expectation: Expectation | None = None,
-        num_built_views: int = 0,
-    ) -> Self:
-        """The summary of a cache with these totals; `expectation` judges its row KL."""
-        row_kl_nats = None if complete is None else complete["quality"].get("row_kl_nats", {}).get("mean")
-        warning = None
-        if complete is not None and expectation is not None and row_kl_nats is not None:
-            warning = expectation.warn(row_kl_nats, complete.get("num_checked", complete["num_stored"]))
-        return cls(
-            out=out,
-            plan=plan,
-            complete=complete,
-            num_built_views=num_built_views,
-            row_kl_nats=row_kl_nats,
-            warning=warning,
-            seconds=seconds,
-        )
+    def judged(self, expectation: Expectation) -> Self:
+        """The same for a finished cache, with its row KL, which `expectation` judges."""
+        totals = self.complete or {"quality": {}}
+        row_kl_nats = totals["quality"].get("row_kl_nats", {}).get("mean")
+        if row_kl_nats is None:
+            return self
+        warning = expectation.warn(row_kl_nats, totals.get("num_checked", totals["num_stored"]))
+        return replace(self, row_kl_nats=row_kl_nats, warning=warning)

@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 
 from atcache.errors import ConfigError
+from atcache.feed.caches import open_caches
 from atcache.fields import JsonFields
+from atcache.files.location import listed
 from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
 from ..train.record import load_run
-from ..train.validation import Score, check_records, open_validation, score_ensemble
+from ..train.validation import Score, open_validation, score_students
 from .config import EvaluateConfig
 
 
@@ -33,9 +35,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """
     start_s = time.monotonic()
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
-    check_records(config.cache)
+    readers = open_caches(listed(config.cache))
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
+    students = [student for student, _ in loaded]
     copied = [record for _, record in loaded if record.mode == "copy"]
     teacher = copied[0].teacher if copied else None
     if config.live_teacher and teacher is None:
@@ -45,18 +48,16 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     pairings = [record.pairing for record in copied if record.pairing is not None]
     live_teacher = start_teacher(teacher, config.weights, pairings, device) if teacher and config.live_teacher else None
     data = open_validation(
-        cache=config.cache,
+        readers=readers,
         data=config.data,
-        students=[student for student, _ in loaded],
+        students=students,
         teacher=teacher,
         live_teacher=live_teacher,
         batch_size=config.batch_size,
         workers=config.workers,
         device=device,
     )
-    score = score_ensemble(
-        [student for student, _ in loaded], data, device, resolve_precision(config.precision, device)
-    )
+    score = score_students(students, data, device, resolve_precision(config.precision, device))
     return EvaluateSummary(
         runs=tuple(map(str, config.runs)),
         modes=tuple(record.mode for _, record in loaded),

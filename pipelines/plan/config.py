@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from atcache.choices import Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
@@ -30,18 +30,20 @@ from ..options import (
     weights_option,
 )
 
-ASSUMABLE: dict[str, str] = {
-    "samples": "images in the dataset",
-    "nbytes-per-view": "bytes a view takes in the cache",
-    "teacher-img-per-s": "speed of the teacher's forward",
-    "student-img-per-s": "speed of training steps, without the time that the teacher's attention takes",
-    "encode-img-per-s": "speed of the codec on the teacher's device",
-    "load-img-per-s": "images read and augmented by all worker processes",
-    "disk-read-gb-per-s": "speed of the target disk at reading views",
-    "disk-write-gb-per-s": "speed of the target disk at writing",
-    "disk-free-tb": "space on the target disk",
+ASSUMABLE: dict[str, tuple[str, float]] = {
+    "samples": ("num_samples", 1),  # images in the dataset
+    "nbytes-per-view": ("nbytes_per_view", 1),  # bytes a view takes in the cache
+    "teacher-img-per-s": ("teacher_img_per_s", 1),  # speed of the teacher's forward
+    "student-img-per-s": ("student_img_per_s", 1),  # of steps, without the time that the teacher's attention takes
+    "encode-img-per-s": ("encode_img_per_s", 1),  # speed of the codec on the teacher's device
+    "load-img-per-s": ("load_img_per_s", 1),  # images read and augmented by all worker processes
+    "disk-read-gb-per-s": ("read_nbytes_per_s", 1e9),  # speed of the target disk at reading views
+    "disk-write-gb-per-s": ("write_nbytes_per_s", 1e9),  # speed of the target disk at writing
+    "disk-free-tb": ("free_nbytes", 1e12),  # space on the target disk
 }
-"""Names for `--assume`, with what each means. GB and TB are decimal, as disks are sold."""
+"""Names for `--assume`: each one's field of `Assumptions`, and its unit. GB and TB are decimal, as disks are sold."""
+_OF_TEACHER = ("nbytes-per-view", "teacher-img-per-s", "student-img-per-s")
+_WHOLE = ("num_samples", "nbytes_per_view", "free_nbytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,12 +63,7 @@ class Assumptions:
     @property
     def missing_of_teacher(self) -> list[str]:
         """The names whose values are still to be measured with the teacher; if empty, it need not be loaded."""
-        values = {
-            "nbytes-per-view": self.nbytes_per_view,
-            "teacher-img-per-s": self.teacher_img_per_s,
-            "student-img-per-s": self.student_img_per_s,
-        }
-        return [name for name, value in values.items() if value is None]
+        return [name for name in _OF_TEACHER if getattr(self, ASSUMABLE[name][0]) is None]
 
 
 def parse_assumptions(texts: Sequence[str]) -> Assumptions:
@@ -78,12 +75,13 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
     Raises:
         ConfigError: a name is unknown or given twice, or a value is not a number above 0.
     """
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if name not in ASSUMABLE:
             raise ConfigError(f"assume {text!r}: {name!r} is unknown; expected one of {', '.join(ASSUMABLE)}.")
-        if name in values:
+        field_name, unit = ASSUMABLE[name]
+        if field_name in values:
             raise ConfigError(f"assume {text!r}: {name} is given twice.")
         try:
             number = float(value)
@@ -91,25 +89,8 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
             number = math.nan
         if not equals or not 0 < number < math.inf:
             raise ConfigError(f"assume {text!r}: expected {name}=NUMBER, with a number above 0.")
-        values[name] = number
-
-    def scaled(name: str, unit: float = 1) -> float | None:
-        return None if name not in values else values[name] * unit
-
-    def whole(name: str, unit: float = 1) -> int | None:
-        return None if name not in values else max(1, round(values[name] * unit))
-
-    return Assumptions(
-        num_samples=whole("samples"),
-        nbytes_per_view=whole("nbytes-per-view"),
-        teacher_img_per_s=scaled("teacher-img-per-s"),
-        student_img_per_s=scaled("student-img-per-s"),
-        encode_img_per_s=scaled("encode-img-per-s"),
-        load_img_per_s=scaled("load-img-per-s"),
-        read_nbytes_per_s=scaled("disk-read-gb-per-s", 1e9),
-        write_nbytes_per_s=scaled("disk-write-gb-per-s", 1e9),
-        free_nbytes=whole("disk-free-tb", 1e12),
-    )
+        values[field_name] = max(1, round(number * unit)) if field_name in _WHOLE else number * unit
+    return Assumptions(**values)
 
 
 @config

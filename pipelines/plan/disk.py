@@ -7,7 +7,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
@@ -18,11 +17,6 @@ _PROBE_NBYTES = 256 * 2**20
 _BLOCK_NBYTES = 4 * 2**20
 _BLOCKS_A_FSYNC = 8  # few, so that a slow disk is noticed before everything is written
 _SECONDS_A_PROBE = 2.0
-
-
-def existing_folder(path: Path) -> Path:
-    """`path` if it is a folder, or else the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 class DiskProbe:
@@ -55,9 +49,7 @@ class DiskProbe:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _write(self) -> None:

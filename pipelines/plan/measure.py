@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +25,13 @@ from atcache.students.pairing import TeacherFactors
 from atcache.students.teacher_side import CachedFactors, LiveFactors
 from atcache.teachers.run import TeacherRun
 from atcache.views.mixing import mix_policy
-from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
-from ..build.plan import plan_layout
+from ..build.plan import existing_folder, plan_layout
 from .config import PlanConfig
 from .steps import StudentSteps, seconds_a_call
-from .verdict import UNLIMITED, CodecCost
+from .verdict import UNLIMITED, CodecCost, Machine
 
 _PACKED_VIEWS = 8
 
@@ -44,24 +45,40 @@ DEFAULT_CODECS: dict[AttentionKind, tuple[str, ...]] = {
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measures:
-    """What was measured with models, on this machine. A speed is None if it was not measured."""
+class Measures(NamedTuple):
+    """What was assumed or measured of this machine and of each codec setting. A speed is unlimited until measured."""
 
-    device: str
-    teacher_img_per_s: float | None
-    student_img_per_s: float | None
-    """With the teacher's factors already in memory, and nothing to decode."""
-    scratch_img_per_s: float | None
-    """The same student without a teacher."""
-    load_img_per_s: float | None
-    shares_processors: bool
+    machine: Machine
     costs: tuple[CodecCost, ...]
-    """One for each codec setting; the speed of the disk is still to be measured."""
+    """One for each codec setting."""
+    device: str | None = None
+    """Where speeds were measured; None if no model was run."""
+    scratch_img_per_s: float | None = None
+    """The same student without a teacher; None if it was not measured."""
 
 
-def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) -> Measures:
-    """Load the teacher and measure what is not assumed.
+def what_is_assumed(config: PlanConfig) -> Measures:
+    """The machine and one codec setting, as far as they are assumed."""
+    assumed = config.assumed
+    machine = Machine(
+        teacher_img_per_s=assumed.teacher_img_per_s or UNLIMITED,
+        student_img_per_s=assumed.student_img_per_s or UNLIMITED,
+        load_img_per_s=assumed.load_img_per_s,
+        write_nbytes_per_s=assumed.write_nbytes_per_s or UNLIMITED,
+        free_nbytes=assumed.free_nbytes or shutil.disk_usage(existing_folder(config.out)).free,
+    )
+    cost = CodecCost(
+        codec=config.codec[0] if config.codec else None,
+        nbytes_per_view=assumed.nbytes_per_view or 0,
+        read_nbytes_per_s=assumed.read_nbytes_per_s or UNLIMITED,
+        student_img_per_s=machine.student_img_per_s,
+        encode_img_per_s=assumed.encode_img_per_s,
+    )
+    return Measures(machine, (cost,))
+
+
+def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Measures, say: Say) -> Measures:
+    """Load the teacher and measure what is not assumed, except for the disk.
 
     The speeds of loading, encoding and compressing are measured only if the teacher's is measured too. If it is
     assumed, it may be that of another machine, of which this one's speeds would say nothing.
@@ -70,6 +87,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
         config: names teacher and data.
         index: the samples of the data.
         num_samples: samples of the dataset to plan for.
+        known: what is assumed.
         say: called with a line on what is being done.
 
     Raises:
@@ -77,47 +95,39 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, say: Say) 
     """
     say(f"loading teacher {config.teacher}")
     bench = _set_up(config, index)
-    run, geometry = bench.run, bench.capture.geometry
+    run, geometry, machine = bench.run, bench.capture.geometry, known.machine
     timed = config.assumed.teacher_img_per_s is None
-    teacher_img_per_s = None
     if timed:
         say("timing the teacher")
-        num_views = len(bench.pixels_BHWC)
-        teacher_img_per_s = num_views / seconds_a_call(
-            lambda: run.factors(bench.capture, bench.pixels_BHWC), run.device
+        forward_s = seconds_a_call(lambda: run.factors(bench.capture, bench.pixels_BHWC), run.device)
+        threads = torch.get_num_threads() + config.num_workers
+        machine = replace(
+            machine,
+            teacher_img_per_s=len(bench.pixels_BHWC) / forward_s,
+            load_img_per_s=machine.load_img_per_s or config.num_workers / bench.views.render_s,
+            shares_processors=run.device.type == "cpu" and threads > (os.cpu_count() or 1),
         )
-    steps = student_img_per_s = scratch_img_per_s = None
+    steps = scratch_img_per_s = None
     if config.assumed.student_img_per_s is None:
         say(f"timing a student in mode {config.mode}")
         steps = StudentSteps(config, run, geometry, int(index.label_S.max(initial=0)) + 1, bench.pixels_BHWC)
         layers = run.factors(bench.capture, bench.pixels_BHWC)
         live = LiveFactors(dict(zip(geometry.layers, layers, strict=True)))
-        student_img_per_s = steps.img_per_s(config.mode, lambda: live)
+        machine = replace(machine, student_img_per_s=steps.img_per_s(config.mode, lambda: live))
         scratch_img_per_s = steps.img_per_s("scratch", lambda: None)
     costs: list[CodecCost] = []
     for text in _codecs_to_measure(config, geometry):
         say(f"calibrating codec {text}")
-        costs.append(_measure_codec(config, text, bench, num_samples, steps, timed=timed))
-    threads = torch.get_num_threads() + config.num_workers
-    return Measures(
-        device=str(run.device),
-        teacher_img_per_s=teacher_img_per_s,
-        student_img_per_s=student_img_per_s,
-        scratch_img_per_s=scratch_img_per_s,
-        load_img_per_s=config.num_workers / bench.views.render_s if timed else None,
-        shares_processors=timed and run.device.type == "cpu" and threads > (os.cpu_count() or 1),
-        costs=tuple(costs),
-    )
+        costs.append(_measure_codec(config, text, bench, num_samples, known.costs[0], steps, timed=timed))
+    return Measures(machine, tuple(costs), str(run.device), scratch_img_per_s)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Bench:
+class _Bench(NamedTuple):
     """The teacher, and the views that it is measured with."""
 
     run: TeacherRun
     capture: FactorCapture
     """Has run once, so that its geometry is known."""
-    policy: ViewPolicy
     views: CalibrationViews
     pixels_BHWC: Tensor
     """One batch of the views."""
@@ -135,13 +145,7 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
-    return _Bench(
-        run=run,
-        capture=capture,
-        policy=policy,
-        views=views,
-        pixels_BHWC=pixels_BHWC,
-    )
+    return _Bench(run, capture, views, pixels_BHWC)
 
 
 def _to_length(rows_N: Tensor, length: int) -> Tensor:
@@ -160,10 +164,17 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
 
 
 def _measure_codec(
-    config: PlanConfig, text: str, bench: _Bench, num_samples: int, steps: StudentSteps | None, *, timed: bool
+    config: PlanConfig,
+    text: str,
+    bench: _Bench,
+    num_samples: int,
+    known: CodecCost,
+    steps: StudentSteps | None,
+    *,
+    timed: bool,
 ) -> CodecCost:
-    """Calibrate one codec as a build does, and time it. Assumed numbers replace the measured ones."""
-    run, geometry, policy, assumed = bench.run, bench.capture.geometry, bench.policy, config.assumed
+    """Calibrate one codec as a build does, and time it. Numbers that are `known` replace the measured ones."""
+    run, geometry = bench.run, bench.capture.geometry
     calibration = calibrate(
         run,
         parse_codec(text),
@@ -173,15 +184,16 @@ def _measure_codec(
         batch_size=config.batch_size,
         with_values=config.store == "v",
     )
-    pixel_shape = (policy.image_height, policy.image_width) if config.pixels == "store" else None
-    layout, nbytes_per_view = plan_layout(calibration, bench.views, num_samples, config.views, pixel_shape, None)
+    layout, nbytes_per_view = plan_layout(
+        calibration, bench.views, num_samples, config.views, None, stores_pixels=config.pixels == "store"
+    )
     coder = calibration.coder
     encode_img_per_s = compress_img_per_s = unpack_img_per_s = None
     if timed:
         layers = run.factors(bench.capture, bench.pixels_BHWC)
         encode_img_per_s = len(bench.pixels_BHWC) / seconds_a_call(lambda: coder.encode(layers), run.device)
         compress_img_per_s, unpack_img_per_s = _packing_img_per_s(config, layout, calibration)
-    student_img_per_s = assumed.student_img_per_s
+    student_img_per_s = known.student_img_per_s
     if steps is not None:
         codes_BLTC = _to_length(calibration.codes_BLTC, config.batch_size)
         if run.device.type == "cuda":
@@ -191,13 +203,12 @@ def _measure_codec(
             return CachedFactors(coder, codes_BLTC.to(run.device, non_blocking=True))
 
         student_img_per_s = steps.img_per_s(steps.mode, decoded)
-    assert student_img_per_s is not None, "measured if it is not assumed"
-    return CodecCost(
+    return replace(
+        known,
         codec=text,
-        nbytes_per_view=assumed.nbytes_per_view or nbytes_per_view,
-        read_nbytes_per_s=assumed.read_nbytes_per_s or UNLIMITED,
+        nbytes_per_view=known.nbytes_per_view or nbytes_per_view,
         student_img_per_s=student_img_per_s,
-        encode_img_per_s=assumed.encode_img_per_s or encode_img_per_s,
+        encode_img_per_s=known.encode_img_per_s or encode_img_per_s,
         compress_img_per_s=compress_img_per_s,
         unpack_img_per_s=unpack_img_per_s,
         state_nbytes=calibration.state_nbytes,
@@ -209,15 +220,11 @@ def _measure_codec(
 
 def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Calibration) -> tuple[float, float]:
     """Views per second that all threads of a build compress, and that all workers in training decompress."""
-    views: list[tuple[np.ndarray, np.ndarray]] = [
-        (codes_LTC.numpy(), pixels_HWC.numpy())
-        for codes_LTC, pixels_HWC in zip(
-            calibration.codes_BLTC[:_PACKED_VIEWS], calibration.pixels_BHWC[:_PACKED_VIEWS], strict=True
-        )
-    ]
+    few = slice(0, _PACKED_VIEWS)
     compress_s: list[float] = []
     unpack_s: list[float] = []
-    for codes_LTC, pixels_HWC in views:
+    for codes, pixels in zip(calibration.codes_BLTC[few], calibration.pixels_BHWC[few], strict=True):
+        codes_LTC, pixels_HWC = codes.numpy(), pixels.numpy()
         start_s = time.perf_counter()
         chunks = encode_view(layout, codes_LTC)
         pixels_chunk = None if layout.pixels is None else encode_pixels(layout, pixels_HWC)

@@ -7,9 +7,8 @@ teacher is needed for is assumed, it is not loaded.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,10 +16,11 @@ import numpy as np
 from atcache.fields import JsonFields
 from atcache.images.source import SampleIndex, index_source
 
+from ..build.plan import existing_folder
 from .config import PlanConfig
-from .disk import DiskProbe, existing_folder
-from .measure import Measures, Say, measure
-from .verdict import DISK, UNLIMITED, Assessment, CodecCost, Decision, Machine, Workload, assess, decide, size
+from .disk import DiskProbe
+from .measure import Measures, Say, measure, what_is_assumed
+from .verdict import DISK, Assessment, Decision, Machine, Workload, assess, decide, size
 
 _MUCH_STATE = 0.02  # a note tells of fitted state that takes more than this share of the cache
 
@@ -74,31 +74,24 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
         runs=config.runs,
         replays_images=config.pixels == "replay",
     )
-    measures = None
+    found = what_is_assumed(config)
     if assumed.missing_of_teacher:
         assert index is not None, "checked by PlanConfig"
-        measures = measure(config, index, workload.num_samples, say)
-    machine = _machine(config, measures)
-    costs = _costs(config, measures)
-    machine, costs, disk_notes = _with_disk(config, machine, costs, say)
-    assessments = tuple(assess(workload, machine, cost) for cost in costs)
+        found = measure(config, index, workload.num_samples, found, say)
+    found, disk_notes = _with_disk(config, found, say)
+    assessments = tuple(assess(workload, found.machine, cost) for cost in found.costs)
     return Plan(
         teacher=config.teacher,
         out=str(config.out),
-        device=None if measures is None else measures.device,
+        device=found.device,
         mode=config.mode,
         workload=workload,
-        machine=machine,
-        scratch_img_per_s=None if measures is None else measures.scratch_img_per_s,
+        machine=found.machine,
+        scratch_img_per_s=found.scratch_img_per_s,
         assessments=assessments,
-        decision=decide(workload, machine, assessments),
+        decision=decide(workload, found.machine, assessments),
         assumed=config.assume,
-        notes=(
-            *_notes(config, index, machine, measures),
-            *disk_notes,
-            *_memory_notes(config, assessments),
-            *_state_notes(assessments),
-        ),
+        notes=tuple(_notes(config, index, found, disk_notes, assessments)),
         seconds=time.monotonic() - start_s,
     )
 
@@ -108,59 +101,21 @@ def _count_good(index: SampleIndex | None) -> int:
     return max(1, int(np.count_nonzero(index.problem_S == 0)))
 
 
-def _machine(config: PlanConfig, measures: Measures | None) -> Machine:
-    """The speeds, assumed or measured. `_with_disk` adds those of the disk if they are not assumed."""
-    assumed = config.assumed
-    teacher, student = assumed.teacher_img_per_s, assumed.student_img_per_s
-    if measures is not None:
-        teacher, student = teacher or measures.teacher_img_per_s, student or measures.student_img_per_s
-    assert teacher is not None, "measured if it is not assumed"
-    assert student is not None, "measured if it is not assumed"
-    return Machine(
-        teacher_img_per_s=teacher,
-        student_img_per_s=student,
-        load_img_per_s=assumed.load_img_per_s or (measures and measures.load_img_per_s),
-        write_nbytes_per_s=assumed.write_nbytes_per_s or UNLIMITED,
-        free_nbytes=assumed.free_nbytes or shutil.disk_usage(existing_folder(config.out)).free,
-        shares_processors=measures is not None and measures.shares_processors,
-    )
-
-
-def _costs(config: PlanConfig, measures: Measures | None) -> list[CodecCost]:
-    assumed = config.assumed
-    if measures is not None:
-        return list(measures.costs)
-    assert assumed.nbytes_per_view is not None, "or it would have been measured"
-    assert assumed.student_img_per_s is not None, "or it would have been measured"
-    return [
-        CodecCost(
-            codec=config.codec[0] if config.codec else None,
-            nbytes_per_view=assumed.nbytes_per_view,
-            read_nbytes_per_s=assumed.read_nbytes_per_s or UNLIMITED,
-            student_img_per_s=assumed.student_img_per_s,
-            encode_img_per_s=assumed.encode_img_per_s,
-        )
-    ]
-
-
-def _with_disk(
-    config: PlanConfig, machine: Machine, costs: Sequence[CodecCost], say: Say
-) -> tuple[Machine, list[CodecCost], list[str]]:
-    """Machine and costs with the disk's speeds, which are measured if they are not assumed; and notes about them."""
+def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures, list[str]]:
+    """`found` with the disk's speeds, which are measured if they are not assumed; and notes about them."""
     assumed = config.assumed
     if assumed.read_nbytes_per_s is not None and assumed.write_nbytes_per_s is not None:
-        return machine, list(costs), []
+        return found, []
     folder = existing_folder(config.out)
     say(f"measuring the disk of {folder}")
     with DiskProbe(folder) as probe:
         if assumed.write_nbytes_per_s is None:
-            machine = replace(machine, write_nbytes_per_s=probe.write_nbytes_per_s)
+            found = found._replace(machine=replace(found.machine, write_nbytes_per_s=probe.write_nbytes_per_s))
         if assumed.read_nbytes_per_s is not None:
-            return machine, list(costs), []
-        measured = [
-            replace(cost, read_nbytes_per_s=probe.read_nbytes_per_s(cost.nbytes_per_view, config.num_workers))
-            for cost in costs
-        ]
+            return found, []
+        speeds = [probe.read_nbytes_per_s(cost.nbytes_per_view, config.num_workers) for cost in found.costs]
+        costs = (replace(cost, read_nbytes_per_s=speed) for cost, speed in zip(found.costs, speeds, strict=True))
+        found = found._replace(costs=tuple(costs))
     notes = {
         "dropped": [],
         "kept": [
@@ -172,46 +127,41 @@ def _with_disk(
             "that of memory. To be sure, --assume disk-read-gb-per-s."
         ],
     }
-    return machine, measured, notes[probe.page_cache]
+    return found, notes[probe.page_cache]
 
 
-def _memory_notes(config: PlanConfig, assessments: Sequence[Assessment]) -> list[str]:
-    """A note for each cache that fits in memory, so that the disk is its limit only at first."""
-    if config.assumed.read_nbytes_per_s is not None:
-        return []
-    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return [
-        f"A cache of {size(one.total_nbytes)} fits in this machine's {size(memory_nbytes)} of memory: only the first "
-        "epoch would wait for the disk."
-        for one in assessments
-        if one.epoch_limit == DISK and one.total_nbytes < memory_nbytes / 2
-    ]
-
-
-def _state_notes(assessments: Sequence[Assessment]) -> list[str]:
-    """A note for each codec whose fitted state is a large part of the cache."""
-    return [
-        f"Codec {one.cost.codec} stores {size(one.cost.state_nbytes)} of fitted state beside the views, once for all "
-        "of them."
-        for one in assessments
-        if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes
-    ]
-
-
-def _notes(config: PlanConfig, index: SampleIndex | None, machine: Machine, measures: Measures | None) -> list[str]:
-    assumed, notes = config.assumed, list[str]()
+def _notes(
+    config: PlanConfig,
+    index: SampleIndex | None,
+    found: Measures,
+    disk_notes: Sequence[str],
+    assessments: Sequence[Assessment],
+) -> Iterator[str]:
+    assumed = config.assumed
     if index is not None and (num_bad := int(np.count_nonzero(index.problem_S))):
-        notes.append(f"Samples without image or label: {num_bad}. To leave them out, build with --on-bad-image skip.")
+        yield f"Samples without image or label: {num_bad}. To leave them out, build with --on-bad-image skip."
     if assumed.teacher_img_per_s is not None and assumed.student_img_per_s is None:
-        notes.append("The teacher's speed is assumed and the student's was measured here: is that the same machine?")
+        yield "The teacher's speed is assumed and the student's was measured here: is that the same machine?"
     if assumed.teacher_img_per_s is None and assumed.student_img_per_s is not None:
-        notes.append("The student's speed is assumed and the teacher's was measured here: is that the same machine?")
-    if assumed.nbytes_per_view is not None and measures is not None:
-        notes.append("The size is assumed, but row KL and features off were measured with the codec at its own size.")
-    if machine.load_img_per_s is None:
-        notes.append(
-            "Loading images is not counted as a limit, with or without a cache. To count it, --assume load-img-per-s."
-        )
-    if machine.shares_processors:
-        notes.append("The models run on the processors that also load and compress, so these times are added up.")
-    return notes
+        yield "The student's speed is assumed and the teacher's was measured here: is that the same machine?"
+    if assumed.nbytes_per_view is not None and found.device is not None:
+        yield "The size is assumed, but row KL and features off were measured with the codec at its own size."
+    if found.machine.load_img_per_s is None:
+        yield "Loading images is not counted as a limit, with or without a cache. To count it, --assume load-img-per-s."
+    if found.machine.shares_processors:
+        yield "The models run on the processors that also load and compress, so these times are added up."
+    yield from disk_notes
+    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for one in assessments:
+        # The disk is the limit only at first. A speed that is assumed may be that of another machine.
+        if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes / 2:
+            yield (
+                f"A cache of {size(one.total_nbytes)} fits in this machine's {size(memory_nbytes)} of memory: only the "
+                "first epoch would wait for the disk."
+            )
+    for one in assessments:
+        if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes:
+            yield (
+                f"Codec {one.cost.codec} stores {size(one.cost.state_nbytes)} of fitted state beside the views, once "
+                "for all of them."
+            )

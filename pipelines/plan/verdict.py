@@ -20,7 +20,7 @@ Verdict = Literal["pays", "too late", "slower", "does not fit"]
 
 DISK = "the disk"
 UNLIMITED = float("inf")
-"""A disk's speed before it has been measured."""
+"""A speed that is not measured yet."""
 # A cache whose total time is within this factor of the best is as good; the smallest of these is taken.
 _AS_GOOD = 1.05
 

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import NoReturn, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -75,8 +75,6 @@ class Interrupts:
                     signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, before in self._handlers_before.items():
             signal.signal(number, before)  # pyright: ignore[reportArgumentType] - as getsignal gave it

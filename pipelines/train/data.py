@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import CacheRecord
 from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
 from atcache.feed.caches import choose_cached_samples, open_caches, open_joined_views
 from atcache.feed.order import SampleOrder, choose_subset
 from atcache.feed.sample_views import FreshViews, Views
+from atcache.files.location import listed
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
@@ -31,7 +31,7 @@ from atcache.views.mixing import mix_policy
 from .config import TrainConfig
 from .notes import training_notes, validation_notes, view_notes
 from .record import RunRecord
-from .validation import ValidationSet, check_records, open_validation
+from .validation import ValidationSet, open_validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,8 +66,7 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
         AtcacheError: something does not fit; always one of its children.
     """
     first = configs[0]
-    check_records(first.val_cache)
-    readers = open_caches(first.caches)
+    val_readers, readers = open_caches(listed(first.val_cache)), open_caches(first.caches)
     cache_teacher = CacheRecord.of(readers[0]).teacher_record if readers else None
     plans: list[_Plan] = []
     for config in configs:
@@ -83,14 +82,26 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
     if readers and pairings:
         teacher = live_teacher or CacheTeacher(readers, pairings, device)
     views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
-    order = SampleOrder(sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle)
-    shared = SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None
-    # Classes are counted over all usable labels, so that a subset does not change the student.
-    stream = _Stream(views, label_S, order, int(label_S[eligible_S].max()) + 1, teacher, shared, live_teacher)
+    stream = _Stream(
+        readers=readers,
+        val_readers=val_readers,
+        views=views,
+        label_S=label_S,
+        order=SampleOrder(
+            sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle
+        ),
+        # Classes are counted over all usable labels, so that a subset does not change the student.
+        num_classes=int(label_S[eligible_S].max()) + 1,
+        cache_teacher=cache_teacher,
+        teacher=teacher,
+        shared_teacher=SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None,
+        live_teacher=live_teacher,
+        device=device,
+    )
     opened: list[TrainingData] = []
     for config, plan in zip(configs, plans, strict=True):
         with _named(config, len(configs)):
-            opened.append(_open_student(config, plan, stream, readers, cache_teacher, device))
+            opened.append(_open_student(config, plan, stream))
     return opened
 
 
@@ -116,19 +127,19 @@ class _Plan(NamedTuple):
 class _Stream(NamedTuple):
     """What runs that are trained together share."""
 
+    readers: Sequence[CacheReader]
+    val_readers: Sequence[CacheReader]
     views: Views
     label_S: np.ndarray
     order: SampleOrder
     num_classes: int
+    cache_teacher: TeacherRecord | None
+    """The teacher of the caches."""
     teacher: CacheTeacher | LiveTeacher | None
     shared_teacher: SharedTeacher | None
     """Gives several students the same factors of a batch; None for a student alone."""
     live_teacher: LiveTeacher | None
-
-    @property
-    def seen_classes(self) -> np.ndarray:
-        """The classes of the samples that are trained on."""
-        return np.unique(self.label_S[self.order.sample_S])
+    device: torch.device
 
     def teacher_of(self, config: TrainConfig) -> CacheTeacher | LiveTeacher | SharedTeacher | None:
         """The teacher that gives a run its factors."""
@@ -138,15 +149,12 @@ class _Stream(NamedTuple):
 
 
 def _plan(config: TrainConfig, cache_teacher: TeacherRecord | None) -> _Plan:
-    transfers = config.mode in ("copy", "distill")
-    pairing = _pairing(config, cache_teacher.geometry) if transfers and cache_teacher else None
-    return _Plan(_student_name(config, cache_teacher), pairing)
-
-
-def _pairing(config: TrainConfig, geometry: FactorGeometry) -> Pairing:
-    """Which layers and heads of a cache a run's student is given, and where."""
-    return plan_pairing(
-        geometry,
+    name = config.student or (cache_teacher and cache_teacher.name)
+    assert name is not None, "checked by TrainConfig"
+    if config.mode not in ("copy", "distill") or cache_teacher is None:
+        return _Plan(parse_model_name(name), None)
+    pairing = plan_pairing(
+        cache_teacher.geometry,
         layers=config.layers,
         heads=config.heads,
         layer_map=config.layer_map,
@@ -154,32 +162,27 @@ def _pairing(config: TrainConfig, geometry: FactorGeometry) -> Pairing:
         what=config.what,
         copies=config.mode == "copy",
     )
+    return _Plan(parse_model_name(name), pairing)
 
 
-def _open_student(
-    config: TrainConfig,
-    plan: _Plan,
-    stream: _Stream,
-    readers: Sequence[CacheReader],
-    cache_teacher: TeacherRecord | None,
-    device: torch.device,
-) -> TrainingData:
+def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> TrainingData:
     """The data of one run: its own part, and what it shares with the others."""
-    initial_weights = _initial_weights(config, cache_teacher)
+    teacher = stream.cache_teacher if plan.pairing else None
+    initial_weights = _initial_weights(config, stream.cache_teacher)
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
     student = new_student(
         config.mode,
         plan.student,
         stream.num_classes,
-        geometry=cache_teacher.geometry if plan.pairing and cache_teacher else None,
+        geometry=teacher and teacher.geometry,
         pairing=plan.pairing,
         drop_path=config.drop_path,
         weights=initial_weights,
     )
-    if readers:
-        check_views_fit(student, readers[0])
-    validation = _validation(config, student, cache_teacher, stream.live_teacher, device)
-    views_identity = stream.views.identity
+    if stream.readers:
+        check_views_fit(student, stream.readers[0])
+    validation = _validation(config, student, stream)
+    views_identity, seen_label_S = stream.views.identity, stream.label_S[stream.order.sample_S]
     if plan.pairing is None:  # the sweep may read codes for others; trained alone, this run would read none
         views_identity = _without_codecs(views_identity)
     return TrainingData(
@@ -194,7 +197,7 @@ def _open_student(
             student=str(plan.student),
             num_classes=stream.num_classes,
             pairing=plan.pairing,
-            teacher=cache_teacher if plan.pairing else None,
+            teacher=teacher,
         ),
         identity={
             "views": views_identity,
@@ -202,9 +205,9 @@ def _open_student(
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
         notes=(
-            *training_notes(config, plan.student, stream.num_classes, readers),
-            *view_notes(config, len(stream.order.sample_S), readers),
-            *(() if validation is None else validation_notes(stream.views, stream.seen_classes, validation)),
+            *training_notes(config, plan.student, stream.num_classes, stream.readers),
+            *view_notes(config, len(seen_label_S), stream.readers),
+            *(() if validation is None else validation_notes(stream.views, seen_label_S, validation)),
         ),
     )
 
@@ -245,13 +248,6 @@ def _open_views(
     return views, label_S, eligible_S, sample_S
 
 
-def _student_name(config: TrainConfig, teacher: TeacherRecord | None) -> ModelName:
-    if config.student is not None:
-        return parse_model_name(config.student)
-    assert teacher is not None, "checked by TrainConfig"
-    return parse_model_name(teacher.name)
-
-
 def _input_of(name: ModelName) -> InputConfig:
     with torch.device("meta"):
         return input_config(create_student(name, 1))
@@ -286,23 +282,17 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
     return loaded.model.state_dict()
 
 
-def _validation(
-    config: TrainConfig,
-    student: Student,
-    cache_teacher: TeacherRecord | None,
-    live_teacher: LiveTeacher | None,
-    device: torch.device,
-) -> ValidationSet | None:
+def _validation(config: TrainConfig, student: Student, stream: _Stream) -> ValidationSet | None:
     if config.val_cache is None and config.val_data is None:
         return None
     copies = config.mode == "copy"
     return open_validation(
-        cache=config.val_cache,
+        readers=stream.val_readers,
         data=config.val_data,
         students=[student],
-        teacher=cache_teacher if copies else None,
-        live_teacher=live_teacher if copies and config.val_cache is None else None,
+        teacher=stream.cache_teacher if copies else None,
+        live_teacher=stream.live_teacher if copies and not stream.val_readers else None,
         batch_size=config.batch_size // config.accumulate,  # what fits in memory in training fits here
         workers=config.workers,
-        device=device,
+        device=stream.device,
     )

@@ -71,18 +71,18 @@ def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheRea
         )
 
 
-def validation_notes(views: Views, seen_classes: np.ndarray, validation: ValidationSet) -> Iterator[str]:
+def validation_notes(views: Views, seen_label_S: np.ndarray, validation: ValidationSet) -> Iterator[str]:
     """Notes on what a run is validated on.
 
     Args:
         views: the views it is trained on.
-        seen_classes: the classes of their labels.
+        seen_label_S: the classes of their labels.
         validation: what it is validated on.
     """
     if _sources(views.identity) & _sources(validation.views.identity):
         yield "NOTE: the run is validated on images that it is trained on: scores say nothing about other images."
     label_S = validation.label_S[validation.sample_S]
-    if num_unseen := int((~np.isin(label_S, seen_classes)).sum()):
+    if num_unseen := int((~np.isin(label_S, seen_label_S)).sum()):
         yield (
             f"NOTE: {num_unseen:,} of {len(label_S):,} validation images are of classes without a training image; they "
             "count as wrong."

@@ -12,18 +12,17 @@ from torch import Tensor
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.batch import Batch
-from atcache.feed.caches import open_caches, open_joined_views
+from atcache.feed.caches import open_joined_views
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
 from atcache.fields import JsonFields
-from atcache.files.location import Location, listed
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, check_views_fit
 from atcache.students.teacher_side import CacheTeacher, LiveTeacher
 from atcache.teachers.devices import autocast
-from atcache.teachers.inputs import InputConfig, normalise_images
+from atcache.teachers.inputs import normalise_images
 from atcache.teachers.record import TeacherRecord
 
 from ..running.ranks import Ranks
@@ -66,30 +65,9 @@ class ValidationSet:
         )
 
 
-def check_records(cache: Location | tuple[Location, ...] | None) -> None:
-    """Refuse validation caches that cannot be used, before anything slow is done.
-
-    Raises:
-        CacheMissError: there is no cache at one of the paths.
-        CorruptCacheError: the record or the codec of one cannot be used.
-    """
-    for path in listed(cache):
-        CacheRecord.of(CacheReader(path)).make_codec(path)
-
-
-def _open_images(data: str | tuple[str, ...], config: InputConfig) -> tuple[FreshViews, np.ndarray]:
-    """The evaluation views of tars without a cache, and the labels of all their samples.
-
-    Raises:
-        SourceError: the tars cannot be used.
-    """
-    index = index_source(data)
-    return FreshViews(Source(index), config.view_policy("eval", seed=0)), index.label_S
-
-
 def open_validation(
     *,
-    cache: Location | tuple[Location, ...] | None,
+    readers: Sequence[CacheReader],
     data: str | tuple[str, ...] | None,
     students: Sequence[Student],
     teacher: TeacherRecord | None,
@@ -101,7 +79,7 @@ def open_validation(
     """Views to score students on.
 
     Args:
-        cache: a validation cache, or several as one; None draws `eval` views from `data`.
+        readers: a validation cache, or several as one; none draws `eval` views from `data`.
         data: the images, or where the caches' tars now are.
         students: their inputs and classes must fit the views and labels.
         teacher: the teacher that copying students were trained with; None if none of them copies.
@@ -115,22 +93,11 @@ def open_validation(
         CacheMismatchError: a cache does not hold the maps that copying students were trained with, or the caches
             cannot be used together.
     """
-    copies = teacher is not None
     pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
-    if cache is None:
-        if copies and live_teacher is None:
-            raise ConfigError(
-                "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
-            )
-        assert data is not None, "checked by the callers' configs"
-        views, label_S = _open_images(data, students[0].input)
-        usable_S = np.flatnonzero(label_S >= 0)
-        given: CacheTeacher | LiveTeacher | None = live_teacher
-    else:
-        readers = open_caches(listed(cache))
+    given: CacheTeacher | LiveTeacher | None = live_teacher
+    if readers:
         for reader in readers:
             _check_unmixed(reader)
-        given = live_teacher
         code_layers = None
         if teacher is not None and live_teacher is None:
             for reader in readers:
@@ -140,8 +107,17 @@ def open_validation(
         views, label_S, usable_S = open_joined_views(readers, data, code_layers=code_layers, keep_nbytes=0)
         for student in students:
             check_views_fit(student, readers[0])
+    else:
+        if teacher is not None and live_teacher is None:
+            raise ConfigError(
+                "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
+            )
+        assert data is not None, "checked by the callers' configs"
+        index = index_source(data)
+        views, label_S = FreshViews(Source(index), students[0].input.view_policy("eval", seed=0)), index.label_S
+        usable_S = np.flatnonzero(label_S >= 0)
     _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
-    if cache is None:
+    if not readers:
         _check_one_view(students)
     return ValidationSet(
         views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
@@ -208,25 +184,17 @@ def _check_students_fit(students: Sequence[Student], largest_label: int) -> None
         )
 
 
-def score_student(
-    student: Student,
-    data: ValidationSet,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-) -> Score:
-    """The score of one student, the same on all ranks; its module is left in eval mode."""
-    return score_ensemble([student], data, device, dtype, ranks)
-
-
-def score_ensemble(
+def score_students(
     students: Sequence[Student],
     data: ValidationSet,
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> Score:
-    """The score of the mean of the students' probabilities (Li et al. 2024); each rank scores its share."""
+    """The score of the mean of the students' probabilities (Li et al. 2024), the same on all ranks.
+
+    Each rank scores its share. The students' modules are left in eval mode.
+    """
     top1 = top5 = loss = num_samples = 0.0
     for student in students:
         student.module.eval()

@@ -20,7 +20,7 @@ from PIL import Image
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.tokens import TokenLayout
 from atcache.cli.main import cli
-from atcache.cli.options import size_against_maps
+from atcache.cli.options import compare_sizes
 from atcache.images.source import SampleIndex
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
@@ -221,5 +221,5 @@ def test_a_cache_as_large_as_imagenet_opens_in_a_moment(tmp_path):
 
 
 def test_sizes_are_compared_in_words_that_are_true():
-    assert size_against_maps(3.04) == "3.0x smaller than float16 maps"
-    assert size_against_maps(0.5) == "2.0x larger than float16 maps"
+    assert compare_sizes(3.04) == "3.0x smaller"
+    assert compare_sizes(0.5) == "2.0x larger"

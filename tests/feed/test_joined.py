@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
+from made_factors import equal_pairing
 from safetensors.torch import load_file, save_file
 
 from atcache.attention.factors import LayerFactors, LayerMaps
@@ -35,7 +36,6 @@ from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import train, train_sweep
 from atcache.store.reader import CacheReader
-from atcache.students.pairing import Pairing
 from atcache.students.teacher_side import CacheTeacher, JoinedFactors, LiveFactors
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_memory_for_views_counts_the_chunk_that_a_cut_of_layers_holds(tiny_cache
     chunk_nbytes, pixels_nbytes = reader.layout.codes.chunk_nbytes, 8 * 8 * 3
 
     def is_kept(keep_nbytes) -> bool:
-        fields = {"with_codes": True, "code_layers": slice(1, 2), "keep_nbytes": keep_nbytes}
+        fields = {"code_layers": slice(1, 2), "keep_nbytes": keep_nbytes}
         views = CachedViews(reader, Source(reader.samples), **fields)
         return views.read(5, 0) is views.read(5, 0)
 
@@ -257,7 +257,7 @@ def test_no_views_at_all_are_refused():
 
 def teacher_of(paths) -> CacheTeacher:
     readers = open_caches(paths)
-    return CacheTeacher(readers, [Pairing.equal(Cache(paths[0]).geometry)], CPU)
+    return CacheTeacher(readers, [equal_pairing(Cache(paths[0]).geometry)], CPU)
 
 
 @pytest.mark.parametrize(

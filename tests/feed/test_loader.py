@@ -194,7 +194,7 @@ def test_what_is_kept_fits_its_budget_and_is_read_once(budget, reads):
 def cached(path, **fields):
     reader = CacheReader(path)
     source = None if reader.layout.pixels is not None else Source(reader.samples)
-    return CachedViews(reader, source, **{"with_codes": True, **fields}), reader
+    return CachedViews(reader, source, **{"code_layers": slice(None), **fields}), reader
 
 
 def batches(views, labels_S, *, first=0, stop=7, workers=0, seed=3):
@@ -263,7 +263,7 @@ def test_replayed_and_stored_pixels_are_equal(tiny_cache):
 def test_a_range_of_layers_is_all_that_is_read(tiny_cache):
     views, _ = cached(tiny_cache(views=2))
     second, _ = cached(tiny_cache(views=2), code_layers=slice(1, 2))
-    neither, _ = cached(tiny_cache(views=2), with_codes=False)
+    neither, _ = cached(tiny_cache(views=2), code_layers=None)
     assert np.array_equal(second.read(5, 1)[1], views.read(5, 1)[1][1:])
     assert neither.read(5, 1)[1] is None
 
@@ -514,7 +514,7 @@ def test_views_that_were_read_differently_are_told_apart(tiny_cache, digits_tars
     same = [cached(tiny_cache(views=2), keep_nbytes=keep)[0].identity for keep in (0, 10)]
     assert same[0] == same[1]
     others = [
-        cached(tiny_cache(views=2), with_codes=False)[0].identity,
+        cached(tiny_cache(views=2), code_layers=None)[0].identity,
         cached(tiny_cache(views=1, policy="eval"))[0].identity,
         fresh(digits_tars).identity,
         fresh(digits_tars[:2]).identity,

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from made_factors import equal_pairing
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
@@ -100,7 +101,7 @@ def test_copying_its_own_attention_changes_nothing_and_drops_q_and_k(kind, image
 
 def copy_student(model, layers, chosen, heads=None, what="map"):
     own = copy.deepcopy(model)
-    return CopyStudent(own, own.blocks, Pairing.equal(geometry_of(layers, heads), chosen, what=what))
+    return CopyStudent(own, own.blocks, equal_pairing(geometry_of(layers, heads), chosen, what=what))
 
 
 @pytest.mark.parametrize("kind", VALUE_ONLY_MODELS)
@@ -183,7 +184,7 @@ def kept_for_backward(run):
 def test_neither_student_keeps_a_token_by_token_matrix(images):
     model = make_model("vit_tiny_patch16_224", patch_size=8)
     teacher, layers, _ = own_factors(model, images)
-    distilled = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    distilled = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(layers)))
     for student in (copy_student(model, layers, (0, 1)), distilled):
         shapes = kept_for_backward(lambda student=student: student(images, teacher))
         assert (3, 2, 17, 16) in shapes  # q, k or their gradients
@@ -203,7 +204,7 @@ def test_a_compiled_student_is_one_graph_for_all_batches_and_computes_the_same(m
     if mode != "distill":
         student = copy_student(model, layers, (0, 1), what="map" if mode == "copy" else "v")
     else:
-        student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+        student = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(layers)))
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(student, backend=counter)
@@ -259,7 +260,7 @@ def test_a_distilled_student_is_the_timm_model_with_a_loss_beside_it(images):
     model, other = make_model("vit_tiny_patch16_224", patch_size=8), make_model("vit_tiny_patch16_224", 7, patch_size=8)
     teacher, teacher_layers, _ = own_factors(other, images)
     _, own_layers, expected_logits = own_factors(model, images)
-    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(teacher_layers)))
+    student = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(teacher_layers)))
     logits, loss = student(images, teacher)
     torch.testing.assert_close(logits, expected_logits)
     expected = torch.stack(
@@ -287,7 +288,7 @@ def test_distilling_in_one_pass_is_distilling_beside_the_stock_call(kind, images
     name, kwargs = VALUE_ONLY_MODELS[kind]
     model, other = make_model(name, **kwargs), make_model(name, 7, **kwargs)
     teacher, layers, _ = own_factors(other, images)
-    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    student = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(layers)))
     found = []
     for in_one_pass in (True, False):
         if not in_one_pass:  # what GPUs do
@@ -304,7 +305,7 @@ def test_distilling_in_one_pass_is_distilling_beside_the_stock_call(kind, images
 def test_distilling_keeps_the_students_dropout_of_attention(images):
     model = make_model("vit_tiny_patch16_224", patch_size=8, attn_drop_rate=0.5).train()
     teacher, layers, _ = own_factors(make_model("vit_tiny_patch16_224", 7, patch_size=8), images)
-    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(layers)))
+    student = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(layers)))
     assert not torch.allclose(student(images, teacher)[0], student(images, teacher)[0])
 
 
@@ -339,8 +340,8 @@ def test_a_student_that_cannot_take_the_factors_is_refused_with_both_sides_named
         match=r"student small has 3 heads a layer, the teacher 2; 0 \+ 4x4 tokens, the teacher 1 \+ 4x4 tokens; "
         r"2 layers and so no layer 2.*leave --student out",
     ):
-        check_student(teacher, other, Pairing.equal(teacher), student_name="small")
-    check_student(teacher, teacher, Pairing.equal(teacher, (0, 2)), student_name="itself")
+        check_student(teacher, other, equal_pairing(teacher), student_name="small")
+    check_student(teacher, teacher, equal_pairing(teacher, (0, 2)), student_name="itself")
 
 
 VIT = "vit_tiny_patch16_224"
@@ -374,7 +375,7 @@ def test_copying_one_factor_leaves_the_student_its_own_other_one(what, heads, te
 
     with AttentionIntercept(model.blocks, by_the_formula):
         expected = model(images)
-    pairing = Pairing.equal(geometry_of(layers), heads=heads, what=what)
+    pairing = equal_pairing(geometry_of(layers), heads=heads, what=what)
     student = CopyStudent(model, model.blocks, pairing)
     logits = student(images, LiveFactors(layers, heads=(0, 1)))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -391,7 +392,7 @@ def test_copying_its_own_q_or_k_keeps_its_own_bias(images):
     model = make_model("beitv2_base_patch16_224", patch_size=8)
     teacher, layers, logits = own_factors(model, images)
     for what in ("q", "k"):
-        student = CopyStudent(model, model.blocks, Pairing.equal(geometry_of(layers), what=what))
+        student = CopyStudent(model, model.blocks, equal_pairing(geometry_of(layers), what=what))
         torch.testing.assert_close(student(images, teacher), logits, rtol=1e-4, atol=1e-5)
 
 
@@ -430,7 +431,7 @@ def test_attention_inside_the_block_is_given_values_by_interception(what, images
 def test_factors_are_distilled_by_their_mean_squared_error(what, teacher_and_student, images):
     teacher, theirs, model = teacher_and_student
     _, own, expected_logits = own_factors(model, images)
-    student = DistilledStudent(model, model.blocks, Pairing.equal(geometry_of(theirs), what=what))
+    student = DistilledStudent(model, model.blocks, equal_pairing(geometry_of(theirs), what=what))
     logits, loss = student(images, teacher)
     torch.testing.assert_close(logits, expected_logits)
     errors = [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from made_factors import equal_pairing
 from safetensors.torch import load_file, save_file
 from training_runs import assert_equal_weights, run_until_killed
 
@@ -32,7 +33,6 @@ from atcache.pipelines.train.run import train
 from atcache.pipelines.verify.config import VerifyConfig
 from atcache.pipelines.verify.run import verify
 from atcache.students.copy import CopyStudent
-from atcache.students.pairing import Pairing
 from atcache.students.teacher_side import CachedFactors
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.load import create_student, load_teacher
@@ -101,7 +101,7 @@ def test_a_cached_v_as_a_students_is_the_teachers_own_path(values_cache, live):
         expected = teacher.model(images)
         for what in ("v", "qkv"):
             model = copy.deepcopy(teacher.model)
-            student = CopyStudent(model, find_blocks(model), Pairing.equal(cache.geometry, what=what))
+            student = CopyStudent(model, find_blocks(model), equal_pairing(cache.geometry, what=what))
             logits = student(images, CachedFactors(cache.coder, codes_BLTC))
             torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from made_factors import equal_pairing
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -25,7 +26,6 @@ from atcache.pipelines.train.run import train
 from atcache.students.copy import CopyStudent
 from atcache.students.distil import DistilledStudent
 from atcache.students.given import ValueOnlyAttention
-from atcache.students.pairing import Pairing
 from atcache.students.teacher_side import LiveFactors
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.load import create_student, load_teacher
@@ -118,7 +118,7 @@ def test_copying_its_own_maps_changes_nothing(images, heads):
     capture = FactorCapture(model, heads=heads)
     layers = dict(enumerate(capture(images)))
     own = copy.deepcopy(model)
-    student = CopyStudent(own, find_blocks(own), Pairing.equal(capture.geometry))
+    student = CopyStudent(own, find_blocks(own), equal_pairing(capture.geometry))
     torch.testing.assert_close(student(images, LiveFactors(layers)), model(images), rtol=1e-4, atol=1e-5)
     replaced = [isinstance(block.attn, ValueOnlyAttention) for block in own.blocks]
     assert replaced == [heads is None] * 2
@@ -129,7 +129,7 @@ def test_a_copying_student_uses_the_teachers_maps_and_learns_its_own_mixing(imag
     capture = FactorCapture(other)
     given = LiveFactors(dict(enumerate(capture(images))))
     own = copy.deepcopy(model)
-    student = CopyStudent(own, find_blocks(own), Pairing.equal(capture.geometry))
+    student = CopyStudent(own, find_blocks(own), equal_pairing(capture.geometry))
     # Second opinion: logits whose softmax is the teacher's map, put in where the student mixes its own.
     for index, block in enumerate(model.blocks):
         log_attn_BHQK = given.layer(index).log_maps()
@@ -147,7 +147,7 @@ def test_distillation_is_the_cross_entropy_of_the_maps(images, heads):
     model, other = make_cait(), make_cait(7)
     capture = FactorCapture(other, heads=heads)
     layers = capture(images)
-    student = DistilledStudent(model, find_blocks(model), Pairing.equal(capture.geometry))
+    student = DistilledStudent(model, find_blocks(model), equal_pairing(capture.geometry))
     own = [logits_BHQK[:, list(heads or range(4))] for logits_BHQK in own_logits(model, images)]
     expected = [-(t.maps() * s.log_softmax(-1)).sum(-1).mean() for t, s in zip(layers, own, strict=True)]
     logits, loss = student(images, LiveFactors(dict(enumerate(layers))))
@@ -167,10 +167,10 @@ def test_factors_teach_a_cait_and_maps_a_vit(images, mode):
         layers = capture(images)
         own = copy.deepcopy(student)
         given = LiveFactors(dict(enumerate(layers)))
-        wrapped = mode(own, find_blocks(own), Pairing.equal(capture.geometry))(images, given)
+        wrapped = mode(own, find_blocks(own), equal_pairing(capture.geometry))(images, given)
         as_maps = LiveFactors({i: LayerMaps(attn_BHQK=layer.maps()) for i, layer in enumerate(layers)})
         own = copy.deepcopy(student)
-        again = mode(own, find_blocks(own), Pairing.equal(capture.geometry))(images, as_maps)
+        again = mode(own, find_blocks(own), equal_pairing(capture.geometry))(images, as_maps)
         torch.testing.assert_close(wrapped, again, rtol=1e-4, atol=1e-5)
         assert isinstance(layers[0], LayerFactors if teacher is vit else LayerMaps)
 
