@@ -440,7 +440,7 @@ def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     assert json.loads(run.stdout)["path"] == url
     run = CliRunner().invoke(cli, ["verify", url, "--repair"])
     assert run.exit_code == 1
-    assert f"repair: {url} is on a server, and only local caches are written" in run.output
+    assert f"repair: {url} is on a server; only local caches can be repaired" in run.output
     run = CliRunner().invoke(cli, ["build", "--teacher", "vit", "--data", "x.tar", "--out", "s3://bucket/new.zarr"])
     assert run.exit_code == 2
     assert "'s3://bucket/new.zarr' is a URL, but servers are only read" in run.output
