@@ -237,7 +237,7 @@ def _fit_plain(value: Any, kind: type, place: str, limits: Range) -> Any:  # noq
         raise Misfit(place, value, words)
     if kind in (int, float):
         if not -math.inf < value < math.inf:
-            raise Misfit(place, value, words)
+            raise Misfit(place, value, "a finite number")
         if not limits.holds(value):
             raise Misfit(place, value, limits.limits)
         if isinstance(value, int) and limits.at_most is None and abs(value) > LARGEST_COUNT:

@@ -316,7 +316,7 @@ def test_a_member_that_changed_under_its_seal_is_found_by_verify(path):
         (("geometry", "layers"), [1, 0], r'"geometry\.layers" is \[1, 0\], expected ascending whole numbers'),
         (("geometry", "num_kv_heads"), 3, r'"geometry\.num_kv_heads" is 3, expected a whole number that divides 2'),
         (("geometry", "tokens", "grid_width"), 9, r'"geometry\.tokens" is 37, expected 17, as its layout says'),
-        (("geometry", "scale"), math.nan, r'"geometry\.scale" is nan, expected a number'),
+        (("geometry", "scale"), math.nan, r'"geometry\.scale" is nan, expected a finite number'),
         (("geometry", "head_dim"), 2.0, r'"geometry\.head_dim" is 2\.0, expected a whole number'),
         (("geometry", "num_kv_heads"), True, r'"geometry\.num_kv_heads" is True, expected a whole number'),
         (("teacher", "precision"), "float64", r"\"teacher\.precision\" is 'float64', expected one of float32"),

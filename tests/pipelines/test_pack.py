@@ -227,7 +227,7 @@ def test_a_pack_killed_at_any_moment_is_done_again_by_the_same_command(folder, t
             is_finished = bool(tars)
         except SourceError as error:
             is_finished = False
-            num_refused += "Run the same command again" in str(error)
+            num_refused += "Run the same `atcache pack` command again" in str(error)
         if is_finished:  # what may be used is complete, and as usual not overwritten
             assert {name: content for name, content in found.items() if content is not None} == expected
             with pytest.raises(SourceError, match="already holds 3 tars"):

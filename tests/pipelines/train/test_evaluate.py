@@ -224,5 +224,5 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
 def test_a_damaged_record_of_a_run_is_refused_in_a_sentence(tmp_path, change, message):
     record = {"mode": "scratch", "student": "vit", "num_classes": 10, "pairing": None, "teacher": None}
     (tmp_path / "run.json").write_text(json.dumps({"record": {**record, **change}}))
-    with pytest.raises(ConfigError, match=rf"is no run: run\.json cannot be read \(.*{message}"):
+    with pytest.raises(ConfigError, match=rf"is not a run's folder: run\.json cannot be read \(.*{message}"):
         load_run(tmp_path, torch.device("cpu"))
