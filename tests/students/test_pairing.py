@@ -176,18 +176,6 @@ def test_runs_of_different_shapes_and_heads_make_an_ensemble(config_for, wide_ca
     assert together.loss < sum(alone) / 3  # the logarithm is concave: Jensen
 
 
-def test_a_run_of_the_first_version_can_still_be_evaluated(config_for, wide_cache):
-    val_cache = wide_cache(policy="eval")
-    config = config_for("copy", val_cache=val_cache, layers="0,2")
-    score = train(config).validation
-    file = config.out / "run.json"
-    run = json.loads(file.read_text())
-    assert run["record"].pop("pairing")["layers"] == [[0, 0], [2, 2]]
-    run["record"]["layers"] = [0, 2]
-    file.write_text(json.dumps(run))
-    assert eval_of(config, cache=val_cache) == score
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -219,7 +207,7 @@ def test_students_that_a_pairing_does_not_fit_are_refused(fields, message, confi
         ({"layers": "0", "layer_map": "0:0"}, "layers and layer_map both say which layers"),
         ({"what": "kv"}, "what='kv': expected one of map, qk, q, k, v, qkv"),
         ({"what": "v"}, "--what v needs the teacher's v, which .* does not hold.*Build it with --store v"),
-        ({"mode": "scratch", "what": "q"}, "what is for copy and distill: mode scratch uses no attention"),
+        ({"mode": "scratch", "what": "q"}, "what is for copy and distill: mode scratch uses no teacher's attention"),
         ({"mode": "finetune", "head_map": "0"}, "head_map is for copy and distill: mode finetune uses"),
     ],
 )  # fmt: skip
