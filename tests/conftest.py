@@ -7,11 +7,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch or matplotlib is imported by any test. Tiny models gain nothing from threads, and on a busy machine
 # wait for each other's; there is no screen.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+
+# A busy machine is no reason for a property to fail: speed is measured in benchmarks/.
+settings.register_profile("atcache", parent=settings(), deadline=None)
+settings.load_profile("atcache")
 
 NUM_TARS = 3
 SAMPLES_PER_TAR = 16
