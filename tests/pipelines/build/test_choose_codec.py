@@ -94,7 +94,7 @@ def test_two_targets_are_refused(given, sentence):
     [
         ("target_kl", 0.0, "more than 0"),
         ("target_kl", -1.0, "more than 0"),
-        ("target_kl", float("nan"), "a number"),
+        ("target_kl", float("nan"), "a finite number"),
         ("target_mb_per_view", 0.0, "more than 0"),
     ],
 )
