@@ -29,6 +29,9 @@ class LayerFactors:
     """Added to the logits: shape (1 or batch, 1 or head, token, token), float; or None."""
     v_BHTD: Tensor | None = None
     """Values, with k's batch, heads and tokens, and any head dim. The map does not need them. None if not kept."""
+    input_BTC: Tensor | None = None
+    """What q and k of all heads are projections of, shape (batch, token, width), as the model made it: under autocast
+    it may be wider than q and k. None if not kept."""
 
     def __post_init__(self) -> None:
         if self.q_BHTD.ndim != 4 or self.k_BHTD.ndim != 4 or self.q_BHTD.shape[-2:] != self.k_BHTD.shape[-2:]:
@@ -40,6 +43,12 @@ class LayerFactors:
             raise AttentionShapeError(
                 f"v has shape {tuple(self.v_BHTD.shape)} and k has shape {tuple(self.k_BHTD.shape)}: expected (batch, "
                 "head, token, head dim) for both, with the first three equal."
+            )
+        batch_and_tokens = (self.q_BHTD.shape[0], self.q_BHTD.shape[2])
+        if self.input_BTC is not None and (self.input_BTC.ndim != 3 or self.input_BTC.shape[:2] != batch_and_tokens):
+            raise AttentionShapeError(
+                f"the input has shape {tuple(self.input_BTC.shape)} and q has shape {tuple(self.q_BHTD.shape)}: "
+                "expected (batch, token, width) and (batch, head, token, head dim)."
             )
 
     @property
@@ -94,6 +103,7 @@ class LayerFactors:
             scale=self.scale,
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
             v_BHTD=None if self.v_BHTD is None else self.v_BHTD[samples],
+            input_BTC=None if self.input_BTC is None else self.input_BTC[samples],
         )
 
     def select_heads(self, heads: Sequence[int]) -> LayerFactors:
@@ -105,6 +115,7 @@ class LayerFactors:
             scale=self.scale,
             bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
             v_BHTD=None if self.v_BHTD is None else self.repeated_v_BHTD()[:, index],
+            input_BTC=self.input_BTC,
         )
 
 

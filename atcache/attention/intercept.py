@@ -82,6 +82,18 @@ class MapCall:
         return torch.softmax(self.logits_BHQK, dim=-1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LinearCall:
+    """One observed call of torch.nn.functional.linear, with its output."""
+
+    input_BTC: Tensor
+    """What is projected; any number of axes, but (batch, token, width) where q and k are made."""
+    weight_NC: Tensor
+    bias_N: Tensor | None
+    output_BTN: Tensor
+    """What the call returned. The model may have changed it in place since."""
+
+
 class AttentionIntercept(TorchFunctionMode):
     """A context manager in which `handler` answers each block's attention call. Calls outside the blocks run as usual.
 
@@ -154,6 +166,18 @@ def attention_call(block: int, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         is_causal=given.get("is_causal", False),
         scale=given["query"].shape[-1] ** -0.5 if scale is None else scale,
         enable_gqa=given.get("enable_gqa", False),
+    )
+
+
+def linear_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LinearCall:
+    """Runs `linear` with these arguments, and returns the call."""
+    given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+    bias = given.get("bias")
+    return LinearCall(
+        input_BTC=given["input"].detach(),
+        weight_NC=given["weight"].detach(),
+        bias_N=None if bias is None else bias.detach(),
+        output_BTN=F.linear(*args, **kwargs),
     )
 
 
