@@ -20,9 +20,12 @@ from atcache.attention.blocks import find_blocks, map_attention, model_label, to
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import checked_indices
+from atcache.attention.intercept import LinearCall
 from atcache.attention.kernels import mixed_attention
+from atcache.attention.projection import HeadProjection
+from atcache.attention.projection_search import FoundProjection, find_projection, reproduces
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
-from atcache.errors import UnsupportedAttentionError
+from atcache.errors import ConfigError, UnsupportedAttentionError
 
 
 class CaptureCheck(NamedTuple):
@@ -32,12 +35,18 @@ class CaptureCheck(NamedTuple):
     """Layers, heads, tokens and scale."""
     bias_LHQK: Tensor | None
     """What is added to the logits of every image: float32, shape (layer, 1 or head, token, token), or None."""
+    projections: tuple[HeadProjection, ...] | None = None
+    """For each layer, how its kept heads of q and k are made out of its input. None if that was not asked for, or if
+    there is a layer of which it is not known."""
+    input_calls: tuple[int, ...] | None = None
+    """For each layer, which call of `linear` takes that input: what `FactorCapture` needs to keep it. None where
+    `projections` is."""
 
 
 class FactorCapture:
     """Runs a model up to the last wanted layer, and returns the factors or maps of the wanted layers.
 
-    Between calls the model has no hooks. v is kept only if it is wanted, and a map only if there are no factors. Only
+    Between calls the model has no hooks. v and inputs are kept only if wanted, a map only if there are no factors. Only
     one thread may use an object.
     """
 
@@ -48,6 +57,7 @@ class FactorCapture:
         heads: Sequence[int] | None = None,
         *,
         with_values: bool = False,
+        input_calls: Sequence[int] | None = None,
     ) -> None:
         """Choose what to capture.
 
@@ -56,19 +66,27 @@ class FactorCapture:
             layers: block indices, ascending; None for all.
             heads: head indices, ascending, the same in each layer; None for all.
             with_values: whether to capture v too.
+            input_calls: to capture each layer's input too, `CaptureCheck.input_calls` of the same layers of this model.
 
         Raises:
             UnsupportedAttentionError: the model has no blocks, or its class is known not to work.
-            ConfigError: a layer does not exist, or layers are repeated or not ascending.
+            ConfigError: a layer does not exist, or layers are repeated or not ascending, or there is not one input
+                call for each.
         """
         blocks = find_blocks(model)
+        checked_layers = checked_indices(range(len(blocks)) if layers is None else layers, len(blocks), "layer")
+        if input_calls is not None and len(input_calls) != len(checked_layers):
+            raise ConfigError(
+                f"there are {len(input_calls)} input calls for {len(checked_layers)} layers: expected one for each."
+            )
         self.request = CaptureRequest(
             model=model,
             blocks=blocks,
-            layers=checked_indices(range(len(blocks)) if layers is None else layers, len(blocks), "layer"),
+            layers=checked_layers,
             heads=None if heads is None else tuple(heads),
             tokens=token_layout(model),
             with_values=with_values,
+            input_calls=None if input_calls is None else tuple(input_calls),
         )
         self._geometry: FactorGeometry | None = None
 
@@ -156,6 +174,7 @@ def check_capture(
     heads: Sequence[int] | None = None,
     *,
     with_values: bool = False,
+    with_inputs: bool = False,
 ) -> CaptureCheck:
     """The geometry and the bias, once one batch has shown that capture gives the right factors or maps.
 
@@ -170,17 +189,33 @@ def check_capture(
         layers: as in `FactorCapture`.
         heads: as in `FactorCapture`.
         with_values: as in `FactorCapture`.
+        with_inputs: whether to find out how q and k are made out of each layer's input. A layer of which that is not
+            known is no error.
 
     Raises:
         UnsupportedAttentionError: a check failed; the message says which one, and in which layer.
     """
     capture = FactorCapture(model, layers, heads, with_values=with_values)
-    layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=_check_against_model))
+    found: list[FoundProjection | None] = []
+
+    def check(
+        model: nn.Module, layer: int, factors: LayerFactors, output: Tensor, linear_calls: Sequence[LinearCall]
+    ) -> None:
+        _check_against_model(model, layer, factors, output)
+        if with_inputs:
+            found.append(find_projection(linear_calls, factors, capture.request.blocks[layer]))
+
+    layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=check))
     if capture.geometry.kind == "maps":
         _check_mixed_maps(model, capture.request.blocks, capture.layers, images)
         return CaptureCheck(capture.geometry, None)
     factors = _only_factors(layers_seen)
-    # Other images show whether the bias depends on them. Mirrored negatives have pixel values in the same range.
+    recipes = [recipe for recipe in found if recipe is not None]
+    input_calls = tuple(recipe.input_call for recipe in recipes) if len(recipes) == len(capture.layers) else None
+    if input_calls is not None:
+        capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=input_calls)
+    # Other images show whether the bias depends on them, and the recipes too. Mirrored negatives have pixel values in
+    # the same range.
     other_factors = _only_factors(capture(-images.flip(-1)))
     for layer, one, other in zip(capture.layers, factors, other_factors, strict=True):
         _check_finite(model, layer, one)
@@ -191,7 +226,11 @@ def check_capture(
                     capture.request.blocks[layer],
                     f"in layer {layer} the bias on the logits depends on the image",
                 )
-    return CaptureCheck(capture.geometry, _stacked_bias(factors))
+    bias_LHQK = _stacked_bias(factors)
+    projections = tuple(recipe.projection.select_heads(capture.geometry.heads) for recipe in recipes)
+    if input_calls is None or not all(map(reproduces, projections, other_factors)):
+        return CaptureCheck(capture.geometry, bias_LHQK)
+    return CaptureCheck(capture.geometry, bias_LHQK, projections, input_calls)
 
 
 def _only_factors(layers: Sequence[LayerAttention]) -> list[LayerFactors]:

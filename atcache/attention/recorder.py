@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from atcache.attention.blocks import map_attention, model_label, unsupported
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices
-from atcache.attention.intercept import AttentionCall, MapCall, attention_call, map_call
+from atcache.attention.intercept import AttentionCall, LinearCall, MapCall, attention_call, linear_call, map_call
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
 
@@ -24,7 +24,7 @@ class LastLayerSeen(Exception):
     """Ends a forward pass once the last wanted layer is captured. `FactorCapture` catches it."""
 
 
-OnCall = Callable[[nn.Module, int, LayerFactors, Tensor], None]
+OnCall = Callable[[nn.Module, int, LayerFactors, Tensor, Sequence[LinearCall]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,6 +43,9 @@ class CaptureRequest:
     """The tokens that every block must have."""
     with_values: bool = False
     """Whether v is wanted too."""
+    input_calls: tuple[int, ...] | None = None
+    """For each wanted layer, which `linear` call of its block takes the input that is wanted too, counted from 0; None
+    if no inputs are wanted."""
 
 
 class Recorder(TorchFunctionMode):
@@ -55,8 +58,8 @@ class Recorder(TorchFunctionMode):
             request: the model, and what to capture from it.
             stop_at_call: whether to end at the last block's attention call. False lets that block finish, so that a
                 second attention call in it is noticed.
-            on_call: called with model, layer, the factors of all heads with v, and the attention's output; not called
-                for maps.
+            on_call: called with model, layer, the factors of all heads with v, the attention's output, and the calls
+                of `linear` that the block made before; not called for maps.
         """
         super().__init__()
         self.request = request
@@ -65,6 +68,11 @@ class Recorder(TorchFunctionMode):
         self.attention: dict[int, LayerAttention] = {}
         self.num_model_heads = 0
         self._running: tuple[int, int] | None = None
+        self._input_calls = dict(zip(request.layers, request.input_calls or (), strict=request.input_calls is not None))
+        # Of the running block, before it attends.
+        self._num_linear_calls = 0
+        self._linear_calls: list[LinearCall] = []
+        self._input_BTC: Tensor | None = None
         self._forming_maps = frozenset(
             layer for layer in request.layers if map_attention(request.blocks[layer]) is not None
         )
@@ -87,12 +95,14 @@ class Recorder(TorchFunctionMode):
             if layer in self.attention:
                 raise self._refusal(layer, f"block {layer} runs twice in one forward pass")
             self._running = (layer, args[0].shape[1])
+            self._forget_linear_calls()
 
         return enter
 
     def _leaving(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def leave(_block: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
             self._running = None
+            self._forget_linear_calls()
             if layer in self.request.layers and layer not in self.attention:
                 expected = "a softmax over keys" if layer in self._forming_maps else "scaled_dot_product_attention"
                 raise self._refusal(
@@ -118,17 +128,46 @@ class Recorder(TorchFunctionMode):
         if layer in self._forming_maps:
             softmax = map_call(layer, func, args, arguments)
             return func(*args, **arguments) if softmax is None else self._record_maps(softmax, num_tokens)
+        if func is functional.linear and layer not in self.attention and self._observes_linear(layer):
+            return self._run_linear(layer, args, arguments)
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
         self._check_call(layer, num_tokens, call)
-        self._record(
-            layer, call.query.shape[1], _factors_of(call, self.request.heads, with_values=self.request.with_values)
-        )
+        factors = _factors_of(call, self.request.heads, with_values=self.request.with_values)
+        if layer in self._input_calls:
+            factors = replace(factors, input_BTC=self._wanted_input(layer))
+        self._record(layer, call.query.shape[1], factors)
         output = func(*args, **arguments)
         if self.on_call is not None:
-            self.on_call(self.request.model, layer, _factors_of(call, None, with_values=True), output)
+            all_factors = _factors_of(call, None, with_values=True)
+            self.on_call(self.request.model, layer, all_factors, output, self._linear_calls)
+        self._forget_linear_calls()
         return output
+
+    def _observes_linear(self, layer: int) -> bool:
+        return layer in self._input_calls or self.on_call is not None
+
+    def _run_linear(self, layer: int, args: tuple[Any, ...], arguments: dict[str, Any]) -> Tensor:
+        call = linear_call(args, arguments)
+        if self._num_linear_calls == self._input_calls.get(layer):
+            self._input_BTC = call.input_BTC
+        if self.on_call is not None:
+            self._linear_calls.append(call)
+        self._num_linear_calls += 1
+        return call.output_BTN
+
+    def _wanted_input(self, layer: int) -> Tensor:
+        if self._input_BTC is None:
+            raise self._refusal(
+                layer,
+                f"block {layer} made {self._num_linear_calls} calls of linear before it attended, and the input of "
+                f"call {self._input_calls[layer]} (from 0) is wanted",
+            )
+        return _owning(self._input_BTC)
+
+    def _forget_linear_calls(self) -> None:
+        self._num_linear_calls, self._linear_calls, self._input_BTC = 0, [], None
 
     def _record_maps(self, call: MapCall, num_tokens: int) -> Tensor:
         logits_BHQK = call.logits_BHQK

@@ -149,7 +149,7 @@ def test_a_model_given_its_captured_values_gives_its_own_output(family):
 @pytest.mark.parametrize("family", PLAIN)
 def test_the_checked_geometry_describes_the_factors(family):
     model = make(family)
-    geometry, bias_LHQK = check_capture(model, some_images(model))
+    geometry, bias_LHQK = check_capture(model, some_images(model))[:2]
     factors = FactorCapture(model)(some_images(model))
     num_tokens = geometry.tokens.num_tokens
     assert geometry.layers == (0, 1)
@@ -253,7 +253,7 @@ class CallMask(torch.nn.Module):
 def test_boolean_and_causal_masks_become_biases(mask):
     model = make("vit")
     model.blocks[0].attn = CallMask(model.blocks[0].attn, **mask)
-    geometry, bias_LHQK = check_capture(model, some_images(model))
+    geometry, bias_LHQK = check_capture(model, some_images(model))[:2]
     attn_BHQK = FactorCapture(model)(some_images(model))[0].maps()
     assert bool((attn_BHQK.triu(1) == 0).all())
     assert bias_LHQK.shape == (2, 1, 10, 10)
@@ -276,7 +276,7 @@ def test_grouped_key_heads_are_kept_once_and_repeated_for_chosen_heads():
     for block in model.blocks:
         block.attn = Grouped()
     images = some_images(model)
-    geometry, _ = check_capture(model, images)
+    geometry = check_capture(model, images).geometry
     assert (geometry.num_model_heads, geometry.num_kv_heads, geometry.scale) == (4, 2, 0.5)
     whole = FactorCapture(model)(images)[1].maps()
     chosen = FactorCapture(model, heads=[1, 2])
@@ -291,7 +291,7 @@ def test_grouped_values_are_kept_once_in_their_own_width():
     for block in model.blocks:
         block.attn = Grouped()
     images = some_images(model)
-    geometry, _ = check_capture(model, images, with_values=True)
+    geometry = check_capture(model, images, with_values=True).geometry
     assert (geometry.num_kv_heads, geometry.head_dim, geometry.v_head_dim) == (2, 48, 24)
     assert FactorGeometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
     whole = FactorCapture(model, with_values=True)(images)[1]
@@ -350,7 +350,7 @@ def test_captured_tensors_keep_no_other_memory_alive(family):
 def test_under_autocast_factors_come_in_the_type_attention_runs_in():
     model = make("vit with q/k norm")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        geometry, _ = check_capture(model, some_images(model))
+        geometry = check_capture(model, some_images(model)).geometry
         factors = FactorCapture(model)(some_images(model))
     assert factors[0].q_BHTD.dtype == factors[0].k_BHTD.dtype == torch.bfloat16
     exact = FactorCapture(model)(some_images(model))
