@@ -99,10 +99,8 @@ def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Ten
         layers: the captured attention, one for each stored layer.
         codes_BLTC: the codes that the coder made of it.
     """
-    return tuple(
-        mean_row_kl(layer, lambda few, at=position: coder.decode(at, codes_BLTC[few, coder.code_layer(at)]))
-        for position, layer in enumerate(layers)
-    )
+    decoded = coder.decode(codes_BLTC)
+    return tuple(mean_row_kl(layer, decoded.layer(position).select) for position, layer in enumerate(layers))
 
 
 def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...] | None:
@@ -110,11 +108,12 @@ def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Te
     if not coder.geometry.v_head_dim:
         return None
     errors: list[float] = []
+    decoded = coder.decode(codes_BLTC)
     for position, layer in enumerate(layers):
-        decoded = coder.decode(position, codes_BLTC[:, coder.code_layer(position)])
+        decoded_layer = decoded.layer(position)
         assert isinstance(layer, LayerFactors), "maps have no v"
-        assert isinstance(decoded, LayerFactors), "maps have no v"
-        errors.append(value_error(layer, decoded))
+        assert isinstance(decoded_layer, LayerFactors), "maps have no v"
+        errors.append(value_error(layer, decoded_layer))
     return tuple(errors)
 
 

@@ -54,7 +54,7 @@ def make_factors(geometry, batch=2, seed=0, size=1.0):
 
 
 def decode(coder, position, codes_BLTC):
-    return coder.decode(position, codes_BLTC[:, coder.code_layer(position)])
+    return coder.decode(codes_BLTC).layer(position)
 
 
 def mean_row_kl(coder, layers, codes_BLTC):

@@ -107,7 +107,8 @@ class Cache:
     def __repr__(self) -> str:
         layout = self.reader.layout
         return (
-            f"<Cache {self.path}: {layout.num_samples} samples, {layout.num_views} views, {layout.num_layers} layers>"
+            f"<Cache {self.path}: {layout.num_samples} samples, {layout.num_views} views, "
+            f"{len(self.geometry.layers)} layers>"
         )
 
     @property
@@ -137,7 +138,7 @@ class Cache:
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """The codec's fitted arrays, float32."""
+        """The codec's fitted arrays."""
         return self.reader.state
 
     @cached_property
@@ -219,7 +220,7 @@ class Cache:
         Example:
             attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of 8 samples, in view 0
         """
-        position, num_tokens = self._layer_position(layer), self.reader.layout.num_tokens
+        position, num_tokens = self._layer_position(layer), self.geometry.tokens.num_tokens
         views = tuple(range(self.reader.layout.num_views))
         chosen = self._head_positions(heads)
         return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
@@ -264,12 +265,10 @@ class Cache:
 
         row = self.find_sample(sample) if isinstance(sample, str) else sample
         reader = self.reader
-        codes_LTC = torch.from_numpy(reader.read_codes(view, row))
+        codes_BLTC = torch.from_numpy(reader.read_codes(view, row)[None])
         with torch.inference_mode():
-            layers = [
-                self.coder.decode(position, codes_LTC[self.coder.code_layer(position)].unsqueeze(0)).maps()[0]
-                for position in range(len(self.geometry.layers))
-            ]
+            decoded = self.coder.decode(codes_BLTC)
+            layers = [decoded.layer(position).maps()[0] for position in range(len(self.geometry.layers))]
         mix = stored_mix(self.policy, reader.parameters(view, row))
         return View(
             sample=row,
@@ -335,7 +334,7 @@ class Cache:
             "layers": list(geometry.layers),
             "heads": list(geometry.heads),
             "stores_v": geometry.v_head_dim > 0,
-            "num_tokens": layout.num_tokens,
+            "num_tokens": geometry.tokens.num_tokens,
             "num_samples": layout.num_samples,
             "num_views": layout.num_views,
             "num_tasks": layout.num_views * layout.num_blocks,
@@ -394,8 +393,8 @@ class Cache:
         import torch
 
         layout = self.reader.layout
-        zeros = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
-        return self.coder.decode(position, torch.from_numpy(zeros))
+        shape = (1, layout.num_layers, layout.num_tokens, layout.num_components)
+        return self.coder.decode(torch.from_numpy(np.zeros(shape, layout.codes_dtype))).layer(position)
 
     def _sample_keys(self) -> np.ndarray:
         """All sample_keys as numpy text."""

@@ -38,7 +38,8 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
         raise CorruptCacheError(f"{reader.path}/attention/state: {error} Restore it from a copy.") from error
     layout = reader.layout
     pairs = {
-        "layers of codes": (coder.num_code_layers, layout.num_layers),
+        "rows of codes": (coder.num_code_rows, layout.num_layers),
+        "tokens of codes": (coder.num_code_tokens, layout.num_tokens),
         "codes of a token": (coder.num_components, layout.num_components),
         "type of codes": (str(coder.codes_dtype).removeprefix("torch."), layout.codes_dtype),
     }

@@ -91,15 +91,14 @@ class LazyLayer:
         stored_B = np.array([reader.status(view, int(sample)) == Status.STORED for sample in samples_B], bool)
         if not stored_B.any():
             return decoded
-        code_layer = coder.code_layer(self.position)
-        rows = slice(code_layer, code_layer + 1)
+        rows = coder.code_rows([self.position])
         stack = Stack(int(stored_B.sum()))
         for sample in samples_B[stored_B]:
             stack.add(reader.read_codes(view, int(sample), rows))
         codes_BLTC = stack.tensor
         assert codes_BLTC is not None, "some are stored"
         with torch.inference_mode():
-            factors = coder.decode(self.position, codes_BLTC[:, 0])
+            factors = coder.decode(codes_BLTC, rows.start).layer(self.position)
             decoded[stored_B] = self._values(factors, heads_H).numpy()
         return decoded
 

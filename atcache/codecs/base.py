@@ -3,7 +3,7 @@
 A codec turns a layer's factors into integers of fixed shape and back. It has three parts, each data or pure functions:
 
 - the *codec* is its configuration, equal to its JSON;
-- `fit` looks at calibration factors and returns *state*, small float32 arrays that are stored in the cache;
+- `fit` looks at calibration factors and returns *state*, arrays that are stored once in the cache;
 - `coder` binds codec, geometry and state to one device; the coder encodes and decodes batches there.
 """
 
@@ -12,17 +12,32 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
+from atcache.attention.projection import HeadProjection
 from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]
-"""Fitted arrays by name, float32; empty for codecs that need none."""
+"""Fitted arrays by name; empty for codecs that need none."""
+Progress = Callable[[str, float], None]
+"""Told what is being done, in a few words, and the share that is done, from 0 to 1."""
+
+
+def no_progress(stage: str, share: float) -> None:
+    """Tells nobody."""
+
+
+class InputRecipe(NamedTuple):
+    """How each layer's q and k follow from its input, as `check_capture` finds it."""
+
+    projections: tuple[HeadProjection, ...]
+    input_calls: tuple[int, ...]
+    """Which linear call of each layer's block takes that input."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +47,8 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps_values: ClassVar[bool] = False
     """Whether v can be stored beside q and k."""
+    codes_inputs: ClassVar[bool] = False
+    """Whether it codes the inputs of layers where q and k follow from them, so that these must be captured too."""
 
     def to_json(self) -> dict[str, Any]:
         """The codec as a JSON object: its name and its fields."""
@@ -44,6 +61,8 @@ class Codec(ABC):
         *,
         held_back: Sequence[LayerAttention] | None = None,
         nbytes_per_view: Callable[[Tensor], float] | None = None,
+        recipe: InputRecipe | None = None,
+        progress: Progress = no_progress,
     ) -> State:
         """State fitted to calibration factors.
 
@@ -54,11 +73,13 @@ class Codec(ABC):
             held_back: factors of views that are not in `batches`, on which a target must be met; None takes the
                 first batch.
             nbytes_per_view: the bytes that one view of given codes_BLTC takes when stored; needed for targets in bytes.
+            recipe: how q and k follow from the inputs that the factors carry; None if they carry none.
+            progress: called now and then.
 
         Returns:
             Arrays that `coder` needs beside the configuration; this base class returns none.
         """
-        del geometry, batches, held_back, nbytes_per_view
+        del geometry, batches, held_back, nbytes_per_view, recipe, progress
         return {}
 
     def refuse_values(self) -> None:
@@ -93,13 +114,13 @@ class Coder(ABC):
     factors_are_teachers: ClassVar[bool] = False
     """Whether decoded q and k are each the teacher's own. If False, they are in another basis, in which only their
     product has a meaning."""
-    layers_share_codes: ClassVar[bool] = False
-    """Whether one row of codes holds all layers, so that codes_BLTC has L = 1. If False, each layer has its own row."""
     geometry: FactorGeometry
     codes_dtype: torch.dtype
     """Integer type of the codes."""
     num_components: int
     """C: codes of one token in one layer."""
+    input_calls: tuple[int, ...] | None = None
+    """What `FactorCapture` needs to capture the inputs that this coder encodes; None if it encodes q and k."""
 
     def __init__(self, geometry: FactorGeometry, bias_LHQK: Tensor | None, device: str) -> None:
         self.geometry = geometry
@@ -121,26 +142,46 @@ class Coder(ABC):
         """
 
     @property
-    def num_code_layers(self) -> int:
+    def num_code_rows(self) -> int:
         """The length of codes_BLTC along L."""
-        return 1 if self.layers_share_codes else len(self.geometry.layers)
+        return len(self.geometry.layers)
 
-    def code_layer(self, position: int) -> int:
-        """The index along L of codes_BLTC from which the layer at `position` is decoded."""
-        return 0 if self.layers_share_codes else position
+    @property
+    def num_code_tokens(self) -> int:
+        """The length of codes_BLTC along T."""
+        return self.geometry.tokens.num_tokens
 
-    def layer_shares_LC(self) -> Tensor | None:
-        """The share that each layer has in each component: columns sum to 1. None if layers do not share codes."""
+    def code_rows(self, positions: Sequence[int]) -> slice:
+        """The rows along L of codes_BLTC that decoding the layers at these positions needs."""
+        return slice(min(positions), max(positions) + 1)
+
+    def layer_shares_L(self, codes_BLTC: Tensor) -> Tensor | None:
+        """The share of the codes' bytes that each layer causes, sum 1. None if each layer has its own row."""
+        del codes_BLTC
         return None
 
-    @abstractmethod
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerAttention:
-        """Factors of one layer, float32, on the codes' device, with the teacher's bias if it has one; or its maps.
+    @property
+    def decode_macs_per_view(self) -> int | None:
+        """Multiply-adds that decoding q and k of all layers of a view takes; None if they are next to none."""
+        return None
+
+    def decode(self, codes_BLTC: Tensor, first_row: int = 0) -> DecodedLayers:
+        """A batch of views, whose layers are decoded when they are asked for.
+
+        Args:
+            codes_BLTC: rows of codes, on the coder's device.
+            first_row: the number of its first row, if rows before it were left out; see `code_rows`.
+        """
+        return _IndependentLayers(self, codes_BLTC, first_row)
+
+    def decode_row(self, position: int, codes_BTC: Tensor) -> LayerAttention:
+        """One layer from its own row of codes; coders whose layers do not depend on each other define this.
 
         Args:
             position: index into the geometry's `layers` (not the block index).
-            codes_BTC: the codes at index `code_layer(position)` along L.
+            codes_BTC: the layer's row.
         """
+        raise NotImplementedError
 
     def bias(self, position: int) -> Tensor | None:
         """The teacher's static bias of one layer, shape (1, head, token, token), or None."""
@@ -177,6 +218,34 @@ class Coder(ABC):
             bias=self.bias(position),
             v_BHTD=None if values_BTND is None else values_BTND.transpose(1, 2),
         )
+
+
+class DecodedLayers(Protocol):
+    """The attention of a batch of views, decoded layer by layer."""
+
+    def layer(self, position: int) -> LayerAttention:
+        """One layer's factors, float32, on the codes' device, with the teacher's bias if it has one; or its maps.
+
+        Args:
+            position: index into the geometry's `layers` (not the block index). Ascending ones cost least.
+
+        Raises:
+            IndexError: its rows are not among the codes.
+        """
+        ...
+
+
+class _IndependentLayers:
+    """Layers with a row of codes each."""
+
+    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_row: int) -> None:
+        self._coder, self._codes_BLTC, self._first_row = coder, codes_BLTC, first_row
+
+    def layer(self, position: int) -> LayerAttention:
+        row = position - self._first_row
+        if not 0 <= row < self._codes_BLTC.shape[1]:
+            raise IndexError(f"the codes of the layer at {position} were not given")
+        return self._coder.decode_row(position, self._codes_BLTC[:, row])
 
 
 def only_factors(layers: Sequence[LayerAttention], codec_name: str) -> list[LayerFactors]:

@@ -66,8 +66,8 @@ class ExactCoder(Coder):
             codes.append(floats_BTC.view(self.codes_dtype))
         return torch.stack(codes, dim=1)
 
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
-        """See `Coder.decode`."""
+    def decode_row(self, position: int, codes_BTC: Tensor) -> LayerFactors:
+        """See `Coder.decode_row`."""
         floats_BTC = codes_BTC.contiguous().view(self._float_dtype).float()
         parts_BTC: tuple[Tensor, ...] = torch.split(floats_BTC, self._part_sizes, dim=2)
         return self._split(

@@ -76,8 +76,8 @@ class Int8Coder(Coder):
         codes_BTND = (vectors_BTND / divisor_BTN1).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
         return torch.cat([codes_BTND.flatten(2), scale_BTN.contiguous().view(torch.int8)], dim=2)
 
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
-        """See `Coder.decode`."""
+    def decode_row(self, position: int, codes_BTC: Tensor) -> LayerFactors:
+        """See `Coder.decode_row`."""
         parts_BTC: tuple[Tensor, ...] = torch.split(codes_BTC, self._part_sizes, dim=2)
         return self._split(
             position,

@@ -84,8 +84,8 @@ class LogmapCoder(Coder):
         codes_BHQK = steps_BHQK.round_().add_(1).masked_fill_(masked_BHQK, 0).to(torch.uint8)
         return codes_BHQK.transpose(1, 2).flatten(2)
 
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerMaps:
-        """See `Coder.decode`."""
+    def decode_row(self, position: int, codes_BTC: Tensor) -> LayerMaps:
+        """See `Coder.decode_row`."""
         num_heads, num_tokens = len(self.geometry.heads), self.geometry.tokens.num_tokens
         codes_BHQK = codes_BTC.reshape(codes_BTC.shape[0], num_tokens, num_heads, num_tokens).transpose(1, 2)
         steps_BHQK = (codes_BHQK.float() - 1).masked_fill_(codes_BHQK == 1, _UNDER_HALF_A_STEP)

@@ -77,7 +77,8 @@ def _array_metadata(spec: ArraySpec) -> dict[str, Any]:
     crc32c = {"name": "crc32c"}
     how, num_axes = COMPRESSORS[spec.compressor], len(spec.shape)
     blosc = {"cname": "zstd", "shuffle": how.shuffle, "typesize": np.dtype(spec.dtype).itemsize}
-    compressor = {"name": "zstd"} if how.shuffle is None else {"name": "blosc", "configuration": blosc}
+    plain = {"name": "gzip" if how.is_deflated else "zstd"}
+    compressor = plain if how.shuffle is None else {"name": "blosc", "configuration": blosc}
     order = [*range(num_axes - 2), num_axes - 1, num_axes - 2]
     transpose = [{"name": "transpose", "configuration": {"order": order}}] if how.is_transposed else []
     # One byte has no byte order, so zarr-python writes `bytes` without `endian`.

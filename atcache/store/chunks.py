@@ -7,6 +7,7 @@ Compression goes through numcodecs directly because zarr-python adds about half 
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any, cast
 
 import google_crc32c
@@ -22,6 +23,15 @@ BLOSC_LEVEL = 5
 """On integer codes level 3 often gives up ("incompressible"), and 7 takes 3 to 9 times as long to save about 1 %."""
 ZSTD_LEVEL = 1
 """On integer codes and photos levels 3 and 5 are slower and save nothing."""
+
+GZIP_LEVEL = 6
+"""Where matches are looked for at all, see `_deflate`."""
+_GZIP = 31  # zlib's window bits for a gzip stream
+_DEFLATE_MEMORY = 7
+"""zlib's memory level, which also says how often it starts new Huffman tables: every 8192 bytes at 7."""
+_MOSTLY_ZERO = 0.1
+"""A chunk with fewer bytes that are not 0 than this share is searched for matches."""
+_SMALL_NBYTES = 2**15
 
 EMPTY = np.uint64(2**64 - 1)
 """Offset and length of a chunk that is not there."""
@@ -64,8 +74,26 @@ def compress(array: np.ndarray, compressor: str) -> bytes:
     if how.shuffle is not None:
         packed = bytes(blosc.compress(array, b"zstd", BLOSC_LEVEL, _SHUFFLES[how.shuffle], 0))
     else:
-        packed = bytes(zstd.compress(array, ZSTD_LEVEL))
+        packed = _deflate(array) if how.is_deflated else bytes(zstd.compress(array, ZSTD_LEVEL))
     return packed + crc32c(packed)
+
+
+def _deflate(array: np.ndarray) -> bytes:
+    """A gzip stream, with Huffman tables alone or with matches too, whichever is smaller.
+
+    Packed codes are independent of each other: matches are found by chance, and cost more than they save (8 %). Only
+    where most bytes are 0, or a chunk is small and so cheap to try, matches are looked for.
+    """
+    data = array.reshape(-1).view(np.uint8)
+    strategies = [zlib.Z_HUFFMAN_ONLY]
+    if data.size <= _SMALL_NBYTES or np.count_nonzero(data) < _MOSTLY_ZERO * data.size:
+        strategies.append(zlib.Z_DEFAULT_STRATEGY)
+
+    def packed(strategy: int) -> bytes:
+        stream = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, _GZIP, _DEFLATE_MEMORY, strategy)
+        return stream.compress(data) + stream.flush()
+
+    return min(map(packed, strategies), key=len)
 
 
 def decompress_into(encoded: bytes, compressor: str, out_bytes: np.ndarray) -> None:
@@ -81,6 +109,9 @@ def decompress_into(encoded: bytes, compressor: str, out_bytes: np.ndarray) -> N
     if len(encoded) < 4 or _google_crc32c.value(encoded) != _CRC32C_RESIDUE:
         raise DamagedChunkError("its checksum does not match")
     packed = memoryview(encoded)[:-4]
+    if COMPRESSORS[compressor].is_deflated:
+        _inflate_into(packed, out_bytes)
+        return
     is_blosc = COMPRESSORS[compressor].shuffle is not None
     nbytes = _blosc_nbytes(packed) if is_blosc else _zstd_nbytes(packed)
     if nbytes != out_bytes.nbytes:
@@ -89,6 +120,18 @@ def decompress_into(encoded: bytes, compressor: str, out_bytes: np.ndarray) -> N
         (blosc if is_blosc else zstd).decompress(packed, out_bytes)
     except (RuntimeError, ValueError) as error:
         raise DamagedChunkError(f"it cannot be decompressed ({error})") from error
+
+
+def _inflate_into(packed: memoryview, out_bytes: np.ndarray) -> None:
+    """Undo `_deflate`. A stream of another size than `out_bytes` is given up once that is seen."""
+    stream = zlib.decompressobj(_GZIP)
+    try:
+        content = stream.decompress(packed, out_bytes.nbytes + 1)
+    except zlib.error as error:
+        raise DamagedChunkError(f"it cannot be decompressed ({error})") from error
+    if len(content) != out_bytes.nbytes or not stream.eof or stream.unused_data:
+        raise DamagedChunkError(f"its content is not of {out_bytes.nbytes} bytes")
+    out_bytes[:] = np.frombuffer(content, np.uint8)
 
 
 def _blosc_nbytes(packed: memoryview) -> int:

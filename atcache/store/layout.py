@@ -27,18 +27,22 @@ class Compressor:
     """How the integers of a chunk become bytes: standard Zarr codecs, so that any Zarr library reads them."""
 
     shuffle: Literal["shuffle", "bitshuffle"] | None
-    """How blosc groups bytes or bits before zstd; None for zstd without blosc."""
+    """How blosc groups bytes or bits before zstd; None for zstd or deflate without blosc."""
     is_transposed: bool
     """Whether the last two axes are swapped first: all tokens of one component lie together."""
+    is_deflated: bool = False
+    """Whether the bytes are deflated (gzip): for bytes of which each is independent of those before."""
 
 
 ZSTD = "zstd"
 BLOSC = "blosc-zstd-bitshuffle"
+GZIP = "gzip"
 COMPRESSORS: Mapping[str, Compressor] = {
     ZSTD: Compressor(shuffle=None, is_transposed=False),
     BLOSC: Compressor(shuffle="bitshuffle", is_transposed=False),
     "transpose-blosc-zstd-shuffle": Compressor(shuffle="shuffle", is_transposed=True),
     "transpose-blosc-zstd-bitshuffle": Compressor(shuffle="bitshuffle", is_transposed=True),
+    GZIP: Compressor(shuffle=None, is_transposed=False, is_deflated=True),
 }
 """By the names that caches record, fastest to read first. A build measures which is smallest for its codes."""
 
@@ -160,10 +164,11 @@ class StoreLayout(JsonFields):
     num_views: int
     num_samples: int
     num_layers: int
-    """Layers stored, not layers of the teacher."""
+    """Rows of codes: one for each stored layer, or two, of bytes, if all layers are packed together."""
     num_tokens: int
+    """Tokens that a row of codes has; 1 if they are packed together."""
     num_components: int
-    """Codes of one token in one layer."""
+    """Codes of one token in one row."""
     codes_dtype: str
     """One of `CODES_DTYPES`."""
     samples_per_shard: int

@@ -208,7 +208,7 @@ class CacheReader:
 
     @cached_property
     def state(self) -> dict[str, np.ndarray]:
-        """The codec's fitted arrays by name, float32."""
+        """The codec's fitted arrays by name."""
         return read_state(self.path)
 
     @cached_property

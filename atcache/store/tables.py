@@ -37,6 +37,7 @@ MAX_STATE_NBYTES = 2**31
 SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 """Columns of the sample table except `key`."""
 
+_STATE_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int32", "int8", "uint8")))
 _STATE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
@@ -249,20 +250,17 @@ def find_bad_tar_name(names: list[str]) -> str | None:
 
 
 def write_state(root: Path, state: Mapping[str, np.ndarray], bias_LHQK: np.ndarray | None) -> None:
-    """Write a codec's fitted state, float32, and the teacher's bias if it has one."""
+    """Write a codec's fitted state, and the teacher's bias if it has one."""
     write_group(root / "attention" / "state")
     for name, values in state.items():
         if not _STATE_NAME.fullmatch(name):
             raise ConfigError(f"codec state {name!r} cannot be stored; expected a name of letters, digits and _.")
-        write_array(root, f"attention/state/{name}", _as_float32(name, values), None)
+        if values.dtype not in _STATE_DTYPES:
+            expected = ", ".join(map(str, _STATE_DTYPES))
+            raise ConfigError(f"codec state {name!r} is {values.dtype}; a cache holds {expected}.")
+        write_array(root, f"attention/state/{name}", values, None)
     if bias_LHQK is not None:
-        write_array(root, "attention/bias", _as_float32("bias", bias_LHQK), ("layer", "head", "query", "key"))
-
-
-def _as_float32(name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype != np.float32:
-        raise ConfigError(f"codec state {name!r} is {values.dtype}; a cache holds float32.")
-    return values
+        write_array(root, "attention/bias", bias_LHQK.astype(np.float32), ("layer", "head", "query", "key"))
 
 
 def read_state(root: Location) -> dict[str, np.ndarray]:

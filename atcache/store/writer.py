@@ -24,7 +24,7 @@ from atcache.files.durable import (
     partial_path,
     write_file,
 )
-from atcache.store.chunks import BLOSC_LEVEL, ZSTD_LEVEL, ChunkEncoder
+from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
@@ -110,16 +110,15 @@ def _exists(path: Path) -> CacheMismatchError:
 
 def _create_sharded_array(root: Path, spec: ArraySpec) -> None:
     import zarr
-    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
 
     how, num_axes = COMPRESSORS[spec.compressor], len(spec.shape)
     typesize = np.dtype(spec.dtype).itemsize
-    compressor = (
+    if how.shuffle is not None:
         # The shuffle as a string: zarr 3.3 deprecates the enum that 3.1 annotates.
-        BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=how.shuffle, typesize=typesize, blocksize=0)  # pyright: ignore[reportArgumentType]
-        if how.shuffle is not None
-        else ZstdCodec(level=ZSTD_LEVEL, checksum=False)
-    )
+        compressor = BloscCodec(cname="zstd", clevel=BLOSC_LEVEL, shuffle=how.shuffle, typesize=typesize, blocksize=0)  # pyright: ignore[reportArgumentType]
+    else:
+        compressor = GzipCodec(level=GZIP_LEVEL) if how.is_deflated else ZstdCodec(level=ZSTD_LEVEL, checksum=False)
     last_two_swapped = (*range(num_axes - 2), num_axes - 1, num_axes - 2)
     zarr.create_array(
         store=str(root),

@@ -25,16 +25,15 @@ from atcache.teachers.run import TeacherRun
 
 
 class CachedFactors:
-    """Attention decoded from codes. Each layer is decoded when it is needed; unused layers never are.
+    """Attention decoded from codes. Each layer is decoded when it is needed, after those that its codec needs for it.
 
-    Nothing is kept here: autograd keeps what a student's backward pass needs of a layer, such as the q and k it copies.
+    No q and k are kept here: autograd keeps what a student's backward pass needs, such as the q and k it copies.
     """
 
-    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_code_layer: int = 0) -> None:
-        """Take the codes of a batch; their first row of L is the coder's row `first_code_layer`."""
+    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_row: int = 0) -> None:
+        """Take the codes of a batch; their first row of L is the coder's row `first_row`."""
         self._coder = coder
-        self._codes_BLTC = codes_BLTC
-        self._first_code_layer = first_code_layer
+        self._decoded = coder.decode(codes_BLTC, first_row)
         self._position_of = {block: position for position, block in enumerate(coder.geometry.layers)}
 
     @property
@@ -47,14 +46,13 @@ class CachedFactors:
         if block not in self._position_of:
             stored = ", ".join(map(str, self._position_of))
             raise ConfigError(f"layer {block} of the teacher is not in the cache, which holds layers {stored}.")
-        position = self._position_of[block]
-        row = self._coder.code_layer(position) - self._first_code_layer
-        if not 0 <= row < self._codes_BLTC.shape[1]:
+        try:
+            return self._decoded.layer(self._position_of[block])
+        except IndexError as error:
             raise ConfigError(
                 f"layer {block} of the teacher is in the cache, but was not read with this batch. Ask for it in the "
                 "`layers` of the batches."
-            )
-        return self._coder.decode(position, self._codes_BLTC[:, row])
+            ) from error
 
 
 class LiveFactors:
@@ -125,7 +123,9 @@ class CacheTeacher:
         layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
         whats: set[What] = {pairing.what for pairing in pairings}
         self._coders = [_coder(reader, whats - {"map"}, device) for reader in readers]
-        self.code_layers = tuple(_code_layers(coder, layers) for coder in self._coders)
+        self.code_layers = tuple(
+            coder.code_rows([coder.geometry.layers.index(layer) for layer in layers]) for coder in self._coders
+        )
         """For each cache, the rows of L to read."""
 
     def factors(self, batch: Batch) -> TeacherFactors:
@@ -157,12 +157,6 @@ def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Cod
             "only their maps. Build it with --codec int8 or exact, or train without --what."
         )
     return coder
-
-
-def _code_layers(coder: Coder, layers: Sequence[int]) -> slice:
-    """The rows of L that these blocks are decoded from, as one range, which is one read; rows between come along."""
-    rows = [coder.code_layer(coder.geometry.layers.index(layer)) for layer in layers]
-    return slice(min(rows), max(rows) + 1)
 
 
 class LiveTeacher:

@@ -16,7 +16,7 @@ from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
-from atcache.codecs.base import Codec, Coder, State
+from atcache.codecs.base import Codec, Coder, InputRecipe, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
 from atcache.students.teacher_side import CachedFactors
@@ -163,8 +163,11 @@ def calibrate(
     model = run.teacher.model
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
-        check = check_capture(model, images, layers, heads, with_values=with_values)
-    capture = FactorCapture(model, layers, heads, with_values=with_values)
+        check = check_capture(model, images, layers, heads, with_values=with_values, with_inputs=codec.codes_inputs)
+    recipe = None
+    if check.projections is not None and check.input_calls is not None:
+        recipe = InputRecipe(check.projections, check.input_calls)
+    capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=check.input_calls)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
@@ -175,6 +178,7 @@ def calibrate(
             _Batches(run, capture, fitted_NHWC, batch_size),
             held_back=held_back,
             nbytes_per_view=codes_nbytes,
+            recipe=recipe,
         )
     coder = codec.coder(check.geometry, state, bias_LHQK=check.bias_LHQK, device=str(run.device))
     codes_BLTC = coder.encode(held_back)

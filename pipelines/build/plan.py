@@ -181,7 +181,7 @@ def plan_build(
         num_done_tasks=num_done_tasks,
         num_layers=len(calibration.geometry.layers),
         num_heads=len(calibration.geometry.heads),
-        num_tokens=layout.num_tokens,
+        num_tokens=calibration.geometry.tokens.num_tokens,
         nbytes_per_view=nbytes_per_view,
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,

@@ -65,24 +65,13 @@ def codes_nbytes(codes_BLTC: Tensor) -> float:
 def layer_nbytes(coder: Coder, codes_BLTC: Tensor) -> list[float]:
     """Bytes that a view takes for each kept layer.
 
-    If layers share their codes, each gets its part of every component, where a component's weight is its entropy.
+    If layers share their rows, each gets the share of the bytes that the coder says it causes.
     """
-    codes = codes_BLTC.cpu().numpy()
-    shares_LC = coder.layer_shares_LC()
-    if shares_LC is None:
-        return [codes_nbytes(codes_BLTC[:, layer : layer + 1]) for layer in range(codes.shape[1])]
-    entropy_C = np.array([_entropy(codes[..., component]) for component in range(codes.shape[3])])
-    weight_L = shares_LC.cpu().numpy() @ entropy_C
-    total = codes_nbytes(codes_BLTC)
-    return (total * weight_L / max(1e-12, float(weight_L.sum()))).tolist()
+    share_L = coder.layer_shares_L(codes_BLTC)
+    if share_L is None:
+        return [codes_nbytes(codes_BLTC[:, layer : layer + 1]) for layer in range(codes_BLTC.shape[1])]
+    return (codes_nbytes(codes_BLTC) * share_L).tolist()
 
 
 def _mean_nbytes(layout: StoreLayout, codes_BLTC: np.ndarray) -> float:
     return float(np.mean([sum(map(len, encode_view(layout, codes_LTC))) for codes_LTC in codes_BLTC]))
-
-
-def _entropy(numbers: np.ndarray) -> float:
-    """Entropy of these numbers in bits, with the frequency of each value as its probability."""
-    _, counts = np.unique(numbers, return_counts=True)
-    share = counts / counts.sum()
-    return float(-(share * np.log2(share)).sum())

@@ -187,7 +187,13 @@ class TaskRunner:
         """
         geometry = self.coder.geometry
         with_values = geometry.v_head_dim > 0
-        capture = FactorCapture(self.run.teacher.model, geometry.layers, geometry.heads, with_values=with_values)
+        capture = FactorCapture(
+            self.run.teacher.model,
+            geometry.layers,
+            geometry.heads,
+            with_values=with_values,
+            input_calls=self.coder.input_calls,
+        )
         waiting: deque[Future[Counts]] = deque()
         shards = _ShardWriter(self.out, self.layout)
         done = Counts()

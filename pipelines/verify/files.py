@@ -95,9 +95,10 @@ def _check_codec(cache: Cache) -> list[str]:
     layout = cache.reader.layout
     try:
         coder = cache.coder
-        zeros_BTC = np.zeros((1, layout.num_tokens, layout.num_components), layout.codes_dtype)
+        shape = (1, layout.num_layers, layout.num_tokens, layout.num_components)
+        decoded = coder.decode(torch.from_numpy(np.zeros(shape, layout.codes_dtype)))
         for position in range(len(cache.geometry.layers)):
-            coder.decode(position, torch.from_numpy(zeros_BTC))
+            decoded.layer(position)
     except AtcacheError as error:
         return [str(error)]
     except Exception as error:  # damaged state can make a codec raise anything

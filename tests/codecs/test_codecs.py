@@ -42,7 +42,7 @@ class TestContract:
         coder = make_coder(name, geometry, layers)
         codes_BLTC = coder.encode(layers)
         assert codes_BLTC.dtype == coder.codes_dtype
-        assert codes_BLTC.shape == (2, coder.num_code_layers, geometry.tokens.num_tokens, coder.num_components)
+        assert codes_BLTC.shape == (2, coder.num_code_rows, coder.num_code_tokens, coder.num_components)
 
     def test_decoded_maps_are_within_the_stated_divergence(self, name):
         geometry = make_geometry(head_dim=64, grid=(6, 6))
@@ -81,7 +81,7 @@ class TestContract:
         geometry = make_geometry()
         layers = make_factors(geometry, batch=0)
         coder = make_coder(name, geometry, make_factors(geometry))
-        assert coder.encode(layers).shape == (0, coder.num_code_layers, 7, coder.num_components)
+        assert coder.encode(layers).shape == (0, coder.num_code_rows, coder.num_code_tokens, coder.num_components)
 
     @settings(max_examples=30, deadline=None)
     @given(exponent=st.integers(-30, 12), dead_head=st.booleans(), huge_token=st.booleans())
@@ -95,8 +95,8 @@ class TestContract:
                 layer.q_BHTD[:, :, 0] *= 4
         coder = make_coder(name, geometry, layers)
         codes_BLTC = coder.encode(layers)
-        if not coder.factors_are_teachers and coder.layers_share_codes:
-            # Its q and k are in another basis: what comes back is their product.
+        if name == "transform":
+            # What its q and k are rounded to is chosen by what the maps lose.
             assert mean_row_kl(coder, layers, codes_BLTC) <= KL_BOUND[name]
             return
         for position, layer in enumerate(layers):

@@ -284,7 +284,7 @@ def test_each_samples_factors_are_decoded_by_its_own_caches_codec(first, second,
             for row, sample in enumerate(part.sample_B.tolist()):
                 cache, own = (caches[0], sample) if sample < 32 else (caches[1], sample - 32)
                 codes_LTC = cache.reader.read_codes(0, own)
-                alone = cache.coder.decode(block, torch.from_numpy(codes_LTC[None, cache.coder.code_layer(block)]))
+                alone = cache.coder.decode(torch.from_numpy(codes_LTC[None])).layer(block)
                 torch.testing.assert_close(layer.select(slice(row, row + 1)).maps(), alone.maps())
                 if second != "logmap":
                     torch.testing.assert_close(layer.q_BHTD[row], alone.q_BHTD[0])

@@ -1,8 +1,9 @@
-"""The default codec: factors in a fitted basis, rounded to equal steps.
+"""The default codec: each layer's input, predicted from the layer below, and the rest rounded in a fitted basis.
 
 - `codec`: the codec: its settings and its targets
-- `coder`: project factors on the basis and round them, and back
-- `fit`: choose the components that are stored, and the step that meets the target
-- `basis`: the basis of one layer, from how its vectors vary and what an error in them costs
-- `grid_dct`: the 2-D cosine transform over the grid of patches
+- `coder`: encode and decode a view, layer by layer
+- `packing`: the integers of a view as bytes that compress well
+- `fit`: each layer's prediction and basis, and the step that meets the target
+- `metric`: what an error in a layer's input costs, in KL
+- `grid_dct`: the 2-D cosine transform over the grid of patches, and its bands of frequency
 """

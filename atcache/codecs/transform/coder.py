@@ -1,214 +1,410 @@
-"""The coder of `transform`: projects factors on the fitted basis, rounds them to equal steps, and back."""
+"""The coder of `transform`: each layer is predicted from the decoded one below, and the rest is rounded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
+from atcache.attention.projection import HeadProjection
 from atcache.codecs.base import Coder, State, only_factors
 from atcache.codecs.transform.grid_dct import GridDCT
+from atcache.codecs.transform.metric import input_metric
+from atcache.codecs.transform.packing import NUM_ROWS, OpenRows, Packing
 from atcache.errors import CodecError
 
-_ROUNDING = 0.4
+_ROUNDING = 0.38
 """Added to a magnitude before it is cut to an integer. Below 0.5, since most codes are 0 or 1 and zeros cost least."""
-_STATE = frozenset({"step", "basis_LJN", "mixing_LJC", "metric_LVDD", "mean_left_LTR", "mean_right_LRN"})
-_LARGEST_NUMBER = 2**30 - 1  # what fits in int32 with the sign in the lowest bit
+_LARGEST_CODE = 2**22
+"""Larger ones are cut. The largest components of real teachers have some thousand steps."""
+PROJECTION = "projection_"
+"""The names of a state's arrays that say how q and k follow from a layer's input begin with this."""
+_SMALL_BAND_SHARE = 1 / 8
 
 
-class _Projection(NamedTuple):
-    """What takes each layer's vectors to components: in one product or in two, whichever needs fewer operations."""
+class LayerArrays(NamedTuple):
+    """What the state holds of one layer, float32 on the coder's device."""
 
-    weights: Tensor
-    """float32, (L, N, C) where it is whole, else (L, N, J), with the mixing to follow."""
-    is_whole: bool
+    prediction_CC: Tensor
+    """Multiplies the decoded coefficients of the layer below; zeros in the first layer."""
+    basis_JC: Tensor
+    """What one step of each component adds to the coefficients."""
+    shrink_3: Tensor
+    """Added to the magnitude of decoded integers of magnitude 1, 2, and 3 or more. Mostly below 0: within a step,
+    small values are the more frequent ones."""
+    metric_VDD: Tensor
+    """The metric of errors in the linear product, for encoding."""
+    mean_left_TR: Tensor
+    mean_right_RC: Tensor
+    """Their product is each position's mean."""
+
+
+class Walked(NamedTuple):
+    """One layer of a batch, encoded."""
+
+    codes_BTJ: Tensor
+    """int32."""
+    coefficients_TBC: Tensor
+    """What they decode to."""
+    largest: Tensor
+    """Size of the largest component; NaN or infinite if any is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Neighbouring bands that are decoded in one product."""
+
+    coefficients: slice
+    num_components: int
+
+
+def layer_input(layer: LayerFactors, *, is_projected: bool) -> Tensor:
+    """What is coded of a layer: shape (token, batch, C), float32.
+
+    That is its captured input, or q's heads then k's if no projection makes q and k of it.
+
+    Raises:
+        CodecError: the input was not captured.
+    """
+    if is_projected:
+        if layer.input_BTC is None:
+            raise CodecError(
+                "codec transform: it was fitted to the layers' inputs, but these factors come without. Capture them "
+                "with the `input_calls` of the coder."
+            )
+        return layer.input_BTC.float().transpose(0, 1)
+    vectors_BVTD = torch.cat([layer.q_BHTD.float(), layer.k_BHTD.float()], dim=1)
+    return vectors_BVTD.permute(2, 0, 1, 3).flatten(2)
+
+
+def quantise(components: Tensor) -> Tensor:
+    """The whole steps, int32, of components in units of a step, any shape."""
+    # In place, since these tensors are large.
+    return components.abs().add_(_ROUNDING).floor_().clamp_(max=_LARGEST_CODE).copysign_(components).to(torch.int32)
+
+
+def reconstruct(codes: Tensor, shrink_3: Tensor) -> Tensor:
+    """The components that integers stand for, float32, same shape."""
+    steps = codes.float()
+    # The quadratic through the three values: a look-up of each would take several times as long.
+    second = (shrink_3[2] - 2 * shrink_3[1] + shrink_3[0]) / 2
+    first = shrink_3[1] - shrink_3[0] - 3 * second
+    size = steps.abs().clamp_(max=3)
+    shrink = (size * second).add_(first).mul_(size).add_(shrink_3[0] - first - second)
+    return steps.addcmul_(shrink, size.clamp_(max=1).copysign_(steps))
 
 
 class TransformCoder(Coder):
-    """All layers share one row of codes: codes_BLTC has L = 1, and C stored components.
+    """A view is two rows of bytes: its integers, packed, and the few that do not fit in their share of a byte.
 
-    A code is a whole number of steps, its sign in the lowest bit (0, -1, 1, -2, ... become 0, 1, 2, 3, ...), so that
-    small codes have empty upper bytes. These cost next to nothing after a byte shuffle, so codes are int32 and a token
-    of any size fits: nothing is clipped. With `dct`, the tokens after the prefix are the coefficients of the patch
-    grid, low frequencies first.
+    Layers are decoded in order, since each is predicted from the one below: the last costs as much as all.
     """
 
-    layers_share_codes = True
-    codes_dtype = torch.int32
+    codes_dtype = torch.uint8
+    num_code_rows = NUM_ROWS
+    num_code_tokens = 1
 
     def __init__(
-        self, geometry: FactorGeometry, state: State, bias_LHQK: Tensor | None, device: str, *, dct: bool
+        self, geometry: FactorGeometry, state: State, bias_LHQK: Tensor | None, device: str, *, predict: bool, dct: bool
     ) -> None:
         super().__init__(geometry, bias_LHQK, device)
-        if missing := sorted(_STATE - state.keys()):
-            raise CodecError(f"codec transform: its state lacks {missing[0]}.")
-        arrays = {name: state[name].to(self.device, torch.float32) for name in _STATE}
-        self.step = float(state["step"].reshape(-1)[0]) if state["step"].numel() else math.nan
-        _check_state(arrays, geometry, self._num_head_vectors * geometry.head_dim, self.step)
-        self._basis_LJN, self._mixing_LJC = arrays["basis_LJN"], arrays["mixing_LJC"]
-        self._metric_LVDD = arrays["metric_LVDD"]
-        self._mean_left_LTR, self._mean_right_LRN = arrays["mean_left_LTR"], arrays["mean_right_LRN"]
-        self._dct = GridDCT(geometry.tokens, self.device) if dct else None
-        self.num_components = self._mixing_LJC.shape[2]
+        self._predict = predict
+        self.dct = GridDCT(geometry.tokens, self.device, is_on=dct)
+        self.projections = _read_projections(state, geometry)
+        width = (
+            self._num_head_vectors * geometry.head_dim
+            if self.projections is None
+            else self.projections[0].weight_NC.shape[1]
+        )
+        _check_state(state, geometry, width, len(self.dct.bands), self._num_head_vectors)
+        if self.projections is not None:
+            self.projections = tuple(projection.to(self.device) for projection in self.projections)
+        self.layers = [self._layer_arrays(state, position) for position in range(len(geometry.layers))]
+        self.packing = Packing(state["bucket_LBJ"], self.dct.bands, self.device)
+        self.num_components = self.packing.row_nbytes
+        is_stored_LBJ = state["bucket_LBJ"].to(self.device) > 0
+        width_B = torch.tensor([band.stop - band.start for band in self.dct.bands], device=self.device)
+        self.is_stored_LTJ = is_stored_LBJ.repeat_interleave(width_B, dim=1)
+        self._groups = [self._plan_groups(stored_BJ) for stored_BJ in is_stored_LBJ.cpu()]
+        self.input_calls = (
+            None if self.projections is None else tuple(int(number) for number in state["input_call_L"].tolist())
+        )
+        """Which linear call of each layer takes what is coded: what `FactorCapture` needs to capture it. None if q and
+        k are coded themselves."""
+
+    def _layer_arrays(self, state: State, position: int) -> LayerArrays:
+        of_layer = {name: state[name][position].to(self.device, torch.float32) for name in _SHAPES}
+        return LayerArrays(
+            prediction_CC=of_layer["prediction_LCC"] * of_layer["prediction_scale_LC"],
+            basis_JC=of_layer["basis_LJC"][: self._num_layer_components(state, position)],
+            shrink_3=of_layer["shrink_L3"],
+            metric_VDD=_of_triangles(of_layer["metric_LVE"], self.geometry.head_dim),
+            mean_left_TR=of_layer["mean_left_LTR"],
+            mean_right_RC=of_layer["mean_right_LRC"],
+        )
+
+    @staticmethod
+    def _num_layer_components(state: State, position: int) -> int:
+        is_stored_J = (state["bucket_LBJ"][position] > 0).any(dim=0)
+        return int(is_stored_J.nonzero().max()) + 1 if bool(is_stored_J.any()) else 0
+
+    def _plan_groups(self, stored_BJ: Tensor) -> list[_Group]:
+        """Bands with many coefficients have a product of their own, with no more components than they store."""
+        groups: list[_Group] = []
+        is_open = False
+        for band, stored_J in zip(self.dct.bands, stored_BJ, strict=True):
+            count = int(stored_J.nonzero().max()) + 1 if bool(stored_J.any()) else 0
+            is_small = band.stop - band.start < _SMALL_BAND_SHARE * self.geometry.tokens.num_tokens
+            if is_open and is_small:
+                last = groups.pop()
+                groups.append(_Group(slice(last.coefficients.start, band.stop), max(last.num_components, count)))
+            else:
+                groups.append(_Group(band, count))
+            is_open = is_small
+        return groups
 
     def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """See `Coder.encode`."""
-        components_BTC = self.project(layers)
-        if self.largest(components_BTC, layers) > _LARGEST_NUMBER * self.step:
-            raise _too_large(self.geometry, layers)
-        return self.quantise(components_BTC, self.step)
+        factors = only_factors(layers, "transform")
+        if not len(factors[0].q_BHTD):
+            return torch.zeros(0, NUM_ROWS, 1, self.num_components, dtype=torch.uint8, device=self.device)
+        walked = list(self.walk(factors))
+        # One number from the device answers for all layers.
+        if not math.isfinite(float(torch.stack([layer.largest for layer in walked]).max())):
+            raise _not_finite(self.geometry, factors)
+        return self.packing.pack([layer.codes_BTJ for layer in walked]).unsqueeze(2)
 
-    def project(self, layers: Sequence[LayerAttention]) -> Tensor:
-        """Stored components before rounding: shape (batch, token or coefficient, component), float32.
+    def walk(self, layers: Sequence[LayerAttention]) -> Iterator[Walked]:
+        """Encode layer by layer, each beside what the layer below decodes to.
 
         Raises:
             CodecError: the layers are maps.
         """
-        factors = only_factors(layers, "transform")
-        num_views, _, num_tokens = factors[0].shape_BHT
-        q_N, k_N = self._vectors_of_q, self._vectors_of_k
-        # Projecting is linear, so the means of keys and positions are subtracted after it, where they are small. The
-        # caller's autocast must not round the products.
+        below_TBC: Tensor | None = None
+        # The caller's autocast must not round the products.
         with torch.autocast(self.device.type, enabled=False):
-            components_RC = self._mean_TC.new_zeros(num_views * num_tokens, self.num_components)
-            mean_BC = self._mean_TC.new_zeros(num_views, self.num_components)
-            for position, layer in enumerate(factors):
-                k_mean_BN = layer.k_BHTD.mean(dim=2, dtype=torch.float32).flatten(1)
-                self._add_projected(
-                    components_RC, position, (_by_token(layer.q_BHTD), q_N), (_by_token(layer.k_BHTD), k_N)
-                )
-                self._add_projected(mean_BC, position, (k_mean_BN, k_N))
-        components_BTC = components_RC.view(num_views, num_tokens, self.num_components)
-        components_BTC -= mean_BC.unsqueeze(1)
-        components_BTC -= self._mean_TC
-        return components_BTC if self._dct is None else self._dct.forward(components_BTC)
+            for position, layer in enumerate(only_factors(layers, "transform")):
+                arrays = self.layers[position]
+                x_TBC = layer_input(layer, is_projected=self.projections is not None)
+                mean_TC = arrays.mean_left_TR @ arrays.mean_right_RC
+                wanted_TBC = self.dct.forward(x_TBC - mean_TC.unsqueeze(1))
+                predicted_TBC = self.predict(position, below_TBC)
+                rest_TBC = wanted_TBC if predicted_TBC is None else wanted_TBC - predicted_TBC
+                components_TBJ = rest_TBC @ self._analysis[position]
+                is_stored_T1J = self.is_stored_LTJ[position, :, None, : components_TBJ.shape[2]]
+                codes_TBJ = quantise(components_TBJ * is_stored_T1J)
+                below_TBC = self.add(position, predicted_TBC, codes_TBJ)
+                yield Walked(codes_TBJ.transpose(0, 1), below_TBC, components_TBJ.abs().max())
 
-    def largest(self, components_BTC: Tensor, layers: Sequence[LayerAttention]) -> float:
-        """Size of the largest component of `layers`; the one number that encoding waits for.
+    def predict(self, position: int, below_TBC: Tensor | None) -> Tensor | None:
+        """What is expected of a layer's coefficients; None for zeros."""
+        if below_TBC is None or not self._predict:
+            return None
+        return (below_TBC @ self.layers[position].prediction_CC).float()
 
-        Raises:
-            CodecError: a component is not finite.
-        """
-        # The maximum is NaN if any value is, so one number from the device answers both questions.
-        largest = float(components_BTC.abs().max()) if components_BTC.numel() else 0.0
-        if not math.isfinite(largest):
-            raise _too_large(self.geometry, layers)
-        return largest
+    def add(self, position: int, predicted_TBC: Tensor | None, codes_TBJ: Tensor) -> Tensor:
+        """The coefficients of a layer: what was expected of them, and what its integers add."""
+        arrays = self.layers[position]
+        components_TBJ = reconstruct(codes_TBJ, arrays.shrink_3)
+        if predicted_TBC is None:
+            predicted_TBC = components_TBJ.new_zeros(*codes_TBJ.shape[:2], arrays.basis_JC.shape[1])
+        for group in self._groups[position]:
+            part, count = group.coefficients, group.num_components
+            if count:
+                predicted_TBC[part] += components_TBJ[part, :, :count] @ arrays.basis_JC[:count]
+        return predicted_TBC
 
-    def _add_projected(self, total_RC: Tensor, position: int, *parts: tuple[Tensor, slice]) -> None:
-        """Add the stored components of one layer's vectors, given in parts (vectors_RN, their place among all N)."""
-        projection = self._projection
-        if projection.is_whole:
-            for vectors_RN, place in parts:
-                total_RC.addmm_(vectors_RN, projection.weights[position, place])
-            return
-        layer_RJ = sum(vectors_RN @ projection.weights[position, place] for vectors_RN, place in parts)
-        assert isinstance(layer_RJ, Tensor), "there is a part"
-        total_RC.addmm_(layer_RJ, self._mixing_LJC[position])
-
-    @property
-    def _vectors_of_q(self) -> slice:
-        return slice(0, len(self.geometry.heads) * self.geometry.head_dim)
-
-    @property
-    def _vectors_of_k(self) -> slice:
-        return slice(len(self.geometry.heads) * self.geometry.head_dim, None)
-
-    @cached_property
-    def _projection(self) -> _Projection:
-        """Made once, and only by coders that encode."""
-        basis_LJVD = self._basis_LJN.view(*self._basis_LJN.shape[:2], *self._metric_LVDD.shape[1:3])
-        _, num_joined, num_values = self._basis_LJN.shape
-        # It outlives the first call, whose autocast must not round it.
+    def factors(self, position: int, coefficients_TBC: Tensor) -> LayerFactors:
+        """q and k of a layer, with the teacher's bias, from its coefficients."""
+        arrays = self.layers[position]
         with torch.autocast(self.device.type, enabled=False):
-            weights_LNJ = torch.einsum("lvde,ljve->lvdj", self._metric_LVDD, basis_LJVD).flatten(1, 2)
-            if num_values * self.num_components > num_joined * (num_values + self.num_components):
-                return _Projection(weights_LNJ, is_whole=False)
-            return _Projection(weights_LNJ @ self._mixing_LJC, is_whole=True)
+            tokens_TBC = self.dct.inverse(coefficients_TBC)
+            tokens_TBC = tokens_TBC + (arrays.mean_left_TR @ arrays.mean_right_RC).unsqueeze(1)
+            x_BTC = tokens_TBC.transpose(0, 1).contiguous()
+        if self.projections is None:
+            return self._split(position, x_BTC.view(*x_BTC.shape[:2], -1, self.geometry.head_dim))
+        q_BHTD, k_BHTD = self.projections[position](x_BTC)
+        return LayerFactors(q_BHTD=q_BHTD, k_BHTD=k_BHTD, scale=self.geometry.scale, bias=self.bias(position))
 
-    @cached_property
-    def _mean_TC(self) -> Tensor:
-        """The stored components of the positions' means, of all layers together: the same for every view."""
-        mean_TC = self._mean_left_LTR.new_zeros(self._mean_left_LTR.shape[1], self.num_components)
-        with torch.autocast(self.device.type, enabled=False):
-            for position, (left_TR, right_RN) in enumerate(zip(self._mean_left_LTR, self._mean_right_LRN, strict=True)):
-                self._add_projected(mean_TC, position, (left_TR @ right_RN, slice(None)))
-        return mean_TC
-
-    def quantise(self, components_BTC: Tensor, step: float) -> Tensor:
-        """Codes of what `project` gives, with steps of this width."""
-        numbers_BTC = (components_BTC.abs() / step + _ROUNDING).floor().to(self.codes_dtype)
-        is_negative_BTC = (components_BTC < 0) & (numbers_BTC > 0)
-        return (2 * numbers_BTC - is_negative_BTC.to(self.codes_dtype)).unsqueeze(1)
-
-    def decode(self, position: int, codes_BTC: Tensor) -> LayerFactors:
+    def decode(self, codes_BLTC: Tensor, first_row: int = 0) -> DecodedChain:
         """See `Coder.decode`. Under autocast the products are computed in its type."""
-        return self.rebuild(position, self.dequantise(codes_BTC, self.step))
+        assert first_row == 0, "code_rows asks for all rows"
+        return DecodedChain(self, self.packing.open(codes_BLTC.squeeze(2)))
 
-    def dequantise(self, codes_BTC: Tensor, step: float) -> Tensor:
-        """Stored components that codes stand for, float32."""
-        # Code 1 means -1 and code 2 means 1: halve, and flip all bits if the code was odd.
-        return ((codes_BTC >> 1) ^ -(codes_BTC & 1)).float() * step
+    def code_rows(self, positions: Sequence[int]) -> slice:
+        """See `Coder.code_rows`: both rows hold all layers."""
+        del positions
+        return slice(0, NUM_ROWS)
 
-    def rebuild(self, position: int, components_BTC: Tensor) -> LayerFactors:
-        """One layer's factors from stored components."""
-        layer_BTJ = components_BTC @ self._mixing_LJC[position].mT
-        if self._dct is not None:
-            layer_BTJ = self._dct.inverse(layer_BTJ)
-        vectors_BTN = layer_BTJ @ self._basis_LJN[position]
-        vectors_BTN += self._mean_left_LTR[position] @ self._mean_right_LRN[position]
-        return self._split(position, vectors_BTN.view(*vectors_BTN.shape[:2], -1, self.geometry.head_dim))
+    def layer_shares_L(self, codes_BLTC: Tensor) -> Tensor:
+        """See `Coder.layer_shares_L`: the entropy of each layer's integers, a table for each component."""
+        rows = self.packing.open(codes_BLTC.squeeze(2))
+        bits_L = [_entropy_bits(rows.layer(position).cpu().numpy()) for position in range(len(self.layers))]
+        total = sum(bits_L)
+        return torch.tensor([bits / total if total else 1 / len(bits_L) for bits in bits_L])
 
-    def layer_shares_LC(self) -> Tensor:
-        """See `Coder.layer_shares_LC`: the basis is orthonormal over layers and their components."""
-        return self._mixing_LJC.square().sum(dim=1)
+    @property
+    def decode_macs_per_view(self) -> int:
+        """See `Coder.decode_macs_per_view`."""
+        num_tokens, total = self.geometry.tokens.num_tokens, 0
+        for position, arrays in enumerate(self.layers):
+            width = arrays.basis_JC.shape[1]
+            if position and self._predict:
+                total += num_tokens * width**2
+            total += sum(
+                (group.coefficients.stop - group.coefficients.start) * group.num_components * width
+                for group in self._groups[position]
+            )
+            total += num_tokens * width * self.dct.macs_per_token
+            if self.projections is not None:
+                total += num_tokens * self.projections[position].weight_NC.numel()
+        return total
+
+    @cached_property
+    def _analysis(self) -> list[Tensor]:
+        """For each layer, what takes the coefficients to components: (C, J), float32. Made once, by coders that encode.
+
+        Of all integers those are wanted whose error is least in the layer's metric M: E = M B' (B M B')^-1.
+        """
+        analysis: list[Tensor] = []
+        with torch.autocast(self.device.type, enabled=False):
+            for position, arrays in enumerate(self.layers):
+                weight_NC = None if self.projections is None else self.projections[position].weight_NC
+                basis_JC = arrays.basis_JC.double()
+                weighted_CJ = input_metric(arrays.metric_VDD, weight_NC) @ basis_JC.mT
+                gram_JJ = basis_JC @ weighted_CJ
+                # A layer whose errors cost nothing has a metric of zeros.
+                floor = 1e-9 * float(gram_JJ.diagonal().mean()) or 1.0
+                gram_JJ = gram_JJ + floor * torch.eye(len(gram_JJ), device=self.device)
+                analysis.append(torch.linalg.solve(gram_JJ, weighted_CJ.mT).mT.float().contiguous())
+        return analysis
 
 
-def _check_state(arrays: State, geometry: FactorGeometry, num_values: int, step: float) -> None:
-    """Refuse arrays that do not fit together: a cache may come from anybody."""
-    num_layers, num_tokens, head_dim = len(geometry.layers), geometry.tokens.num_tokens, geometry.head_dim
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    num_joined, rank = shapes["basis_LJN"][1:2], shapes["mean_right_LRN"][1:2]
-    expected = {
-        "basis_LJN": (num_layers, *num_joined, num_values),
-        "mixing_LJC": (num_layers, *num_joined, *shapes["mixing_LJC"][2:3]),
-        "metric_LVDD": (num_layers, num_values // head_dim, head_dim, head_dim),
-        "mean_left_LTR": (num_layers, num_tokens, *rank),
-        "mean_right_LRN": (num_layers, *rank, num_values),
-    }
-    for name, shape in expected.items():
-        if shapes[name] != shape or len(shape) != len(name.rpartition("_")[2]):
-            raise CodecError(f"codec transform: {name} of its state has shape {shapes[name]}, expected {shape}.")
-    if not 0 < step < math.inf:
-        raise CodecError(f"codec transform: step of its state is {step}, expected a number above 0.")
+class DecodedChain:
+    """A batch of views. Each layer is decoded when it is needed, after those below it.
 
-
-def centred_vectors(layer: LayerFactors) -> Tensor:
-    """q's heads then k's, by token: shape (batch, token, N), float32. k is centred over each image's tokens.
-
-    A constant added to all keys of a head adds the same to all logits of a row, which softmax does not see.
+    Ascending layers cost least: then each is decoded once. A layer below the last starts again from the first.
     """
-    k_BHTD = layer.k_BHTD.float()
-    k_BHTD = k_BHTD - k_BHTD.mean(dim=2, keepdim=True)
-    return torch.cat([layer.q_BHTD.float(), k_BHTD], dim=1).transpose(1, 2).flatten(2)
+
+    def __init__(self, coder: TransformCoder, rows: OpenRows) -> None:
+        self._coder, self._rows = coder, rows
+        self._position = -1
+        self._coefficients_TBC: Tensor | None = None
+
+    def layer(self, position: int) -> LayerFactors:
+        """See `DecodedLayers.layer`."""
+        if position < self._position:
+            self._position, self._coefficients_TBC = -1, None
+        while self._position < position:
+            self._position += 1
+            predicted_TBC = self._coder.predict(self._position, self._coefficients_TBC)
+            codes_TBJ = self._rows.layer(self._position).transpose(0, 1)
+            self._coefficients_TBC = self._coder.add(self._position, predicted_TBC, codes_TBJ)
+        assert self._coefficients_TBC is not None, "some layer was decoded"
+        return self._coder.factors(position, self._coefficients_TBC)
 
 
-def _by_token(vectors_BHTD: Tensor) -> Tensor:
-    """Heads side by side, a row a token: shape (batch * token, head * head dim), float32."""
-    return vectors_BHTD.transpose(1, 2).flatten(2).flatten(0, 1).float()
+def projection_state(projections: Sequence[HeadProjection]) -> dict[str, Tensor] | None:
+    """The projections of all layers as arrays of a state, or None if they differ in what they do."""
+    states = [projection.to_state() for projection in projections]
+    if any({name: each.shape for name, each in state.items()} != _shapes_of(states[0]) for state in states):
+        return None
+    return {
+        PROJECTION + name.replace(".", "__"): torch.stack([state[name].cpu() for state in states]) for name in states[0]
+    }
 
 
-def _too_large(geometry: FactorGeometry, layers: Sequence[LayerAttention]) -> CodecError:
-    factors = only_factors(layers, "transform")
+def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: each.shape for name, each in state.items()}
+
+
+def _read_projections(state: State, geometry: FactorGeometry) -> tuple[HeadProjection, ...] | None:
+    arrays = {
+        name.removeprefix(PROJECTION).replace("__", "."): each
+        for name, each in state.items()
+        if name.startswith(PROJECTION)
+    }
+    if not arrays:
+        return None
+    num_layers = len(geometry.layers)
+    for name, array in {**arrays, "input_call_L": state.get("input_call_L", torch.zeros(0))}.items():
+        if array.ndim == 0 or len(array) != num_layers:
+            raise CodecError(f"codec transform: {name} of its state is not of {num_layers} layers.")
+    return tuple(
+        HeadProjection.from_state({name: array[position].float() for name, array in arrays.items()}, geometry)
+        for position in range(num_layers)
+    )
+
+
+_SHAPES = {
+    "prediction_LCC": "LCC",
+    "basis_LJC": "LJC",
+    "shrink_L3": "L3",
+    "prediction_scale_LC": "LC",
+    "metric_LVE": "LVE",
+    "mean_left_LTR": "LTR",
+    "mean_right_LRC": "LRC",
+}
+
+
+def _check_state(state: State, geometry: FactorGeometry, width: int, num_bands: int, num_vectors: int) -> None:
+    """Refuse arrays that do not fit together: a cache may come from anybody."""
+    sides: dict[str, int] = {
+        "L": len(geometry.layers),
+        "C": width,
+        "B": num_bands,
+        "V": num_vectors,
+        "E": geometry.head_dim * (geometry.head_dim + 1) // 2,
+        "T": geometry.tokens.num_tokens,
+        "3": 3,
+    }
+    for name, axes in {"bucket_LBJ": "LBJ", **_SHAPES}.items():
+        if name not in state:
+            raise CodecError(f"codec transform: its state lacks {name}.")
+        array = state[name]
+        found = tuple(array.shape)
+        if len(found) == len(axes):
+            for axis, side in zip(axes, found, strict=True):
+                sides.setdefault(axis, side)  # J and R: any length, the same everywhere
+        expected = tuple(sides.get(axis, 0) for axis in axes)
+        if found != expected:
+            raise CodecError(f"codec transform: {name} of its state has shape {found}, expected {expected}.")
+        if not bool(torch.isfinite(array.float()).all()):
+            raise CodecError(f"codec transform: {name} of its state has a value that is not finite.")
+    if state["bucket_LBJ"].dtype != torch.uint8:
+        raise CodecError(f"codec transform: bucket_LBJ of its state is {state['bucket_LBJ'].dtype}, expected uint8.")
+
+
+def _of_triangles(triangles: Tensor, size: int) -> Tensor:
+    """Symmetric matrices from their lower triangles along the last axis."""
+    row, column = torch.tril_indices(size, size, device=triangles.device)
+    matrices = triangles.new_zeros(*triangles.shape[:-1], size, size)
+    matrices[..., row, column] = triangles
+    matrices[..., column, row] = triangles
+    return matrices
+
+
+def _entropy_bits(codes_BTJ: np.ndarray) -> float:
+    bits = 0.0
+    for component in range(codes_BTJ.shape[2]):
+        _, counts = np.unique(codes_BTJ[..., component], return_counts=True)
+        share = counts / counts.sum()
+        bits -= float((share * np.log2(share)).sum()) * codes_BTJ[..., component].size
+    return bits
+
+
+def _not_finite(geometry: FactorGeometry, factors: Sequence[LayerFactors]) -> CodecError:
     largest = [max(float(layer.q_BHTD.abs().max()), float(layer.k_BHTD.abs().max())) for layer in factors]
-    worst = max(range(len(layers)), key=lambda position: (largest[position] != largest[position], largest[position]))
+    worst = max(range(len(factors)), key=lambda position: (math.isnan(largest[position]), largest[position]))
     return CodecError(
-        f"layer {geometry.layers[worst]}: a factor of size {largest[worst]:.4g} is NaN, infinite, or too large for "
-        "codec transform. Check the teacher's weights and precision."
+        f"layer {geometry.layers[worst]}: a factor of size {largest[worst]:.4g} is NaN, infinite, or comes of an input "
+        "that is. Check the teacher's weights and precision."
     )

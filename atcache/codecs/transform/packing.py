@@ -1,0 +1,252 @@
+"""How the integers of a view become bytes, in an order in which a general-purpose compressor finds little to waste.
+
+A *cell* is one component of one coefficient of one layer; a *block* is the cells of one layer, band and component.
+Blocks with large integers come first and blocks that are mostly 0 last, whatever layer they are of. So neighbours are
+alike, and each part of the row is coded by a table of its own that suits it (deflate starts a new one every few kB).
+Small integers share a byte. A Huffman table gives no byte less than one bit, which four cells then share.
+
+Few integers do not fit in their share of a byte: these are *escapes*. The byte holds the largest value that fits, and
+what is missing is listed beside the bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NUM_ROWS = 2
+"""Rows of bytes of a view: the cells, then the escapes."""
+_BUCKETS_PER_KIND = 85
+_BITS_OF_KIND = (8, 4, 2)
+"""Bits that a cell has. A block's kind is (bucket - 1) // 85."""
+_LARGEST_MEAN_OF_KIND = (2.0**11, 1.0, 0.4)
+"""A block is of the last kind whose bound is at least its mean integer's size. Few cells then escape."""
+_SMALLEST_MEAN = 0.01
+_SLOT_NBYTES = 5  # an escape: 2 bytes for the distance to the one before, 3 for what is missing
+_MOST_DISTANCE = 2**16 - 1
+_MOST_MISSING = 2**24 - 1
+_FEW_CELLS = 8192
+"""Rows are so long that this many cells could escape, or all of them if there are fewer."""
+
+
+def choose_buckets(mean_size: Tensor, is_stored: Tensor) -> Tensor:
+    """The bucket of each block: uint8, 0 for blocks that are not stored, and lower numbers for larger integers.
+
+    Args:
+        mean_size: mean size of a block's integers before rounding, any shape.
+        is_stored: bool, same shape.
+    """
+    edges = (*_LARGEST_MEAN_OF_KIND, _SMALLEST_MEAN)
+    size = mean_size.double().clamp(edges[-1], edges[0])
+    bucket = torch.zeros_like(size)
+    for kind, (largest, smallest) in enumerate(itertools.pairwise(edges)):
+        share = (math.log(largest) - size.log()) / math.log(largest / smallest)
+        place = (share * _BUCKETS_PER_KIND).floor().clamp(0, _BUCKETS_PER_KIND - 1)
+        bucket = torch.where(size <= largest, 1 + kind * _BUCKETS_PER_KIND + place, bucket)
+    return torch.where(is_stored, bucket, 0).to(torch.uint8)
+
+
+class _Places(NamedTuple):
+    """Where the cells of one layer are in a row of bytes. Cells that are not stored read as 0."""
+
+    byte_N: Tensor
+    """int64; N = tokens * components, components fastest."""
+    shift_N: Tensor
+    mask_N: Tensor
+
+
+class Packing:
+    """Packs the integers of all layers of a view in two rows of bytes, and unpacks a layer at a time."""
+
+    def __init__(self, bucket_LBJ: Tensor, bands: Sequence[slice], device: torch.device) -> None:
+        """Plan the order of the cells.
+
+        Args:
+            bucket_LBJ: what `choose_buckets` gave for each block, uint8 of shape (layer, band, component).
+            bands: the coefficients of each band, contiguous, in order.
+            device: where rows are packed and unpacked.
+        """
+        self._device = device
+        self._bucket_LBJ = bucket_LBJ.cpu().numpy()
+        self._bands = bands
+        width_B = np.array([band.stop - band.start for band in bands])
+        self._rank_T = np.concatenate([np.arange(width) for width in width_B])
+        self._band_T = np.repeat(np.arange(len(bands)), width_B)
+        is_stored_LJ = (self._bucket_LBJ > 0).any(axis=1)
+        self.num_components = [int(stored.nonzero()[0].max(initial=-1)) + 1 for stored in is_stored_LJ]
+        """J of each layer: components up to the last that is stored."""
+        self._first_cell = np.cumsum([0, *(len(self._band_T) * count for count in self.num_components)])
+        # The sort keeps blocks of a bucket in the order of layer, band and component.
+        flat = self._bucket_LBJ.reshape(-1)
+        blocks = np.flatnonzero(flat)
+        blocks = blocks[np.argsort(flat[blocks], kind="stable")]
+        kind = (flat[blocks].astype(int) - 1) // _BUCKETS_PER_KIND
+        width = width_B[blocks // self._bucket_LBJ.shape[2] % len(bands)]
+        start = np.zeros_like(width)
+        self._num_cells = [0] * len(_BITS_OF_KIND)
+        for number in range(len(_BITS_OF_KIND)):
+            of_kind = kind == number
+            ends = np.cumsum(width[of_kind])
+            start[of_kind] = ends - width[of_kind]
+            self._num_cells[number] = int(ends[-1]) if len(ends) else 0
+        self._start_LBJ = np.zeros(flat.shape, np.int64)
+        self._start_LBJ[blocks] = start
+        self._start_LBJ = self._start_LBJ.reshape(self._bucket_LBJ.shape)
+        self._num_bytes = [-(-count * bits // 8) for count, bits in zip(self._num_cells, _BITS_OF_KIND, strict=True)]
+        self.num_cells = sum(self._num_cells)
+        """Integers of a view that are stored."""
+        fewest_slots = min(_FEW_CELLS, max(1, self.num_cells))
+        self.row_nbytes = max(1, sum(self._num_bytes), _SLOT_NBYTES * fewest_slots)
+        """Bytes of a row."""
+        self._places = lru_cache(maxsize=None)(self._find_places)
+        self._order = lru_cache(maxsize=1)(self._find_order)
+
+    def _cells(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each cell of a layer, shape (token, component): its number within its kind, and its kind or -1."""
+        components = slice(0, self.num_components[layer])
+        bucket_TJ = self._bucket_LBJ[layer, :, components][self._band_T]
+        number_TJ = self._start_LBJ[layer, :, components][self._band_T] + self._rank_T[:, None]
+        return number_TJ, np.where(bucket_TJ > 0, (bucket_TJ.astype(int) - 1) // _BUCKETS_PER_KIND, -1)
+
+    def _find_places(self, layer: int) -> _Places:
+        number_TJ, kind_TJ = self._cells(layer)
+        bits_TJ = np.array([*_BITS_OF_KIND, 0])[kind_TJ]
+        num_bytes_TJ = np.array([*(max(1, count) for count in self._num_bytes), 1])[kind_TJ]
+        first_TJ = np.array([0, *np.cumsum(self._num_bytes)[:-1], 0])[kind_TJ]
+        byte_TJ = np.where(kind_TJ >= 0, first_TJ + number_TJ % num_bytes_TJ, 0)
+        shift_TJ = np.where(kind_TJ >= 0, number_TJ // num_bytes_TJ * bits_TJ, 0)
+        mask_TJ = (1 << bits_TJ) - 1
+
+        def on_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(values.reshape(-1)).to(self._device, dtype)
+
+        return _Places(
+            on_device(byte_TJ, torch.int64), on_device(shift_TJ, torch.uint8), on_device(mask_TJ, torch.uint8)
+        )
+
+    def _find_order(self) -> Tensor:
+        """For each stored cell, kind by kind, its number among all cells, int64."""
+        first = np.cumsum([0, *self._num_cells])
+        order = np.zeros(self.num_cells, np.int64)
+        for layer, first_cell in enumerate(self._first_cell[:-1]):
+            number_TJ, kind_TJ = self._cells(layer)
+            cells = first_cell + np.arange(number_TJ.size).reshape(number_TJ.shape)
+            is_stored = kind_TJ >= 0
+            order[first[kind_TJ[is_stored]] + number_TJ[is_stored]] = cells[is_stored]
+        return torch.from_numpy(order).to(self._device)
+
+    def pack(self, codes: Sequence[Tensor]) -> Tensor:
+        """Rows of bytes of a batch of views: uint8 of shape (view, 2, row_nbytes).
+
+        Args:
+            codes: for each layer, int32 of shape (view, token or coefficient, component). Where a block is not stored
+                they are not looked at.
+        """
+        num_views = len(codes[0])
+        flat_BN = torch.cat([layer_BTJ.flatten(1) for layer_BTJ in codes], dim=1)
+        # The sign becomes the lowest bit: 0, -1, 1, -2, ... are stored as 0, 1, 2, 3, ...
+        cells_BS = flat_BN.index_select(1, self._order())
+        cells_BS = torch.where(cells_BS < 0, -2 * cells_BS - 1, 2 * cells_BS)
+        rows_B2R = torch.zeros(num_views, NUM_ROWS, self.row_nbytes, dtype=torch.uint8, device=self._device)
+        most_S = torch.cat(
+            [
+                torch.full((count,), 2**bits - 1, dtype=cells_BS.dtype, device=self._device)
+                for count, bits in zip(self._num_cells, _BITS_OF_KIND, strict=True)
+            ]
+        )
+        fitting_BS = torch.minimum(cells_BS, most_S)
+        first_byte = first_cell = 0
+        for count, num_bytes, bits in zip(self._num_cells, self._num_bytes, _BITS_OF_KIND, strict=True):
+            target_BR = rows_B2R[:, 0, first_byte : first_byte + num_bytes]
+            for number in range(8 // bits):
+                stop = first_cell + min(count, (number + 1) * num_bytes)
+                part_BS = fitting_BS[:, first_cell + number * num_bytes : stop]
+                target_BR[:, : part_BS.shape[1]] |= (part_BS << (bits * number)).to(torch.uint8)
+            first_byte, first_cell = first_byte + num_bytes, first_cell + count
+        self._list_escapes(rows_B2R[:, 1], cells_BS - fitting_BS)
+        return rows_B2R
+
+    def _list_escapes(self, rows_BR: Tensor, missing_BS: Tensor) -> None:
+        view_N, cell_N = (index.cpu().numpy() for index in missing_BS.nonzero(as_tuple=True))
+        if not len(view_N):
+            return
+        missing_N = missing_BS[missing_BS != 0].cpu().numpy().clip(max=_MOST_MISSING)
+        cell_N = self._order().cpu().numpy()[cell_N]
+        rows = np.zeros(tuple(rows_BR.shape), np.uint8)
+        for view in np.unique(view_N):
+            chosen = view_N == view
+            rows[view] = self._escape_row(cell_N[chosen], missing_N[chosen])
+        rows_BR.copy_(torch.from_numpy(rows))
+
+    def _escape_row(self, cell_N: np.ndarray, missing_N: np.ndarray) -> np.ndarray:
+        num_slots = self.row_nbytes // _SLOT_NBYTES
+        num_kept = len(cell_N)
+        while True:
+            # An image unlike all others may have more escapes than there are slots. Then the largest ones count.
+            kept = np.sort(np.argsort(-missing_N, kind="stable")[:num_kept])
+            cells, missing = cell_N[kept], missing_N[kept]
+            order = np.argsort(cells)
+            distance = np.diff(cells[order], prepend=-1)
+            # A distance that is too large for its bytes is made of steps that add nothing.
+            num_steps = (distance - 1) // _MOST_DISTANCE
+            if len(cells) + int(num_steps.sum()) <= num_slots:
+                break
+            num_kept = min(num_kept - 1, num_slots - int(num_steps.sum()))
+            if num_kept <= 0:
+                return np.zeros(self.row_nbytes, np.uint8)
+        ends = np.cumsum(num_steps + 1)
+        slots = np.zeros((num_slots, 2), np.int64)
+        slots[: ends[-1], 0] = _MOST_DISTANCE
+        slots[ends - 1, 0] = distance - num_steps * _MOST_DISTANCE
+        slots[ends - 1, 1] = missing[order]
+        # Byte by byte, so that the upper ones, which are mostly 0, lie together.
+        planes = [slots[:, 0], slots[:, 0] >> 8, slots[:, 1], slots[:, 1] >> 8, slots[:, 1] >> 16]
+        row = np.zeros(self.row_nbytes, np.uint8)
+        row[: _SLOT_NBYTES * num_slots] = np.concatenate([(plane & 255).astype(np.uint8) for plane in planes])
+        return row
+
+    def open(self, rows_B2R: Tensor) -> OpenRows:
+        """The rows of a batch, ready to unpack layers of."""
+        return OpenRows(self, rows_B2R)
+
+    def unpack_fitting(self, layer: int, rows_BR: Tensor) -> Tensor:
+        """A layer's cells without what is missing: int32, (view, token * component), the sign in the lowest bit."""
+        places = self._places(layer)
+        return ((rows_BR.index_select(1, places.byte_N) >> places.shift_N) & places.mask_N).to(torch.int32)
+
+    def cells_of(self, layer: int) -> tuple[int, int]:
+        """The first and the last number, exclusive, of a layer's cells among all cells."""
+        return int(self._first_cell[layer]), int(self._first_cell[layer + 1])
+
+
+class OpenRows:
+    """The rows of bytes of a batch of views. Layers may be unpacked in any order."""
+
+    def __init__(self, packing: Packing, rows_B2R: Tensor) -> None:
+        self._packing = packing
+        self._rows_BR = rows_B2R[:, 0]
+        num_slots = rows_B2R.shape[2] // _SLOT_NBYTES
+        planes_B5N = rows_B2R[:, 1, : _SLOT_NBYTES * num_slots].view(-1, _SLOT_NBYTES, num_slots)
+        num_used = int((planes_B5N[:, :2] != 0).any(dim=1).sum(dim=1).max()) if len(rows_B2R) else 0
+        bytes_B5N = planes_B5N[:, :, :num_used].long()
+        self._cell_BN = (bytes_B5N[:, 0] + 256 * bytes_B5N[:, 1]).cumsum(dim=1) - 1
+        self._missing_BN = (bytes_B5N[:, 2] + 256 * bytes_B5N[:, 3] + 65536 * bytes_B5N[:, 4]).to(torch.int32)
+
+    def layer(self, layer: int) -> Tensor:
+        """The integers of one layer, int32 of shape (view, token or coefficient, component)."""
+        cells_BN = self._packing.unpack_fitting(layer, self._rows_BR)
+        first, last = self._packing.cells_of(layer)
+        if self._cell_BN.shape[1] and last > first:
+            is_here_BN = (self._cell_BN >= first) & (self._cell_BN < last)
+            cells_BN.scatter_add_(
+                1, (self._cell_BN - first).clamp(0, last - first - 1), torch.where(is_here_BN, self._missing_BN, 0)
+            )
+        signed_BN = (cells_BN >> 1) ^ -(cells_BN & 1)
+        return signed_BN.view(len(cells_BN), -1, max(1, self._packing.num_components[layer]))
