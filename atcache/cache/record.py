@@ -212,8 +212,9 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         "views.pixels": (identity.pixels, "replay" if layout.pixels is None else "store"),
         "views.policy.image_height": (sides, layout.pixels or sides),
         "views.policy": (policy.parameter_names, layout.parameter_names),
-        "geometry.tokens": (geometry.tokens.num_tokens, layout.num_tokens),
     }
+    if layout.num_tokens > 1:  # rows of bytes have all tokens together; there the codec's state says how many
+        of_layout["geometry.tokens"] = (geometry.tokens.num_tokens, layout.num_tokens)
     for place, (found, wanted) in of_layout.items():
         _require(found == wanted, place, found, f"{wanted!r}, as its layout says")
     for name, limit in (("layers", record.depth), ("heads", geometry.num_model_heads)):

@@ -315,7 +315,6 @@ def test_a_member_that_changed_under_its_seal_is_found_by_verify(path):
         (("views", "pixels"), "store", r"\"views\.pixels\" is 'store', expected 'replay', as its layout says"),
         (("geometry", "layers"), [1, 0], r'"geometry\.layers" is \[1, 0\], expected ascending whole numbers'),
         (("geometry", "num_kv_heads"), 3, r'"geometry\.num_kv_heads" is 3, expected a whole number that divides 2'),
-        (("geometry", "tokens", "grid_width"), 9, r'"geometry\.tokens" is 37, expected 17, as its layout says'),
         (("geometry", "scale"), math.nan, r'"geometry\.scale" is nan, expected a finite number'),
         (("geometry", "head_dim"), 2.0, r'"geometry\.head_dim" is 2\.0, expected a whole number'),
         (("geometry", "num_kv_heads"), True, r'"geometry\.num_kv_heads" is True, expected a whole number'),
@@ -341,11 +340,19 @@ def test_the_sentence_says_what_was_found_and_what_was_expected(original, place,
         ({"name": "exact"}, r'has no "codec\.dtype", which codec exact needs'),
         (
             {"name": "exact", "dtype": "float16"},
-            r"by its codec and geometry, layers of codes: 2, but its layout says 1; ",
+            r"by its codec and geometry, tokens of codes: 17, but its layout says 1; ",
         ),
     ],
 )
 def test_a_codec_that_cannot_be_made_or_does_not_fit_is_named(path, codec, message):
     write_attributes(path, {**attributes_of(path), "codec": codec})
     with pytest.raises(CorruptCacheError, match=message):
+        atcache.open(path).maps(0)[0, 0].compute()
+
+
+def test_another_grid_than_the_codec_was_fitted_to_is_refused(path):
+    attributes = attributes_of(path)
+    attributes["geometry"]["tokens"]["grid_width"] = 9
+    write_attributes(path, attributes)
+    with pytest.raises(CorruptCacheError, match=r"attention/state: .* of its state has shape .* expected"):
         atcache.open(path).maps(0)[0, 0].compute()

@@ -23,6 +23,11 @@ BEIT = "beit_base_patch16_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_
 REGISTERS = (
     "vit_tiny_patch16_224:img_size=(16,12),patch_size=4,reg_tokens=2,embed_dim=16,depth=2,num_heads=2,num_classes=10"
 )
+# Rotary position embedding: q and k follow from a layer's input by a product and a rotation.
+ROPE = (
+    "eva02_tiny_patch14_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10,"
+    "ref_feat_shape=3"
+)
 CAIT = "cait_xxs24_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
 CACHES = {
     "exact": {"teacher": VIT, "codec": "exact", "policy": "crop-flip"},
@@ -33,6 +38,7 @@ CACHES = {
     "logmap": {"teacher": CAIT, "codec": "logmap", "policy": "eval"},
     "values": {"teacher": VIT, "codec": "int8", "policy": "eval", "store": "v"},
     "transform": {"teacher": REGISTERS, "codec": "transform", "policy": "crop-flip", "views": 2},
+    "transform-rope": {"teacher": ROPE, "codec": "transform", "policy": "crop-flip"},
 }
 BAD_SAMPLE = 2
 
