@@ -91,7 +91,7 @@ def _deflate(array: np.ndarray) -> bytes:
 
     def packed(strategy: int) -> bytes:
         stream = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, _GZIP, _DEFLATE_MEMORY, strategy)
-        return stream.compress(data) + stream.flush()
+        return stream.compress(data.data) + stream.flush()
 
     return min(map(packed, strategies), key=len)
 

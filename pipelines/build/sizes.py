@@ -70,7 +70,8 @@ def layer_nbytes(coder: Coder, codes_BLTC: Tensor) -> list[float]:
     share_L = coder.layer_shares_L(codes_BLTC)
     if share_L is None:
         return [codes_nbytes(codes_BLTC[:, layer : layer + 1]) for layer in range(codes_BLTC.shape[1])]
-    return (codes_nbytes(codes_BLTC) * share_L).tolist()
+    total = codes_nbytes(codes_BLTC)
+    return [total * float(share) for share in share_L]
 
 
 def _mean_nbytes(layout: StoreLayout, codes_BLTC: np.ndarray) -> float:

@@ -44,6 +44,7 @@ ORDER = [
     "api/caches.md",
     "api/runs.md",
     "format.md",
+    "format/transform.md",
     "design.md",
     "design/data-and-training.md",
     "benchmarks.md",

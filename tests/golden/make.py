@@ -25,8 +25,7 @@ REGISTERS = (
 )
 # Rotary position embedding: q and k follow from a layer's input by a product and a rotation.
 ROPE = (
-    "eva02_tiny_patch14_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10,"
-    "ref_feat_shape=3"
+    "eva02_tiny_patch14_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10,ref_feat_shape=3"
 )
 CAIT = "cait_xxs24_224:img_size=12,patch_size=4,embed_dim=32,depth=2,num_heads=2,num_classes=10"
 CACHES = {

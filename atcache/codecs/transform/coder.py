@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -109,8 +109,6 @@ class TransformCoder(Coder):
     """
 
     codes_dtype = torch.uint8
-    num_code_rows = NUM_ROWS
-    num_code_tokens = 1
 
     def __init__(
         self, geometry: FactorGeometry, state: State, bias_LHQK: Tensor | None, device: str, *, predict: bool, dct: bool
@@ -135,7 +133,7 @@ class TransformCoder(Coder):
         self.is_stored_LTJ = is_stored_LBJ.repeat_interleave(width_B, dim=1)
         self._groups = [self._plan_groups(stored_BJ) for stored_BJ in is_stored_LBJ.cpu()]
         self.input_calls = (
-            None if self.projections is None else tuple(int(number) for number in state["input_call_L"].tolist())
+            None if self.projections is None else tuple(int(call) for call in state["input_call_L"].numpy())
         )
         """Which linear call of each layer takes what is coded: what `FactorCapture` needs to capture it. None if q and
         k are coded themselves."""
@@ -239,6 +237,16 @@ class TransformCoder(Coder):
         assert first_row == 0, "code_rows asks for all rows"
         return DecodedChain(self, self.packing.open(codes_BLTC.squeeze(2)))
 
+    @property
+    def num_code_rows(self) -> int:
+        """See `Coder.num_code_rows`."""
+        return NUM_ROWS
+
+    @property
+    def num_code_tokens(self) -> int:
+        """See `Coder.num_code_tokens`: all tokens are packed together."""
+        return 1
+
     def code_rows(self, positions: Sequence[int]) -> slice:
         """See `Coder.code_rows`: both rows hold all layers."""
         del positions
@@ -284,7 +292,8 @@ class TransformCoder(Coder):
                 # A layer whose errors cost nothing has a metric of zeros.
                 floor = 1e-9 * float(gram_JJ.diagonal().mean()) or 1.0
                 gram_JJ = gram_JJ + floor * torch.eye(len(gram_JJ), device=self.device)
-                analysis.append(torch.linalg.solve(gram_JJ, weighted_CJ.mT).mT.float().contiguous())
+                solved_JC = cast("Tensor", torch.linalg.solve(gram_JJ, weighted_CJ.mT))
+                analysis.append(solved_JC.mT.float().contiguous())
         return analysis
 
 

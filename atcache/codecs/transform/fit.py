@@ -324,11 +324,8 @@ class _Fit:
             self._progress("searching the step", 0.7)
             if by_kl:
                 self._even_out(fitted, precise=precise)
-            measure = functools.cache(
-                lambda scale, fitted=fitted, precise=precise: self._measure_scaled(
-                    fitted, scale, by_kl=by_kl, precise=precise
-                )
-            )
+            measured = functools.partial(self._measure_scaled, fitted, by_kl=by_kl, precise=precise)
+            measure = functools.cache(measured)
             finest, coarsest = self._largest / _MOST_STEPS, self._largest / _NO_STEPS
             least, most = max(1 / _FARTHEST, min(1.0, finest)), min(_FARTHEST, max(1.0, coarsest))
             scale = find_step(measure, target, start=1.0, rises=by_kl, least=least, most=most)
@@ -477,15 +474,16 @@ class _Gram(NamedTuple):
 
 def _regress(grams: Sequence[_Gram], weights: Sequence[float]) -> Tensor:
     """The matrix that predicts the wanted coefficients best from those below, by weighted least squares."""
-    below_CC = cast(
-        "Tensor", sum(weight * cast("Tensor", gram.below_CC) for weight, gram in zip(weights, grams, strict=True))
-    )
-    cross_CC = cast(
-        "Tensor", sum(weight * cast("Tensor", gram.cross_CC) for weight, gram in zip(weights, grams, strict=True))
-    )
+    below_CC = _weighted_sum(weights, [gram.below_CC for gram in grams])
+    cross_CC = _weighted_sum(weights, [gram.cross_CC for gram in grams])
     size = below_CC.diagonal().mean().clamp(min=1e-250)
     ridge_CC = _RIDGE * size * torch.eye(len(below_CC), dtype=torch.float64, device=below_CC.device)
-    return torch.linalg.solve(below_CC + ridge_CC, cross_CC)
+    return cast("Tensor", torch.linalg.solve(below_CC + ridge_CC, cross_CC))
+
+
+def _weighted_sum(weights: Sequence[float], matrices: Sequence[Tensor | None]) -> Tensor:
+    total = sum(weight * matrix for weight, matrix in zip(weights, matrices, strict=True) if matrix is not None)
+    return cast("Tensor", total)
 
 
 def _shrink(components: Tensor, codes: Tensor) -> Tensor:

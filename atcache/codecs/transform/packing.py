@@ -77,10 +77,10 @@ class Packing:
         self._bucket_LBJ = bucket_LBJ.cpu().numpy()
         self._bands = bands
         width_B = np.array([band.stop - band.start for band in bands])
-        self._rank_T = np.concatenate([np.arange(width) for width in width_B])
+        self._rank_T = np.array([rank for band in bands for rank in range(band.stop - band.start)])
         self._band_T = np.repeat(np.arange(len(bands)), width_B)
-        is_stored_LJ = (self._bucket_LBJ > 0).any(axis=1)
-        self.num_components = [int(stored.nonzero()[0].max(initial=-1)) + 1 for stored in is_stored_LJ]
+        used = [np.flatnonzero((bucket_BJ > 0).any(axis=0)) for bucket_BJ in self._bucket_LBJ]
+        self.num_components = [int(numbers.max(initial=-1)) + 1 for numbers in used]
         """J of each layer: components up to the last that is stored."""
         self._first_cell = np.cumsum([0, *(len(self._band_T) * count for count in self.num_components)])
         # The sort keeps blocks of a bucket in the order of layer, band and component.
