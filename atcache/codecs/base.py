@@ -23,6 +23,8 @@ from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]
 """Fitted arrays by name, float32; empty for codecs that need none."""
+FitProgress = Callable[[str, float], None]
+"""Takes a stage of fitting, in a few words, and the share of it that is done, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,7 @@ class Codec(ABC):
         *,
         held_back: Sequence[LayerAttention] | None = None,
         nbytes_per_view: Callable[[Tensor], float] | None = None,
+        progress: FitProgress | None = None,
     ) -> State:
         """State fitted to calibration factors.
 
@@ -54,11 +57,15 @@ class Codec(ABC):
             held_back: factors of views that are not in `batches`, on which a target must be met; None takes the
                 first batch.
             nbytes_per_view: the bytes that one view of given codes_BLTC takes when stored; needed for targets in bytes.
+            progress: called by codecs whose fit takes long, often, with what they do and the share of it that is
+                done: `progress("basis", 0.25)`. A share that falls, or another stage, begins anew. While `batches`
+                are iterated the codec need not call it: whoever made them knows how many there are, and reports
+                stage "teacher". None reports nothing.
 
         Returns:
             Arrays that `coder` needs beside the configuration; this base class returns none.
         """
-        del geometry, batches, held_back, nbytes_per_view
+        del geometry, batches, held_back, nbytes_per_view, progress
         return {}
 
     def refuse_values(self) -> None:
