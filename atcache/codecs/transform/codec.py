@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, State
+from atcache.codecs.base import Codec, FitProgress, State
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.codecs.transform.fit import fit_transform
 from atcache.errors import CodecError
@@ -64,6 +64,7 @@ class TransformCodec(Codec):
         *,
         held_back: Sequence[LayerAttention] | None = None,
         nbytes_per_view: Callable[[Tensor], float] | None = None,
+        progress: FitProgress | None = None,
     ) -> State:
         """See `Codec.fit`. State, all float32:
 
