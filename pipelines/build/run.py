@@ -32,6 +32,7 @@ from atcache.views.mixing import mix_policy
 
 from ..fidelity import Expectation
 from ..running.ranks import Ranks
+from ..running.stages import StageProgress
 from .board import Board
 from .calibrate import calibrate, render_calibration_views
 from .codec import choose_codec
@@ -88,16 +89,18 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             return summary.judged(wanted.expectation(record))
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
     views = render_calibration_views(index, identity.policy, num_samples, skip_bad=config.on_bad_image == "skip")
-    calibration = calibrate(
-        run,
-        wanted.codec,
-        views.pixels_NHWC,
-        layers=wanted.layers,
-        heads=wanted.heads,
-        batch_size=config.batch_size,
-        state=_fitted_state(existing, given),
-        with_values=config.with_values,
-    )
+    with StageProgress("calibrate") as progress:
+        calibration = calibrate(
+            run,
+            wanted.codec,
+            views.pixels_NHWC,
+            layers=wanted.layers,
+            heads=wanted.heads,
+            batch_size=config.batch_size,
+            state=_fitted_state(existing, given),
+            with_values=config.with_values,
+            progress=progress.show,
+        )
     new_layout, view_nbytes = plan_layout(
         calibration,
         views,
