@@ -71,7 +71,7 @@ class Expectation:
         return (
             f"Warning: decoded maps have a row KL of {row_kl_nats:.2g} nats on average, over {TIMES_THE_TARGET} times "
             f"the {self.row_kl_nats:.2g} {expected}: these images differ from the calibration images. Build again with "
-            "more --calibration-samples, or keep the cache if that KL is good enough."
+            "more --calibration-samples and without --codec-from, or keep the cache if that KL is good enough."
         )
 
 

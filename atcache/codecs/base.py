@@ -24,12 +24,8 @@ from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]
 """Fitted arrays by name; empty for codecs that need none."""
-Progress = Callable[[str, float], None]
-"""Told what is being done, in a few words, and the share that is done, from 0 to 1."""
-
-
-def no_progress(stage: str, share: float) -> None:
-    """Tells nobody."""
+FitProgress = Callable[[str, float], None]
+"""Takes a stage of fitting, in a few words, and the share of it that is done, from 0 to 1."""
 
 
 class InputRecipe(NamedTuple):
@@ -62,7 +58,7 @@ class Codec(ABC):
         held_back: Sequence[LayerAttention] | None = None,
         nbytes_per_view: Callable[[Tensor], float] | None = None,
         recipe: InputRecipe | None = None,
-        progress: Progress = no_progress,
+        progress: FitProgress | None = None,
     ) -> State:
         """State fitted to calibration factors.
 
@@ -74,7 +70,10 @@ class Codec(ABC):
                 first batch.
             nbytes_per_view: the bytes that one view of given codes_BLTC takes when stored; needed for targets in bytes.
             recipe: how q and k follow from the inputs that the factors carry; None if they carry none.
-            progress: called now and then.
+            progress: called by codecs whose fit takes long, often, with what they do and the share of it that is
+                done: `progress("basis", 0.25)`. A share that falls, or another stage, begins anew. While `batches`
+                are iterated the codec need not call it: whoever made them knows how many there are, and reports
+                stage "teacher". None reports nothing.
 
         Returns:
             Arrays that `coder` needs beside the configuration; this base class returns none.

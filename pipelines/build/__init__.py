@@ -4,6 +4,7 @@
 - `run`: the whole build, from start to end
 - `plan`: what a build will write and cost, and whether it may continue an existing cache
 - `codec`: which codec a build uses, with its target
+- `given_codec`: the codec of another cache, with its fitted state
 - `calibrate`: fit the codec on some views and measure it
 - `sizes`: how many bytes codes take on disk
 - `tasks`: the long run: render, run the teacher, encode, compress, write

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
-from atcache.codecs.base import Codec, Coder, InputRecipe, State
+from atcache.codecs.base import Codec, Coder, FitProgress, InputRecipe, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
 from atcache.students.teacher_side import CachedFactors
@@ -91,6 +92,8 @@ _HELD_BACK_NBYTES = 2**30
 """The most attention of held-back views, which is in memory all at once. If views have many tokens, few fit."""
 _INJECTED_VIEWS = 8
 _LAYER_VIEWS = 2  # few, because each layer costs a forward of the teacher
+_MEASURED_VIEWS = 64
+"""Views beside the held-back ones that show how codes compress, and how fast the teacher and the codec are."""
 _CODES_NBYTES = 2**28
 """The most codes that are kept to measure how they compress."""
 
@@ -142,6 +145,7 @@ def calibrate(
     batch_size: int,
     state: State | None = None,
     with_values: bool = False,
+    progress: FitProgress | None = None,
 ) -> Calibration:
     """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
 
@@ -155,12 +159,16 @@ def calibrate(
         batch_size: views in a forward.
         state: the codec's fitted arrays from an earlier call; None fits it now.
         with_values: whether v is stored too.
+        progress: called often with a stage and the share of it that is done: "teacher" while the teacher runs,
+            "measuring" at the end, and between them the stages of the codec's own `fit`.
 
     Raises:
         UnsupportedAttentionError: the teacher's attention cannot be captured.
         CodecError: the codec cannot hold it.
     """
     model = run.teacher.model
+    report = _no_report if progress is None else progress
+    report("teacher", 0.0)
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
         check = check_capture(model, images, layers, heads, with_values=with_values, with_inputs=codec.codes_inputs)
@@ -175,17 +183,19 @@ def calibrate(
     if state is None:
         state = codec.fit(
             check.geometry,
-            _Batches(run, capture, fitted_NHWC, batch_size),
+            _Batches(run, capture, fitted_NHWC, batch_size, partial(report, "teacher")),
             held_back=held_back,
             nbytes_per_view=codes_nbytes,
             recipe=recipe,
+            progress=report,
         )
+    report("measuring", 0.0)
     coder = codec.coder(check.geometry, state, bias_LHQK=check.bias_LHQK, device=str(run.device))
     codes_BLTC = coder.encode(held_back)
     layer_kl = layer_row_kl(coder, held_back, codes_BLTC)
     few = slice(0, _INJECTED_VIEWS)
     decoded = CachedFactors(coder, codes_BLTC[few])
-    more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC)
+    more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC, report)
     return Calibration(
         geometry=check.geometry,
         state=state,
@@ -200,6 +210,10 @@ def calibrate(
         layer_v_error=layer_v_error(coder, held_back, codes_BLTC),
         teacher_views_per_s=views_per_s,
     )
+
+
+def _no_report(_stage: str, _share: float) -> None:
+    """Nobody asked."""
 
 
 def attention_nbytes(geometry: FactorGeometry) -> int:
@@ -228,14 +242,27 @@ def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
 
 
 class _Batches:
-    """The teacher's attention on some views, batch by batch; computed again each time it is iterated."""
+    """The teacher's attention on some views, batch by batch; computed again each time it is iterated.
 
-    def __init__(self, run: TeacherRun, capture: FactorCapture, pixels_NHWC: Tensor, batch_size: int) -> None:
-        self._run, self._capture = run, capture
+    `report` is called with the share of the views that is done.
+    """
+
+    def __init__(
+        self,
+        run: TeacherRun,
+        capture: FactorCapture,
+        pixels_NHWC: Tensor,
+        batch_size: int,
+        report: Callable[[float], None],
+    ) -> None:
+        self._run, self._capture, self._report = run, capture, report
         self._parts: tuple[Tensor, ...] = torch.split(pixels_NHWC, batch_size)
 
     def __iter__(self) -> Iterator[list[LayerAttention]]:
-        return (self._run.factors(self._capture, part) for part in self._parts)
+        for number, part in enumerate(self._parts):
+            self._report(number / len(self._parts))
+            yield self._run.factors(self._capture, part)
+        self._report(1.0)
 
 
 def _time_encoding(
@@ -245,12 +272,15 @@ def _time_encoding(
     pixels_NHWC: Tensor,
     batch_size: int,
     first_BLTC: Tensor,
+    report: FitProgress,
 ) -> tuple[list[Tensor], float]:
     """Codes of as many more views as may be kept beside `first_BLTC`, and the views encoded per second."""
     view_nbytes = first_BLTC[:1].numel() * first_BLTC.element_size()
-    num_views = min(len(pixels_NHWC), max(1, _CODES_NBYTES // max(1, view_nbytes) - len(first_BLTC)))
+    most = min(_MEASURED_VIEWS, max(1, _CODES_NBYTES // max(1, view_nbytes) - len(first_BLTC)))
+    num_views = min(len(pixels_NHWC), most)
+    batches = _Batches(run, capture, pixels_NHWC[:num_views], batch_size, partial(report, "measuring"))
     start_s = time.monotonic()
-    codes = [coder.encode(layers).cpu() for layers in _Batches(run, capture, pixels_NHWC[:num_views], batch_size)]
+    codes = [coder.encode(layers).cpu() for layers in batches]
     return codes, num_views / max(1e-9, time.monotonic() - start_s)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from atcache.choices import Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
+from atcache.files.location import Location
 
 from ..options import (
     calibration_samples_option,
@@ -109,6 +110,11 @@ class BuildConfig:
     budget: str | None = option(
         "Size target, instead of a KL: bytes that all codes take, such as 2TB.", default=None, metavar="BYTES"
     )
+    codec_from: Location | None = option(
+        "Cache, or its URL, of the same teacher and selection: the new cache gets its codec as it was fitted there.",
+        default=None,
+        metavar="CACHE",
+    )
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
     store: Literal["v"] | None = store_option()
@@ -135,6 +141,20 @@ class BuildConfig:
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
         self.target  # noqa: B018 - making it checks the three targets
+        self._check_codec_from()
+
+    def _check_codec_from(self) -> None:
+        if self.codec_from is None:
+            return
+        names = ("codec", "target_kl", "target_mb_per_view", "budget")
+        given = [f"{name}={value}" for name in names if (value := getattr(self, name)) is not None]
+        if given:
+            raise ConfigError(
+                f"codec_from={self.codec_from} and {' and '.join(given)}: the codec of another cache is taken as it "
+                "is. Leave out one of them."
+            )
+        if self.codec_from == self.out:
+            raise ConfigError(f"codec_from={self.codec_from} is the cache to build. Name another one, or none.")
 
     @property
     def with_values(self) -> bool:

@@ -20,7 +20,7 @@ import torch
 from atcache.cache.coders import stored_coder
 from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord
-from atcache.codecs.base import Codec
+from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
 from atcache.files.durable import only_writer, sweep_partials
 from atcache.images.source import SampleIndex, Source, index_source, relocate
@@ -32,10 +32,12 @@ from atcache.views.mixing import mix_policy
 
 from ..fidelity import Expectation
 from ..running.ranks import Ranks
+from ..running.stages import StageProgress
 from .board import Board
 from .calibrate import calibrate, render_calibration_views
 from .codec import choose_codec
 from .config import BuildConfig
+from .given_codec import GivenCodec
 from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, plan_build, plan_layout
 from .shared_folder import check_mark, marked, wait_for_commits
 from .summary import BuildSummary
@@ -72,9 +74,12 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     start_s = time.monotonic()
     # First, so that a cache that cannot be continued is refused before the teacher is loaded.
     existing = _open_existing(config.out)
+    given = _read_given_codec(config, existing)
     index = index_source(config.data, on_bad=config.on_bad_image)
-    wanted = _Wanted.of(config, index)
+    wanted = _Wanted.of(config, index, None if given is None else given.codec)
     run, identity = wanted.run, wanted.identity
+    if given is not None:
+        given.check_teacher(identity)
     if existing is not None:
         check_same_cache(existing, identity, config.samples_per_shard)
         record = CacheRecord.of(existing)
@@ -84,17 +89,18 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             return summary.judged(wanted.expectation(record))
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
     views = render_calibration_views(index, identity.policy, num_samples, skip_bad=config.on_bad_image == "skip")
-    calibration = calibrate(
-        run,
-        wanted.codec,
-        views.pixels_NHWC,
-        layers=wanted.layers,
-        heads=wanted.heads,
-        batch_size=config.batch_size,
-        # An existing cache keeps its fitted state, so that all of it is encoded alike.
-        state=None if existing is None else {name: torch.from_numpy(array) for name, array in existing.state.items()},
-        with_values=config.with_values,
-    )
+    with StageProgress("calibrate") as progress:
+        calibration = calibrate(
+            run,
+            wanted.codec,
+            views.pixels_NHWC,
+            layers=wanted.layers,
+            heads=wanted.heads,
+            batch_size=config.batch_size,
+            state=_fitted_state(existing, given),
+            with_values=config.with_values,
+            progress=progress.show,
+        )
     new_layout, view_nbytes = plan_layout(
         calibration,
         views,
@@ -148,7 +154,8 @@ def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
     check_mark(config.out, job["mark"], board.look)
     cache = CacheReader(config.out)
     index = relocate(cache.samples, config.data)
-    wanted = _Wanted.of(config, index)
+    codec = None if config.codec_from is None else CacheRecord.of(cache).make_codec(cache.path)
+    wanted = _Wanted.of(config, index, codec)
     check_same_cache(cache, wanted.identity, config.samples_per_shard)
     _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(cache.layout, job["to_do"]), board)
 
@@ -169,18 +176,19 @@ class _Wanted:
     identity: CacheIdentity
 
     @classmethod
-    def of(cls, config: BuildConfig, index: SampleIndex) -> _Wanted:
-        """Load the teacher, and choose everything that does not depend on calibration."""
+    def of(cls, config: BuildConfig, index: SampleIndex, codec: Codec | None) -> _Wanted:
+        """Load the teacher, and choose everything that does not depend on calibration; also the codec if it is None."""
         run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
-        codec = choose_codec(
-            config.codec,
-            config.target,
-            run.teacher.model,
-            index.num_samples * config.views,
-            with_values=config.with_values,
-        )
+        if codec is None:
+            codec = choose_codec(
+                config.codec,
+                config.target,
+                run.teacher.model,
+                index.num_samples * config.views,
+                with_values=config.with_values,
+            )
         layers, heads = run.select(config.layers, config.heads)
         identity = CacheIdentity(
             teacher=str(run.teacher.name),
@@ -229,3 +237,24 @@ def _open_existing(out: Path) -> CacheReader | None:
     cache = CacheReader(out)
     CacheRecord.of(cache).make_codec(cache.path)
     return cache
+
+
+def _read_given_codec(config: BuildConfig, existing: CacheReader | None) -> GivenCodec | None:
+    """The codec of another cache, if one is to be taken, checked as far as that goes without the teacher."""
+    if config.codec_from is None:
+        return None
+    given = GivenCodec.read(config.codec_from)
+    given.check_options(config)
+    if existing is not None:
+        given.check_continues(existing)
+    return given
+
+
+def _fitted_state(existing: CacheReader | None, given: GivenCodec | None) -> State | None:
+    """The codec's fitted arrays; None if they are to be fitted now.
+
+    An existing cache keeps its own, so that all of it is encoded alike.
+    """
+    if existing is not None:
+        return {name: torch.from_numpy(array) for name, array in existing.state.items()}
+    return None if given is None else given.state

@@ -29,6 +29,7 @@ from atcache.views.mixing import mix_policy
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
 from ..build.plan import existing_folder, plan_layout
+from ..running.stages import StageProgress
 from .config import PlanConfig
 from .steps import StudentSteps, seconds_a_call
 from .verdict import UNLIMITED, CodecCost, Machine
@@ -175,15 +176,17 @@ def _measure_codec(
 ) -> CodecCost:
     """Calibrate one codec as a build does, and time it. Numbers that are `known` replace the measured ones."""
     run, geometry = bench.run, bench.capture.geometry
-    calibration = calibrate(
-        run,
-        parse_codec(text),
-        bench.views.pixels_NHWC,
-        layers=geometry.layers,
-        heads=geometry.heads,
-        batch_size=config.batch_size,
-        with_values=config.store == "v",
-    )
+    with StageProgress("calibrate") as progress:
+        calibration = calibrate(
+            run,
+            parse_codec(text),
+            bench.views.pixels_NHWC,
+            layers=geometry.layers,
+            heads=geometry.heads,
+            batch_size=config.batch_size,
+            with_values=config.store == "v",
+            progress=progress.show,
+        )
     layout, nbytes_per_view = plan_layout(
         calibration, bench.views, num_samples, config.views, None, stores_pixels=config.pixels == "store"
     )

@@ -6,5 +6,6 @@
 - `interrupts`: stop between two steps at Ctrl-C or SIGTERM
 - `metrics`: the numbers of a run, in a file and for TensorBoard
 - `progress`: show how far a run is
+- `stages`: show how far work is that has stages
 - `ranks`: several processes that work together, as `torchrun` starts them
 """

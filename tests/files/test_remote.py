@@ -433,6 +433,14 @@ def test_a_url_that_is_not_read_is_refused(url, message):
     assert "secret" not in str(caught.value)
 
 
+def test_a_build_takes_its_codec_from_a_server(server, tiny_cache, digits_build):
+    other = tiny_cache(codec=None, target_kl=0.02)
+    build(replace(digits_build, codec_from=parse_location(serve(server, other))))
+    ours, theirs = CacheReader(digits_build.out).state, CacheReader(other).state
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
 def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     url = serve(server, tiny_cache(codec="int8"))
     run = CliRunner().invoke(cli, ["info", url, "--json"])

@@ -126,6 +126,7 @@ TYPED = [
         layers="0-2",
         dry_run=True,
     ),
+    BuildConfig(teacher="a", data="b", out=Path("c.zarr"), codec_from=parse_location("s3://bucket/c.zarr")),
     TrainConfig(mode="copy", cache=Path("c.zarr"), out=Path("r"), steps=5, live_teacher=True, ema=0.99),
     TrainConfig(
         mode="distill",

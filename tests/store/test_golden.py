@@ -35,7 +35,17 @@ def expected(path: Path, what: str) -> np.ndarray:
 
 
 def test_each_format_has_caches_of_every_kind():
-    kinds = ["exact", "exact-part", "int8-bias", "int8-pixels", "logmap", "mixed", "transform", "values"]
+    kinds = [
+        "exact",
+        "exact-part",
+        "int8-bias",
+        "int8-pixels",
+        "logmap",
+        "mixed",
+        "transform",
+        "transform-rope",
+        "values",
+    ]
     for number in range(1, FORMAT + 1):
         assert sorted(path.stem for path in CACHES if path.parent.name == f"format-{number}") == kinds
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, InputRecipe, Progress, State, no_progress
+from atcache.codecs.base import Codec, FitProgress, InputRecipe, State
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.codecs.transform.fit import fit_transform
 from atcache.errors import CodecError
@@ -63,7 +63,7 @@ class TransformCodec(Codec):
         held_back: Sequence[LayerAttention] | None = None,
         nbytes_per_view: Callable[[Tensor], float] | None = None,
         recipe: InputRecipe | None = None,
-        progress: Progress = no_progress,
+        progress: FitProgress | None = None,
     ) -> State:
         """See `Codec.fit`. At most 8 GiB of inputs are kept in memory; of larger models fewer views are used.
 

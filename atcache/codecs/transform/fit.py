@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import InputRecipe, Progress, State, only_factors
+from atcache.codecs.base import FitProgress, InputRecipe, State, only_factors
 from atcache.codecs.fidelity import mean_row_kl
 from atcache.codecs.search import find_step
 from atcache.codecs.transform.coder import (
@@ -123,7 +123,7 @@ def fit_transform(
     held_back: Sequence[LayerAttention] | None,
     nbytes_per_view: Callable[[Tensor], float] | None,
     recipe: InputRecipe | None,
-    progress: Progress,
+    progress: FitProgress | None,
 ) -> State:
     """What `TransformCodec.fit` returns; see there and `Codec.fit`."""
     if codec.target_nbytes is not None and nbytes_per_view is None:
@@ -140,7 +140,7 @@ class _Fit:
         held_back: Sequence[LayerAttention] | None,
         nbytes_per_view: Callable[[Tensor], float] | None,
         recipe: InputRecipe | None,
-        progress: Progress,
+        progress: FitProgress | None,
     ) -> None:
         self._codec, self._geometry, self._nbytes_per_view = codec, geometry, nbytes_per_view
         self._progress = progress
@@ -160,6 +160,10 @@ class _Fit:
             self._layers = self._measure(batches)
         self._largest = 0.0
         """Steps in the largest component of the last fit."""
+
+    def _report(self, stage: str, share: float) -> None:
+        if self._progress is not None:
+            self._progress(stage, share)
 
     # -- (1) what is known before a step is chosen
 
@@ -215,14 +219,13 @@ class _Fit:
 
     # -- (2) the fit at a step
 
-    def _fit_layers(self, step: float, num_views: int, stage: tuple[str, float, float]) -> list[_FittedLayer]:
+    def _fit_layers(self, step: float, num_views: int, stage: str) -> list[_FittedLayer]:
         """The arrays of all layers for steps of this width, fitted to the first `num_views` views."""
         fitted: list[_FittedLayer] = []
         below_TBC: Tensor | None = None
-        text, start, share = stage
         self._largest = 1e-30
         for position, layer in enumerate(self._layers):
-            self._progress(text, start + share * position / len(self._layers))
+            self._report(stage, position / len(self._layers))
             left_TR, right_RC = self._low_rank(layer, step)
             # Every so many views, so that few views are of all sorts.
             x_BTC = layer.x_BTC[:: max(1, len(layer.x_BTC) // num_views)].to(self._device)
@@ -319,9 +322,9 @@ class _Fit:
         num_views = len(self._layers[0].x_BTC)
         precise, value = False, math.nan
         best: tuple[float, dict[str, Tensor]] | None = None
-        for number in range(_MAX_ROUNDS):
-            fitted = self._fit_layers(step, num_views, ("fitting all views", 0.3 + 0.4 * min(number, 1), 0.3))
-            self._progress("searching the step", 0.7)
+        for _ in range(_MAX_ROUNDS):
+            fitted = self._fit_layers(step, num_views, "fit")
+            self._report("search", 0.0)
             if by_kl:
                 self._even_out(fitted, precise=precise)
             measured = functools.partial(self._measure_scaled, fitted, by_kl=by_kl, precise=precise)
@@ -353,11 +356,8 @@ class _Fit:
         few = [
             layer.select(slice(0, None, max(1, len(layer.q_BHTD) // _COARSE_HELD_BACK))) for layer in self._held_back
         ]
-        for number in range(_COARSE_ROUNDS):
-            share = number / _COARSE_ROUNDS
-            fitted = self._fit_layers(
-                step, _COARSE_VIEWS, ("fitting few views", 0.1 + 0.2 * share, 0.2 / _COARSE_ROUNDS)
-            )
+        for _ in range(_COARSE_ROUNDS):
+            fitted = self._fit_layers(step, _COARSE_VIEWS, "rough fit")
             value = self._measure_scaled(fitted, 1.0, by_kl=by_kl, held_back=few)
             ratio = target / max(value, 1e-300)
             if 0.8 < ratio < 1.25:

@@ -86,6 +86,15 @@ def test_torchrun_builds_what_one_process_builds_and_its_leader_speaks_for_all(c
     assert warnings[1] == one.warning
 
 
+def test_all_processes_take_the_codec_of_another_cache(config, tiny_cache, tmp_path):
+    config = replace(config, codec_from=tiny_cache(codec=None, target_kl=0.02))
+    build(replace(config, out=tmp_path / "one.zarr"))
+    process = start(["-m", "atcache.cli.main", *options_of(config)])
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert files(config.out) == files(tmp_path / "one.zarr")
+
+
 def _build_and_count_bytes(config: BuildConfig, folder: Path) -> None:
     summary = build(config)
     rank = Ranks.from_environment().rank
