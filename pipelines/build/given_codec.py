@@ -71,8 +71,9 @@ class GivenCodec:
         }
         if here["teacher.name"] == there["teacher.name"]:  # another teacher has other layers and heads to choose from
             there |= {"layers": list(geometry.layers), "heads": list(geometry.heads)}
-            here["layers"] = list(parse_indices(config.layers or "all", self._record.depth, what="layer"))
-            here["heads"] = list(parse_indices(config.heads or "all", geometry.num_model_heads, what="head"))
+            layers, heads = ("all" if typed is None else typed for typed in (config.layers, config.heads))
+            here["layers"] = list(parse_indices(layers, self._record.depth, what="layer"))
+            here["heads"] = list(parse_indices(heads, geometry.num_model_heads, what="head"))
         self._refuse(name_differences(there, here))
 
     def check_teacher(self, identity: CacheIdentity) -> None:
