@@ -24,6 +24,7 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
     \b
         atcache build --teacher mae-vit-l --data 'train-{000000..001281}.tar' --out in1k.zarr
     """
+    from ..pipelines.build.decode_cost import DecodeCost
     from ..pipelines.build.plan import BuildPlan
     from ..pipelines.build.run import build as run_build
     from ..pipelines.running.ranks import Ranks
@@ -39,6 +40,7 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
             f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"
             f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps"
             f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}\n"
+            f"{DecodeCost(operations=plan.decode_operations, seconds=plan.decode_seconds)}\n"
             f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
             f"{plan.num_tasks - plan.num_done_tasks} of {plan.num_tasks} tasks to do",
             err=True,

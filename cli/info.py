@@ -82,6 +82,8 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
     calibration = _part(about, "calibration")
     if "row_kl_nats" in calibration and "injected_error" in calibration:
         lines.append(("held back", _held_back(calibration, codec)))
+    if decode_operations := calibration.get("decode_operations"):
+        lines.append(("decoding", f"q and k of a view take {decode_operations:.0%} of the teacher's operations"))
     row_kl = about["quality"].get("row_kl_nats")
     if row_kl:
         lines.append(("row KL", f"{row_kl['mean']:.2g} nats on average, {row_kl['max']:.2g} at most"))

@@ -40,6 +40,8 @@ def _print(plan: Plan) -> None:
     """The plan for a person, on stderr."""
     from rich.console import Console
 
+    from ..pipelines.build.decode_cost import DecodeCost
+
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         console.width = 120  # a log file has no width of its own
@@ -47,6 +49,10 @@ def _print(plan: Plan) -> None:
     for line in _facts(plan):
         console.print(line, markup=False, soft_wrap=True)
     console.print(_cache_table(plan))
+    for one in plan.assessments:
+        if one.cost.decode_seconds is not None:
+            cost = DecodeCost(operations=one.cost.decode_operations, seconds=one.cost.decode_seconds)
+            console.print(f"{one.cost.codec}: {cost}", markup=False, soft_wrap=True)
     console.print(_training_table(plan))
     for note in plan.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)

@@ -57,6 +57,8 @@ class CalibrationRecord(JsonFields):
     """Number of these views; None in the first caches, which do not record it."""
     layers: Annotated[tuple[LayerCard, ...] | None, Omitted] = None
     """Each kept layer alone; None in the first caches."""
+    decode_operations: Annotated[_Error | None, Omitted] = None
+    """Multiply-adds that decoding a view takes, as a share of the teacher's forward pass; None if next to none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,7 @@ class TeacherRun:
         num_heads = getattr(self.teacher.model, "num_heads", 2**16)
         return (
             parse_indices("all" if layers is None else layers, self.teacher.depth, what="layer"),
-            None if heads is None else parse_indices(heads, num_heads, what="head"),
+            None if heads in (None, "all") else parse_indices(heads, num_heads, what="head"),
         )
 
     def images(self, pixels_BHWC: Tensor) -> Tensor:

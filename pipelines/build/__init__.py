@@ -6,6 +6,7 @@
 - `codec`: which codec a build uses, with its target
 - `given_codec`: the codec of another cache, with its fitted state
 - `calibrate`: fit the codec on some views and measure it
+- `decode_cost`: what decoding costs beside the teacher
 - `sizes`: how many bytes codes take on disk
 - `tasks`: the long run: render, run the teacher, encode, compress, write
 - `board`: messages between the processes of one build

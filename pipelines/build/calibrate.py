@@ -27,6 +27,7 @@ from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED, Renderer
 
 from ..fidelity import injected_error, layer_row_kl, layer_v_error
+from .decode_cost import DecodeCost, measure_decode_cost
 from .sizes import codes_nbytes, layer_nbytes
 
 
@@ -123,6 +124,8 @@ class Calibration:
     """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of capture and encoding, without loading images."""
+    decode_cost: DecodeCost
+    """What decoding costs beside the teacher."""
 
     @property
     def v_error(self) -> float | None:
@@ -209,6 +212,7 @@ def calibrate(
         injected_error=injected_error(run, held_back_NHWC[few], coder.geometry, decoded),
         layer_v_error=layer_v_error(coder, held_back, codes_BLTC),
         teacher_views_per_s=views_per_s,
+        decode_cost=measure_decode_cost(run, coder, held_back_NHWC, codes_BLTC),
     )
 
 

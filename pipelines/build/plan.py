@@ -64,6 +64,10 @@ class BuildPlan(JsonFields):
     """Relative error of decoded v on the calibration views; None if v is not stored."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
+    decode_operations: float | None
+    """Multiply-adds that decoding a view takes, as a share of the teacher's forward pass; None if next to none."""
+    decode_seconds: float
+    """Time that decoding a view takes, as a share of the teacher's forward pass on this device."""
 
 
 def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
@@ -82,6 +86,7 @@ def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibr
             row_kl_nats=calibration.row_kl_nats,
             injected_error=calibration.injected_error,
             v_error=calibration.v_error,
+            decode_operations=calibration.decode_cost.operations,
             layers=tuple(layer_cards(run, calibration)),
         ),
         created_by=CreatedBy(
@@ -191,6 +196,8 @@ def plan_build(
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,
         teacher_views_per_s=calibration.teacher_views_per_s,
+        decode_operations=calibration.decode_cost.operations,
+        decode_seconds=calibration.decode_cost.seconds,
     )
 
 

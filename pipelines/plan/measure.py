@@ -222,6 +222,8 @@ def _measure_codec(
         encode_img_per_s=known.encode_img_per_s or encode_img_per_s,
         compress_img_per_s=compress_img_per_s,
         unpack_img_per_s=unpack_img_per_s,
+        decode_operations=calibration.decode_cost.operations,
+        decode_seconds=calibration.decode_cost.seconds,
         state_nbytes=calibration.state_nbytes,
         map_nbytes_per_view=geometry.map_nbytes,
         row_kl_nats=calibration.row_kl_nats,

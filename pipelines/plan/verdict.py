@@ -76,6 +76,10 @@ class CodecCost:
     """By all threads together."""
     unpack_img_per_s: float | None = None
     """Decompressed by all workers together, stored pixels included."""
+    decode_operations: float | None = None
+    """Multiply-adds that decoding a view takes, as a share of the teacher's forward pass; None if next to none."""
+    decode_seconds: float | None = None
+    """Time that decoding a view takes, as a share of the teacher's forward pass."""
     state_nbytes: int = 0
     """Bytes of the codec's fitted arrays, stored once for all views."""
     map_nbytes_per_view: int | None = None

@@ -3,7 +3,8 @@
 - `codec`: the codec: its settings and its targets
 - `coder`: encode and decode a view, layer by layer
 - `packing`: the integers of a view as bytes that compress well
-- `fit`: each layer's prediction and basis, and the step that meets the target
+- `fit`: measure all layers, fit them, and find the step that meets the target
+- `fit_layer`: the prediction and the basis of one layer
 - `metric`: what an error in a layer's input costs, in KL
 - `grid_dct`: the 2-D cosine transform over the grid of patches, and its bands of frequency
 """

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from atcache.codecs.transform.coder import (
     TransformCoder,
     layer_input,
     projection_state,
-    quantise,
-    reconstruct,
 )
+from atcache.codecs.transform.fit_layer import FittedLayer, MeasuredLayer, eigh, fit_layer, low_rank_mean, to_int8
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import before_projection, input_metric, kl_metric
 from atcache.codecs.transform.packing import choose_buckets
@@ -40,8 +39,6 @@ MAX_INPUT_NBYTES = 8 * 2**30
 ones fewer views are used."""
 _METRIC_VIEWS = 48
 """Views whose maps are formed to measure what errors cost."""
-_SHRINK_VIEWS = 16
-"""Views that say how much smaller decoded values are than their integers."""
 _COARSE_VIEWS, _COARSE_HELD_BACK = 32, 8
 """Views of the rough search for a step."""
 _LEAST_VIEWS = 16
@@ -49,18 +46,6 @@ _LEAST_VIEWS = 16
 _METRIC_FLOOR = 1e-7
 """Smallest weight of a direction, relative to the layer's largest. Directions whose errors change no row need one too,
 or the basis would not exist."""
-_MEAN_ERROR = 0.1
-"""Error that the means' low rank may add, as a share of the rounding's. It is not lost but coded."""
-_RIDGE = 1e-3
-_ROWS_PER_COLUMN = 4
-"""A layer is predicted if there are so many coefficients for each of the prediction's unknowns in a column. With fewer
-it would learn these views by heart."""
-_PREFIX_WEIGHT = 0.3
-"""Weight of prefix tokens in the prediction and the basis, beside patches: they are few, and unlike them."""
-_KEPT_VARIANCE = 0.06
-"""A component of a band is stored if its variance is more than this share of a squared step."""
-_WORTH_VARIANCE = 0.04
-"""A component is in the basis if its variance over all coefficients is more than this share of a squared step."""
 _MOST_UNEVEN = 1.35
 """A layer whose KL is more than this many times the mean gets finer steps."""
 _MAX_ROUNDS = 6
@@ -73,34 +58,6 @@ _FINE_TARGET = 5e-4
 """Nats, below which a KL is computed in float64."""
 _MOST_STEPS, _NO_STEPS = 2.0**20, 0.5
 """Steps in the largest component: more are lost in float32, and with fewer nothing is coded."""
-
-
-class _Layer(NamedTuple):
-    """What is known of a layer before any step is: its calibration views, and the metric of its errors."""
-
-    x_BTC: Tensor
-    mean_TC: Tensor
-    metric_VDD: Tensor
-    """Of errors in the linear product, for the state."""
-    metric_CC: Tensor
-    """Of errors in the input, float64."""
-    root_CC: Tensor
-    inverse_root_CC: Tensor
-
-
-@dataclasses.dataclass(kw_only=True, slots=True, eq=False)
-class _FittedLayer:
-    """A layer's arrays of the state, and what chooses its buckets."""
-
-    prediction_CC: Tensor
-    basis_JC: Tensor
-    shrink_3: Tensor
-    mean_left_TR: Tensor
-    mean_right_RC: Tensor
-    mean_size_BJ: Tensor
-    is_stored_BJ: Tensor
-    finer: float = 1.0
-    """How much finer its steps are than the fit's."""
 
 
 class TransformSettings(Protocol):
@@ -160,6 +117,8 @@ class _Fit:
             self._layers = self._measure(batches)
         self._largest = 0.0
         """Steps in the largest component of the last fit."""
+        self._means: list[tuple[Tensor, Tensor]] = []
+        """The factors of each layer's positions' means, of the rank that matters at the last fit's step."""
 
     def _report(self, stage: str, share: float) -> None:
         if self._progress is not None:
@@ -167,7 +126,7 @@ class _Fit:
 
     # -- (1) what is known before a step is chosen
 
-    def _measure(self, batches: Iterable[Sequence[LayerAttention]]) -> list[_Layer]:
+    def _measure(self, batches: Iterable[Sequence[LayerAttention]]) -> list[MeasuredLayer]:
         inputs: list[list[Tensor]] = [[] for _ in self._geometry.layers]
         metrics: list[Tensor] = []
         num_views = nbytes = num_metric_views = 0
@@ -199,16 +158,16 @@ class _Fit:
             if not all(bool(torch.isfinite(factor).all()) for factor in (layer.q_BHTD, layer.k_BHTD)):
                 raise CodecError(f"layer {block}: a factor is not finite. Check the teacher's weights and precision.")
 
-    def _layer(self, position: int, x_BTC: Tensor, metric_VDD: Tensor) -> _Layer:
+    def _layer(self, position: int, x_BTC: Tensor, metric_VDD: Tensor) -> MeasuredLayer:
         projection = None if self._recipe is None else self._recipe.projections[position].to(self._device)
         some_RC = x_BTC[:: max(1, len(x_BTC) // 8)].flatten(0, 1).to(self._device)
         metric_VDD = before_projection(metric_VDD, projection, some_RC)
         metric_CC = input_metric(metric_VDD, None if projection is None else projection.weight_NC)
-        weight_C, vectors_CC = _eigh(metric_CC)
+        weight_C, vectors_CC = eigh(metric_CC)
         largest = float(weight_C.max())
         root_C = weight_C.clamp(min=_METRIC_FLOOR * largest if largest > 0 else 1.0).sqrt()
         mean_TC = x_BTC.mean(dim=0).to(self._device)
-        return _Layer(
+        return MeasuredLayer(
             x_BTC=x_BTC,
             mean_TC=mean_TC if len(x_BTC) >= _LEAST_VIEWS else torch.zeros_like(mean_TC),
             metric_VDD=metric_VDD,
@@ -219,98 +178,30 @@ class _Fit:
 
     # -- (2) the fit at a step
 
-    def _fit_layers(self, step: float, num_views: int, stage: str) -> list[_FittedLayer]:
+    def _fit_layers(self, step: float, num_views: int, stage: str) -> list[FittedLayer]:
         """The arrays of all layers for steps of this width, fitted to the first `num_views` views."""
-        fitted: list[_FittedLayer] = []
+        fitted: list[FittedLayer] = []
         below_TBC: Tensor | None = None
-        self._largest = 1e-30
+        means: list[tuple[Tensor, Tensor]] = []
         for position, layer in enumerate(self._layers):
             self._report(stage, position / len(self._layers))
-            left_TR, right_RC = self._low_rank(layer, step)
+            left_TR, right_RC = low_rank_mean(layer, step)
             # Every so many views, so that few views are of all sorts.
             x_BTC = layer.x_BTC[:: max(1, len(layer.x_BTC) // num_views)].to(self._device)
             wanted_TBC = self._dct.forward(x_BTC.transpose(0, 1) - (left_TR @ right_RC).unsqueeze(1))
-            one, below_TBC = self._fit_layer(layer, wanted_TBC, below_TBC if self._codec.predict else None, step)
-            fitted.append(dataclasses.replace(one, mean_left_TR=left_TR, mean_right_RC=right_RC))
+            one, below_TBC = fit_layer(
+                layer,
+                wanted_TBC,
+                below_TBC if self._codec.predict else None,
+                step,
+                self._dct.bands,
+                has_prefix=self._geometry.tokens.num_prefix_tokens > 0,
+            )
+            fitted.append(one)
+            means.append((left_TR, right_RC))
+        self._largest = max(one.largest for one in fitted)
+        self._means = means
         return fitted
-
-    def _fit_layer(
-        self, layer: _Layer, wanted_TBC: Tensor, below_TBC: Tensor | None, step: float
-    ) -> tuple[_FittedLayer, Tensor]:
-        noise = step**2 / 12
-        width = wanted_TBC.shape[2]
-        grams = [_Gram.of(wanted_TBC[band], None if below_TBC is None else below_TBC[band]) for band in self._dct.bands]
-        first_weight = _PREFIX_WEIGHT if self._geometry.tokens.num_prefix_tokens else 1.0
-        kind_weights = [first_weight, *(1.0 for _ in grams[1:])]
-        prediction_CC = wanted_TBC.new_zeros(width, width, dtype=torch.float64)
-        num_rows = sum(gram.num_rows for gram in grams)
-        if below_TBC is not None and num_rows >= _ROWS_PER_COLUMN * width:
-            weights = kind_weights
-            for _ in range(2):
-                prediction_CC = _regress(grams, weights)
-                # Bits are the logarithm of what is left, so bands count in proportion to it: low frequencies, which
-                # few coefficients have, would otherwise decide alone.
-                rests = [gram.rest(prediction_CC) for gram in grams]
-                weights = [
-                    kind / (float((rest * layer.metric_CC).sum()) / width + noise)
-                    for kind, rest in zip(kind_weights, rests, strict=True)
-                ]
-        # As it is stored, or what rounding it adds to the rest would not be coded.
-        prediction_CC = _from_int8(*_to_int8(prediction_CC)).double()
-        root_CC = layer.root_CC
-        covariances = [root_CC @ gram.rest(prediction_CC) @ root_CC for gram in grams]
-        pooled_CC = sum(
-            kind * gram.num_rows * covariance / (float(covariance.diagonal().mean()) + noise)
-            for kind, gram, covariance in zip(kind_weights, grams, covariances, strict=True)
-        )
-        _, vectors_CC = _eigh(cast("Tensor", pooled_CC))
-        vectors_CJ = vectors_CC.flip(1)
-        variance_BJ = torch.stack([(vectors_CJ * (each @ vectors_CJ)).sum(dim=0) for each in covariances]) / step**2
-        is_stored_BJ = variance_BJ > _KEPT_VARIANCE
-        is_stored_BJ[0, 0] = True  # no layer is without a component
-        # A component that few coefficients use is not worth its place in the basis.
-        num_rows_B1 = torch.tensor([[float(gram.num_rows)] for gram in grams], device=variance_BJ.device)
-        mean_variance_J = (variance_BJ * num_rows_B1).sum(dim=0) / num_rows_B1.sum()
-        is_worth_it_J = (mean_variance_J > _WORTH_VARIANCE) & is_stored_BJ.any(dim=0)
-        is_worth_it_J[0] = True
-        chosen = is_worth_it_J.nonzero()[:, 0]
-        # Sorted by use, so that each band uses a first part of them.
-        chosen = chosen[is_stored_BJ[:, chosen].sum(dim=0).argsort(descending=True, stable=True)]
-        is_stored_BJ, vectors_CJ = is_stored_BJ[:, chosen], vectors_CJ[:, chosen]
-        basis_JC = (vectors_CJ.mT @ layer.inverse_root_CC * step).float()
-        analysis_CJ = (layer.root_CC @ vectors_CJ / step).float()
-        predicted_TBC = None if below_TBC is None else below_TBC @ prediction_CC.float()
-        rest_TBC = wanted_TBC if predicted_TBC is None else wanted_TBC - predicted_TBC
-        components_TBJ = rest_TBC @ analysis_CJ
-        self._largest = max(self._largest, float(components_TBJ.abs().max()))
-        mean_size_BJ = torch.stack([components_TBJ[band].abs().mean(dim=(0, 1)) for band in self._dct.bands])
-        for band, is_stored_J in zip(self._dct.bands, is_stored_BJ, strict=True):
-            components_TBJ[band] *= is_stored_J
-        codes_TBJ = quantise(components_TBJ)
-        some = slice(None, None, max(1, components_TBJ.shape[1] // _SHRINK_VIEWS))
-        shrink_3 = _shrink(components_TBJ[:, some], codes_TBJ[:, some])
-        decoded_TBC = reconstruct(codes_TBJ, shrink_3) @ basis_JC
-        fitted = _FittedLayer(
-            prediction_CC=prediction_CC.float(),
-            basis_JC=basis_JC,
-            shrink_3=shrink_3,
-            mean_left_TR=basis_JC,
-            mean_right_RC=basis_JC,
-            mean_size_BJ=mean_size_BJ,
-            is_stored_BJ=is_stored_BJ,
-        )
-        return fitted, decoded_TBC if predicted_TBC is None else decoded_TBC + predicted_TBC
-
-    def _low_rank(self, layer: _Layer, step: float) -> tuple[Tensor, Tensor]:
-        """The positions' means as a product (token, rank) (rank, C), of the rank that matters at this step."""
-        weighted_TC = layer.mean_TC.double() @ layer.root_CC
-        left_TR, size_R, right_RC = cast(
-            "tuple[Tensor, Tensor, Tensor]", torch.linalg.svd(weighted_TC, full_matrices=False)
-        )
-        allowed = _MEAN_ERROR * step**2 / 12 * weighted_TC.numel()
-        left_out = size_R.square().flip(0).cumsum(0).flip(0)
-        rank = max(1, int((left_out > allowed).sum()))  # no Zarr array is empty
-        return (left_TR[:, :rank] * size_R[:rank]).float(), (right_RC[:rank] @ layer.inverse_root_CC).float()
 
     # -- (3) the step that meets the target
 
@@ -369,7 +260,7 @@ class _Fit:
             step *= change
         return step
 
-    def _even_out(self, fitted: list[_FittedLayer], *, precise: bool) -> None:
+    def _even_out(self, fitted: list[FittedLayer], *, precise: bool) -> None:
         """Finer steps for layers whose maps are less well kept than most."""
         for _ in range(2):
             kl_L = self._layer_kl(self._coder(fitted, 1.0, precise=precise), self._held_back)
@@ -381,7 +272,7 @@ class _Fit:
 
     def _measure_scaled(
         self,
-        fitted: Sequence[_FittedLayer],
+        fitted: Sequence[FittedLayer],
         scale: float,
         *,
         by_kl: bool,
@@ -413,13 +304,13 @@ class _Fit:
             kl_L.append(mean_row_kl(layer, rebuilt, self._kl_dtype))
         return kl_L
 
-    def _coder(self, fitted: Sequence[_FittedLayer], scale: float, *, precise: bool) -> TransformCoder:
+    def _coder(self, fitted: Sequence[FittedLayer], scale: float, *, precise: bool) -> TransformCoder:
         state = self._state(fitted, scale, precise=precise)
         return TransformCoder(
             self._geometry, state, None, str(self._device), predict=self._codec.predict, dct=self._codec.dct
         )
 
-    def _state(self, fitted: Sequence[_FittedLayer], scale: float, *, precise: bool) -> dict[str, Tensor]:
+    def _state(self, fitted: Sequence[FittedLayer], scale: float, *, precise: bool) -> dict[str, Tensor]:
         """The arrays that are stored: float16 where that is exact enough."""
         scales = [scale / one.finer for one in fitted]
         buckets = [
@@ -433,8 +324,8 @@ class _Fit:
             "shrink_L3": torch.stack([one.shrink_3 for one in fitted]),
             "bucket_LBJ": _padded([bucket_BJ.mT for bucket_BJ in buckets]).mT.contiguous(),
             "metric_LVE": _lower_triangles(torch.stack(metrics)).float(),
-            "mean_left_LTR": _padded([one.mean_left_TR.mT for one in fitted]).mT.contiguous(),
-            "mean_right_LRC": _padded([one.mean_right_RC for one in fitted]),
+            "mean_left_LTR": _padded([left_TR.mT for left_TR, _ in self._means]).mT.contiguous(),
+            "mean_right_LRC": _padded([right_RC for _, right_RC in self._means]),
         }
         if self._recipe is not None and self._projection_state is not None:
             state |= self._projection_state
@@ -445,67 +336,9 @@ class _Fit:
         return {name: array.cpu() for name, array in state.items()}
 
 
-class _Gram(NamedTuple):
-    """Products of the coefficients of a band, float64: what regression needs to know of them."""
-
-    num_rows: int
-    wanted_CC: Tensor
-    below_CC: Tensor | None
-    cross_CC: Tensor | None
-    """Below times wanted."""
-
-    @classmethod
-    def of(cls, wanted_TBC: Tensor, below_TBC: Tensor | None) -> _Gram:
-        wanted_RC = wanted_TBC.flatten(0, 1)
-        wanted_CC = (wanted_RC.mT @ wanted_RC).double()
-        if below_TBC is None:
-            return cls(len(wanted_RC), wanted_CC, None, None)
-        below_RC = below_TBC.flatten(0, 1)
-        return cls(len(wanted_RC), wanted_CC, (below_RC.mT @ below_RC).double(), (below_RC.mT @ wanted_RC).double())
-
-    def rest(self, prediction_CC: Tensor) -> Tensor:
-        """The covariance of what the prediction leaves, about 0."""
-        if self.below_CC is None or self.cross_CC is None:
-            return self.wanted_CC / self.num_rows
-        half_CC = prediction_CC.mT @ self.cross_CC
-        explained_CC = prediction_CC.mT @ self.below_CC @ prediction_CC
-        return (self.wanted_CC - half_CC - half_CC.mT + explained_CC) / self.num_rows
-
-
-def _regress(grams: Sequence[_Gram], weights: Sequence[float]) -> Tensor:
-    """The matrix that predicts the wanted coefficients best from those below, by weighted least squares."""
-    below_CC = _weighted_sum(weights, [gram.below_CC for gram in grams])
-    cross_CC = _weighted_sum(weights, [gram.cross_CC for gram in grams])
-    size = below_CC.diagonal().mean().clamp(min=1e-250)
-    ridge_CC = _RIDGE * size * torch.eye(len(below_CC), dtype=torch.float64, device=below_CC.device)
-    return cast("Tensor", torch.linalg.solve(below_CC + ridge_CC, cross_CC))
-
-
-def _weighted_sum(weights: Sequence[float], matrices: Sequence[Tensor | None]) -> Tensor:
-    total = sum(weight * matrix for weight, matrix in zip(weights, matrices, strict=True) if matrix is not None)
-    return cast("Tensor", total)
-
-
-def _shrink(components: Tensor, codes: Tensor) -> Tensor:
-    """How much larger components of integers of magnitude 1, 2, and 3 or more are on average: shape (3,)."""
-    size = codes.abs()
-    excess = components.abs() - size
-    return torch.stack([(excess * chosen).sum() / (chosen.sum() + 20) for chosen in (size == 1, size == 2, size >= 3)])
-
-
-def _to_int8(matrix_CC: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as bytes, and the scale of each column. A prediction need not be exact: the rest is coded after it."""
-    scale_C = (matrix_CC.abs().amax(dim=0) / 127).clamp(min=1e-30).float()
-    return (matrix_CC / scale_C).round().to(torch.int8), scale_C
-
-
-def _from_int8(bytes_CC: Tensor, scale_C: Tensor) -> Tensor:
-    return bytes_CC * scale_C
-
-
-def _stacked_int8(fitted: Sequence[_FittedLayer]) -> tuple[Tensor, Tensor]:
+def _stacked_int8(fitted: Sequence[FittedLayer]) -> tuple[Tensor, Tensor]:
     """The predictions of all layers, and their scales."""
-    matrices, scales = zip(*(_to_int8(one.prediction_CC) for one in fitted), strict=True)
+    matrices, scales = zip(*(to_int8(one.prediction_CC) for one in fitted), strict=True)
     return torch.stack(matrices), torch.stack(scales)
 
 
@@ -524,12 +357,6 @@ def _lower_triangles(symmetric: Tensor) -> Tensor:
 def _padded(matrices: Sequence[Tensor]) -> Tensor:
     """Matrices stacked; rows of zeros fill up the shorter ones."""
     return torch.nn.utils.rnn.pad_sequence(list(matrices), batch_first=True).contiguous()
-
-
-def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors in columns."""
-    values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh((symmetric + symmetric.mT) / 2))
-    return values, vectors
 
 
 def _no_views() -> CodecError:
