@@ -1,11 +1,12 @@
 """Bytes against fidelity: atcache's codecs and what a user would otherwise choose, on the maps of one teacher.
 
-    python benchmarks/rate_distortion.py --teacher NAME --weights FILE --data TARS --views 32 --out FOLDER
+    python benchmarks/rate_distortion.py --teacher NAME --weights FILE --data TARS --out FOLDER
 
-Codecs are fitted on calibration views. Everything is measured on other, held-back views of the same data. The script
-prints a table and, for each codec, the fewest bytes that any general-purpose compressor needs for the same KL. It
-writes all numbers to FOLDER/rate_distortion.json, the tables to FOLDER/rate_distortion.md, and a plot of bytes against
-KL to FOLDER/rate_distortion.png.
+Codecs, and the rival that stores factors (`kvtc.py`), are fitted on views of some samples. Everything is measured on
+views of other samples of the same data. The script prints a table; what decoding costs beside the teacher's own
+forward; and, for each codec, the fewest bytes that any general-purpose compressor of maps needs for the same KL, and
+those that the rival needs. It writes all numbers to FOLDER/rate_distortion.json, the tables to
+FOLDER/rate_distortion.md, and a plot of bytes against KL to FOLDER/rate_distortion.png.
 
 Everything runs on one thread. A codec encodes factors to stored bytes and decodes them to factors; a compressor of maps
 encodes maps and decodes to maps. Speeds of both are in megabytes of float16 maps per second.
@@ -15,22 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from equal_kl import equal_kl_table, equal_kls
+from kvtc import FAMILY as KVTC, kvtc_ways
 from map_compressors import FLOOR, map_compressors
 from numcodecs import blosc
 from storage_ways import CodecWay, MapWay, Measured, Scales, Way
 from torch import Tensor
 
-from atcache.attention.capture import check_capture
+from atcache.attention.capture import CaptureCheck, check_capture
 from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.registry import parse_codec
 from atcache.errors import AtcacheError
@@ -49,33 +51,12 @@ CODECS = (
     "logmap:bits=6",
     "logmap:bits=4",
     *(f"transform:target_kl={kl}" for kl in (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)),
-    "transform:basis=layer",
-    "transform:basis=head",
-    "transform:positions=False",
+    "transform:predict=False",
     "transform:dct=False",
-    "transform:basis=head,positions=False,dct=False",
 )
-"""The default of `--codec`. The last five are `transform` without one or all of its parts."""
+"""The default of `--codec`. The last two are `transform` without one of its parts."""
 _CHECKED_VIEWS = 2
 _SMALLEST_PLOTTED_KL = 1e-8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EqualKl:
-    """A codec, and the best general-purpose compressor at the codec's KL."""
-
-    codec: str
-    row_kl_nats: float
-    nbytes_per_view: float
-    rival: str | None
-    """The family that needs the fewest bytes; None if no family reaches so small a KL."""
-    rival_nbytes_per_view: float | None
-    """Interpolated between the family's settings, so that the choice of measured settings does not matter."""
-    rival_setting: str | None
-    """The measured setting with the fewest bytes among those with at most the codec's KL."""
-    rival_setting_nbytes_per_view: float | None
-    times_smaller: float | None
-    """rival_nbytes_per_view / nbytes_per_view."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,40 +68,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = TeacherRun(teacher=teacher, device=torch.device("cpu"), dtype=resolve_precision(options.precision, "cpu"))
     calibration_NHWC, held_back_NHWC = _pixels(teacher, options)
     with autocast(run.device, run.dtype):
-        geometry = check_capture(teacher.model, run.images(calibration_NHWC[:_CHECKED_VIEWS])).geometry
+        check = check_capture(teacher.model, run.images(calibration_NHWC[:_CHECKED_VIEWS]))
+    geometry = check.geometry
     has_classes = _has_trained_head(teacher, options.weights)
     scales = Scales(run, geometry, held_back_NHWC, options.batch_size, has_classes=has_classes)
     codecs, skipped = options.codec or CODECS, {}
     rows: list[Measured] = []
-    for way in _ways(codecs, run, geometry, calibration_NHWC, skipped):
+    for way in _ways(codecs, run, check, calibration_NHWC, skipped):
         try:
             rows.append(scales.measure(way))
         except AtcacheError as error:
             skipped[way.name] = str(error)
             continue
         print(_progress(rows[-1]), file=sys.stderr)
-    mean_map_kl = scales.mean_map_kl(calibration_NHWC)
+    mean_map_kl, teacher_macs = scales.mean_map_kl(calibration_NHWC), scales.teacher_macs()
     report = {
         "command": shlex.join(["python", "benchmarks/rate_distortion.py", *(arguments or sys.argv[1:])]),
         "torch": torch.__version__,
         "precision": str(run.dtype).removeprefix("torch."),
         "teacher": str(teacher.name),
         "weights_sha256": teacher.weights_sha256,
+        "teacher_macs_per_view": teacher_macs,
         "geometry": geometry.to_json(),
         "map_nbytes_per_view": geometry.map_nbytes,
         "mean_map_row_kl_nats": mean_map_kl,
         "num_calibration_views": len(calibration_NHWC),
         "num_held_back_views": len(held_back_NHWC),
+        "crops": options.crops,
         "rows": [asdict(row) for row in rows],
         "equal_kl": [asdict(equal) for equal in equal_kls(rows)],
         "skipped": skipped,
     }
-    text = _text(geometry, len(held_back_NHWC), rows, skipped, mean_map_kl)
+    sizes = _sizes(geometry, options)
+    text = "\n".join(
+        [
+            f"{sizes}; float16 maps take {geometry.map_nbytes:,} bytes a view. KL in nats; "
+            "MB of float16 maps a second on one core.",
+            "",
+            *_main_table(rows),
+            "",
+            *_cost_table(rows, teacher_macs),
+            "",
+            *equal_kl_table(equal_kls(rows)),
+            "",
+            *_notes(skipped, mean_map_kl),
+        ]
+    )
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rate_distortion.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "rate_distortion.md").write_text(text + "\n")
-    draw(rows, f"{teacher.name}\n{_sizes(geometry, len(held_back_NHWC))}", options.out / "rate_distortion.png")
+    draw(rows, f"{teacher.name}\n{sizes}", options.out / "rate_distortion.png")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,41 +126,51 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="a name as for `atcache build`")
     parser.add_argument("--weights", type=Path, help="file with the teacher's weights (default: timm's)")
     parser.add_argument("--data", required=True, help="tars, as for `atcache build`")
-    parser.add_argument("--views", type=int, default=32, help="held-back views to measure on (default 32)")
-    parser.add_argument("--calibration-views", type=int, default=256, help="other views to fit on (default 256)")
+    parser.add_argument("--samples-fit", type=int, default=80, help="samples to fit on (default 80)")
+    parser.add_argument("--samples-measured", type=int, default=12, help="other samples to measure on (default 12)")
+    parser.add_argument("--crops", type=int, default=3, help="views of each sample (default 3)")
     parser.add_argument("--policy", choices=("crop-flip", "eval"), default="crop-flip", help="how views are drawn")
     parser.add_argument("--codec", action="append", help=f"may be repeated (default {', '.join(CODECS)})")
     parser.add_argument("--batch-size", type=int, default=2, help="views in memory at a time, as maps (default 2)")
     parser.add_argument("--precision", default="auto", help="the teacher's: auto, fp32 or bf16")
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, table and plot")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.policy == "eval" and options.crops > 1:
+        parser.error("--policy eval draws the same view of a sample every time: use it with --crops 1.")
+    if min(options.samples_fit * options.crops, options.samples_measured * options.crops) < 2:
+        parser.error("at least 2 views are needed to fit on, and 2 to measure on.")
+    return options
 
 
 def _pixels(teacher: Teacher, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Calibration views and held-back views of different samples, both spread evenly over the data."""
+    """Calibration views and held-back views, all of a sample's views together.
+
+    They are of different samples, so that what is measured was never seen in fitting, not even in another crop. Both
+    are spread evenly over the data.
+    """
     index = index_source(options.data, labels="optional", on_bad="skip")
     policy, source = teacher.input.view_policy(options.policy, 0), Source(index)
     good = np.flatnonzero(index.problem_S == 0)
-    num_wanted = options.calibration_views + options.views
+    num_wanted = options.samples_fit + options.samples_measured
     if len(good) < num_wanted:
         sys.exit(
-            f"{options.data} has {len(good)} good samples, but {num_wanted} are needed. Lower --views or "
-            "--calibration-views."
+            f"{options.data} has {len(good)} good samples, but {num_wanted} are needed. Lower --samples-fit or "
+            "--samples-measured."
         )
     chosen = good[np.linspace(0, len(good) - 1, num_wanted).astype(int)]
     is_held_back = np.zeros(num_wanted, bool)
-    is_held_back[np.linspace(0, num_wanted - 1, options.views).astype(int)] = True
+    is_held_back[np.linspace(0, num_wanted - 1, options.samples_measured).astype(int)] = True
 
-    def view(sample: int) -> Tensor:
-        image = source.read_image(sample)
-        parameters_P = draw_view(policy, index.sample_key(sample), 0, image.height, image.width)
-        return torch.from_numpy(apply_view(image, parameters_P, policy))
+    def views(samples: np.ndarray) -> Tensor:
+        pixels: list[np.ndarray] = []
+        for sample in samples.tolist():
+            image, key = source.read_image(sample), index.sample_key(sample)
+            for view in range(options.crops):
+                parameters_P = draw_view(policy, key, view, image.height, image.width)
+                pixels.append(apply_view(image, parameters_P, policy))
+        return torch.from_numpy(np.stack(pixels))
 
-    calibration, held_back = (
-        torch.stack([view(int(sample)) for sample in samples])
-        for samples in (chosen[~is_held_back], chosen[is_held_back])
-    )
-    return calibration, held_back
+    return views(chosen[~is_held_back]), views(chosen[is_held_back])
 
 
 def _has_trained_head(teacher: Teacher, weights: Path | None) -> bool:
@@ -177,110 +185,83 @@ def _has_trained_head(teacher: Teacher, weights: Path | None) -> bool:
 def _ways(
     codecs: Sequence[str],
     run: TeacherRun,
-    geometry: FactorGeometry,
+    check: CaptureCheck,
     calibration_NHWC: Tensor,
     skipped: dict[str, str],
 ) -> Iterator[Way]:
-    """Codecs first, then the compressors of maps. Adds those that are not available, with the reason, to `skipped`."""
+    """Codecs first, then rivals. Adds those that are not available, with the reason, to `skipped`."""
     for name in codecs:
-        codec = parse_codec(name)
         try:
-            yield CodecWay(name, codec, run, calibration_NHWC)
+            yield CodecWay(name, parse_codec(name), run, calibration_NHWC)
         except AtcacheError as error:
             skipped[name] = str(error)
+    try:
+        yield from kvtc_ways(run, check, calibration_NHWC)
+    except AtcacheError as error:
+        skipped[KVTC] = str(error)
     compressors, missing = map_compressors()
     skipped.update(missing)
     for compressor in compressors:
-        yield MapWay(compressor, geometry)
+        yield MapWay(compressor, check.geometry)
 
 
-def equal_kls(rows: Sequence[Measured]) -> list[EqualKl]:
-    """For each codec, the general-purpose compressor with the fewest bytes at the same mean KL."""
-    rivals = [row for row in rows if not row.is_codec]
-    families = {row.family: [other for other in rivals if other.family == row.family] for row in rivals}
-    found: list[EqualKl] = []
-    for row in rows:
-        if not row.is_codec:
-            continue
-        nbytes = {name: interpolated_nbytes(family, row.row_kl_nats) for name, family in families.items()}
-        reached = {name: value for name, value in nbytes.items() if value is not None}
-        rival = min(reached, key=lambda name: reached[name], default=None)
-        settings = [other for other in rivals if other.row_kl_nats <= row.row_kl_nats]
-        setting = min(settings, key=lambda other: other.nbytes_per_view, default=None)
-        found.append(
-            EqualKl(
-                codec=row.name,
-                row_kl_nats=row.row_kl_nats,
-                nbytes_per_view=row.nbytes_per_view,
-                rival=rival,
-                rival_nbytes_per_view=None if rival is None else reached[rival],
-                rival_setting=None if setting is None else setting.name,
-                rival_setting_nbytes_per_view=None if setting is None else setting.nbytes_per_view,
-                times_smaller=None if rival is None else reached[rival] / row.nbytes_per_view,
-            )
-        )
-    return found
-
-
-def interpolated_nbytes(family: Sequence[Measured], row_kl_nats: float) -> float | None:
-    """Fewest bytes of a family at a KL, interpolated on logarithmic axes; None if all its settings have a larger KL."""
-    reached = [row for row in family if row.row_kl_nats <= row_kl_nats]
-    if not reached:
-        return None
-    nbytes = min(row.nbytes_per_view for row in reached)
-    beyond = [row for row in family if row.row_kl_nats > row_kl_nats]
-    if beyond:
-        low, high = max(reached, key=lambda row: row.row_kl_nats), min(beyond, key=lambda row: row.row_kl_nats)
-        low_log, log, high_log = (math.log(max(kl, 1e-12)) for kl in (low.row_kl_nats, row_kl_nats, high.row_kl_nats))
-        share = (log - low_log) / (high_log - low_log) if high_log > low_log else 0.0
-        nbytes = min(nbytes, low.nbytes_per_view ** (1 - share) * high.nbytes_per_view**share)
-    return nbytes
-
-
-def _text(
-    geometry: FactorGeometry, num_views: int, rows: Sequence[Measured], skipped: dict[str, str], mean_map_kl: float
-) -> str:
-    """The tables, as markdown."""
+def _main_table(rows: Sequence[Measured]) -> list[str]:
+    """Bytes, fidelity and speed of every way."""
     lines = [
-        f"{_sizes(geometry, num_views)}; float16 maps take {geometry.map_nbytes:,} bytes a view. KL in nats; "
-        "MB of float16 maps a second on one core.",
-        "",
         "| stored as | bytes a view | smaller than float16 | mean KL | 99th percentile | total variation "
         "| injected error | top-1 kept | encode MB/s (views/s) | decode MB/s (views/s) |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        name = f"**{row.name}**" if row.is_codec else row.name
         top1 = "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}"
         lines.append(
-            f"| {name} | {row.nbytes_per_view:,.0f} | {row.times_smaller:.1f}x | {row.row_kl_nats:.2g} "
+            f"| {_shown(row)} | {row.nbytes_per_view:,.0f} | {row.times_smaller:.1f}x | {row.row_kl_nats:.2g} "
             f"| {row.row_kl_p99_nats:.2g} | {row.total_variation:.2g} | {100 * row.injected_error:.2g}% | {top1} "
             f"| {row.encode_mb_per_s:.0f} ({row.encode_views_per_s:.0f}) "
             f"| {row.decode_mb_per_s:.0f} ({row.decode_views_per_s:.0f}) |"
         )
-    lines += ["", "| codec | mean KL | bytes a view | best compressor of maps at this KL | its bytes a view | ratio |"]
-    lines += ["|---|--:|--:|---|--:|--:|"]
-    for equal in equal_kls(rows):
-        beside = (
-            f"{equal.rival} | {equal.rival_nbytes_per_view:,.0f} | {equal.times_smaller:.1f}x"
-            if equal.rival is not None
-            else "none is as close | | "
-        )
-        lines.append(f"| {equal.codec} | {equal.row_kl_nats:.2g} | {equal.nbytes_per_view:,.0f} | {beside} |")
-    lines += [
+    return lines
+
+
+def _cost_table(rows: Sequence[Measured], teacher_macs: int) -> list[str]:
+    """What decoding and fitting cost, of all but the compressors of maps, beside the teacher's forward of a view."""
+    lines = [
+        f"The teacher's forward of a view has {teacher_macs / 1e9:.3g}e9 multiply-adds. Its time is measured in turns "
+        "with decoding, on the same core.",
         "",
-        f"In KL, probabilities that a compressor made 0 count as {FLOOR:.1g}, the smallest float16. A compressor's "
-        "bytes at a codec's KL are interpolated between its settings.",
-        f"For comparison: using one mean map for every image, which needs no bytes, has a KL of {mean_map_kl:.2g}.",
+        "| stored as | decode, ms a view | teacher forward, ms a view | decode / teacher forward "
+        "| multiply-adds / teacher's | state, MB | fit, s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    lines += [f"Not measured: {name}: {reason}" for name, reason in skipped.items()]
-    return "\n".join(lines)
+    for row in rows:
+        if row.kind == "maps":
+            continue
+        macs = "" if row.decode_macs_per_view is None else f"{row.decode_macs_per_view / teacher_macs:.2g}"
+        lines.append(
+            f"| {_shown(row)} | {row.decode_ms:.3g} | {row.teacher_forward_ms:.3g} | {row.decode_per_forward:.2g} "
+            f"| {macs} | {row.state_nbytes / 1e6:.3g} | {row.fit_s:.3g} |"
+        )
+    return lines
 
 
-def _sizes(geometry: FactorGeometry, num_views: int) -> str:
+def _notes(skipped: dict[str, str], mean_map_kl: float) -> list[str]:
+    return [
+        f"In KL, probabilities that a compressor made 0 count as {FLOOR:.1g}, the smallest float16. A rival's bytes at "
+        "a codec's KL are interpolated between its settings.",
+        f"For comparison: using one mean map for every image, which needs no bytes, has a KL of {mean_map_kl:.2g}.",
+        *(f"Not measured: {name}: {reason}" for name, reason in skipped.items()),
+    ]
+
+
+def _shown(row: Measured) -> str:
+    return f"**{row.name}**" if row.kind == "codec" else row.name
+
+
+def _sizes(geometry: FactorGeometry, options: argparse.Namespace) -> str:
     return (
         f"{geometry.tokens.num_tokens} tokens, {len(geometry.layers)} layers x {len(geometry.heads)} heads of "
-        f"{geometry.head_dim}, {num_views} held-back views"
+        f"{geometry.head_dim}, {options.crops} views each of {options.samples_fit} samples fitted on and of "
+        f"{options.samples_measured} others measured"
     )
 
 
@@ -297,16 +278,16 @@ def draw(rows: Sequence[Measured], title: str, path: Path) -> None:
     families = list(dict.fromkeys(row.family for row in rows))
     for number, family in enumerate(families):
         points = sorted((row for row in rows if row.family == family), key=lambda row: row.row_kl_nats)
-        is_codec = points[0].is_codec
+        marker, marker_size, width, style, label = _looks(points[0], number)
         axes.plot(
             [max(row.row_kl_nats, _SMALLEST_PLOTTED_KL) for row in points],
             [row.nbytes_per_view for row in points],
             color=f"C{number % 10}",
-            marker="*" if is_codec else "os^vD"[number // 10 % 5],
-            markersize=13 if is_codec else 4,
-            linewidth=2.2 if is_codec else 1,
-            linestyle="-" if is_codec else "--",
-            label=f"{family} (atcache)" if is_codec else family,
+            marker=marker,
+            markersize=marker_size,
+            linewidth=width,
+            linestyle=style,
+            label=label,
         )
     axes.set(xscale="log", yscale="log", ylabel="bytes a view")
     axes.set_xlabel(f"mean row KL, nats ({_SMALLEST_PLOTTED_KL:g} or less at the left)")
@@ -314,6 +295,15 @@ def draw(rows: Sequence[Measured], title: str, path: Path) -> None:
     axes.set_title("\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, 90)), fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _looks(row: Measured, number: int) -> tuple[str, float, float, str, str]:
+    """Marker and its size, width and style of the line, and label of the family that `row` belongs to."""
+    if row.kind == "codec":
+        return "*", 13, 2.2, "-", f"{row.family} (atcache)"
+    if row.kind == "factors":
+        return "P", 8, 2.2, "-.", f"{row.family} (factors)"
+    return "os^vD"[number // 10 % 5], 4, 1, "--", row.family
 
 
 if __name__ == "__main__":

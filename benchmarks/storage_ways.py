@@ -6,12 +6,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from map_compressors import FLOOR, MapCompressor
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks
 from atcache.attention.capture import FactorCapture
@@ -32,8 +33,11 @@ from atcache.teachers.run import TeacherRun
 
 INDEX_NBYTES = 16
 """Offset and length of one chunk in its shard's index."""
-_CHECKSUM_NBYTES = 4
+CHECKSUM_NBYTES = 4
 _CALIBRATION_BATCH = 32  # the default of `atcache build`
+
+Kind = Literal["codec", "factors", "maps"]
+"""One of atcache's codecs, or a rival: one that stores factors, or a compressor of maps."""
 
 
 class Way(Protocol):
@@ -42,8 +46,13 @@ class Way(Protocol):
     name: str
     family: str
     """The method without its setting; all settings of a method have the same family."""
-    is_codec: bool
-    """Whether this is one of atcache's codecs."""
+    kind: Kind
+    fit_s: float
+    """Seconds that fitting took, with the forwards that it asked the teacher for; 0 if nothing is fitted."""
+    state_nbytes: int
+    """Bytes of what was fitted. A cache holds them once."""
+    decode_macs_per_view: int | None
+    """Multiply-adds that decode all layers of a view; None if the way does not say."""
 
     def prepare(self, layers: Sequence[LayerAttention]) -> Any:
         """The input of `encode`. Making it is not timed: users of maps have maps, and users of factors have factors."""
@@ -61,14 +70,17 @@ class Way(Protocol):
 class CodecWay:
     """A codec, fitted and stored as in a build."""
 
-    is_codec = True
+    kind = "codec"
 
     def __init__(self, name: str, codec: Codec, run: TeacherRun, pixels_NHWC: Tensor) -> None:
         # Only the target is a setting. Other values of the other fields make another family.
-        method = re.sub(r"target_kl=[^,]*,?", "", name).strip(":,")
+        method = re.sub(r"target_\w+=[^,]*,?", "", name).strip(":,")
         self.name, self.family = name, method if name.startswith("transform") else name.partition(":")[0]
-        calibration = calibrate(run, codec, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
+        timed: Any = _TimedFit(codec)
+        calibration = calibrate(run, timed, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
         self._coder = calibration.coder
+        self.fit_s, self.state_nbytes = timed.fit_s, calibration.state_nbytes
+        self.decode_macs_per_view = getattr(self._coder, "decode_macs_per_view", None)
         self._layout, _ = plan_codes(calibration.codes_BLTC.numpy())
 
     def prepare(self, layers):
@@ -98,10 +110,27 @@ class CodecWay:
         return sum(map(len, parts)) + INDEX_NBYTES  # the checksum is in the store's chunks already
 
 
+class _TimedFit:
+    """A codec that keeps how many seconds its `fit` took: `calibrate` does much else."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec, self.fit_s = codec, 0.0
+
+    def fit(self, *args, **kwargs):
+        start_s = time.perf_counter()
+        state = self._codec.fit(*args, **kwargs)
+        self.fit_s = time.perf_counter() - start_s
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+
 class MapWay:
     """A compressor of maps, with as many layers in a chunk as the store would choose."""
 
-    is_codec = False
+    kind = "maps"
+    fit_s, state_nbytes, decode_macs_per_view = 0.0, 0, None
 
     def __init__(self, compressor: MapCompressor, geometry: FactorGeometry) -> None:
         self.name, self.family = compressor.name, compressor.family
@@ -128,7 +157,7 @@ class MapWay:
         return [LayerMaps(attn_BHQK=torch.from_numpy(np.stack(layer))) for layer in zip(*views, strict=True)]
 
     def chunk_nbytes(self, parts):
-        return sum(map(len, parts)) + INDEX_NBYTES + _CHECKSUM_NBYTES
+        return sum(map(len, parts)) + INDEX_NBYTES + CHECKSUM_NBYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +166,7 @@ class Measured:
 
     name: str
     family: str
-    is_codec: bool
+    kind: Kind
     nbytes_per_view: float
     """Bytes of the chunks, including their checksums and their entries in the index."""
     times_smaller: float
@@ -157,6 +186,19 @@ class Measured:
     """Megabytes of float16 maps a second, on one core."""
     decode_views_per_s: float
     decode_mb_per_s: float
+    decode_ms: float
+    """Milliseconds to decode all layers of a view on one core."""
+    teacher_forward_ms: float
+    """Milliseconds of the teacher's forward of a view on one core, timed in turns with decoding."""
+    decode_macs_per_view: int | None
+    """Multiply-adds that decode a view, if the way says how many."""
+    state_nbytes: int
+    fit_s: float
+
+    @property
+    def decode_per_forward(self) -> float:
+        """Time to decode a view over the time of the teacher's forward of it."""
+        return self.decode_ms / self.teacher_forward_ms
 
 
 class Scales:
@@ -179,9 +221,15 @@ class Scales:
         self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads)
         self._own = [self._final(pixels_BHWC, None) for pixels_BHWC in self._batches]
 
+    def teacher_macs(self) -> int:
+        """Multiply-adds of the teacher's forward of one view: those of matrix products, attention and convolutions."""
+        with FlopCounterMode(display=False) as counted:
+            self._forward(self._batches[0][:1])
+        return counted.get_total_flops() // 2
+
     def measure(self, way: Way) -> Measured:
         """Encode, decode and compare every view."""
-        nbytes, encode_s, decode_s, same_top1 = 0, 0.0, 0.0, 0
+        nbytes, encode_s, decode_s, forward_s, same_top1 = 0, 0.0, 0.0, 0.0, 0
         squared_error = squared_norm = 0.0
         row_kls: list[np.ndarray] = []
         variations: list[float] = []
@@ -195,6 +243,9 @@ class Scales:
             start_s = time.perf_counter()
             decoded = way.decode(stored)
             decode_s += time.perf_counter() - start_s
+            start_s = time.perf_counter()
+            self._forward(pixels_BHWC)
+            forward_s += time.perf_counter() - start_s
             nbytes += sum(way.chunk_nbytes(parts) for chunks in stored for parts in chunks)
             for layer, back in zip(layers, decoded, strict=True):
                 positive = _without_zeros(back)
@@ -212,7 +263,7 @@ class Scales:
         return Measured(
             name=way.name,
             family=way.family,
-            is_codec=way.is_codec,
+            kind=way.kind,
             nbytes_per_view=nbytes_per_view,
             times_smaller=self._geometry.map_nbytes / nbytes_per_view,
             row_kl_nats=max(0.0, float(row_kl_R.mean(dtype=np.float64))),
@@ -224,6 +275,11 @@ class Scales:
             encode_mb_per_s=self._num_views * map_megabytes / encode_s,
             decode_views_per_s=self._num_views / decode_s,
             decode_mb_per_s=self._num_views * map_megabytes / decode_s,
+            decode_ms=1e3 * decode_s / self._num_views,
+            teacher_forward_ms=1e3 * forward_s / self._num_views,
+            decode_macs_per_view=way.decode_macs_per_view,
+            state_nbytes=way.state_nbytes,
+            fit_s=way.fit_s,
         )
 
     def mean_map_kl(self, pixels_NHWC: Tensor) -> float:
@@ -241,6 +297,11 @@ class Scales:
                 mean = LayerMaps(attn_BHQK=(total / len(pixels_NHWC)).expand(len(pixels_BHWC), -1, -1, -1))
                 kls.append(float(row_kl(layer, _without_zeros(mean)).mean()))
         return sum(kls) / len(kls)
+
+    def _forward(self, pixels_BHWC: Tensor) -> None:
+        """The teacher's forward as its user would run it, from pixels to the end."""
+        with torch.inference_mode(), autocast(self._run.device, self._run.dtype):
+            self._run.teacher.model(self._run.images(pixels_BHWC))
 
     def _final(self, pixels_BHWC: Tensor, decoded: Mapping[int, LayerAttention] | None) -> tuple[Tensor, Tensor | None]:
         """The teacher's final features and its top classes, if it has any; with the decoded attention, if given."""

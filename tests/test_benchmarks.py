@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SIZES = ["--samples-fit", "8", "--samples-measured", "3", "--crops", "2"]
 NUM_HELD_BACK = 6
 
 
@@ -41,8 +43,7 @@ class TestRateDistortion:
 
         common = ["--teacher", tiny_vit, "--weights", str(tiny_weights), "--data", str(digits_tars[0].parent)]
         codecs = ["--codec", "exact:dtype=float32", "--codec", "int8"]
-        sizes = ["--views", str(NUM_HELD_BACK), "--calibration-views", "16", "--precision", "fp32"]
-        main([*common, *codecs, *sizes, "--out", str(tmp_path)])
+        main([*common, *codecs, *SIZES, "--precision", "fp32", "--out", str(tmp_path)])
         report = json.loads((tmp_path / "rate_distortion.json").read_text())
         return report, capsys.readouterr().out, tmp_path
 
@@ -55,7 +56,8 @@ class TestRateDistortion:
         assert 0 < rows["int8"]["row_kl_nats"] < 0.01
         assert rows["int8"]["row_kl_nats"] < rows["int8"]["row_kl_p99_nats"]
 
-        maps_VLHQK = _maps(tiny_vit, tiny_weights, digits_tars, NUM_HELD_BACK)
+        maps_VLHQK = _maps(tiny_vit, tiny_weights, digits_tars)
+        assert len(maps_VLHQK) == NUM_HELD_BACK
         halves = maps_VLHQK.astype(np.float16)
         assert rows["float16 + zstd"]["nbytes_per_view"] == pytest.approx(_zstd_nbytes(halves), abs=1e-9)
         assert report["map_nbytes_per_view"] == halves[0].nbytes
@@ -69,21 +71,56 @@ class TestRateDistortion:
         variation = np.abs(maps_VLHQK - decoded).sum(-1).mean() / 2
         assert uint8["total_variation"] == pytest.approx(variation, rel=1e-4)
 
-        assert text.count("\n| ") == len(rows) + 2 + 2  # two heads, and the two codecs beside their rivals
+        rivals = [row for row in report["rows"] if row["kind"] == "factors"]
+        # Three heads, all ways, the costs of those that store factors, and two codecs beside two rivals.
+        assert text.count("\n| ") == 3 + len(rows) + 2 + len(rivals) + 2 * 2
         assert text.strip() == (folder / "rate_distortion.md").read_text().strip()
         assert (folder / "rate_distortion.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_costs_are_those_counted_by_hand(self, measured):
+        report, text, _ = measured
+        tokens, width, values = 17, 32, 2 * 2 * 2 * 16  # 2 layers, q and k, 2 heads of 16
+        blocks = 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+        assert report["teacher_macs_per_view"] == 16 * 12 * width + blocks + 10 * width
+        for row in report["rows"]:
+            if row["kind"] == "factors":
+                num_components, rest = divmod(row["decode_macs_per_view"], tokens * values)
+                assert rest == 0
+                assert (
+                    row["state_nbytes"] == 4 * (values + num_components * values + 2 * num_components) + num_components
+                )
+                share = row["decode_macs_per_view"] / report["teacher_macs_per_view"]
+                ratio = row["decode_ms"] / row["teacher_forward_ms"]
+                assert f"| {ratio:.2g} | {share:.2g} | {row['state_nbytes'] / 1e6:.3g} | {row['fit_s']:.3g} |" in text
+        assert row["kind"] == "maps"
+        assert (row["decode_macs_per_view"], row["state_nbytes"], row["fit_s"]) == (None, 0, 0)
 
     def test_what_is_measured_was_never_fitted_on(self, tiny_vit, tiny_weights, digits_tars, tmp_path):
         from rate_distortion import _parse, _pixels
 
         from atcache.teachers.load import load_teacher
 
-        where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", str(tmp_path), "--policy", "eval"]
-        options = _parse([*where, "--views", "5", "--calibration-views", "43"])
-        calibration, held_back = _pixels(load_teacher(tiny_vit, weights=tiny_weights), options)
+        teacher = load_teacher(tiny_vit, weights=tiny_weights)
+        where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", str(tmp_path)]
+        where += ["--samples-fit", "43", "--samples-measured", "5"]
+        calibration, held_back = _pixels(teacher, _parse([*where, "--policy", "eval", "--crops", "1"]))
         fitted_on = {image.numpy().tobytes() for image in calibration}
         assert (len(calibration), len(held_back), len(fitted_on)) == (43, 5, 43)
         assert not fitted_on & {image.numpy().tobytes() for image in held_back}
+
+        # Crops are more views of the same samples.
+        for once, crops in zip(*(_pixels(teacher, _parse([*where, "--crops", n])) for n in ("1", "3")), strict=True):
+            assert torch.equal(crops[::3], once)
+            assert len({image.numpy().tobytes() for image in crops}) > 2 * len(once)
+
+    def test_views_that_would_all_be_alike_are_refused(self, capsys):
+        from rate_distortion import _parse
+
+        with pytest.raises(SystemExit):
+            _parse(["--teacher", "t", "--data", "d", "--out", "o", "--policy", "eval"])
+        assert (
+            "--policy eval draws the same view of a sample every time: use it with --crops 1" in capsys.readouterr().err
+        )
 
     def test_top_classes_count_only_where_the_head_came_with_the_weights(self, tiny_vit, tiny_weights, tmp_path):
         from rate_distortion import _has_trained_head
@@ -97,13 +134,13 @@ class TestRateDistortion:
             assert _has_trained_head(load_teacher(tiny_vit, weights=weights), weights) is expected
 
     def test_rivals_at_a_codecs_kl_are_interpolated_between_settings(self):
-        from rate_distortion import equal_kls, interpolated_nbytes
+        from equal_kl import MAPS, equal_kl_table, equal_kls, interpolated_nbytes
         from storage_ways import Measured
 
         names = [field.name for field in fields(Measured)]
-        some = Measured(**{**dict.fromkeys(names, 1.0), "name": "codec", "family": "codec", "is_codec": True})
+        some = Measured(**{**dict.fromkeys(names, 1.0), "name": "codec", "family": "codec", "kind": "codec"})
         curve = [
-            replace(some, is_codec=False, name=name, family="log", row_kl_nats=kl, nbytes_per_view=nbytes)
+            replace(some, kind="maps", name=name, family="log", row_kl_nats=kl, nbytes_per_view=nbytes)
             for name, kl, nbytes in (("fine", 1e-4, 1600.0), ("rough", 1e-2, 400.0))
         ]
         assert interpolated_nbytes(curve, 1e-3) == pytest.approx(800)  # half way on both logarithmic axes
@@ -111,7 +148,143 @@ class TestRateDistortion:
         assert interpolated_nbytes(curve, 1e-5) is None
         codec = replace(some, row_kl_nats=1e-3, nbytes_per_view=100.0)
         (equal,) = equal_kls([codec, *curve])
-        assert (equal.rival, equal.rival_setting, equal.times_smaller) == ("log", "fine", pytest.approx(8))
+        assert (equal.rival, equal.family, equal.setting, equal.times_smaller) == (
+            MAPS,
+            "log",
+            "fine",
+            pytest.approx(8),
+        )
+
+        # Rivals that store factors are compared each for itself, not only the smallest of all.
+        factors = [replace(row, kind="factors", family="PCA", nbytes_per_view=row.nbytes_per_view / 2) for row in curve]
+        closer = replace(codec, name="closer", row_kl_nats=1e-5)
+        equals = equal_kls([codec, closer, *curve, *factors])
+        assert [(equal.codec, equal.rival, equal.times_smaller) for equal in equals] == [
+            ("codec", MAPS, pytest.approx(8)),
+            ("codec", "PCA", pytest.approx(4)),
+            ("closer", MAPS, None),
+            ("closer", "PCA", None),
+        ]
+        assert "PCA's bytes over a codec's at the same KL: codec (KL 0.001) 4.00x." in equal_kl_table(equals)
+
+
+@pytest.mark.usefixtures("benchmarks")
+class TestKvtc:
+    @pytest.fixture
+    def ways_and_layers(self, tiny_vit, tiny_weights, digits_tars):
+        """KVTC at all its settings, fitted to the tiny teacher; and the teacher's factors of views held back."""
+        from kvtc import kvtc_ways
+        from rate_distortion import _parse, _pixels
+
+        from atcache.attention.capture import FactorCapture, check_capture
+        from atcache.teachers.load import load_teacher
+        from atcache.teachers.run import TeacherRun
+
+        teacher = load_teacher(tiny_vit, weights=tiny_weights)
+        run = TeacherRun(teacher=teacher, device=torch.device("cpu"), dtype=torch.float32)
+        options = _parse(["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o", "--samples-fit", "30"])
+        calibration, held_back = _pixels(teacher, options)
+        check = check_capture(teacher.model, run.images(calibration[:2]))
+        return kvtc_ways(run, check, calibration), run.factors(FactorCapture(teacher.model), held_back)
+
+    def test_more_bits_give_smaller_errors_and_more_bytes(self, ways_and_layers):
+        from kvtc import side_by_side
+
+        from atcache.codecs.fidelity import row_kl
+
+        ways, layers = ways_and_layers
+        errors, kls, nbytes = [], [], []
+        for way in ways:
+            stored = way.encode(way.prepare(layers))
+            decoded = way.decode(stored)
+            errors.append(float((side_by_side(decoded) - side_by_side(layers)).square().sum()))
+            kls.append(np.mean([row_kl(own, back).mean() for own, back in zip(layers, decoded, strict=True)]))
+            nbytes.append(sum(way.chunk_nbytes(parts) for chunks in stored for parts in chunks) / len(stored))
+            assert nbytes[-1] == np.mean([len(part) + 4 + 16 for ((part,),) in stored])
+        assert len(ways) > 4
+        assert errors == sorted(errors)
+        assert kls == sorted(kls)
+        assert nbytes == sorted(nbytes, reverse=True)
+        assert kls[0] < 0.005
+        assert kls[-1] > 0.1
+
+    def test_bytes_of_a_view_do_not_depend_on_its_batch(self, ways_and_layers):
+        (_, way, *_), layers = ways_and_layers
+        together = way.encode(layers)
+        alone = way.encode([layer.select(slice(2, 3)) for layer in layers])
+        assert alone == together[2:3]
+        np.testing.assert_allclose(way.decode(alone)[1].q_BHTD, way.decode(together)[1].q_BHTD[2:3], atol=1e-5)
+
+    def test_factors_come_back_from_side_by_side(self, ways_and_layers):
+        from kvtc import apart, side_by_side
+
+        ways, layers = ways_and_layers
+        for own, back in zip(layers, apart(side_by_side(layers), ways[0]._check), strict=True):
+            assert torch.equal(own.q_BHTD, back.q_BHTD)
+            assert torch.equal(own.k_BHTD, back.k_BHTD)
+            assert own.scale == back.scale
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_bits_by_dynamic_programming_are_the_best_of_all_allocations():
+    from kvtc import allocate, best_choices
+
+    rng = np.random.default_rng(0)
+    error_CW = rng.random((4, 4)) * 4.0 ** -np.arange(4) * rng.random((4, 1))  # need not fall with every bit
+    choice_CR = best_choices(error_CW, 14)
+    for budget in range(15):
+        every = (np.array(bits) for bits in itertools.product(range(4), repeat=4) if sum(bits) <= budget)
+        least = min(error_CW[range(4), bits].sum() for bits in every)
+        bits_C = allocate(choice_CR, budget)
+        assert bits_C.sum() <= budget
+        assert error_CW[range(4), bits_C].sum() == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_packed_bits_are_the_codes_bits_and_come_back():
+    from kvtc import pack, unpack
+
+    # 1, 0, 1 in one bit each and 3, 1, 2 in two: 101 11 01 10, filled up with zeros.
+    assert pack(np.array([[1, 0, 1], [3, 1, 2]], np.uint8), np.array([1, 2])) == bytes([0b10111011, 0])
+    rng = np.random.default_rng(0)
+    bits_C = np.array([8, 8, 5, 3, 3, 1])
+    codes_CT = (rng.integers(0, 256, (6, 17)) % 2 ** bits_C[:, None]).astype(np.uint8)
+    data = pack(codes_CT, bits_C)
+    assert len(data) == -(-bits_C.sum() * 17 // 8)
+    np.testing.assert_array_equal(unpack(data, bits_C, 17), codes_CT)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_quantisers_are_nearly_the_best_uniform_ones_of_a_gaussian():
+    from kvtc import fit_quantisers, from_codes, to_codes
+
+    values_NC = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0])
+    low_CW, step_CW, error_CW = fit_quantisers(values_NC)
+    # J. Max, Quantizing for minimum distortion, 1960, table II: mean squared errors of 1 to 5 bits.
+    best_W = torch.tensor([1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349], dtype=torch.float64)
+    relative_CW = error_CW[:, :6] / 20_000 / torch.tensor([[1.0], [25.0]]) / best_W
+    assert relative_CW.min() > 0.95
+    assert relative_CW.max() < 1.08
+    low_C, step_C = low_CW[:, 3], step_CW[:, 3]
+    errors_NC = from_codes(to_codes(values_NC, low_C, step_C, 7), low_C, step_C) - values_NC
+    torch.testing.assert_close(errors_NC.double().square().sum(0), error_CW[:, 3], rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_principal_components_are_those_of_the_covariance():
+    from kvtc import principal_components
+
+    generator = torch.Generator().manual_seed(0)
+    rows_NP = (
+        torch.randn(200, 6, generator=generator) * 2.0 ** -torch.arange(6) @ torch.randn(6, 6, generator=generator)
+    )
+    rows_NP -= rows_NP.mean(0)
+    random_state = torch.get_rng_state()
+    basis_CP = principal_components(rows_NP)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.testing.assert_close(basis_CP @ basis_CP.mT, torch.eye(6), atol=1e-5, rtol=0)
+    variances = np.linalg.eigvalsh(np.cov(rows_NP.numpy().T))[::-1]
+    np.testing.assert_allclose((rows_NP @ basis_CP.mT).var(0), variances, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -303,7 +476,7 @@ class TestTransfer:
         assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
 
 
-def _maps(tiny_vit, tiny_weights, digits_tars, num_views):
+def _maps(tiny_vit, tiny_weights, digits_tars):
     """Maps of the held-back views, formed by hand: shape (view, layer, head, query, key), float32."""
     from rate_distortion import _parse, _pixels
 
@@ -312,7 +485,7 @@ def _maps(tiny_vit, tiny_weights, digits_tars, num_views):
 
     teacher = load_teacher(tiny_vit, weights=tiny_weights)
     where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o"]
-    options = _parse([*where, "--views", str(num_views), "--calibration-views", "16"])
+    options = _parse([*where, *SIZES])
     pixels_NHWC = _pixels(teacher, options)[1].float() / 255
     mean, std = torch.tensor(teacher.input.mean), torch.tensor(teacher.input.std)
     layers = FactorCapture(teacher.model)(((pixels_NHWC - mean) / std).permute(0, 3, 1, 2))
