@@ -6,8 +6,7 @@
 
 `speed` runs a build's tasks, and the same teacher's plain fused forward pass on the same loader, in turns. It prints
 their views/s, by the clock and in the processor time of all processes; then the time a view takes in each stage, with
-nothing else running. Without --weights the weights are random, and so is transform's state (from `train_step.py`, with
-a step that makes most codes 0). This is right for speed, but not for fidelity.
+nothing else running. Without --weights the weights are random. This is right for speed, but not for fidelity.
 
 `growth` is the store's part of a build, with random codes instead of a teacher, for 1,000 to 100,000 samples. `opening`
 opens a cache of 1.3 million samples and 24 layers, in new processes. Seconds vary with the load of the machine; compare
@@ -30,12 +29,9 @@ from typing import NamedTuple
 
 import torch
 from build_growth import measure_growth, measure_opening
-from train_step import random_state
 
 from atcache.attention.capture import FactorCapture
-from atcache.codecs.base import State
 from atcache.codecs.registry import parse_codec
-from atcache.codecs.transform.codec import TransformCodec
 from atcache.feed.workers import read_ahead
 from atcache.images.source import Source, index_source
 from atcache.pipelines.build.board import Board
@@ -124,7 +120,6 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
     policy = run.teacher.input.view_policy("crop-flip", 0)
     views = render_calibration_views(source.index, policy, 64 if options.weights else 16, skip_bad=False)
     codec = parse_codec(codec_name)
-    state = _random_state(run, views.pixels_NHWC) if isinstance(codec, TransformCodec) and not options.weights else None
     calibration = calibrate(
         run,
         codec,
@@ -132,19 +127,9 @@ def _setup(options: argparse.Namespace, codec_name: str, folder: Path) -> Setup:
         layers=None,
         heads=None,
         batch_size=options.batch_size,
-        state=state,
     )
     layout, _ = plan_layout(calibration, views, stop, options.views, options.samples_per_shard, stores_pixels=False)
     return Setup(run, source, policy, calibration, layout, options.batch_size, options.workers)
-
-
-def _random_state(run: TeacherRun, pixels_NHWC: torch.Tensor) -> State:
-    """A state of the size that `train_step.py` uses, with a step that makes about one code in fourteen not 0."""
-    capture = FactorCapture(run.teacher.model)
-    layers = run.factors(capture, pixels_NHWC[:4])
-    state = random_state(capture.geometry, None)
-    components_BTC = TransformCodec().coder(capture.geometry, state, device=str(run.device)).project(layers)
-    return {**state, "step": 3 * components_BTC.std().reshape(1).cpu()}
 
 
 _COLUMNS = ("keys", "tar", "offset", "nbytes", "label", "problem")
@@ -216,7 +201,9 @@ def _stages(setup: Setup, folder: Path) -> dict[str, float]:
     state = {name: tensor.cpu().numpy() for name, tensor in setup.calibration.state.items()}
     create_cache(out, setup.layout, {}, setup.source.index, state)
     batches, coder = _batches(setup), setup.calibration.coder
-    capture = FactorCapture(setup.run.teacher.model, coder.geometry.layers, coder.geometry.heads)
+    capture = FactorCapture(
+        setup.run.teacher.model, coder.geometry.layers, coder.geometry.heads, input_calls=coder.input_calls
+    )
     total: dict[str, float] = {}
     num_views = 0
 

@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = TeacherRun(teacher=teacher, device=torch.device("cpu"), dtype=resolve_precision(options.precision, "cpu"))
     calibration_NHWC, held_back_NHWC = _pixels(teacher, options)
     with autocast(run.device, run.dtype):
-        check = check_capture(teacher.model, run.images(calibration_NHWC[:_CHECKED_VIEWS]))
+        check = check_capture(teacher.model, run.images(calibration_NHWC[:_CHECKED_VIEWS]), with_inputs=True)
     geometry = check.geometry
     has_classes = _has_trained_head(teacher, options.weights)
-    scales = Scales(run, geometry, held_back_NHWC, options.batch_size, has_classes=has_classes)
+    scales = Scales(run, check, held_back_NHWC, options.batch_size, has_classes=has_classes)
     codecs, skipped = options.codec or CODECS, {}
     rows: list[Measured] = []
-    for way in _ways(codecs, run, check, calibration_NHWC, skipped):
+    for way in _ways(codecs, options.rivals, run, check, calibration_NHWC, skipped):
         try:
             rows.append(scales.measure(way))
         except AtcacheError as error:
@@ -131,6 +131,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=3, help="views of each sample (default 3)")
     parser.add_argument("--policy", choices=("crop-flip", "eval"), default="crop-flip", help="how views are drawn")
     parser.add_argument("--codec", action="append", help=f"may be repeated (default {', '.join(CODECS)})")
+    parser.add_argument(
+        "--rivals", choices=("all", "kvtc", "none"), default="all", help="compressors of maps take most of the time"
+    )
     parser.add_argument("--batch-size", type=int, default=2, help="views in memory at a time, as maps (default 2)")
     parser.add_argument("--precision", default="auto", help="the teacher's: auto, fp32 or bf16")
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, table and plot")
@@ -184,6 +187,7 @@ def _has_trained_head(teacher: Teacher, weights: Path | None) -> bool:
 
 def _ways(
     codecs: Sequence[str],
+    rivals: str,
     run: TeacherRun,
     check: CaptureCheck,
     calibration_NHWC: Tensor,
@@ -195,10 +199,13 @@ def _ways(
             yield CodecWay(name, parse_codec(name), run, calibration_NHWC)
         except AtcacheError as error:
             skipped[name] = str(error)
-    try:
-        yield from kvtc_ways(run, check, calibration_NHWC)
-    except AtcacheError as error:
-        skipped[KVTC] = str(error)
+    if rivals != "none":
+        try:
+            yield from kvtc_ways(run, check, calibration_NHWC)
+        except AtcacheError as error:
+            skipped[KVTC] = str(error)
+    if rivals != "all":
+        return
     compressors, missing = map_compressors()
     skipped.update(missing)
     for compressor in compressors:

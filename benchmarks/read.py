@@ -16,18 +16,22 @@ import os
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
 
 import numpy as np
+import torch
 from PIL import Image
 
+from atcache.codecs.transform.packing import Packing, choose_buckets
 from atcache.images.source import SampleIndex
 from atcache.store.chunks import blosc, use_single_threaded_blosc, zstd
 from atcache.store.layout import (
     COMPRESSORS,
+    GZIP,
     ArraySpec,
     Status,
     StoreLayout,
@@ -46,12 +50,16 @@ VIEWS, SIDE, TOKENS = 2, 224, 197
 DISTINCT = 16  # views with different bytes; the others repeat these bytes elsewhere in the files
 
 
-def transform_codes(rng: np.random.Generator, num_components: int) -> np.ndarray:
-    """codes_LTC like those of codec transform: one layer of int32, mostly 0 to 2, larger in the first components."""
-    scale_C = 30 * (1 + np.arange(num_components)) ** -0.7
-    scale_T = 2 * (1 + np.arange(TOKENS)) ** -0.2
-    steps = np.rint(rng.laplace(size=(1, TOKENS, num_components)) * scale_C * scale_T[:, None]).astype(np.int32)
-    return (steps << 1) ^ (steps >> 31)  # 0, -1, 1, -2, 2 are 0, 1, 2, 3, 4
+def transform_codes(rng: np.random.Generator, num_layers: int, num_components: int) -> np.ndarray:
+    """codes_LTC like those of codec transform: two rows of bytes, of integers that are smaller in later components."""
+    mean_LBJ = np.tile(8 * (1 + np.arange(num_components)) ** -0.6, (num_layers, 1, 1))
+    packing = Packing(
+        choose_buckets(torch.from_numpy(mean_LBJ), torch.ones(mean_LBJ.shape, dtype=torch.bool)),
+        [slice(0, TOKENS)],
+        torch.device("cpu"),
+    )
+    sizes = rng.laplace(size=(num_layers, 1, TOKENS, num_components)) * mean_LBJ[:, :, None]
+    return packing.pack([torch.from_numpy(np.rint(size).astype(np.int32)) for size in sizes])[0, :, None].numpy()
 
 
 def int8_codes(rng: np.random.Generator, num_layers: int, num_components: int) -> np.ndarray:
@@ -151,14 +159,17 @@ def read_bytes_alone(path: Path, _threads: int) -> Read:
     return _read_plainly(path, decompresses=False)
 
 
+def _decompressor(name: str) -> Callable[[bytes, np.ndarray], object]:
+    how = COMPRESSORS[name]
+    if how.is_deflated:
+        return lambda data, out: zlib.decompress(data, 31, len(out))
+    return (blosc if how.shuffle else zstd).decompress
+
+
 def _read_plainly(path: Path, *, decompresses: bool) -> Read:
     layout = CacheReader(path).layout
     places = {spec.name: _places(path, layout, spec) for spec in (layout.codes, layout.rgb) if spec}
-    unpackers = {
-        spec.name: (blosc if COMPRESSORS[spec.compressor].shuffle else zstd).decompress
-        for spec in (layout.codes, layout.rgb)
-        if spec
-    }
+    unpackers = {spec.name: _decompressor(spec.compressor) for spec in (layout.codes, layout.rgb) if spec}
     buffers = local()
 
     def read(place):
@@ -270,10 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, help="folder for the caches during the run (default: a temp folder)")
     options = parser.parse_args(arguments)
     use_single_threaded_blosc()
-    by_component = "transpose-blosc-zstd-shuffle"
     caches: dict[str, tuple[Callable[[np.random.Generator], np.ndarray], str]] = {
-        "transform, ViT-B": (lambda rng: transform_codes(rng, 384), by_component),
-        "transform, ViT-L": (lambda rng: transform_codes(rng, 640), by_component),
+        "transform, ViT-B": (lambda rng: transform_codes(rng, 12, 400), GZIP),
+        "transform, ViT-L": (lambda rng: transform_codes(rng, 24, 500), GZIP),
         "int8, ViT-B": (lambda rng: int8_codes(rng, 12, 1584), "zstd"),
         "int8, ViT-L": (lambda rng: int8_codes(rng, 24, 2112), "zstd"),
     }

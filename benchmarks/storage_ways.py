@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks
-from atcache.attention.capture import FactorCapture
+from atcache.attention.capture import CaptureCheck, FactorCapture
 from atcache.attention.factors import LayerAttention, LayerMaps
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
@@ -80,7 +80,7 @@ class CodecWay:
         calibration = calibrate(run, timed, pixels_NHWC, layers=None, heads=None, batch_size=_CALIBRATION_BATCH)
         self._coder = calibration.coder
         self.fit_s, self.state_nbytes = timed.fit_s, calibration.state_nbytes
-        self.decode_macs_per_view = getattr(self._coder, "decode_macs_per_view", None)
+        self.decode_macs_per_view = self._coder.decode_macs_per_view
         self._layout, _ = plan_codes(calibration.codes_BLTC.numpy())
 
     def prepare(self, layers):
@@ -206,19 +206,20 @@ class Scales:
 
     Args:
         run: the teacher.
-        geometry: the geometry of its factors.
+        check: the geometry of its factors, and which inputs codecs may want.
         pixels_NHWC: the held-back views, uint8.
         batch_size: views whose maps are in memory at a time.
         has_classes: whether the teacher has a trained head, so that its top class means something.
     """
 
     def __init__(
-        self, run: TeacherRun, geometry: FactorGeometry, pixels_NHWC: Tensor, batch_size: int, *, has_classes: bool
+        self, run: TeacherRun, check: CaptureCheck, pixels_NHWC: Tensor, batch_size: int, *, has_classes: bool
     ) -> None:
+        geometry = check.geometry
         self._run, self._geometry, self._has_classes = run, geometry, has_classes
         self._batches = list(pixels_NHWC.split(batch_size))
         self._num_views = len(pixels_NHWC)
-        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads)
+        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads, input_calls=check.input_calls)
         self._own = [self._final(pixels_BHWC, None) for pixels_BHWC in self._batches]
 
     def teacher_macs(self) -> int:

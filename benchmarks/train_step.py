@@ -6,8 +6,7 @@
 Each step is `TrainingRun.train_step`, as `atcache train` runs it, including the decoding of codes. There are two live
 teachers: "usual" forms maps in teacher and student, projects all of q, k and v, and leaves the rest to autograd; "ours"
 takes q and k from the teacher's fused forward pass. Teacher and students have random weights, and the codes come from
-the teacher's factors. transform's state has random values, because fitting takes minutes and does not change speed. The
-state's size does change speed. It is that of `read.py` for ViT-B; --transform-components sets another.
+the teacher's factors. transform is fitted on the batch itself, to --target-kl.
 
 Ways take turns in each round; times are medians over the rounds. GFLOP counts matrix products and convolutions, as
 torch counts them. If nothing else took time, speed would be proportional to 1 / GFLOP. Memory is the most that tensors
@@ -32,11 +31,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks, token_layout
-from atcache.attention.capture import FactorCapture
-from atcache.attention.geometry import FactorGeometry
+from atcache.attention.capture import FactorCapture, check_capture
 from atcache.choices import PRECISIONS, Mode
-from atcache.codecs.base import Coder
+from atcache.codecs.base import Coder, InputRecipe
 from atcache.codecs.registry import parse_codec
+from atcache.codecs.transform.coder import TransformCoder
 from atcache.feed.batch import Batch, Codes
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.student_run import TrainingRun
@@ -170,23 +169,28 @@ class Bench:
         torch.manual_seed(0)
         self._pixels = torch.randint(0, 256, (self.batch_size, self.size, self.size, 3), dtype=torch.uint8)
         self.fused = self._teacher_run()
-        capture = FactorCapture(self.fused.teacher.model)
+        model = self.fused.teacher.model
+        with autocast(self.device, self.dtype):
+            check = check_capture(model, self.fused.images(self._pixels[:2]), with_inputs=True)
+        capture = FactorCapture(model, input_calls=check.input_calls)
         layers = self.fused.factors(capture, self._pixels)
         self.geometry = capture.geometry
         self.live_teacher = LiveTeacher(self.fused, self.geometry.heads, self.geometry.layers)
         self.usual_teacher = UsualTeacher(self._teacher_run())
         self.batch = self._batch(None)
         self._cached: dict[str, tuple[CodesTeacher, Batch]] = {}
-        for name in ("int8", "transform"):
+        recipe = None
+        if check.projections is not None and check.input_calls is not None:
+            recipe = InputRecipe(check.projections, check.input_calls)
+        for name in ("int8", f"transform:target_kl={options.target_kl}"):
             codec = parse_codec(name)
-            state = random_state(self.geometry, options.transform_components) if name == "transform" else {}
-            coder = codec.coder(self.geometry, state, device=str(self.device))
+            coder = codec.coder(
+                self.geometry, codec.fit(self.geometry, [layers], recipe=recipe), device=str(self.device)
+            )
             codes_BLTC = coder.encode(layers).cpu()
-            # The loader, too, gives int32 codes as int16 if they fit.
-            codes_BLTC = codes_BLTC.short() if codes_BLTC.dtype == torch.int32 else codes_BLTC
-            self._cached[name] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
-            if name == "transform":
-                self.transform_shape = tuple(state["mixing_LJC"].shape[1:])
+            self._cached[name.partition(":")[0]] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
+            if isinstance(coder, TransformCoder):
+                self.num_components = coder.packing.num_components
 
     def ways(self, width: int, modes: Sequence[Mode]) -> Iterator[Way]:
         """All ways to train a student of this width in these modes. In a mode, our ways share weights and optimiser."""
@@ -266,24 +270,6 @@ class Bench:
             return run.train_step(batch)
 
         return step
-
-
-def random_state(geometry: FactorGeometry, components: tuple[int, int] | None) -> dict[str, Tensor]:
-    """A random state of codec transform, for (J components per layer, C stored ones); None means 384 each for ViT-B."""
-    num_layers, num_tokens = len(geometry.layers), geometry.tokens.num_tokens
-    num_vectors = len(geometry.heads) + geometry.num_kv_heads
-    width = num_vectors * geometry.head_dim
-    per_layer, stored = components or (max(1, width // 4), max(1, width // 4))
-    # Nearly orthogonal columns of length 1, like those of a fitted state.
-    mixing = torch.randn(num_layers * per_layer, stored) / (num_layers * per_layer) ** 0.5
-    return {
-        "step": torch.tensor([0.5]),
-        "basis_LJN": torch.randn(num_layers, per_layer, width) / width**0.5,
-        "mixing_LJC": mixing.view(num_layers, per_layer, stored),
-        "metric_LVDD": torch.eye(geometry.head_dim).expand(num_layers, num_vectors, -1, -1).contiguous(),
-        "mean_left_LTR": torch.randn(num_layers, num_tokens, min(64, num_tokens)) / 8,
-        "mean_right_LRN": torch.randn(num_layers, min(64, num_tokens), width),
-    }
 
 
 def peak_nbytes(step: Callable[[], object], device: torch.device) -> int:
@@ -385,7 +371,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=("scratch", "copy", "distill"), default=[])
     parser.add_argument("--tokens", type=int, nargs="+", choices=IMAGE_SIZES, default=[197, 577, 1370])
     parser.add_argument("--memory", action="store_true", help="print distillation's memory at each of --tokens instead")
-    parser.add_argument("--transform-components", type=int, nargs=2, metavar=("LAYER", "STORED"))
+    parser.add_argument("--target-kl", type=float, default=0.005, help="of codec transform (default 0.005)")
     options = parser.parse_args(arguments)
     options.modes = options.modes or ["scratch", "copy", "distill"]
     return options
@@ -402,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_memory(options)
         return
     bench = Bench(options, 197)
-    print("codec transform: {} components a layer, {} stored\n".format(*bench.transform_shape))
+    print(f"codec transform: {sum(bench.num_components)} components, at most {max(bench.num_components)} a layer\n")
     widths = (bench.width, bench.width // 2)
     ways = [*bench.teacher_ways(), *(way for width in widths for way in bench.ways(width, options.modes))]
     print_speeds(measure(ways, options.rounds, device), options.batch_size, options.modes)

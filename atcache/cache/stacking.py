@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-_NARROW = np.iinfo(np.int16)
-
 
 class Stack:
     """Arrays of one shape, stacked one by one, while each is still in the processor's cache.
@@ -20,11 +18,10 @@ class Stack:
 
     Args:
         num_rows: how many arrays will be added.
-        narrows: store int32 as int16 as long as all values fit, which halves what is shared, pinned and sent.
     """
 
-    def __init__(self, num_rows: int, *, narrows: bool = False) -> None:
-        self._num_rows, self._narrows = num_rows, narrows
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
         self._num_added = 0
         self._is_swapped = False
         self._stored: Tensor | None = None
@@ -34,14 +31,8 @@ class Stack:
         if self._num_added == 0:
             self._is_swapped = not array.flags.c_contiguous
         stored = array.swapaxes(-1, -2) if self._is_swapped else array
-        narrows = self._narrows and stored.dtype == np.int32 and _fits(stored)
         if self._stored is None:
-            self._stored = _empty((self._num_rows, *stored.shape), np.dtype(np.int16) if narrows else stored.dtype)
-        elif self._stored.dtype == torch.int16 and stored.dtype == np.int32 and not narrows:
-            # The first row that does not fit int16: the rows before it become int32 again.
-            wide = _empty((self._num_rows, *stored.shape), stored.dtype)
-            wide[: self._num_added] = self._stored[: self._num_added]
-            self._stored = wide
+            self._stored = _empty((self._num_rows, *stored.shape), stored.dtype)
         self._stored.numpy()[self._num_added] = stored
         self._num_added += 1
 
@@ -52,10 +43,6 @@ class Stack:
             return None
         assert self._num_added == self._num_rows, f"{self._num_added} of {self._num_rows} rows were added"
         return self._stored.transpose(-1, -2) if self._is_swapped else self._stored
-
-
-def _fits(array: np.ndarray) -> bool:
-    return bool(array.max() <= _NARROW.max and array.min() >= _NARROW.min)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:

@@ -38,10 +38,7 @@ class _Batches(Dataset[Batch]):
                 self._views.expect(np.unique([sample for sample, its_epoch in pairs if its_epoch == epoch]), epoch)
         part_B = self._views.part_of(sample_B)
         pixels = Stack(len(pairs))
-        codes = {
-            part: Stack(count, narrows=self._views.codes_may_narrow)
-            for part, count in enumerate(np.bincount(part_B).tolist())
-        }
+        codes = {part: Stack(count) for part, count in enumerate(np.bincount(part_B).tolist())}
         mixes: list[Mix] = []
         for part, (sample, epoch) in zip(part_B.tolist(), pairs, strict=True):
             view = self._views.read(sample, epoch)

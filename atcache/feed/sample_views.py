@@ -65,11 +65,6 @@ class Views(Protocol):
         """Take note of the samples, ascending, that will be read soon; may read or fetch them ahead."""
         ...
 
-    @property
-    def codes_may_narrow(self) -> bool:
-        """Whether codes are plain numbers, which mean the same in a smaller integer type."""
-        return False
-
 
 class CachedViews(Views):
     """The fixed views of a cache; epoch e uses view e modulo the number of views.
@@ -131,11 +126,6 @@ class CachedViews(Views):
     def is_remote(self) -> bool:
         """See `Views.is_remote`."""
         return self._reader.is_remote or (self._source is not None and self._source.is_remote)
-
-    @property
-    def codes_may_narrow(self) -> bool:
-        """See `Views.codes_may_narrow`. The codes of codec exact, for example, are the bits of floats."""
-        return self._record.identity.codec["name"] == "transform"
 
     def _read(self, view: int, sample: int) -> SampleView:
         layers = self._code_layers
@@ -283,8 +273,3 @@ class JoinedViews(Views):
         part_S = self.part_of(sample_S)
         for part in np.unique(part_S).tolist():
             self._parts[part].expect(sample_S[part_S == part] - self._starts[part], epoch)
-
-    @property
-    def codes_may_narrow(self) -> bool:
-        """See `Views.codes_may_narrow`."""
-        return all(part.codes_may_narrow for part in self._parts)

@@ -101,7 +101,7 @@ class Numbered:
     def __init__(self, part: int, num_samples: int) -> None:
         self.part, self.num_samples = part, num_samples
         self.expected: list[np.ndarray] = []
-        self.codes_may_narrow, self.is_remote = True, False
+        self.is_remote = False
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -343,43 +343,29 @@ def test_block_shuffle_has_each_run_of_neighbours_read_ahead_once_an_epoch(tiny_
     assert {(inode, 0, sizes[inode] - indexes[inode].index_nbytes) for inode in sizes} == {one[:3] for one in asked}
 
 
-integers = st.integers(-(2**31), 2**31 - 1) | st.integers(-(2**15), 2**15 - 1) | st.integers(0, 3)
-
-
 @given(
-    values=st.lists(st.lists(integers, min_size=6, max_size=6), min_size=1, max_size=5),
+    values=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=6, max_size=6), min_size=1, max_size=5),
     is_swapped=st.booleans(),
-    narrows=st.booleans(),
 )
-def test_a_stack_holds_its_rows_in_their_memory_order_narrow_where_all_fit(values, is_swapped, narrows):
+def test_a_stack_holds_its_rows_in_their_memory_order(values, is_swapped):
     rows = [np.array(row, np.int32).reshape(1, 3, 2) for row in values]
     rows = [row.swapaxes(1, 2) if is_swapped else row for row in rows]
-    stack = Stack(len(rows), narrows=narrows)
+    stack = Stack(len(rows))
     for row in rows:
         stack.add(row)
-    fits = narrows and all(-(2**15) <= value < 2**15 for row in values for value in row)
-    assert stack.tensor.dtype == (torch.int16 if fits else torch.int32)
+    assert stack.tensor.dtype == torch.int32
     assert np.array_equal(stack.tensor.numpy(), np.stack(rows))
     assert stack.tensor.transpose(-1, -2).is_contiguous() or not is_swapped
     assert stack.tensor.is_contiguous() or is_swapped
 
 
-def test_transforms_codes_travel_as_int16_in_their_memory_order_also_from_workers(start_method, tiny_cache):
+def test_transforms_codes_travel_as_bytes_also_from_workers(start_method, tiny_cache):
     views, reader = cached(tiny_cache(codec="transform"))
     for workers in (0, 2):
         for batch in batches(views, reader.labels_S, stop=3, workers=workers):
             codes = np.stack([reader.read_codes(0, int(sample)) for sample in batch.sample_B])
-            assert (codes.dtype, codes_of(batch).dtype) == (np.int32, torch.int16)
+            assert (codes.dtype, codes_of(batch).dtype) == (np.uint8, torch.uint8)
             assert np.array_equal(codes_of(batch).numpy(), codes)
-            one = reader.read_codes(0, 0)
-            assert np.argsort(codes_of(batch).stride()[1:]).tolist() == np.argsort(one.strides).tolist()
-
-
-def test_bits_of_floats_are_not_narrowed(tiny_cache):
-    views, _ = cached(tiny_cache(codec="exact:dtype=float32"))
-    assert not views.codes_may_narrow
-    batch = next(iter(stream_of(tiny_cache(codec="exact:dtype=float32"))))
-    assert codes_of(batch).dtype == torch.int32
 
 
 @pytest.mark.gpu
