@@ -36,6 +36,7 @@ WRONG: dict[str, Any] = {
     "infinite": math.inf,
 }
 OPTIONAL = {
+    ("calibration", "decode_operations"),
     ("calibration", "layers"),
     ("calibration", "num_held_back"),
     ("calibration", "v_error"),

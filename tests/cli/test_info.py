@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,16 +77,17 @@ def test_text_says_what_a_cache_holds(cache, tiny_vit):
     lines = {line[:10].strip(): line[11:] for line in summary.splitlines()}
     assert list(lines) == [
         *("cache", "teacher", "licence", "samples", "views", "attention", "codec", "size"),
-        *("held back", "row KL", "state", "bad"),
+        *("held back", "decoding", "row KL", "state", "bad"),
     ]
     assert lines["cache"] == f"{cache} (format 1)"
     assert lines["teacher"].startswith("vit_tiny_patch16_224:")
     assert lines["samples"] == "20 x 2 views"
     assert lines["views"] == "crop-flip, seed 0, 8 x 8 pixels, replayed from the tars"
     assert lines["attention"] == "2 layers (0-1) x 2 heads (0-1) x 17 tokens"
-    assert lines["codec"] == "transform (basis all, dct True, positions True, target_kl 0.005)"
+    assert lines["codec"] == "transform (dct True, predict True, target_kl 0.005)"
     assert "than float16 maps" in lines["size"]
     assert "nats on average" in lines["row KL"]
+    assert re.fullmatch(r"q and k of a view take \d+% of the teacher's operations", lines["decoding"])
     assert lines["state"] == "complete, 36 views stored"
     assert lines["bad"] == "4 views left out: 2 no label, 2 undecodable"
 

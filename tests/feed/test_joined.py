@@ -272,7 +272,7 @@ def teacher_of(paths) -> CacheTeacher:
 def test_each_samples_factors_are_decoded_by_its_own_caches_codec(first, second, part_caches):
     paths = part_caches(first={"codec": first}, second={"codec": second})
     if first == second == "transform":
-        bases = [CacheReader(path).state["basis_LJN"] for path in paths]
+        bases = [CacheReader(path).state["basis_LJC"] for path in paths]
         assert bases[0].shape != bases[1].shape or not np.array_equal(*bases)
     teacher, caches = teacher_of(paths), [Cache(path) for path in paths]
     batch = batches_of(paths, stop=1)[0]

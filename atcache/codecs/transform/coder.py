@@ -390,6 +390,8 @@ def _check_state(state: State, geometry: FactorGeometry, width: int, num_bands: 
             raise CodecError(f"codec transform: {name} of its state has a value that is not finite.")
     if state["bucket_LBJ"].dtype != torch.uint8:
         raise CodecError(f"codec transform: bucket_LBJ of its state is {state['bucket_LBJ'].dtype}, expected uint8.")
+    if not bool((state["bucket_LBJ"] > 0).flatten(1).any(dim=1).all()):
+        raise CodecError("codec transform: bucket_LBJ of its state stores nothing of a layer.")
 
 
 def _of_triangles(triangles: Tensor, size: int) -> Tensor:

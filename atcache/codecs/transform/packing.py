@@ -30,6 +30,8 @@ _LARGEST_MEAN_OF_KIND = (2.0**11, 1.0, 0.4)
 """A block is of the last kind whose bound is at least its mean integer's size. Few cells then escape."""
 _SMALLEST_MEAN = 0.01
 _SLOT_NBYTES = 5  # an escape: 2 bytes for the distance to the one before, 3 for what is missing
+_LEAST_OPEN_SLOTS = 1024
+"""Slots that are looked at, at least; else a power of two."""
 _MOST_DISTANCE = 2**16 - 1
 _MOST_MISSING = 2**24 - 1
 _FEW_CELLS = 8192
@@ -105,7 +107,7 @@ class Packing:
         fewest_slots = min(_FEW_CELLS, max(1, self.num_cells))
         self.row_nbytes = max(1, sum(self._num_bytes), _SLOT_NBYTES * fewest_slots)
         """Bytes of a row."""
-        self._places = lru_cache(maxsize=None)(self._find_places)
+        self.places = lru_cache(maxsize=None)(self._find_places)
         self._order = lru_cache(maxsize=1)(self._find_order)
 
     def _cells(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,11 +218,6 @@ class Packing:
         """The rows of a batch, ready to unpack layers of."""
         return OpenRows(self, rows_B2R)
 
-    def unpack_fitting(self, layer: int, rows_BR: Tensor) -> Tensor:
-        """A layer's cells without what is missing: int32, (view, token * component), the sign in the lowest bit."""
-        places = self._places(layer)
-        return ((rows_BR.index_select(1, places.byte_N) >> places.shift_N) & places.mask_N).to(torch.int32)
-
     def cells_of(self, layer: int) -> tuple[int, int]:
         """The first and the last number, exclusive, of a layer's cells among all cells."""
         return int(self._first_cell[layer]), int(self._first_cell[layer + 1])
@@ -230,23 +227,28 @@ class OpenRows:
     """The rows of bytes of a batch of views. Layers may be unpacked in any order."""
 
     def __init__(self, packing: Packing, rows_B2R: Tensor) -> None:
-        self._packing = packing
+        # All that is not the same for every batch is worked out here, so that a compiled student, which decodes layers
+        # within its graph, needs no other graph for the next batch.
+        self._num_components = packing.num_components
+        self._cells = [packing.cells_of(layer) for layer in range(len(packing.num_components))]
+        self._places = [packing.places(layer) for layer in range(len(packing.num_components))]
         self._rows_BR = rows_B2R[:, 0]
         num_slots = rows_B2R.shape[2] // _SLOT_NBYTES
         planes_B5N = rows_B2R[:, 1, : _SLOT_NBYTES * num_slots].view(-1, _SLOT_NBYTES, num_slots)
         num_used = int((planes_B5N[:, :2] != 0).any(dim=1).sum(dim=1).max()) if len(rows_B2R) else 0
+        num_used = min(num_slots, max(_LEAST_OPEN_SLOTS, 2 ** math.ceil(math.log2(num_used + 1))))
         bytes_B5N = planes_B5N[:, :, :num_used].long()
         self._cell_BN = (bytes_B5N[:, 0] + 256 * bytes_B5N[:, 1]).cumsum(dim=1) - 1
         self._missing_BN = (bytes_B5N[:, 2] + 256 * bytes_B5N[:, 3] + 65536 * bytes_B5N[:, 4]).to(torch.int32)
 
     def layer(self, layer: int) -> Tensor:
         """The integers of one layer, int32 of shape (view, token or coefficient, component)."""
-        cells_BN = self._packing.unpack_fitting(layer, self._rows_BR)
-        first, last = self._packing.cells_of(layer)
-        if self._cell_BN.shape[1] and last > first:
-            is_here_BN = (self._cell_BN >= first) & (self._cell_BN < last)
-            cells_BN.scatter_add_(
-                1, (self._cell_BN - first).clamp(0, last - first - 1), torch.where(is_here_BN, self._missing_BN, 0)
-            )
+        byte_N, shift_N, mask_N = self._places[layer]
+        cells_BN = ((self._rows_BR.index_select(1, byte_N) >> shift_N) & mask_N).to(torch.int32)
+        first, last = self._cells[layer]
+        is_here_BN = (self._cell_BN >= first) & (self._cell_BN < last)
+        cells_BN = cells_BN.scatter_add(
+            1, (self._cell_BN - first).clamp(0, last - first - 1), torch.where(is_here_BN, self._missing_BN, 0)
+        )
         signed_BN = (cells_BN >> 1) ^ -(cells_BN & 1)
-        return signed_BN.view(len(cells_BN), -1, max(1, self._packing.num_components[layer]))
+        return signed_BN.view(len(cells_BN), -1, self._num_components[layer])

@@ -23,7 +23,7 @@ from atcache.teachers.run import TeacherRun
 class LongFit(Int8Codec):
     """Looks at the batches twice, and tells of stages of its own."""
 
-    def fit(self, geometry, batches, *, held_back=None, nbytes_per_view=None, progress=None):
+    def fit(self, geometry, batches, *, held_back=None, nbytes_per_view=None, recipe=None, progress=None):
         for _ in range(2):
             assert len(list(batches)) == 5
             progress("basis", 0.5)

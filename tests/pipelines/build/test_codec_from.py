@@ -48,7 +48,7 @@ def test_codec_and_state_are_the_other_caches_bit_for_bit(config, other, tmp_pat
     summary = build(config)
     assert summary.complete is not None
     assert summary.complete["num_stored"] == 16
-    assert "step" in state_of(other)
+    assert "basis_LJC" in state_of(other)
     assert state_of(config.out) == state_of(other)
     assert codec_of(config.out) == codec_of(other)
     assert codec_of(config.out)["target_kl"] == 0.02
@@ -124,7 +124,7 @@ def test_going_on_with_another_fit_of_the_same_codec_is_refused(config, tiny_cac
     build(config)
     before = files(config.out)
     elsewhere = tiny_cache(codec=None, target_kl=0.02, data=str(digits_tars[2]), batch_size=3)
-    sentence = r"not begun with the codec of codec_from=\S+: its fitted \S.*\bstep\b.* differ\. Give another --out"
+    sentence = r"not begun with the codec of codec_from=\S+: its fitted \S.*\bbasis_LJC\b.* differ\. Give another --out"
     for unfinished in (False, True):
         if unfinished:
             (config.out / "commits/v0000-b000001.json").unlink()
@@ -228,11 +228,11 @@ def test_what_is_no_cache_is_refused(config, tmp_path):
 def test_a_damaged_state_is_named_before_the_teacher_is_loaded(config, other, tmp_path):
     damaged = tmp_path / "damaged.zarr"
     shutil.copytree(other, damaged)
-    file = damaged / "attention/state/step/c/0"
+    file = damaged / "attention/state/shrink_L3/c/0/0"
     file.write_bytes(file.read_bytes()[::-1])
-    with pytest.raises(CorruptCacheError, match=r"damaged\.zarr/attention/state/step/c/0 is damaged"):
+    with pytest.raises(CorruptCacheError, match=r"damaged\.zarr/attention/state/shrink_L3/c/0/0 is damaged"):
         build(replace(config, codec_from=damaged, weights=Path("nowhere.pth")))
-    shutil.rmtree(damaged / "attention/state/step")
+    shutil.rmtree(damaged / "attention/state/shrink_L3")
     with pytest.raises(CorruptCacheError, match=r"damaged\.zarr/attention/state"):
         build(replace(config, codec_from=damaged, weights=Path("nowhere.pth")))
 
