@@ -124,7 +124,9 @@ def test_going_on_with_another_fit_of_the_same_codec_is_refused(config, tiny_cac
     build(config)
     before = files(config.out)
     elsewhere = tiny_cache(codec=None, target_kl=0.02, data=str(digits_tars[2]), batch_size=3)
-    sentence = r"not begun with the codec of codec_from=\S+: its fitted \S.*\bmean_right_LRC\b.* differ\. Give another --out"
+    sentence = (
+        r"not begun with the codec of codec_from=\S+: its fitted \S.*\bmean_right_LRC\b.* differ\. Give another --out"
+    )
     for unfinished in (False, True):
         if unfinished:
             (config.out / "commits/v0000-b000001.json").unlink()
