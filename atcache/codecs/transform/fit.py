@@ -89,6 +89,8 @@ def fit_transform(
 
 
 class _Fit:
+    """What a fit knows, and its three steps."""
+
     def __init__(
         self,
         codec: TransformSettings,
@@ -148,10 +150,12 @@ class _Fit:
         if not num_views:
             raise _no_views()
         num_rows = num_metric_views * self._geometry.tokens.num_tokens * len(self._geometry.heads)
-        return [
-            self._layer(position, torch.cat(kept), metric_VDD / num_rows)
-            for position, (kept, metric_VDD) in enumerate(zip(inputs, metrics, strict=True))
-        ]
+        measured: list[MeasuredLayer] = []
+        for position, (kept, metric_VDD) in enumerate(zip(inputs, metrics, strict=True)):
+            x_BTC = torch.cat(kept)
+            kept.clear()  # so that only one layer is in memory twice
+            measured.append(self._layer(position, x_BTC, metric_VDD / num_rows))
+        return measured
 
     def _check_finite(self, factors: Sequence[LayerFactors]) -> None:
         for block, layer in zip(self._geometry.layers, factors, strict=True):
@@ -179,7 +183,7 @@ class _Fit:
     # -- (2) the fit at a step
 
     def _fit_layers(self, step: float, num_views: int, stage: str) -> list[FittedLayer]:
-        """The arrays of all layers for steps of this width, fitted to the first `num_views` views."""
+        """The arrays of all layers for steps of this width, fitted to about `num_views` views."""
         fitted: list[FittedLayer] = []
         below_TBC: Tensor | None = None
         means: list[tuple[Tensor, Tensor]] = []
