@@ -20,7 +20,7 @@ from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.codecs.base import Codec, FitProgress, InputRecipe, State
 from atcache.codecs.transform.coder import TransformCoder
-from atcache.codecs.transform.fit import fit_transform
+from atcache.codecs.transform.fit import TransformFit
 from atcache.errors import CodecError
 
 DEFAULT_TARGET_KL = 0.005
@@ -82,7 +82,7 @@ class TransformCodec(Codec):
         Raises:
             CodecError: the layers are maps, or factors that are not finite.
         """
-        return fit_transform(self, geometry, batches, held_back, nbytes_per_view, recipe, progress)
+        return TransformFit(self, geometry, batches, held_back, nbytes_per_view, recipe, progress).run()
 
     def coder(
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"

@@ -73,23 +73,8 @@ class TransformSettings(Protocol):
     def dct(self) -> bool: ...
 
 
-def fit_transform(
-    codec: TransformSettings,
-    geometry: FactorGeometry,
-    batches: Iterable[Sequence[LayerAttention]],
-    held_back: Sequence[LayerAttention] | None,
-    nbytes_per_view: Callable[[Tensor], float] | None,
-    recipe: InputRecipe | None,
-    progress: FitProgress | None,
-) -> State:
-    """What `TransformCodec.fit` returns; see there and `Codec.fit`."""
-    if codec.target_nbytes is not None and nbytes_per_view is None:
-        raise CodecError("codec transform: target_nbytes is met by measuring bytes; give fit a way to measure them.")
-    return _Fit(codec, geometry, batches, held_back, nbytes_per_view, recipe, progress).run()
-
-
-class _Fit:
-    """What a fit knows, and its three steps."""
+class TransformFit:
+    """What a fit knows, and its three steps. Making it does the first; `run` the others."""
 
     def __init__(
         self,
@@ -101,6 +86,11 @@ class _Fit:
         recipe: InputRecipe | None,
         progress: FitProgress | None,
     ) -> None:
+        """Look at the calibration views. The arguments are those of `Codec.fit`."""
+        if codec.target_nbytes is not None and nbytes_per_view is None:
+            raise CodecError(
+                "codec transform: target_nbytes is met by measuring bytes; give fit a way to measure them."
+            )
         self._codec, self._geometry, self._nbytes_per_view = codec, geometry, nbytes_per_view
         self._progress = progress
         # Twice as fast, and exact enough unless the target is very fine.
