@@ -12,7 +12,9 @@ squared errors of q and k, whatever they do to a map. What differs from the pape
 
 Fitting holds at most `_MAX_TOKENS` tokens of the calibration views in memory (about 600 MB for 12 layers of 768) and
 finds at most `_MAX_COMPONENTS` components, by the randomised range finder of `torch.svd_lowrank`: a dense decomposition
-of 9,216 dimensions would take many minutes.
+of 9,216 dimensions would take many minutes. This bounds how close the rival gets. With DINOv2 ViT-S, 2,048 components
+without any rounding have a KL of 0.005. Budgets of up to 4,095 bits a token (KL 0.016 and more) leave some of them out
+anyway; from 5,792 bits on (KL 0.009 and less) all are kept, and more and more it is the limit that is measured.
 """
 
 from __future__ import annotations
