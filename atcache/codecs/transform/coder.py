@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
@@ -217,7 +217,10 @@ class TransformCoder(Coder):
         for group in self._groups[position]:
             part, count = group.coefficients, group.num_components
             if count:
-                predicted_TBC[part] += components_TBJ[part, :, :count] @ arrays.basis_JC[:count]
+                # As a matrix: a product of slices would be done token by token.
+                part_RJ = components_TBJ[part, :, :count].flatten(0, 1)
+                added_RC = part_RJ @ arrays.basis_JC[:count]
+                predicted_TBC[part] += added_RC.view(predicted_TBC[part].shape)
         return predicted_TBC
 
     def factors(self, position: int, coefficients_TBC: Tensor) -> LayerFactors:
@@ -324,15 +327,12 @@ class DecodedChain:
 def projection_state(projections: Sequence[HeadProjection]) -> dict[str, Tensor] | None:
     """The projections of all layers as arrays of a state, or None if they differ in what they do."""
     states = [projection.to_state() for projection in projections]
-    if any({name: each.shape for name, each in state.items()} != _shapes_of(states[0]) for state in states):
+    shapes = [{name: each.shape for name, each in state.items()} for state in states]
+    if any(its != shapes[0] for its in shapes):
         return None
     return {
         PROJECTION + name.replace(".", "__"): torch.stack([state[name].cpu() for state in states]) for name in states[0]
     }
-
-
-def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: each.shape for name, each in state.items()}
 
 
 def _read_projections(state: State, geometry: FactorGeometry) -> tuple[HeadProjection, ...] | None:
