@@ -218,8 +218,7 @@ class TransformCoder(Coder):
             part, count = group.coefficients, group.num_components
             if count:
                 # As a matrix: a product of slices would be done token by token.
-                part_RJ = components_TBJ[part, :, :count].flatten(0, 1)
-                added_RC = part_RJ @ arrays.basis_JC[:count]
+                added_RC = components_TBJ[part, :, :count].flatten(0, 1) @ arrays.basis_JC[:count]
                 predicted_TBC[part] += added_RC.view(predicted_TBC[part].shape)
         return predicted_TBC
 
