@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 from build_growth import measure_growth, measure_opening
 
-from atcache.attention.capture import FactorCapture
 from atcache.codecs.registry import parse_codec
 from atcache.feed.workers import read_ahead
 from atcache.images.source import Source, index_source
@@ -201,9 +200,7 @@ def _stages(setup: Setup, folder: Path) -> dict[str, float]:
     state = {name: tensor.cpu().numpy() for name, tensor in setup.calibration.state.items()}
     create_cache(out, setup.layout, {}, setup.source.index, state)
     batches, coder = _batches(setup), setup.calibration.coder
-    capture = FactorCapture(
-        setup.run.teacher.model, coder.geometry.layers, coder.geometry.heads, input_calls=coder.input_calls
-    )
+    capture = setup.run.capture(coder.geometry, coder.input_calls)
     total: dict[str, float] = {}
     num_views = 0
 

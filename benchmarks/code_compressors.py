@@ -22,6 +22,7 @@ from numcodecs import blosc, zstd
 import atcache
 from atcache.codecs.base import Coder
 from atcache.codecs.transform.coder import TransformCoder
+from atcache.codecs.transform.packing import entropy_bits
 from atcache.store.chunks import compress, decompress_into
 from atcache.store.layout import GZIP
 
@@ -145,13 +146,7 @@ def _row(candidate: Candidate, codes_BLTC: np.ndarray, layers_per_chunk: int) ->
 
 
 def _entropy_nbytes(coder: Coder, codes_BLTC: np.ndarray) -> float:
-    bits = 0.0
-    for codes_BTC in _integers(coder, codes_BLTC):
-        for component in range(codes_BTC.shape[2]):
-            _, counts = np.unique(codes_BTC[..., component], return_counts=True)
-            share = counts / counts.sum()
-            bits -= float((share * np.log2(share)).sum()) * counts.sum()
-    return bits / 8 / len(codes_BLTC)
+    return sum(map(entropy_bits, _integers(coder, codes_BLTC))) / 8 / len(codes_BLTC)
 
 
 def _integers(coder: Coder, codes_BLTC: np.ndarray) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks
-from atcache.attention.capture import CaptureCheck, FactorCapture
+from atcache.attention.capture import CaptureCheck
 from atcache.attention.factors import LayerAttention, LayerMaps
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
@@ -219,7 +219,7 @@ class Scales:
         self._run, self._geometry, self._has_classes = run, geometry, has_classes
         self._batches = list(pixels_NHWC.split(batch_size))
         self._num_views = len(pixels_NHWC)
-        self._capture = FactorCapture(run.teacher.model, geometry.layers, geometry.heads, input_calls=check.input_calls)
+        self._capture = run.capture(geometry, check.input_calls)
         self._own = [self._final(pixels_BHWC, None) for pixels_BHWC in self._batches]
 
     def teacher_macs(self) -> int:

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.capture import FactorCapture, check_capture
 from atcache.choices import PRECISIONS, Mode
-from atcache.codecs.base import Coder, InputRecipe
+from atcache.codecs.base import Coder
 from atcache.codecs.registry import parse_codec
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.feed.batch import Batch, Codes
@@ -179,13 +179,10 @@ class Bench:
         self.usual_teacher = UsualTeacher(self._teacher_run())
         self.batch = self._batch(None)
         self._cached: dict[str, tuple[CodesTeacher, Batch]] = {}
-        recipe = None
-        if check.projections is not None and check.input_calls is not None:
-            recipe = InputRecipe(check.projections, check.input_calls)
         for name in ("int8", f"transform:target_kl={options.target_kl}"):
             codec = parse_codec(name)
             coder = codec.coder(
-                self.geometry, codec.fit(self.geometry, [layers], recipe=recipe), device=str(self.device)
+                self.geometry, codec.fit(self.geometry, [layers], recipe=check.recipe), device=str(self.device)
             )
             codes_BLTC = coder.encode(layers).cpu()
             self._cached[name.partition(":")[0]] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -58,3 +59,20 @@ def _call_as(rank, place, function):
     except AtcacheError as error:
         print("told:", error, file=sys.stderr, flush=True)
         raise SystemExit(3) from error
+
+
+def run_on_a_terminal(code: str) -> tuple[subprocess.CompletedProcess[bytes], bytes]:
+    """A Python process whose stderr is a terminal, and what it showed there."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    shown = b""
+    # Linux ends the reading of a closed terminal with an error.
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:
+        pass
+    os.close(ours)
+    return done, shown

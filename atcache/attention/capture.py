@@ -22,7 +22,7 @@ from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import checked_indices
 from atcache.attention.intercept import LinearCall
 from atcache.attention.kernels import mixed_attention
-from atcache.attention.projection import HeadProjection
+from atcache.attention.projection import HeadProjection, InputRecipe
 from atcache.attention.projection_search import FoundProjection, find_projection, reproduces
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
 from atcache.errors import ConfigError, UnsupportedAttentionError
@@ -41,6 +41,13 @@ class CaptureCheck(NamedTuple):
     input_calls: tuple[int, ...] | None = None
     """For each layer, which call of `linear` takes that input: what `FactorCapture` needs to keep it. None where
     `projections` is."""
+
+    @property
+    def recipe(self) -> InputRecipe | None:
+        """Both together, as codecs take them; None where they are."""
+        if self.projections is None or self.input_calls is None:
+            return None
+        return InputRecipe(self.projections, self.input_calls)
 
 
 class FactorCapture:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,14 @@ class HeadProjection:
         """
         _check_state(state, geometry)
         return _of_state(state, len(geometry.heads), geometry.num_kv_heads)
+
+
+class InputRecipe(NamedTuple):
+    """How each layer's q and k follow from its input, as `check_capture` finds it."""
+
+    projections: tuple[HeadProjection, ...]
+    input_calls: tuple[int, ...]
+    """Which linear call of each layer's block takes that input."""
 
 
 def _of_state(state: Mapping[str, Tensor], num_heads: int, num_kv_heads: int) -> HeadProjection:

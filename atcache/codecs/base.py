@@ -12,28 +12,20 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.projection import HeadProjection
+from atcache.attention.projection import InputRecipe
 from atcache.errors import CodecError
 
 State = Mapping[str, Tensor]
 """Fitted arrays by name; empty for codecs that need none."""
 FitProgress = Callable[[str, float], None]
 """Takes a stage of fitting, in a few words, and the share of it that is done, from 0 to 1."""
-
-
-class InputRecipe(NamedTuple):
-    """How each layer's q and k follow from its input, as `check_capture` finds it."""
-
-    projections: tuple[HeadProjection, ...]
-    input_calls: tuple[int, ...]
-    """Which linear call of each layer's block takes that input."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

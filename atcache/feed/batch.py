@@ -19,7 +19,7 @@ class Codes(NamedTuple):
     row_B: np.ndarray
     """Their rows in the batch, ascending int64. They stay in host memory, where batches are cut."""
     codes_BLTC: Tensor
-    """Codes of their views, int16 if a codec's int32 codes fit; L, T and C are this cache's own."""
+    """Codes of their views, of the cache's own type; L, T and C are this cache's own."""
 
 
 class Batch(NamedTuple):

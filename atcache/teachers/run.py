@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import LayerAttention
+from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import normalise_images
@@ -57,6 +59,21 @@ class TeacherRun:
     def images(self, pixels_BHWC: Tensor) -> Tensor:
         """The teacher's input, on its device."""
         return normalise_images(pixels_BHWC, self.teacher.input.mean, self.teacher.input.std, self.device)
+
+    def capture(self, geometry: FactorGeometry, input_calls: Sequence[int] | None = None) -> FactorCapture:
+        """What captures the factors of this geometry from the teacher.
+
+        Args:
+            geometry: the layers and heads to capture, and whether v is wanted.
+            input_calls: as in `FactorCapture`, to capture each layer's input too.
+        """
+        return FactorCapture(
+            self.teacher.model,
+            geometry.layers,
+            geometry.heads,
+            with_values=geometry.v_head_dim > 0,
+            input_calls=input_calls,
+        )
 
     def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerAttention]:
         """The wanted layers' factors, or maps, of a batch of views."""

@@ -17,7 +17,7 @@ from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
-from atcache.codecs.base import Codec, Coder, FitProgress, InputRecipe, State
+from atcache.codecs.base import Codec, Coder, FitProgress, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
 from atcache.students.teacher_side import CachedFactors
@@ -175,9 +175,6 @@ def calibrate(
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
         check = check_capture(model, images, layers, heads, with_values=with_values, with_inputs=codec.codes_inputs)
-    recipe = None
-    if check.projections is not None and check.input_calls is not None:
-        recipe = InputRecipe(check.projections, check.input_calls)
     capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=check.input_calls)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
@@ -189,7 +186,7 @@ def calibrate(
             _Batches(run, capture, fitted_NHWC, batch_size, partial(report, "teacher")),
             held_back=held_back,
             nbytes_per_view=codes_nbytes,
-            recipe=recipe,
+            recipe=check.recipe,
             progress=report,
         )
     report("measuring", 0.0)

@@ -30,8 +30,9 @@ class DecodeCost:
     """Of its time, on this device, as measured just now."""
 
     def __str__(self) -> str:
-        operations = "" if self.operations is None else f"{self.operations:.0%} of the teacher's operations, "
-        return f"decoding q and k takes {operations}{self.seconds:.0%} of its time"
+        if self.operations is None:
+            return f"decoding takes {self.seconds:.0%} of the teacher's time"
+        return f"decoding takes {self.operations:.0%} of the teacher's operations, {self.seconds:.0%} of its time"
 
 
 def measure_decode_cost(run: TeacherRun, coder: Coder, pixels_BHWC: Tensor, codes_BLTC: Tensor) -> DecodeCost:

@@ -185,15 +185,7 @@ class TaskRunner:
             BadImageError: an image cannot be read, and `skip_bad` is False.
             DiskFullError: no space is left; tasks committed before stay.
         """
-        geometry = self.coder.geometry
-        with_values = geometry.v_head_dim > 0
-        capture = FactorCapture(
-            self.run.teacher.model,
-            geometry.layers,
-            geometry.heads,
-            with_values=with_values,
-            input_calls=self.coder.input_calls,
-        )
+        capture = self.run.capture(self.coder.geometry, self.coder.input_calls)
         waiting: deque[Future[Counts]] = deque()
         shards = _ShardWriter(self.out, self.layout)
         done = Counts()

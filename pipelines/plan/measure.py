@@ -193,15 +193,7 @@ def _measure_codec(
     coder = calibration.coder
     encode_img_per_s = compress_img_per_s = unpack_img_per_s = None
     if timed:
-        geometry = coder.geometry
-        capture = FactorCapture(
-            run.teacher.model,
-            geometry.layers,
-            geometry.heads,
-            with_values=geometry.v_head_dim > 0,
-            input_calls=coder.input_calls,
-        )
-        layers = run.factors(capture, bench.pixels_BHWC)
+        layers = run.factors(run.capture(coder.geometry, coder.input_calls), bench.pixels_BHWC)
         encode_img_per_s = len(bench.pixels_BHWC) / seconds_a_call(lambda: coder.encode(layers), run.device)
         compress_img_per_s, unpack_img_per_s = _packing_img_per_s(config, layout, calibration)
     student_img_per_s = known.student_img_per_s

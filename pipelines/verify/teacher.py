@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atcache.attention.capture import FactorCapture
 from atcache.cache.cache import Cache
 from atcache.cache.coders import stored_coder
 from atcache.cache.differences import name_differences
@@ -211,10 +210,7 @@ class _Comparison:
     def __init__(self, cache: Cache, run: TeacherRun) -> None:
         self._run = run
         self._coder = stored_coder(cache.reader, cache.codec, cache.geometry, str(run.device))
-        geometry = cache.geometry
-        self._capture = FactorCapture(
-            run.teacher.model, geometry.layers, geometry.heads, with_values=geometry.v_head_dim > 0
-        )
+        self._capture = run.capture(cache.geometry)
 
     def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]], float]:
         """Each view's row KL and error of v by layer (empty if v is not stored), and the views' injected error."""

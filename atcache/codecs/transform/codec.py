@@ -18,7 +18,8 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, FitProgress, InputRecipe, State
+from atcache.attention.projection import InputRecipe
+from atcache.codecs.base import Codec, FitProgress, State
 from atcache.codecs.transform.coder import TransformCoder
 from atcache.codecs.transform.fit import TransformFit
 from atcache.errors import CodecError

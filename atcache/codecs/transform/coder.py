@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from atcache.attention.projection import HeadProjection
 from atcache.codecs.base import Coder, State, only_factors
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import input_metric
-from atcache.codecs.transform.packing import NUM_ROWS, OpenRows, Packing
+from atcache.codecs.transform.packing import NUM_ROWS, OpenRows, Packing, entropy_bits
 from atcache.errors import CodecError
 
 _ROUNDING = 0.38
@@ -257,7 +256,7 @@ class TransformCoder(Coder):
     def layer_shares_L(self, codes_BLTC: Tensor) -> Tensor:
         """See `Coder.layer_shares_L`: the entropy of each layer's integers, a table for each component."""
         rows = self.packing.open(codes_BLTC.squeeze(2))
-        bits_L = [_entropy_bits(rows.layer(position).cpu().numpy()) for position in range(len(self.layers))]
+        bits_L = [entropy_bits(rows.layer(position).cpu().numpy()) for position in range(len(self.layers))]
         total = sum(bits_L)
         return torch.tensor([bits / total if total else 1 / len(bits_L) for bits in bits_L])
 
@@ -400,15 +399,6 @@ def _of_triangles(triangles: Tensor, size: int) -> Tensor:
     matrices[..., row, column] = triangles
     matrices[..., column, row] = triangles
     return matrices
-
-
-def _entropy_bits(codes_BTJ: np.ndarray) -> float:
-    bits = 0.0
-    for component in range(codes_BTJ.shape[2]):
-        _, counts = np.unique(codes_BTJ[..., component], return_counts=True)
-        share = counts / counts.sum()
-        bits -= float((share * np.log2(share)).sum()) * codes_BTJ[..., component].size
-    return bits
 
 
 def _not_finite(geometry: FactorGeometry, factors: Sequence[LayerFactors]) -> CodecError:

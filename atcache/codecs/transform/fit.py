@@ -19,7 +19,8 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import FitProgress, InputRecipe, State, only_factors
+from atcache.attention.projection import InputRecipe
+from atcache.codecs.base import FitProgress, State, only_factors
 from atcache.codecs.fidelity import mean_row_kl
 from atcache.codecs.search import find_step
 from atcache.codecs.transform.coder import (
@@ -28,7 +29,7 @@ from atcache.codecs.transform.coder import (
     layer_input,
     projection_state,
 )
-from atcache.codecs.transform.fit_layer import FittedLayer, MeasuredLayer, eigh, fit_layer, low_rank_mean, to_int8
+from atcache.codecs.transform.fit_layer import FittedLayer, MeasuredLayer, eigh, fit_layer, low_rank_mean
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import before_projection, input_metric, kl_metric
 from atcache.codecs.transform.packing import choose_buckets
@@ -313,7 +314,8 @@ class TransformFit:
         ]
         metrics = [layer.metric_VDD / layer.metric_VDD.abs().max().clamp(min=1e-300) for layer in self._layers]
         state = {
-            **dict(zip(("prediction_LCC", "prediction_scale_LC"), _stacked_int8(fitted), strict=True)),
+            "prediction_LCC": torch.stack([one.prediction_int8_CC for one in fitted]),
+            "prediction_scale_LC": torch.stack([one.prediction_scale_C for one in fitted]),
             "basis_LJC": _padded([one.basis_JC * its for one, its in zip(fitted, scales, strict=True)]),
             "shrink_L3": torch.stack([one.shrink_3 for one in fitted]),
             "bucket_LBJ": _padded([bucket_BJ.mT for bucket_BJ in buckets]).mT.contiguous(),
@@ -328,12 +330,6 @@ class TransformFit:
             large = ("basis_LJC", "metric_LVE", f"{PROJECTION}weight_NC")
             state |= {name: _to_float16(state[name]) for name in large if name in state}
         return {name: array.cpu() for name, array in state.items()}
-
-
-def _stacked_int8(fitted: Sequence[FittedLayer]) -> tuple[Tensor, Tensor]:
-    """The predictions of all layers, and their scales."""
-    matrices, scales = zip(*(to_int8(one.prediction_CC) for one in fitted), strict=True)
-    return torch.stack(matrices), torch.stack(scales)
 
 
 def _to_float16(array: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ class MeasuredLayer(NamedTuple):
 class FittedLayer:
     """A layer's arrays of the state, and what chooses its buckets."""
 
-    prediction_CC: Tensor
+    prediction_int8_CC: Tensor
+    prediction_scale_C: Tensor
+    """Of each column of the prediction."""
     basis_JC: Tensor
     shrink_3: Tensor
     mean_size_BJ: Tensor
@@ -83,18 +85,18 @@ def fit_layer(
     prediction_CC = wanted_TBC.new_zeros(width, width, dtype=torch.float64)
     num_rows = sum(gram.num_rows for gram in grams)
     if below_TBC is not None and num_rows >= _ROWS_PER_COLUMN * width:
-        weights = kind_weights
-        for _ in range(2):
-            prediction_CC = _regress(grams, weights)
-            # Bits are the logarithm of what is left, so bands count in proportion to it: low frequencies, which
-            # few coefficients have, would otherwise decide alone.
-            rests = [gram.rest(prediction_CC) for gram in grams]
-            weights = [
-                kind / (float((rest * layer.metric_CC).sum()) / width + noise)
-                for kind, rest in zip(kind_weights, rests, strict=True)
-            ]
+        unweighted_CC = _regress(grams, kind_weights)
+        rests = [gram.rest(unweighted_CC) for gram in grams]
+        # Bits are the logarithm of what is left, so bands count in inverse proportion to it: low frequencies, which few
+        # coefficients have, would otherwise decide alone.
+        weights = [
+            kind / (float((rest * layer.metric_CC).sum()) / width + noise)
+            for kind, rest in zip(kind_weights, rests, strict=True)
+        ]
+        prediction_CC = _regress(grams, weights)
     # As it is stored, or what rounding it adds to the rest would not be coded.
-    prediction_CC = _from_int8(*to_int8(prediction_CC)).double()
+    prediction_int8_CC, prediction_scale_C = _to_int8(prediction_CC)
+    prediction_CC = (prediction_int8_CC * prediction_scale_C).double()
     root_CC = layer.root_CC
     covariances = [root_CC @ gram.rest(prediction_CC) @ root_CC for gram in grams]
     pooled_CC = sum(
@@ -129,7 +131,8 @@ def fit_layer(
     shrink_3 = _shrink(components_TBJ[:, some], codes_TBJ[:, some])
     decoded_TBC = reconstruct(codes_TBJ, shrink_3) @ basis_JC
     fitted = FittedLayer(
-        prediction_CC=prediction_CC.float(),
+        prediction_int8_CC=prediction_int8_CC,
+        prediction_scale_C=prediction_scale_C,
         basis_JC=basis_JC,
         shrink_3=shrink_3,
         mean_size_BJ=mean_size_BJ,
@@ -199,14 +202,10 @@ def _shrink(components: Tensor, codes: Tensor) -> Tensor:
     return torch.stack([(excess * chosen).sum() / (chosen.sum() + 20) for chosen in (size == 1, size == 2, size >= 3)])
 
 
-def to_int8(matrix_CC: Tensor) -> tuple[Tensor, Tensor]:
+def _to_int8(matrix_CC: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as bytes, and the scale of each column. A prediction need not be exact: the rest is coded after it."""
     scale_C = (matrix_CC.abs().amax(dim=0) / 127).clamp(min=1e-30).float()
     return (matrix_CC / scale_C).round().to(torch.int8), scale_C
-
-
-def _from_int8(bytes_CC: Tensor, scale_C: Tensor) -> Tensor:
-    return bytes_CC * scale_C
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:

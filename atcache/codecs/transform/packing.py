@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +77,6 @@ class Packing:
         """
         self._device = device
         self._bucket_LBJ = bucket_LBJ.cpu().numpy()
-        self._bands = bands
         width_B = np.array([band.stop - band.start for band in bands])
         self._rank_T = np.array([rank for band in bands for rank in range(band.stop - band.start)])
         self._band_T = np.repeat(np.arange(len(bands)), width_B)
@@ -107,8 +106,11 @@ class Packing:
         fewest_slots = min(_FEW_CELLS, max(1, self.num_cells))
         self.row_nbytes = max(1, sum(self._num_bytes), _SLOT_NBYTES * fewest_slots)
         """Bytes of a row."""
-        self.places = lru_cache(maxsize=None)(self._find_places)
-        self._order = lru_cache(maxsize=1)(self._find_order)
+
+    @cached_property
+    def places(self) -> list[_Places]:
+        """Where each layer's cells are. Made once, and only by coders that decode."""
+        return [self._find_places(layer) for layer in range(len(self.num_components))]
 
     def _cells(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """For each cell of a layer, shape (token, component): its number within its kind, and its kind or -1."""
@@ -133,7 +135,8 @@ class Packing:
             on_device(byte_TJ, torch.int64), on_device(shift_TJ, torch.uint8), on_device(mask_TJ, torch.uint8)
         )
 
-    def _find_order(self) -> Tensor:
+    @cached_property
+    def _order(self) -> Tensor:
         """For each stored cell, kind by kind, its number among all cells, int64."""
         first = np.cumsum([0, *self._num_cells])
         order = np.zeros(self.num_cells, np.int64)
@@ -154,7 +157,7 @@ class Packing:
         num_views = len(codes[0])
         flat_BN = torch.cat([layer_BTJ.flatten(1) for layer_BTJ in codes], dim=1)
         # The sign becomes the lowest bit: 0, -1, 1, -2, ... are stored as 0, 1, 2, 3, ...
-        cells_BS = flat_BN.index_select(1, self._order())
+        cells_BS = flat_BN.index_select(1, self._order)
         cells_BS = torch.where(cells_BS < 0, -2 * cells_BS - 1, 2 * cells_BS)
         rows_B2R = torch.zeros(num_views, NUM_ROWS, self.row_nbytes, dtype=torch.uint8, device=self._device)
         most_S = torch.cat(
@@ -180,7 +183,7 @@ class Packing:
         if not len(view_N):
             return
         missing_N = missing_BS[missing_BS != 0].cpu().numpy().clip(max=_MOST_MISSING)
-        cell_N = self._order().cpu().numpy()[cell_N]
+        cell_N = self._order.cpu().numpy()[cell_N]
         rows = np.zeros(tuple(rows_BR.shape), np.uint8)
         for view in np.unique(view_N):
             chosen = view_N == view
@@ -192,7 +195,7 @@ class Packing:
         num_kept = len(cell_N)
         while True:
             # An image unlike all others may have more escapes than there are slots. Then the largest ones count.
-            kept = np.sort(np.argsort(-missing_N, kind="stable")[:num_kept])
+            kept = np.argsort(-missing_N, kind="stable")[:num_kept]
             cells, missing = cell_N[kept], missing_N[kept]
             order = np.argsort(cells)
             distance = np.diff(cells[order], prepend=-1)
@@ -231,7 +234,7 @@ class OpenRows:
         # within its graph, needs no other graph for the next batch.
         self._num_components = packing.num_components
         self._cells = [packing.cells_of(layer) for layer in range(len(packing.num_components))]
-        self._places = [packing.places(layer) for layer in range(len(packing.num_components))]
+        self._places = packing.places
         self._rows_BR = rows_B2R[:, 0]
         num_slots = rows_B2R.shape[2] // _SLOT_NBYTES
         planes_B5N = rows_B2R[:, 1, : _SLOT_NBYTES * num_slots].view(-1, _SLOT_NBYTES, num_slots)
@@ -252,3 +255,13 @@ class OpenRows:
         )
         signed_BN = (cells_BN >> 1) ^ -(cells_BN & 1)
         return signed_BN.view(len(cells_BN), -1, self._num_components[layer])
+
+
+def entropy_bits(codes_BTJ: np.ndarray) -> float:
+    """The order-0 entropy of a layer's integers, with a table for each component."""
+    bits = 0.0
+    for component in range(codes_BTJ.shape[2]):
+        _, counts = np.unique(codes_BTJ[..., component], return_counts=True)
+        share = counts / counts.sum()
+        bits -= float((share * np.log2(share)).sum()) * codes_BTJ[..., component].size
+    return bits

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import run_on_a_terminal
 
 from atcache.pipelines.running.progress import Progress
 
@@ -59,18 +56,7 @@ with Progress("build", total=4, unit="views") as progress:
 
 
 def test_a_terminal_gets_a_bar_that_takes_brackets_as_text():
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-c", ON_A_TERMINAL], stderr=theirs, capture_output=False, env=environment)
-    os.close(theirs)
-    shown = b""
-    # Linux ends the reading of a closed terminal with an error.
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:
-        pass
-    os.close(ours)
+    done, shown = run_on_a_terminal(ON_A_TERMINAL)
     assert done.returncode == 0
     assert b"4/4" in shown
     assert b"views/s  [note]" in shown

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import subprocess
-import sys
 
 import pytest
+from processes import run_on_a_terminal
 
 from atcache.pipelines.running.stages import StageProgress
 
@@ -50,18 +47,7 @@ print("after")
 
 
 def test_a_terminal_gets_a_bar_that_is_taken_away():
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-c", ON_A_TERMINAL], stderr=theirs, stdout=subprocess.PIPE, env=environment)
-    os.close(theirs)
-    shown = b""
-    # Linux ends the reading of a closed terminal with an error.
-    try:
-        while part := os.read(ours, 65536):
-            shown += part
-    except OSError:
-        pass
-    os.close(ours)
+    done, shown = run_on_a_terminal(ON_A_TERMINAL)
     assert (done.returncode, done.stdout) == (0, b"after\n")
     assert b"calibrate: step [of] 2" in shown
     assert b"50%" in shown
