@@ -13,6 +13,21 @@ from hypothesis import settings
 # wait for each other's; there is no screen.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# `make test` gives the same results on every machine, so it hides a GPU, and interprets the kernels written for one.
+# `make test-gpu` runs the tests that need one.
+WITH_GPU = os.environ.get("ATCACHE_TEST_GPU") == "1"
+if not WITH_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU, or all others."""
+    for item in items:
+        needs_gpu = item.get_closest_marker("gpu") is not None
+        if needs_gpu != WITH_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make test-gpu" if needs_gpu else "needs no GPU"))
+
 
 # A busy machine is no reason for a property to fail: speed is measured in benchmarks/.
 settings.register_profile("atcache", parent=settings(), deadline=None)

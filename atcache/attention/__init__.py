@@ -9,6 +9,7 @@
 - `recorder`: observe one forward pass and keep its factors or maps
 - `intercept`: pass each block's attention call to a function of ours, which answers it
 - `kernels`: attend with given factors, slice by slice, so that no whole map is in memory
+- `flash/`: the same, and distillation, for GPUs: tile by tile
 - `projection`: make one layer's q and k out of the input of its attention, without the model
 - `projection_search`: find out how a layer's q and k are made out of the input of its attention
 - `distillation`: the losses between a student's attention and its teacher's

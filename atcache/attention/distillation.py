@@ -1,4 +1,4 @@
-"""Distillation losses of one layer: between maps, in one pass over slices; from formed logits; and between factors."""
+"""Distillation losses of one layer: between maps, in one pass over tiles or slices; from logits; between factors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.flash import availability
 from atcache.attention.kernels import SlicedGradient, bias_slice, logits_slice, slices, wide
 from atcache.errors import AttentionShapeError
 
@@ -30,7 +31,7 @@ def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) 
     Raises:
         AttentionShapeError: batch, heads or tokens differ.
     """
-    return _distil(teacher, student, None)[1]
+    return _distil(teacher, student, has_values=False)[1]
 
 
 def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,7 @@ def distilled_attention(teacher: LayerAttention, student: LayerFactors) -> tuple
     Raises:
         AttentionShapeError: batch, heads or tokens differ, or the student's factors have no v.
     """
-    attended_BHTD, loss = _distil(teacher, student, student.repeated_v_BHTD())
+    attended_BHTD, loss = _distil(teacher, student, has_values=True)
     assert attended_BHTD is not None
     return attended_BHTD, loss
 
@@ -67,8 +68,12 @@ def check_equal_shapes(teacher_BHT: tuple[int, int, int], student_BHT: tuple[int
         )
 
 
-def _distil(teacher: LayerAttention, student: LayerFactors, v_BHTD: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def _distil(teacher: LayerAttention, student: LayerFactors, *, has_values: bool) -> tuple[Tensor | None, Tensor]:
     check_equal_shapes(teacher.shape_BHT, student.shape_BHT)
+    v_BHTD = student.repeated_v_BHTD() if has_values else None
+    vectors = (student.q_BHTD, student.q_BHTD if v_BHTD is None else v_BHTD)
+    if isinstance(teacher, LayerFactors) and availability.serves(teacher.q_BHTD, *vectors):
+        return _compare_in_tiles(teacher, student, student.v_BHTD if has_values else None)
     dtype = student.q_BHTD.dtype
     own = (student.q_BHTD, student.repeated_k_BHTD(), v_BHTD, student.bias, student.scale)
     if isinstance(teacher, LayerMaps):
@@ -76,6 +81,27 @@ def _distil(teacher: LayerAttention, student: LayerFactors, v_BHTD: Tensor | Non
     else:
         given = (teacher.q_BHTD.to(dtype), teacher.repeated_k_BHTD().to(dtype), teacher.bias, teacher.scale, None)
     return _Distillation.apply(*own, *given)  # pyright: ignore[reportReturnType]
+
+
+def _compare_in_tiles(
+    teacher: LayerFactors, student: LayerFactors, v_BHTD: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    from atcache.attention.flash.comparing import compare
+
+    device = student.q_BHTD.device.type
+    # As torch's own attention call does, under autocast.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.q_BHTD.dtype
+    return compare(
+        student.q_BHTD.to(dtype),
+        student.k_BHTD.to(dtype),
+        None if v_BHTD is None else v_BHTD.to(dtype),
+        student.bias,
+        student.scale,
+        teacher.q_BHTD.to(dtype),
+        teacher.k_BHTD.to(dtype),
+        teacher.bias,
+        teacher.scale,
+    )
 
 
 def _empty_by_token(like_BHTD: Tensor) -> Tensor:

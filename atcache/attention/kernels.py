@@ -1,7 +1,8 @@
 """Attention with given factors, and the parts of its backward passes. Token x token matrices exist for one slice only.
 
-A slice is some samples of the batch or, if one sample's map is too large, some of its query rows. A slice's matrices
-stay under a fixed size, so memory grows with the number of tokens, not with its square.
+GPUs that can run the Triton kernels of `flash` do that. What follows is for all other devices. A slice is some samples
+of the batch or, if one sample's map is too large, some of its query rows. A slice's matrices stay under a fixed size,
+so memory grows with the number of tokens, not with its square.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from atcache.attention.factors import LayerAttention, LayerMaps
+from atcache.attention.flash import availability
 
 CPU_SLICE_NBYTES = 4 * 2**20
 """Bytes that one float32 (batch, head, query, key) matrix of a slice may take: small enough to stay in a processor's
@@ -40,6 +42,11 @@ def copy_attention(teacher: LayerAttention, value_BHTD: Tensor) -> Tensor:
     if isinstance(teacher, LayerMaps):
         return teacher.attn_BHQK.to(value_BHTD.dtype) @ value_BHTD
     bias = None if teacher.bias is None else teacher.bias.to(value_BHTD.dtype)
+    if availability.serves(teacher.q_BHTD, value_BHTD):
+        from atcache.attention.flash.copying import copy
+
+        q_BHTD, k_BHTD = teacher.q_BHTD.to(value_BHTD.dtype), teacher.k_BHTD.to(value_BHTD.dtype)
+        return copy(q_BHTD, k_BHTD, value_BHTD, bias, teacher.scale)
     q_BHTD, k_BHTD = teacher.q_BHTD.to(value_BHTD.dtype), teacher.repeated_k_BHTD().to(value_BHTD.dtype)
     return _CopyAttention.apply(q_BHTD, k_BHTD, value_BHTD, bias, teacher.scale)  # pyright: ignore[reportReturnType]
 

@@ -1,0 +1,29 @@
+"""Whether the Triton kernels can run on given tensors."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_HAS_TRITON = find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST_HEAD_DIM = 128
+_FIRST_GENERATION = 8  # Ampere; Triton does not support older ones
+
+
+def serves(*vectors: Tensor) -> bool:
+    """Whether the kernels take these vectors, of shape (batch, head, token, head dim) each.
+
+    They run on NVIDIA GPUs of the Ampere generation and newer, where Triton is installed, in bf16, fp16 and float32,
+    for head dims up to 128. Everywhere else the same results come from plain torch, in slices.
+    """
+    return (
+        _HAS_TRITON
+        and all(
+            vector.is_cuda and vector.dtype in _DTYPES and vector.shape[-1] <= _LARGEST_HEAD_DIM for vector in vectors
+        )
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_properties(vectors[0].device).major >= _FIRST_GENERATION
+    )
