@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check clean
+.PHONY: help setup demo test test-gpu lint types check clean
 
 help:
-	@echo "make setup | demo | test | lint | types | check (lint, types and test) | clean"
+	@echo "make setup | demo | test | test-gpu | lint | types | check (lint, types and test) | clean"
 
 setup: $(INSTALLED)
 
@@ -27,6 +27,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests that need a GPU, which `make test` leaves out: it gives the same results on every machine.
+test-gpu: setup
+	ATCACHE_TEST_GPU=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,15 @@ if not WITH_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """Refuse to skip every test for want of a GPU."""
+    if WITH_GPU:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("ATCACHE_TEST_GPU=1 runs the tests that need a GPU, and torch finds none here.")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests that need a GPU, or all others."""
     for item in items:

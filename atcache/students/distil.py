@@ -14,6 +14,7 @@ from atcache.attention.distillation import (
     logits_distillation_loss,
 )
 from atcache.attention.factors import LayerFactors
+from atcache.attention.flash import availability
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 
@@ -81,9 +82,10 @@ class DistilledStudent(nn.Module):
 
 
 def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
-    """Whether one pass for output and loss is faster than the fused call plus a pass for the loss: on CPUs, mostly.
+    """Whether one pass for output and loss is faster than the fused call plus a pass for the loss.
 
-    Measured by `benchmarks/kernels.py`, also with `--dtype bfloat16`: on CPUs it is slower only in float32 at 1,370
-    tokens. The single pass cannot do dropout.
+    It is with the GPU's kernels, which read everything once, and on CPUs. Measured by `benchmarks/kernels.py`, also with
+    `--dtype bfloat16`: on CPUs it is slower only in float32 at 1,370 tokens. The single pass cannot do dropout.
     """
-    return call.query.device.type == "cpu" and call.dropout_p == 0
+    has_kernels = call.query.device.type == "cpu" or availability.serves(call.query, call.value)
+    return has_kernels and call.dropout_p == 0
