@@ -84,8 +84,8 @@ class DistilledStudent(nn.Module):
 def _is_quicker_in_one_pass(call: AttentionCall) -> bool:
     """Whether one pass for output and loss is faster than the fused call plus a pass for the loss.
 
-    It is with the GPU's kernels, which read everything once, and on CPUs. Measured by `benchmarks/kernels.py`, also with
-    `--dtype bfloat16`: on CPUs it is slower only in float32 at 1,370 tokens. The single pass cannot do dropout.
+    It is on CPUs, and with the kernels for GPUs. Measured by `benchmarks/kernels.py`, also with `--dtype bfloat16`: on
+    CPUs it is slower only in float32 at 1,370 tokens. The single pass cannot do dropout.
     """
     has_kernels = call.query.device.type == "cpu" or availability.serves(call.query, call.value)
     return has_kernels and call.dropout_p == 0

@@ -25,6 +25,9 @@ ROW_DOTS = (Tiling(64, 16, 4, 1),)
 MOST_TOKENS_AT_ONCE = 256
 """The longest sequence of which one program forms all gradients of a head."""
 _WIDEST_AT_ONCE = 64
+AT_ONCE_FROM_GENERATION = 9
+"""Older GPUs than Hopper keep both operands of a product in registers, and would spill some 400 bytes of each thread:
+`benchmarks/kernel_resources.py --arch 80`."""
 
 
 def compare(
@@ -236,6 +239,8 @@ def _tilings_of_all(q: Tensor, constants: dict[str, int | bool]) -> list[Tiling]
     """The tiling of `all_gradients_kernel`; none if a head's keys and their gradients are too many for registers."""
     widest = max(constants["BLOCK_D"], constants["BLOCK_V"], constants["BLOCK_G"])
     if q.shape[2] > MOST_TOKENS_AT_ONCE or widest > _WIDEST_AT_ONCE or q.dtype == torch.float32:
+        return []
+    if q.is_cuda and torch.cuda.get_device_properties(q.device).major < AT_ONCE_FROM_GENERATION:
         return []
     keys = max(16, triton.next_power_of_2(q.shape[2]))
     return [Tiling(m=16 if keys > 128 else 32, n=keys, warps=8 if keys > 64 else 4, stages=1)]
