@@ -5,8 +5,8 @@
 Triton brings NVIDIA's assembler, so kernels can be compiled, for any generation, on a machine without a GPU. For each
 kernel this takes the arguments that `copy` and `compare` give it, and compiles it with each of its tilings. "Programs"
 is how many of them registers and shared memory let run side by side on one multiprocessor, of an A100 (80), of an
-RTX 30 or 40 (86, 89), or of an H100 (90). A kernel that spills keeps some of its values in slow memory; `all_gradients_kernel`
-does on older GPUs than an H100, where two other kernels are used in its place.
+RTX 30 or 40 (86, 89), or of an H100 (90). A kernel that spills keeps some of its values in slow memory. On older GPUs
+than an H100 `all_gradients_kernel` does, so there two other kernels are used in its place.
 """
 
 from __future__ import annotations
