@@ -48,6 +48,7 @@ ORDER = [
     "design.md",
     "design/data-and-training.md",
     "benchmarks.md",
+    "benchmarks/gpu.md",
     "benchmarks/does-it-work.md",
     "benchmarks/codecs.md",
     "benchmarks/training.md",
