@@ -27,8 +27,8 @@ from atcache.attention.kernels import copy_attention
 HEADS, HEAD_DIM = 16, 64  # ViT-L's
 SCALE = HEAD_DIM**-0.5
 DTYPE = torch.bfloat16
-# (samples, tokens): 224, 384 and 592 pixels with patches of 16.
-SHAPES = [(256, 197), (64, 577), (16, 1370)]
+# (samples, tokens): 224, 384 and 592 pixels with patches of 16, and DINOv2's 224 with patches of 14.
+SHAPES = [(256, 197), (256, 257), (64, 577), (16, 1370)]
 CANDIDATES = [
     Tiling(m, n, warps, stages)
     for m, n, warps in (
@@ -140,12 +140,17 @@ class Kernels:
 
 
 def tune():
-    """Time each kernel with several tilings."""
-    for samples, tokens in SHAPES[::2]:
+    """Time the gradients of distillation by one kernel and by two, and each kernel with several tilings."""
+    at_once = comparing.MOST_TOKENS_AT_ONCE
+    for samples, tokens in SHAPES:
         kernels = Kernels(samples, tokens)
-        ms = triton.testing.do_bench(kernels.gradients, return_mode="median")
-        print(f"{tokens:4} tokens  gradients of distillation, as they are: {ms:7.3f} ms", flush=True)
-        at_once, comparing.MOST_TOKENS_AT_ONCE = comparing.MOST_TOKENS_AT_ONCE, 0
+        for most, name in ((at_once, "as they are"), (0, "by two kernels")):
+            comparing.MOST_TOKENS_AT_ONCE = most
+            ms = triton.testing.do_bench(kernels.gradients, return_mode="median")
+            print(f"{tokens:4} tokens  gradients of distillation, {name}: {ms:7.3f} ms", flush=True)
+    for samples, tokens in (SHAPES[0], SHAPES[-1]):
+        kernels = Kernels(samples, tokens)
+        comparing.MOST_TOKENS_AT_ONCE = 0
         for module, name, call in (
             (copying, "ATTEND", kernels.attend),
             (copying, "VALUE_GRADIENT", kernels.value_gradient),

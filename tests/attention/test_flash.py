@@ -72,6 +72,10 @@ CASES = {
     "grouped heads and a bias": Case(heads=4, key_heads=2, given_key_heads=4, bias=(1, 4, 37, 37)),
     "bfloat16": Case(dtype=torch.bfloat16),
     "float16": Case(dtype=torch.float16),
+    "bfloat16, in two tiles of keys": Case(batch=1, tokens=257, head_dim=32, dtype=torch.bfloat16),
+    "bfloat16, in two tiles with a bias": Case(
+        tokens=37, dtype=torch.bfloat16, bias=(1, 2, 37, 37), given_bias=(1, 2, 37, 37), value_dim=32
+    ),
     "bfloat16, more tokens than one program takes": Case(batch=1, tokens=300, dtype=torch.bfloat16),
     "bfloat16 with a bias": Case(dtype=torch.bfloat16, bias=(1, 2, 37, 37), given_bias=(1, 2, 37, 37)),
     "bfloat16, grouped": Case(heads=4, key_heads=2, given_key_heads=1, dtype=torch.bfloat16),
@@ -327,10 +331,18 @@ def test_a_gpu_with_too_little_shared_memory_gets_smaller_tiles(monkeypatch):
     monkeypatch.setattr(backward, "key_gradients_kernel", key_gradients)
     case = Case(batch=1, heads=1, key_heads=1, given_key_heads=1, tokens=70, dtype=torch.bfloat16)
     check_distillation(case)
-    assert all_gradients.tried == [128]
+    assert all_gradients.tried == [64]
     assert key_gradients.tried == [64, 64, 32, 16]
     check_distillation(case)
     assert key_gradients.tried[4:] == [16], "what fitted once is tried first"
+
+
+def test_keys_are_held_in_the_smallest_two_tiles():
+    tiles = {tokens: comparing.two_tiles(tokens) for tokens in (1, 16, 17, 32, 50, 65, 145, 197, 256, 257, 261, 288)}
+    assert tiles == {
+        1: (16, 0), 16: (16, 0), 17: (32, 0), 32: (32, 0), 50: (64, 0), 65: (64, 16), 145: (128, 32), 197: (256, 0),
+        256: (256, 0), 257: (256, 16), 261: (256, 16), 288: (256, 32),
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -195,6 +195,31 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def _gradients_of_keys(
+    k_ND, v_NV, given_k_NG, key_N, grad_k_ND, grad_v_NV,
+    q_MD, given_q_MG, grad_MV, query_M, lse_M, given_lse_M, dots_M, loss_weight, bias, given_bias,
+    bias_query, bias_key, given_bias_query, given_bias_key, num_tokens, scale, given_scale,
+    HAS_VALUES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GIVEN_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Add what some queries give to dk and dv of some keys; also what these keys give to dq, before the scale."""
+    p_NM = _probabilities(
+        k_ND, q_MD, scale, bias, key_N, bias_key, query_M, bias_query, lse_M[None, :], num_tokens, HAS_BIAS
+    )
+    a_NM = _probabilities(
+        given_k_NG, given_q_MG, given_scale, given_bias,
+        key_N, given_bias_key, query_M, given_bias_query, given_lse_M[None, :], num_tokens, HAS_GIVEN_BIAS,
+    )  # fmt: skip
+    grad_s_NM = loss_weight * (p_NM - a_NM)
+    if HAS_VALUES:
+        grad_v_NV += dot(p_NM.to(grad_MV.dtype), grad_MV)
+        grad_s_NM += p_NM * (dot(v_NV, tl.trans(grad_MV)) - dots_M[None, :])
+    # Probabilities of keys that do not exist are not 0, and may be infinite.
+    grad_s_NM = tl.where((key_N < num_tokens)[:, None], grad_s_NM, 0.0).to(q_MD.dtype)
+    grad_k_ND += dot(grad_s_NM, q_MD)
+    return grad_k_ND, grad_v_NV, dot(tl.trans(grad_s_NM), k_ND)
+
+
+@triton.jit
 def all_gradients_kernel(
     q, k, v, bias, given_q, given_k, given_bias, grad_out, lse, given_lse, dots, weight, grad_q, grad_k, grad_v,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -205,58 +230,75 @@ def all_gradients_kernel(
     num_heads, queries_per_given_key_head, num_tokens, scale, given_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
     GIVEN_DIM: tl.constexpr, BLOCK_G: tl.constexpr,
-    HAS_VALUES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GIVEN_BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    HAS_VALUES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GIVEN_BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of one head at once, for sequences of at most N tokens, whose keys all stay on the chip.
+    """dq, dk and dv of one head at once, for sequences of at most N + TAIL tokens, whose keys all stay on the chip.
 
     Each probability is formed once, where the other two kernels form it twice. Each head of q has its own of k and v.
+    A tile's side is a power of two, so keys are in two tiles: 257 tokens, of 16 x 16 patches and a class token, take
+    256 and 16 in place of 512. TAIL may be 0.
     """
     sequence = tl.program_id(0)
     batch, head = (sequence // num_heads).to(tl.int64), (sequence % num_heads).to(tl.int64)
-    key_N = tl.arange(0, N)
-    is_key_N1 = (key_N < num_tokens)[:, None]
     q += batch * q_batch + head * q_head
+    k += batch * k_batch + head * k_head
+    v += batch * v_batch + head * v_head
     given_q += batch * given_q_batch + head * given_q_head
     given_k += batch * given_k_batch + head // queries_per_given_key_head * given_k_head
     bias += batch * bias_batch + head * bias_head
     given_bias += batch * given_bias_batch + head * given_bias_head
     grad_out += batch * grad_out_batch + head * grad_out_head
     first_row = sequence.to(tl.int64) * num_tokens
-    k_ND = load_rows(k + batch * k_batch + head * k_head, key_N, k_token, num_tokens, HEAD_DIM, BLOCK_D)
-    given_k_NG = load_rows(given_k, key_N, given_k_token, num_tokens, GIVEN_DIM, BLOCK_G)
-    if HAS_VALUES:
-        v_NV = load_rows(v + batch * v_batch + head * v_head, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V)
+    grad_q += first_row * HEAD_DIM
+    grad_k += first_row * HEAD_DIM
+    grad_v += first_row * VALUE_DIM
     loss_weight = tl.load(weight)
-    grad_k_ND = tl.zeros([N, BLOCK_D], tl.float32)
-    grad_v_NV = tl.zeros([N, BLOCK_V], tl.float32)
+    key_N = tl.arange(0, N)
+    k_ND = load_rows(k, key_N, k_token, num_tokens, HEAD_DIM, BLOCK_D)
+    given_k_NG = load_rows(given_k, key_N, given_k_token, num_tokens, GIVEN_DIM, BLOCK_G)
+    v_NV = load_rows(v, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V) if HAS_VALUES else k_ND
+    grad_k_ND, grad_v_NV = tl.zeros([N, BLOCK_D], tl.float32), tl.zeros([N, BLOCK_V], tl.float32)
+    if TAIL > 0:
+        key_R = N + tl.arange(0, TAIL)
+        k_RD = load_rows(k, key_R, k_token, num_tokens, HEAD_DIM, BLOCK_D)
+        given_k_RG = load_rows(given_k, key_R, given_k_token, num_tokens, GIVEN_DIM, BLOCK_G)
+        v_RV = load_rows(v, key_R, v_token, num_tokens, VALUE_DIM, BLOCK_V) if HAS_VALUES else k_RD
+        grad_k_RD, grad_v_RV = tl.zeros([TAIL, BLOCK_D], tl.float32), tl.zeros([TAIL, BLOCK_V], tl.float32)
     for first_query in range(0, num_tokens, M):
         query_M = first_query + tl.arange(0, M)
         row_M, is_query_M = first_row + query_M, query_M < num_tokens
+        # Probabilities of queries that do not exist are 0.
         lse_M = tl.load(lse + row_M, mask=is_query_M, other=float("inf"))
         given_lse_M = tl.load(given_lse + row_M, mask=is_query_M, other=float("inf"))
         q_MD = load_rows(q, query_M, q_token, num_tokens, HEAD_DIM, BLOCK_D)
-        p_NM = _probabilities(
-            k_ND, q_MD, scale, bias, key_N, bias_key, query_M, bias_query, lse_M[None, :], num_tokens, HAS_BIAS
-        )
         given_q_MG = load_rows(given_q, query_M, given_q_token, num_tokens, GIVEN_DIM, BLOCK_G)
-        a_NM = _probabilities(
-            given_k_NG, given_q_MG, given_scale, given_bias,
-            key_N, given_bias_key, query_M, given_bias_query, given_lse_M[None, :], num_tokens, HAS_GIVEN_BIAS,
-        )  # fmt: skip
-        grad_s_NM = loss_weight * (p_NM - a_NM)
+        grad_MV, dots_M = q_MD, lse_M
         if HAS_VALUES:
             grad_MV = load_rows(grad_out, query_M, grad_out_token, num_tokens, VALUE_DIM, BLOCK_V)
             dots_M = tl.load(dots + row_M, mask=is_query_M, other=0.0)
-            grad_v_NV += dot(p_NM.to(grad_MV.dtype), grad_MV)
-            grad_s_NM += p_NM * (dot(v_NV, tl.trans(grad_MV)) - dots_M[None, :])
-        # Probabilities of keys that do not exist are not 0, and may be infinite.
-        grad_s_NM = tl.where(is_key_N1, grad_s_NM, 0.0).to(q_MD.dtype)
-        grad_k_ND += dot(grad_s_NM, q_MD)
-        grad_q_MD = dot(tl.trans(grad_s_NM), k_ND)
-        store_rows(grad_q + first_row * HEAD_DIM, grad_q_MD * scale, query_M, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
-    store_rows(grad_k + first_row * HEAD_DIM, grad_k_ND * scale, key_N, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
+        grad_k_ND, grad_v_NV, grad_q_MD = _gradients_of_keys(
+            k_ND, v_NV, given_k_NG, key_N, grad_k_ND, grad_v_NV,
+            q_MD, given_q_MG, grad_MV, query_M, lse_M, given_lse_M, dots_M, loss_weight, bias, given_bias,
+            bias_query, bias_key, given_bias_query, given_bias_key, num_tokens, scale, given_scale,
+            HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
+        )  # fmt: skip
+        if TAIL > 0:
+            grad_k_RD, grad_v_RV, of_tail_MD = _gradients_of_keys(
+                k_RD, v_RV, given_k_RG, key_R, grad_k_RD, grad_v_RV,
+                q_MD, given_q_MG, grad_MV, query_M, lse_M, given_lse_M, dots_M, loss_weight, bias, given_bias,
+                bias_query, bias_key, given_bias_query, given_bias_key, num_tokens, scale, given_scale,
+                HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
+            )  # fmt: skip
+            grad_q_MD += of_tail_MD
+        store_rows(grad_q, grad_q_MD * scale, query_M, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
+    store_rows(grad_k, grad_k_ND * scale, key_N, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
     if HAS_VALUES:
-        store_rows(grad_v + first_row * VALUE_DIM, grad_v_NV, key_N, VALUE_DIM, num_tokens, VALUE_DIM, BLOCK_V)
+        store_rows(grad_v, grad_v_NV, key_N, VALUE_DIM, num_tokens, VALUE_DIM, BLOCK_V)
+    if TAIL > 0:
+        store_rows(grad_k, grad_k_RD * scale, key_R, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
+        if HAS_VALUES:
+            store_rows(grad_v, grad_v_RV, key_R, VALUE_DIM, num_tokens, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit

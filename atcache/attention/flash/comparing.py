@@ -14,7 +14,17 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from atcache.attention.flash import backward, forward
-from atcache.attention.flash.launch import Tiling, block, dims, empty_by_token, launch, strided, strided_bias, suitable
+from atcache.attention.flash.launch import (
+    LEAST_TILE,
+    Tiling,
+    block,
+    dims,
+    empty_by_token,
+    launch,
+    strided,
+    strided_bias,
+    suitable,
+)
 
 # The first is for the shared memory of an H100, the last for the smallest GPUs.
 COMPARE = (Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2), Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1))
@@ -22,7 +32,7 @@ KEY_GRADIENTS = (Tiling(64, 64, 4, 2), Tiling(32, 64, 4, 1), Tiling(32, 32, 4, 1
 QUERY_GRADIENT = (Tiling(64, 64, 4, 2), Tiling(64, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1))
 BIAS_GRADIENT = (Tiling(64, 64, 4, 2), Tiling(32, 32, 4, 1), Tiling(16, 16, 4, 1))
 ROW_DOTS = (Tiling(64, 16, 4, 1),)
-MOST_TOKENS_AT_ONCE = 256
+MOST_TOKENS_AT_ONCE = 288
 """The longest sequence of which one program forms all gradients of a head."""
 _WIDEST_AT_ONCE = 64
 AT_ONCE_FROM_GENERATION = 9
@@ -178,15 +188,17 @@ def compare_gradients(
     numbers = (tokens, scale, given_scale)
     constants = _constants(q, v, bias, given_q, given_bias)
     are_formed = False
-    if per_key_head == 1 and (tilings := _tilings_of_all(q, constants)):
+    if per_key_head == 1 and _is_formed_at_once(q, constants):
+        keys, tail = two_tiles(tokens)
+        tiling = Tiling(m=16 if keys > 128 else 32, n=keys, warps=8 if keys > 64 else 4, stages=1)
         # A GPU with less shared memory than an H100 may have no room for all keys of a head.
         with contextlib.suppress(OutOfResources):
             launch(
                 backward.all_gradients_kernel,
-                tilings,
+                [tiling],
                 lambda _: batch * heads,
                 (*tensors, grad_q, grad_k, grad_v, *strides, heads, per_given_key_head, *numbers),
-                constants,
+                {**constants, "TAIL": tail},
             )
             are_formed = True
     if not are_formed:
@@ -235,15 +247,20 @@ def _row_dots(out: Tensor, upstream: Tensor) -> Tensor:
     return dots
 
 
-def _tilings_of_all(q: Tensor, constants: dict[str, int | bool]) -> list[Tiling]:
-    """The tiling of `all_gradients_kernel`; none if a head's keys and their gradients are too many for registers."""
-    widest = max(constants["BLOCK_D"], constants["BLOCK_V"], constants["BLOCK_G"])
-    if q.shape[2] > MOST_TOKENS_AT_ONCE or widest > _WIDEST_AT_ONCE or q.dtype == torch.float32:
-        return []
+def _is_formed_at_once(q: Tensor, constants: dict[str, int | bool]) -> bool:
+    """Whether `all_gradients_kernel` serves: whether the keys of a head and their gradients fit in registers."""
     if q.is_cuda and torch.cuda.get_device_properties(q.device).major < AT_ONCE_FROM_GENERATION:
-        return []
-    keys = max(16, triton.next_power_of_2(q.shape[2]))
-    return [Tiling(m=16 if keys > 128 else 32, n=keys, warps=8 if keys > 64 else 4, stages=1)]
+        return False
+    widest = max(constants["BLOCK_D"], constants["BLOCK_V"], constants["BLOCK_G"])
+    return q.shape[2] <= MOST_TOKENS_AT_ONCE and widest <= _WIDEST_AT_ONCE and q.dtype != torch.float32
+
+
+def two_tiles(num_tokens: int) -> tuple[int, int]:
+    """The sides of two tiles that hold so many keys, the second smaller and perhaps 0, with the least room left."""
+    whole = block(num_tokens)
+    half = whole // 2
+    tail = block(num_tokens - half)
+    return (half, tail) if half >= LEAST_TILE and half + tail < whole else (whole, 0)
 
 
 def _empty_gradients(
