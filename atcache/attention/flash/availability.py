@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ def serves(*vectors: Tensor) -> bool:
     They run on NVIDIA GPUs of the Ampere generation and newer, where Triton is installed, in bf16, fp16 and float32,
     for head dims up to 128. Everywhere else the same results come from plain torch, in slices.
     """
-    return (
+    can_run = (
         _HAS_TRITON
-        and all(
-            vector.is_cuda and vector.dtype in _DTYPES and vector.shape[-1] <= _LARGEST_HEAD_DIM for vector in vectors
-        )
         and torch.version.cuda is not None
-        and torch.cuda.get_device_properties(vectors[0].device).major >= _FIRST_GENERATION
+        and all(each.is_cuda and each.dtype in _DTYPES and each.shape[-1] <= _LARGEST_HEAD_DIM for each in vectors)
     )
+    if not can_run:
+        return False
+    properties: Any = torch.cuda.get_device_properties(vectors[0].device)
+    return bool(properties.major >= _FIRST_GENERATION)
