@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,5 +27,5 @@ def serves(*vectors: Tensor) -> bool:
     )
     if not can_run:
         return False
-    properties: Any = torch.cuda.get_device_properties(vectors[0].device)
+    properties = cast("Any", torch.cuda.get_device_properties(vectors[0].device))
     return bool(properties.major >= _FIRST_GENERATION)
