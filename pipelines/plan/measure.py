@@ -138,7 +138,7 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     assert config.teacher is not None, "checked by PlanConfig"
     run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
-    policy = run.teacher.input.view_policy(config.policy, 0, mixing)
+    policy = run.teacher.input.view_policy(config.policy, 0, mixing, config.decoding)
     with_values = config.store == "v"
     if with_values:
         check_has_values(run.teacher.model)
