@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def decode_image(data: bytes, *, where: str) -> Image:
 
 
 @contextmanager
-def _errors_of(where: str) -> Iterator[None]:
+def _errors_of(where: str) -> Generator[None]:
     """Within it, whatever Pillow raises becomes a BadImageError."""
     try:
         yield
