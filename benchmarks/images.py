@@ -34,6 +34,7 @@ from atcache.views.draw import draw_view
 from atcache.views.policy import ViewPolicy
 
 Decode = Callable[[bytes], np.ndarray]
+_TRIES = 5
 
 
 def enlarged(data: bytes, factor: int) -> bytes:
@@ -144,15 +145,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{num_reduced / len(datas):.0%} | {psnr} | {kl} |",
                 flush=True,
             )
-        for name, decode in ways.items():
-            times_ms: list[float] = []
-            same = True
-            for data in datas:
-                start_s = time.perf_counter()
-                pixels_HWC = decode(data)
-                times_ms.append(1e3 * (time.perf_counter() - start_s))
-                same &= np.array_equal(pixels_HWC, ways["Pillow"](data))
-            by_decoder.append(f"| {size} | {name} | {statistics.median(times_ms):.1f} | {'yes' if same else 'no'} |")
+        times_ms: dict[str, list[float]] = {name: [] for name in ways}
+        same = dict.fromkeys(ways, True)
+        for data in datas:
+            pillow_HWC = ways["Pillow"](data)
+            for name, decode in ways.items():
+                tries_ms: list[float] = []
+                for _ in range(_TRIES):
+                    start_s = time.perf_counter()
+                    pixels_HWC = decode(data)
+                    tries_ms.append(1e3 * (time.perf_counter() - start_s))
+                    same[name] &= np.array_equal(pixels_HWC, pillow_HWC)
+                times_ms[name].append(min(tries_ms))  # the rest is other processes
+        by_decoder += [
+            f"| {size} | {name} | {statistics.median(times_ms[name]):.1f} | {'yes' if same[name] else 'no'} |"
+            for name in ways
+        ]
     print("\n| pixels | decoder, whole image | ms | Pillow's pixels |\n|---|---|--:|---|")
     print("\n".join(by_decoder))
 

@@ -21,8 +21,8 @@ def say(cost: ImageCost = COST, machine: Machine = MACHINE, limits: frozenset[st
 def test_the_cost_and_the_advice_are_said_where_images_limit_the_build():
     assert say() == (
         "Images cost 10 ms a view on one core, so 3 workers make 300 views/s; the teacher takes 900 views/s. "
-        "They limit the build: raise --workers if there are cores left; or take --decoding reduced, 4 ms a view on these "
-        "images; or take --pixels store, with which at least training decodes none."
+        "They limit the build: raise --workers if there are cores left; or take --decoding reduced, 4 ms a view on "
+        "these images; or take --pixels store, with which at least training decodes none."
     )
 
 
