@@ -35,5 +35,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Pixels = Literal["replay", "store"]
 """Where training gets a view's image: made again from its tar, or read from the cache."""
 
+Decoding = Literal["full", "reduced"]
+"""How large an image is decoded: in full, or a JPEG only as large as a view of it needs."""
+
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators accept."""

@@ -122,12 +122,17 @@ def _card(about: dict[str, Any]) -> list[str]:
 
 
 def _mixing(policy: dict[str, Any]) -> str:
-    """How views are mixed; empty if they are not."""
+    """How views are decoded and mixed; empty if as usual and not at all."""
     mixing = _part(policy, "mixing")
     names = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
     alphas = [f"{name} {mixing[field]}" for field, name in names.items() if mixing.get(field)]
     prob = mixing.get("prob", 1.0)
-    return (f" with {' and '.join(alphas)}" if alphas else "") + ("" if prob == 1 else f" in {prob:.4g} of the views")
+    reduced = " decoded reduced" if policy.get("decoding") == "reduced" else ""
+    return (
+        reduced
+        + (f" with {' and '.join(alphas)}" if alphas else "")
+        + ("" if prob == 1 else f" in {prob:.4g} of the views")
+    )
 
 
 def _state(about: dict[str, Any]) -> str:

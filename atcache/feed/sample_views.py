@@ -16,7 +16,7 @@ from atcache.errors import ConfigError
 from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
 from atcache.store.reader import CacheReader
-from atcache.views.apply import apply_view
+from atcache.views.apply import apply_view, render_alone
 from atcache.views.draw import draw_view
 from atcache.views.kept import Kept
 from atcache.views.mixing import NOT_MIXED, Mix, mix_pixels
@@ -180,15 +180,13 @@ class FreshViews(Views):
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
         if self._policy.name == "eval":
-            view = self._kept_views.get(
-                sample, lambda: self._draw(self._source.read_image(sample), sample, 0), lambda pixels: pixels.nbytes
-            )
+            view = self._kept_views.get(sample, lambda: self._draw(sample, 0), lambda pixels: pixels.nbytes)
             return SampleView(view, None)
-        pixels_HWC = self._draw(self._image(sample), sample, epoch)
+        pixels_HWC = self._draw(sample, epoch)
         mix = draw_view_mix(self._policy, self._source, sample, epoch, self._partner_S)
         if mix != NOT_MIXED:
             partner = sample + mix.partner
-            pixels_HWC = mix_pixels(pixels_HWC, self._draw(self._image(partner), partner, epoch), mix)
+            pixels_HWC = mix_pixels(pixels_HWC, self._draw(partner, epoch), mix)
         return SampleView(pixels_HWC, None, mix)
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
@@ -203,11 +201,14 @@ class FreshViews(Views):
         """See `Views.is_remote`."""
         return self._source.is_remote
 
-    def _image(self, sample: int) -> Image.Image:
-        return self._kept_images.get(sample, lambda: self._source.read_image(sample), _count_image_nbytes)
-
-    def _draw(self, image: Image.Image, sample: int, view: int) -> np.ndarray:
+    def _draw(self, sample: int, view: int) -> np.ndarray:
         key = self._source.index.sample_key(sample)
+        if self._policy.decoding == "reduced":  # each view may need another reduction, so none is worth keeping
+            encoded = self._source.read_encoded(sample)
+            parameters_P = draw_view(self._policy, key, view, encoded.height, encoded.width)
+            return render_alone(encoded, parameters_P, self._policy)
+        read, keeps = self._source.read_image, self._policy.name != "eval"
+        image = self._kept_images.get(sample, lambda: read(sample), _count_image_nbytes) if keeps else read(sample)
         return apply_view(image, draw_view(self._policy, key, view, image.height, image.width), self._policy)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from atcache.errors import BadImageError
@@ -17,6 +19,59 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".pgm", ".bmp")
 
 MAX_PIXELS = 89_478_485
 """Pillow's limit against decompression bombs. Pillow warns above it; here it is an error."""
+
+
+class EncodedImage:
+    """An image whose size is known and whose pixels are not decoded yet.
+
+    Args:
+        data: the file's bytes.
+        where: what to call the image in errors, such as its tar and key.
+
+    Raises:
+        BadImageError: `data` has an unknown format, or is too large or damaged.
+    """
+
+    def __init__(self, data: bytes, *, where: str) -> None:
+        self._where = where
+        with _errors_of(where):
+            image = _open(data)
+        if image is None:
+            raise BadImageError(
+                f"{where}: not a JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}). Convert it, or "
+                "take it out of the tar."
+            )
+        if math.prod(image.size) > MAX_PIXELS:
+            raise BadImageError(
+                f"{where}: the image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all. "
+                "Make it smaller."
+            )
+        self._image = image
+        self.height, self.width = image.height, image.width
+        """Of the whole image, in pixels, whatever is decoded of it."""
+
+    @property
+    def can_reduce(self) -> bool:
+        """Whether `decode` can make it smaller: only JPEGs can be."""
+        return self._image.format in ("JPEG", "MPO")
+
+    def decode(self, reduction: int = 1) -> Image:
+        """The image as RGB, with its pixels loaded; see `decode_image`. To be called once.
+
+        Args:
+            reduction: 1, or, if the image can be reduced, 2, 4 or 8: each square of so many pixels a side becomes one,
+                by an inverse DCT of 4, 2 or 1 values instead of 8. Sides are rounded up: a last pixel may cover less.
+
+        Raises:
+            BadImageError: the image is truncated or damaged.
+        """
+        with _errors_of(self._where):
+            if reduction > 1:
+                assert self.can_reduce, "checked by the caller"
+                self._image.draft(None, (self.width // reduction, self.height // reduction))
+                expected = -(-self.width // reduction), -(-self.height // reduction)
+                assert self._image.size == expected, "Pillow took another reduction"
+            return _to_rgb(self._image)
 
 
 def decode_image(data: bytes, *, where: str) -> Image:
@@ -34,21 +89,14 @@ def decode_image(data: bytes, *, where: str) -> Image:
     Raises:
         BadImageError: `data` has an unknown format, or is too large, truncated or damaged.
     """
+    return EncodedImage(data, where=where).decode()
+
+
+@contextmanager
+def _errors_of(where: str) -> Generator[None]:
+    """Within it, whatever Pillow raises becomes a BadImageError."""
     try:
-        image = _open(data)
-        if image is None:
-            raise BadImageError(
-                f"{where}: not a JPEG, PNG, WebP, PPM or BMP image (its first bytes are {data[:8]!r}). Convert it, or "
-                "take it out of the tar."
-            )
-        if math.prod(image.size) > MAX_PIXELS:
-            raise BadImageError(
-                f"{where}: the image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all. "
-                "Make it smaller."
-            )
-        return _to_rgb(image)
-    except BadImageError:
-        raise
+        yield
     except Exception as error:  # Pillow's parsers raise errors of many types for damaged files.
         raise BadImageError(
             f"{where}: the image cannot be decoded: {error}. Take it out of the tar; `atcache build` can skip it."

@@ -17,7 +17,7 @@ import numpy as np
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
 from atcache.files.ranges import RangeFile, open_file
-from atcache.images.decode import decode_image
+from atcache.images.decode import EncodedImage
 from atcache.images.tar_samples import Problem, index_tar
 from atcache.images.tars import expand_tars
 
@@ -242,13 +242,22 @@ class Source:
                 self._tar(int(index.tar_S[sample])).expect(int(index.nbytes_S[sample]), int(index.offset_S[sample]))
 
     def read_image(self, sample: int) -> Image:
-        """The image, decoded to RGB; see `decode_image`.
+        """The image, decoded to RGB; see `EncodedImage.decode`.
 
         Raises:
             BadImageError: it cannot be decoded; the message names tar and key.
             SourceError: the tar is missing or has changed since it was indexed.
         """
-        return decode_image(self.read_bytes(sample), where=self.where(sample))
+        return self.read_encoded(sample).decode()
+
+    def read_encoded(self, sample: int) -> EncodedImage:
+        """The image before it is decoded.
+
+        Raises:
+            BadImageError: it has an unknown format, or is too large or damaged; the message names tar and key.
+            SourceError: the tar is missing or has changed since it was indexed.
+        """
+        return EncodedImage(self.read_bytes(sample), where=self.where(sample))
 
     def _tar(self, tar: int) -> RangeFile:
         if self._pid != os.getpid():

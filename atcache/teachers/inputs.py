@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from atcache.choices import PolicyName
+from atcache.choices import Decoding, PolicyName
 from atcache.errors import TeacherError
 from atcache.fields import JsonFields, Range
 from atcache.views.mixing import MixPolicy
@@ -34,7 +34,9 @@ class InputConfig(JsonFields):
     crop_pct: Annotated[float, Range(above=0, at_most=1e6)]
     """Side of the centre crop divided by the side of the resized image, in evaluation."""
 
-    def view_policy(self, name: PolicyName, seed: int, mixing: MixPolicy | None = None) -> ViewPolicy:
+    def view_policy(
+        self, name: PolicyName, seed: int, mixing: MixPolicy | None = None, decoding: Decoding = "full"
+    ) -> ViewPolicy:
         """The policy that draws views of this size, filter and crop.
 
         Raises:
@@ -48,6 +50,7 @@ class InputConfig(JsonFields):
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             mixing=mixing,
+            decoding=decoding,
         )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atcache.errors import CorruptCacheError
-from atcache.images.decode import MAX_PIXELS
+from atcache.images.decode import MAX_PIXELS, EncodedImage
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
 from atcache.views.randaugment import apply_operation, check_operation
 
@@ -34,6 +34,8 @@ def apply_view(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The view's pixels before mixing, uint8, shape (image_height, image_width, 3): a pure function.
 
+    The policy's `decoding` plays no part: the image is whole. `render_alone` follows it.
+
     Args:
         image: the decoded source image, mode RGB; it is not changed.
         parameters_P: what `draw_view` gave for an image of this size, or stored parameters without `MIXING_NAMES`.
@@ -42,14 +44,64 @@ def apply_view(
     Raises:
         CorruptCacheError: the parameters do not fit the image or the policy.
     """
-    from PIL.Image import Resampling, Transpose
-
     values = _checked(parameters_P, image.height, image.width, policy)
-    top, left, height, width, resize_height, resize_width, window_top, window_left = values[:8]
+    return _finish(_resize_box(image, values, 1, policy), values, parameters_P, policy)
+
+
+def render_alone(
+    encoded: EncodedImage, parameters_P: np.ndarray[Any, Any], policy: ViewPolicy
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Like `apply_view`, of an image that is not decoded yet: it is decoded as the policy says.
+
+    Raises:
+        BadImageError: the image is truncated or damaged.
+        CorruptCacheError: the parameters do not fit the image or the policy.
+    """
+    values = _checked(parameters_P, encoded.height, encoded.width, policy)
+    reduction = 1
+    if policy.decoding == "reduced" and encoded.can_reduce:
+        reduction = reduction_of(values[2], values[3], values[4], values[5])
+    return _finish(_resize_box(encoded.decode(reduction), values, reduction, policy), values, parameters_P, policy)
+
+
+def reduction_of(height: int, width: int, resize_height: int, resize_width: int) -> int:
+    """By how much an image is reduced when it is decoded: the most that leaves its box at least as large as wanted.
+
+    >>> reduction_of(448, 500, 224, 224), reduction_of(447, 500, 224, 224), reduction_of(4000, 4000, 224, 224)
+    (2, 1, 8)
+    """
+    for reduction in (8, 4, 2):
+        if height >= reduction * resize_height and width >= reduction * resize_width:
+            return reduction
+    return 1
+
+
+def _resize_box(image: Image, values: list[int], reduction: int, policy: ViewPolicy) -> Image:
+    """The box of the source image at its new size. `image` is the source at 1 / reduction of its size."""
+    from PIL.Image import Resampling
+
+    top, left, height, width, resize_height, resize_width = values[:6]
+    size, filter = (resize_width, resize_height), Resampling[policy.interpolation.upper()]
     # Cropped before it is resized: antialiasing must not see pixels outside the box, as in torchvision.
-    if (height, width) != (image.height, image.width):
-        image = image.crop((left, top, left + width, top + height))
-    image = image.resize((resize_width, resize_height), Resampling[policy.interpolation.upper()])
+    outer_top, outer_left = top // reduction, left // reduction
+    bottom, right = -(-(top + height) // reduction), -(-(left + width) // reduction)
+    if (outer_top, outer_left, bottom, right) != (0, 0, image.height, image.width):
+        image = image.crop((outer_left, outer_top, right, bottom))
+    if reduction == 1:
+        return image.resize(size, filter)
+    # A reduced pixel is exactly `reduction` source pixels wide, so the box's edges may be inside of one. The fractions
+    # are eighths, exact in Pillow's float32.
+    box_left, box_top = left / reduction - outer_left, top / reduction - outer_top
+    return image.resize(size, filter, (box_left, box_top, box_left + width / reduction, box_top + height / reduction))
+
+
+def _finish(
+    image: Image, values: list[int], parameters_P: np.ndarray[Any, Any], policy: ViewPolicy
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """All that follows the resize: window, flip, operations and erasing."""
+    from PIL.Image import Transpose
+
+    resize_height, resize_width, window_top, window_left = values[4:8]
     if (resize_height, resize_width) != (policy.image_height, policy.image_width):
         image = image.crop(
             (window_left, window_top, window_left + policy.image_width, window_top + policy.image_height)

@@ -6,16 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, get_args
 
-from atcache.choices import PolicyName
+from atcache.choices import Decoding, PolicyName
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields, Omitted, Range
 from atcache.views.mixing import MIXING_NAMES, MixPolicy
 from atcache.views.randaugment import FILL, RESAMPLE
 
-SPEC, MIXING_SPEC = 1, 2
+SPEC, MIXING_SPEC, REDUCED_SPEC = 1, 2, 3
 """Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
 
-Policies that mix have the second, all others the first: a reader that cannot mix must refuse only those that mix."""
+Policies that decode reduced have the third, others that mix the second, all others the first: a reader must refuse
+only what it cannot do."""
 PARAMETER_NAMES = (
     "crop_top",
     "crop_left",
@@ -63,7 +64,13 @@ class ViewPolicy(JsonFields):
     mixing: Annotated[MixPolicy | None, Omitted] = None
     """How views are mixed with those of other samples; None if they are not mixed."""
 
+    decoding: Annotated[Decoding, Omitted] = "full"
+    """`reduced`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where a view's box stays at least as large as what it
+    is resized to. That is faster if photos are much larger than views, and gives slightly other pixels."""
+
     def __post_init__(self) -> None:
+        if self.decoding not in get_args(Decoding):
+            raise ConfigError(f"decoding {self.decoding!r}: expected one of {', '.join(get_args(Decoding))}.")
         if self.name not in get_args(PolicyName):
             raise ConfigError(f"view policy {self.name!r}: expected one of {', '.join(get_args(PolicyName))}.")
         if self.interpolation not in INTERPOLATIONS:
@@ -83,8 +90,9 @@ class ViewPolicy(JsonFields):
         return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON, with the spec version and its fixed choices; without `mixing` if views are not mixed."""
-        spec = SPEC if self.mixing is None else MIXING_SPEC
+        """The fields as JSON, with the spec version and its fixed choices; without `mixing` and `decoding` where these
+        have their defaults."""
+        spec = _spec_of(mixes=self.mixing is not None, reduces=self.decoding != "full")
         return {"spec": spec, **JsonFields.to_json(self), "operations": dict(_OPERATIONS)}
 
     @classmethod
@@ -96,10 +104,16 @@ class ViewPolicy(JsonFields):
         """
         fields = {name: value for name, value in values.items() if name not in ("spec", "operations")}
         spec, operations = values.get("spec"), values.get("operations")
-        expected_spec = SPEC if fields.get("mixing") is None else MIXING_SPEC
+        expected_spec = _spec_of(
+            mixes=fields.get("mixing") is not None, reduces=fields.get("decoding", "full") != "full"
+        )
         if spec != expected_spec or isinstance(spec, bool | float) or operations != _OPERATIONS:
             raise ConfigError(
                 f"views of spec {spec} with operations {operations}, this atcache knows spec {expected_spec} with "
                 f"{RESAMPLE} and fill {list(FILL)}. Use the version that wrote the cache."
             )
         return fields
+
+
+def _spec_of(*, mixes: bool, reduces: bool) -> int:
+    return REDUCED_SPEC if reduces else MIXING_SPEC if mixes else SPEC

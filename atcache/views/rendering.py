@@ -10,7 +10,7 @@ import numpy as np
 from atcache.errors import BadImageError, CacheMismatchError, CorruptCacheError
 from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
-from atcache.views.apply import apply_view, library_versions, pixel_hash
+from atcache.views.apply import library_versions, pixel_hash, render_alone
 from atcache.views.draw import draw_view
 from atcache.views.kept import Kept
 from atcache.views.mixing import NOT_MIXED, Mix, draw_mix, mix_pixels, parse_mix
@@ -115,10 +115,10 @@ class Renderer:
         return self._kept.get(sample, lambda: self._render_alone(sample, view), lambda value: value.pixels_HWC.nbytes)
 
     def _render_alone(self, sample: int, view: int) -> Unmixed:
-        image = self._source.read_image(sample)
+        encoded = self._source.read_encoded(sample)
         key = self._source.index.sample_key(sample)
-        parameters_P = draw_view(self._policy, key, view, image.height, image.width)
-        return Unmixed(parameters_P, apply_view(image, parameters_P, self._policy))
+        parameters_P = draw_view(self._policy, key, view, encoded.height, encoded.width)
+        return Unmixed(parameters_P, render_alone(encoded, parameters_P, self._policy))
 
     def _not_rendered(self, problem: int) -> Rendered:
         pixels_HWC = np.zeros((self._policy.image_height, self._policy.image_width, 3), np.uint8)
@@ -210,4 +210,4 @@ def replay_view(
 def _replay_unmixed(source: Source, policy: ViewPolicy, sample: int, parameters_P: np.ndarray) -> np.ndarray:
     if policy.mixing is not None:
         parameters_P = parameters_P[: len(PARAMETER_NAMES)]
-    return apply_view(source.read_image(sample), parameters_P, policy)
+    return render_alone(source.read_encoded(sample), parameters_P, policy)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atcache.choices import Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
 from atcache.files.location import Location
 
@@ -14,6 +14,7 @@ from ..options import (
     calibration_samples_option,
     config,
     cutmix_option,
+    decoding_option,
     decoding_workers_option,
     device_option,
     kept_heads_option,
@@ -89,6 +90,7 @@ class BuildConfig:
     recipe: str | None = recipe_option()
     weights: Path | None = weights_option()
     policy: PolicyName = policy_option("How views are drawn; eval is for validation caches.")
+    decoding: Decoding = decoding_option()
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
     mix_prob: float = mix_prob_option()

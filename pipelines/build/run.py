@@ -180,7 +180,7 @@ class _Wanted:
         """Load the teacher, and choose everything that does not depend on calibration; also the codec if it is None."""
         run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
-        policy = run.teacher.input.view_policy(config.policy, config.seed, mixing)
+        policy = run.teacher.input.view_policy(config.policy, config.seed, mixing, config.decoding)
         if codec is None:
             codec = choose_codec(
                 config.codec,

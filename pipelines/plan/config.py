@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from atcache.choices import Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
 
 from ..options import (
     calibration_samples_option,
     config,
     cutmix_option,
+    decoding_option,
     decoding_workers_option,
     device_option,
     kept_heads_option,
@@ -113,6 +114,7 @@ class PlanConfig:
         "A codec to compare, as for build; repeat for several.  [default: all that suit the teacher]", default=()
     )
     policy: PolicyName = policy_option("How views are drawn.")
+    decoding: Decoding = decoding_option()
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
     mix_prob: float = mix_prob_option()

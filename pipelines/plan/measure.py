@@ -25,12 +25,14 @@ from atcache.students.pairing import TeacherFactors
 from atcache.students.teacher_side import CachedFactors, LiveFactors
 from atcache.teachers.run import TeacherRun
 from atcache.views.mixing import mix_policy
+from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
 from ..build.plan import existing_folder, plan_layout
 from ..running.stages import StageProgress
 from .config import PlanConfig
+from .images import ImageCost, measure_images
 from .steps import StudentSteps, seconds_a_call
 from .verdict import UNLIMITED, CodecCost, Machine
 
@@ -56,6 +58,8 @@ class Measures(NamedTuple):
     """Where speeds were measured; None if no model was run."""
     scratch_img_per_s: float | None = None
     """The same student without a teacher; None if it was not measured."""
+    images: ImageCost | None = None
+    """What a view costs one core; None if it was not measured."""
 
 
 def what_is_assumed(config: PlanConfig) -> Measures:
@@ -105,10 +109,13 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
         machine = replace(
             machine,
             teacher_img_per_s=len(bench.pixels_BHWC) / forward_s,
-            load_img_per_s=machine.load_img_per_s or config.num_workers / bench.views.render_s,
             shares_processors=run.device.type == "cpu" and threads > (os.cpu_count() or 1),
         )
-    steps = scratch_img_per_s = None
+    steps = scratch_img_per_s = images = None
+    if known.machine.load_img_per_s is None and timed:
+        say("timing images")
+        images = measure_images(index, bench.policy, config.num_workers)
+        machine = replace(machine, load_img_per_s=config.num_workers * 1e3 / images.view_ms)
     if config.assumed.student_img_per_s is None:
         say(f"timing a student in mode {config.mode}")
         steps = StudentSteps(config, run, geometry, int(index.label_S.max(initial=0)) + 1, bench.pixels_BHWC)
@@ -120,7 +127,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
     for text in _codecs_to_measure(config, geometry):
         say(f"calibrating codec {text}")
         costs.append(_measure_codec(config, text, bench, num_samples, known.costs[0], steps, timed=timed))
-    return Measures(machine, tuple(costs), str(run.device), scratch_img_per_s)
+    return Measures(machine, tuple(costs), str(run.device), scratch_img_per_s, images)
 
 
 class _Bench(NamedTuple):
@@ -129,6 +136,7 @@ class _Bench(NamedTuple):
     run: TeacherRun
     capture: FactorCapture
     """Has run once, so that its geometry is known."""
+    policy: ViewPolicy
     views: CalibrationViews
     pixels_BHWC: Tensor
     """One batch of the views."""
@@ -138,7 +146,7 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     assert config.teacher is not None, "checked by PlanConfig"
     run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
-    policy = run.teacher.input.view_policy(config.policy, 0, mixing)
+    policy = run.teacher.input.view_policy(config.policy, 0, mixing, config.decoding)
     with_values = config.store == "v"
     if with_values:
         check_has_values(run.teacher.model)
@@ -146,7 +154,7 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
-    return _Bench(run, capture, views, pixels_BHWC)
+    return _Bench(run, capture, policy, views, pixels_BHWC)
 
 
 def _to_length(rows_N: Tensor, length: int) -> Tensor:

@@ -19,6 +19,7 @@ from atcache.images.source import SampleIndex, index_source
 from ..build.plan import existing_folder
 from .config import PlanConfig
 from .disk import DiskProbe
+from .images import ImageCost, say_image_cost
 from .measure import Measures, Say, measure, what_is_assumed
 from .verdict import DISK, Assessment, Decision, Machine, Workload, assess, decide, size
 
@@ -38,6 +39,8 @@ class Plan(JsonFields):
     machine: Machine
     scratch_img_per_s: float | None
     """The student's speed without a teacher; None if it was not measured."""
+    images: ImageCost | None
+    """What a view costs one core; None if it was not measured."""
     assessments: tuple[Assessment, ...]
     """One for each codec setting."""
     decision: Decision
@@ -88,6 +91,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
         workload=workload,
         machine=found.machine,
         scratch_img_per_s=found.scratch_img_per_s,
+        images=found.images,
         assessments=assessments,
         decision=decide(workload, found.machine, assessments),
         assumed=config.assume,
@@ -148,6 +152,9 @@ def _notes(
         yield "The size is assumed, but row KL and features off were measured with the codec at its own size."
     if found.machine.load_img_per_s is None:
         yield "Loading images is not counted as a limit, with or without a cache. To count it, --assume load-img-per-s."
+    if found.images is not None:
+        limits = frozenset(one.build_limit for one in assessments)
+        yield say_image_cost(found.images, found.machine, limits, stores_pixels=config.pixels == "store")
     if found.machine.shares_processors:
         yield "The models run on the processors that also load and compress, so these times are added up."
     yield from disk_notes

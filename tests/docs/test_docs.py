@@ -53,6 +53,7 @@ ORDER = [
     "benchmarks/codecs.md",
     "benchmarks/training.md",
     "benchmarks/reading.md",
+    "benchmarks/images.md",
 ]
 """The pages under docs/ in the order in which a reader meets them."""
 

@@ -428,6 +428,10 @@ def test_all_speeds_are_measured_and_nothing_is_left(config):
         assert speed is not None
         assert 1 < speed < 1e12
     assert made.assessments[0].total_nbytes == one.cost.nbytes_per_view * 240
+    assert made.images is not None
+    assert made.images.reduced_view_ms is not None
+    assert made.machine.load_img_per_s == pytest.approx(made.images.num_workers * 1e3 / made.images.view_ms)
+    assert any(note.startswith("Images cost ") for note in made.notes)
     json.dumps(made.to_json(), allow_nan=False)
 
 
