@@ -36,7 +36,8 @@ from atcache.images.source import Source, index_source
 from atcache.pipelines.build.board import Board
 from atcache.pipelines.build.calibrate import Calibration, calibrate, render_calibration_views
 from atcache.pipelines.build.plan import plan_layout
-from atcache.pipelines.build.tasks import RenderedBatches, TaskRunner
+from atcache.pipelines.build.rendered import RenderedBatches
+from atcache.pipelines.build.tasks import TaskRunner
 from atcache.pipelines.fidelity import Expectation, layer_row_kl
 from atcache.pipelines.running.ranks import Ranks
 from atcache.store.layout import StoreLayout

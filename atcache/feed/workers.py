@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Sized
 from typing import TypeVar, cast
 
 import torch
@@ -32,7 +32,7 @@ class _ErrorsAsValues(Dataset[Batch | AtcacheError]):
 
 def read_ahead(
     batches: Dataset[Batch], numbers: Iterable[int], *, workers: int, pin_memory: bool = False
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The batches of these numbers, in order.
 
     Args:

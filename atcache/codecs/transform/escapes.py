@@ -39,7 +39,7 @@ def find_escapes(missing_BS: Tensor, capacity: int) -> Escapes:
     # The k-th escape is the first cell up to which there are k.
     wanted_K = torch.arange(1, capacity + 1, dtype=torch.int32, device=missing_BS.device)
     place_BK = torch.searchsorted(count_BS, wanted_K.repeat(len(missing_BS), 1)).clamp_(max=missing_BS.shape[1] - 1)
-    return Escapes(place_BK.to(torch.int32), missing_BS.gather(1, place_BK), count_BS[:, -1])
+    return Escapes(place_BK.to(torch.int32), missing_BS.gather(1, place_BK), count_BS[:, -1].clone())
 
 
 def escape_row(cell_N: np.ndarray, missing_N: np.ndarray, row_nbytes: int) -> np.ndarray:
