@@ -88,7 +88,7 @@ class QueuedBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchEncoder:
-    """What happens to a batch between its rendering and the disk: `send`, `queue` and `finish`, as overlapping stages."""
+    """What happens to a batch between its rendering and the disk: the stages `send`, `queue` and `finish`."""
 
     layout: StoreLayout
     run: TeacherRun
