@@ -39,6 +39,7 @@ from atcache.errors import (
     SourceError as SourceError,
     TeacherError as TeacherError,
     UnsupportedAttentionError as UnsupportedAttentionError,
+    WorkerLostError as WorkerLostError,
 )
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ __all__ = [
     "TeacherError",
     "TrainingBatch",
     "UnsupportedAttentionError",
+    "WorkerLostError",
     "View",
     "__version__",
     "batches",
