@@ -75,6 +75,7 @@ class _Pool:
             raise
 
     def batches(self, numbers: Iterator[int]) -> Generator[Any]:
+        """The batches of these numbers. In turn, each worker is asked for two, and for another when one has come."""
         asked: deque[tuple[_Worker, int]] = deque()
         arriving: deque[tuple[_Worker, int, Future[Any]]] = deque()
 
@@ -83,17 +84,21 @@ class _Pool:
                 worker.ask(number, slot)
                 asked.append((worker, slot))
 
-        for slot in range(_BATCHES_A_WORKER):
-            for worker in self._workers:
-                ask(worker, slot)
-        while asked or arriving:
+        def arrive() -> None:
             while asked and len(arriving) < _ARRIVING:
                 worker, slot = asked.popleft()
                 arriving.append((worker, slot, self._receiver.submit(self._receive, worker, slot)))
+
+        for slot in range(_BATCHES_A_WORKER):
+            for worker in self._workers:
+                ask(worker, slot)
+        arrive()
+        while arriving:
             worker, slot, future = arriving.popleft()
             batch = future.result()
             del future  # it would keep the batch
             ask(worker, slot)
+            arrive()
             yield batch
             del batch
 

@@ -51,6 +51,11 @@ class RenderedBatches(Dataset[RenderedBatch]):
         """The batch numbers of the task at this place in `tasks`."""
         return self._numbers_of_tasks[task_number]
 
+    def size_of(self, number: int) -> int:
+        """How many samples a batch has."""
+        _, start, stop = self._batches[number]
+        return stop - start
+
     def __getitem__(self, number: int) -> RenderedBatch:
         task, start, stop = self._batches[number]
         block = range(task.start, task.stop)
