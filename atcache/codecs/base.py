@@ -143,6 +143,8 @@ class Coder(ABC):
     """Integer type of the codes."""
     num_components: int
     """C: codes of one token in one layer."""
+    products_may_round: bool = False
+    """Whether encoding loses nothing that counts if the factors of its products are rounded to 10 bits (TF32)."""
     input_calls: tuple[int, ...] | None = None
     """What `FactorCapture` needs to capture the inputs that this coder encodes; None if it encodes q and k."""
 

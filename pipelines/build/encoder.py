@@ -139,8 +139,8 @@ class BatchEncoder:
         batch, codes = given
         if codes is None:
             return EncodedBatch(batch, [], None)
-        *parts, is_fine_N = codes.fetched.wait()
         with self.transfers.aside():
+            *parts, is_fine_N = codes.fetched.wait()
             whole = codes.queued.settle(parts, is_fine_N)
         checked = None if codes.few is None else self.checker.submit(self._check, codes.few, whole)
         return EncodedBatch(

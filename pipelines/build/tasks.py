@@ -11,10 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
+
+import torch
 
 from atcache.codecs.base import Coder
 from atcache.errors import BadImageError
@@ -22,6 +24,7 @@ from atcache.feed.workers import read_ahead
 from atcache.images.source import Source
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.writer import TaskWriter
+from atcache.teachers.devices import rounded_products
 from atcache.teachers.run import TeacherRun
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED
@@ -128,6 +131,7 @@ class TaskRunner:
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="check") as checker,
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer,
             transfers.on_device(),
+            self._rounding(),
         ):
             encoder = BatchEncoder(
                 layout=self.layout,
@@ -166,6 +170,13 @@ class TaskRunner:
                 raise
             finally:
                 shards.abort()
+
+    def _rounding(self) -> AbstractContextManager[None]:
+        """Rounded products if neither the teacher nor the codec is more exact than they are: in float32, a GPU needs
+        nearly as long to encode as for the teacher's forward pass.
+        """
+        is_coarse = self.run.dtype == torch.bfloat16 and self.coder.products_may_round
+        return rounded_products(self.run.device) if is_coarse else nullcontext()
 
     @contextmanager
     def _telling(self, tasks: list[Task], board: Board) -> Generator[Callable[[], None]]:

@@ -127,6 +127,7 @@ class TransformCoder(Coder):
         self.layers = [self._layer_arrays(state, position) for position in range(len(geometry.layers))]
         self.packing = Packing(state["bucket_LBJ"], self.dct.bands, self.device)
         self.num_components = self.packing.row_nbytes
+        self.products_may_round = state["basis_LJC"].dtype == torch.float16  # which has 10 bits too
         is_stored_LBJ = state["bucket_LBJ"].to(self.device) > 0
         width_B = torch.tensor([band.stop - band.start for band in self.dct.bands], device=self.device)
         self.is_stored_LTJ = is_stored_LBJ.repeat_interleave(width_B, dim=1)
