@@ -74,6 +74,20 @@ def test_batches_are_made_in_memory_that_is_kept():
     assert {batch.pid for batch in found} != {os.getpid()}
 
 
+def test_a_deleted_file_serves_where_files_in_memory_are_unknown(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")  # as on macOS
+    for number, batch in enumerate(read_ahead(Batches(), range(4), workers=2)):
+        assert_is(batch, number)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning takes a GPU")
+def test_batches_are_pinned_for_a_gpu_and_stay_as_they_are():
+    for number, batch in enumerate(list(read_ahead(Batches(), range(9), workers=2, pin_memory=True))):
+        assert batch.codes_BTC.is_pinned()
+        assert_is(batch, number)
+
+
 def test_numbers_are_taken_only_when_they_are_needed():
     taken = []
     numbers = (taken.append(number) or number for number in range(100))
