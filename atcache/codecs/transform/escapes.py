@@ -42,16 +42,18 @@ def find_escapes(missing_BS: Tensor, capacity: int) -> Escapes:
     return Escapes(place_BK.to(torch.int32), missing_BS.gather(1, place_BK), count_BS[:, -1].clone())
 
 
-def escape_row(cell_N: np.ndarray, missing_N: np.ndarray, row_nbytes: int) -> np.ndarray:
-    """A view's escapes as bytes: uint8 of length `row_nbytes`, zeros behind the last.
+def write_escapes(cell_N: np.ndarray, missing_N: np.ndarray, row_R: np.ndarray) -> None:
+    """Write a view's escapes as bytes.
 
     Args:
         cell_N: the number of each escape's cell.
         missing_N: what is missing in it, above 0.
-        row_nbytes: bytes of a row. If there are more escapes than it holds, the largest are kept.
+        row_R: where, uint8, all 0. If there are more escapes than it holds, the largest are kept.
     """
     cell_N, missing_N = cell_N.astype(np.int64), missing_N.clip(max=_MOST_MISSING).astype(np.int64)
-    num_slots = row_nbytes // SLOT_NBYTES
+    if not len(cell_N):
+        return
+    num_slots = len(row_R) // SLOT_NBYTES
     num_kept = len(cell_N)
     while True:
         # An image unlike all others may have more escapes than there are slots. Then the largest ones count.
@@ -65,17 +67,13 @@ def escape_row(cell_N: np.ndarray, missing_N: np.ndarray, row_nbytes: int) -> np
             break
         num_kept = min(num_kept - 1, num_slots - int(num_steps.sum()))
         if num_kept <= 0:
-            return np.zeros(row_nbytes, np.uint8)
-    row = np.zeros(row_nbytes, np.uint8)
-    if not num_kept:
-        return row
+            return
     ends = np.cumsum(num_steps + 1)
     slots_N2 = np.zeros((int(ends[-1]), 2), np.int64)
     slots_N2[:, 0] = _MOST_DISTANCE
     slots_N2[ends - 1, 0] = distance - num_steps * _MOST_DISTANCE
     slots_N2[ends - 1, 1] = missing[order]
     # Byte by byte, so that the upper ones, which are mostly 0, lie together.
-    planes_5R = row[: SLOT_NBYTES * num_slots].reshape(SLOT_NBYTES, num_slots)[:, : len(slots_N2)]
+    planes_5R = row_R[: SLOT_NBYTES * num_slots].reshape(SLOT_NBYTES, num_slots)[:, : len(slots_N2)]
     for plane_R, (column, shift) in zip(planes_5R, ((0, 0), (0, 8), (1, 0), (1, 8), (1, 16)), strict=True):
         plane_R[:] = slots_N2[:, column] >> shift & 255
-    return row

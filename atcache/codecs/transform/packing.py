@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atcache.codecs.transform.escapes import SLOT_NBYTES, Escapes, escape_row, find_escapes
+from atcache.codecs.transform.escapes import SLOT_NBYTES, Escapes, find_escapes, write_escapes
 
 NUM_ROWS = 2
 """Rows of bytes of a view: the cells, then the escapes."""
@@ -221,16 +221,12 @@ class Packing:
 
     def finish(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of bytes of some views, from their `Packed.whole` parts; on the device of the first part."""
-        bytes_BR, *lists = parts
-        place_BK, missing_BK, num_B = (part.cpu().numpy() for part in lists)
-        escapes_BR = np.zeros((len(bytes_BR), self.row_nbytes), np.uint8)
-        for view, count in enumerate(num_B):
-            cell_N = self._order[place_BK[view, :count]]
-            escapes_BR[view] = escape_row(cell_N, missing_BK[view, :count], self.row_nbytes)
-        rows_B2R = bytes_BR.new_zeros(len(bytes_BR), NUM_ROWS, self.row_nbytes)
+        bytes_BR, place_BK, missing_BK, num_B = (part.cpu().numpy() for part in parts)
+        rows_B2R = np.zeros((len(bytes_BR), NUM_ROWS, self.row_nbytes), np.uint8)
         rows_B2R[:, 0, : bytes_BR.shape[1]] = bytes_BR
-        rows_B2R[:, 1] = torch.from_numpy(escapes_BR).to(bytes_BR.device)
-        return rows_B2R
+        for view, count in enumerate(num_B):
+            write_escapes(self._order[place_BK[view, :count]], missing_BK[view, :count], rows_B2R[view, 1])
+        return torch.from_numpy(rows_B2R).to(parts[0].device)
 
     def open(self, rows_B2R: Tensor) -> OpenRows:
         """The rows of a batch, ready to unpack layers of."""
