@@ -39,6 +39,7 @@ from atcache.errors import (
     SourceError as SourceError,
     TeacherError as TeacherError,
     UnsupportedAttentionError as UnsupportedAttentionError,
+    WorkerLostError as WorkerLostError,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ __all__ = [
     "TrainingBatch",
     "UnsupportedAttentionError",
     "View",
+    "WorkerLostError",
     "__version__",
     "batches",
     "build",

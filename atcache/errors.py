@@ -63,3 +63,7 @@ class RemoteError(AtcacheError):
 
     This is not an OSError: code that treats an OSError as a damaged or missing local file must not catch it.
     """
+
+
+class WorkerLostError(AtcacheError, RuntimeError):
+    """A process that makes batches in advance was killed."""

@@ -499,3 +499,40 @@ def _zstd_nbytes(halves_VLHQK):
 
     assert halves_VLHQK[0].nbytes < 2**15
     return np.mean([len(zstd.compress(view, 3)) + 4 + 16 for view in halves_VLHQK])
+
+
+@pytest.mark.usefixtures("benchmarks")
+class TestBuildSpeed:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_build_is_compared_with_both_limits(self, workers, tiny_vit, tiny_weights, digits_tars, tmp_path):
+        from build_speed import SpeedOptions, measure_speed
+
+        options = SpeedOptions(
+            teacher=tiny_vit,
+            data=str(digits_tars[0].parent),
+            weights=tiny_weights,
+            codec=["int8"],
+            samples=48,
+            rounds=9,
+            limit_s=0,
+            batch_size=8,
+            samples_per_shard=20,
+            workers=workers,
+            device="cpu",
+        )
+        *ways, stages = measure_speed(options)
+        row = {row["what"]: row for row in ways}
+        assert set(row) == {"forward", "render", "loader", "plain", "int8"}
+        build = row["int8"]
+        assert build["share_of_limit"] == max(build["share_of_forward"], build["share_of_render"])
+        assert 0 < build["device_busy"] < 1
+        of_clock = build["views_per_s"] / row["forward"]["views_per_s"]
+        assert build["share_of_forward"] == pytest.approx(of_clock, rel=0.1), "one round, as there was no time for more"
+        assert {"render images", "encode", "compress"} < set(stages["ms_a_view"])
+
+    def test_handing_over_made_images_is_measured_beside_making_them(self):
+        from build_speed import measure_loader
+
+        row = measure_loader(1, batch_size=2, num_batches=6, rounds=1)
+        assert row["made_us_a_view"] > 0
+        assert row["loaded_us_a_view"] > 0

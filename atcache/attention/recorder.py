@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -176,7 +177,11 @@ class Recorder(TorchFunctionMode):
         self._check_heads(num_heads)
         # Always in float32, because rows of a bfloat16 softmax do not sum to 1.
         attn_BHQK = torch.softmax(logits_BHQK.detach().float(), dim=-1)
-        chosen = attn_BHQK if self.request.heads is None else attn_BHQK[:, list(self.request.heads)]
+        chosen = (
+            attn_BHQK
+            if self.request.heads is None
+            else attn_BHQK.index_select(1, _indices(self.request.heads, attn_BHQK.device))
+        )
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
         return attn_BHQK if logits_BHQK.dtype == torch.float32 else call.run()
 
@@ -243,7 +248,7 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_valu
     bias = _whole_bias(call)
     if heads is not None:
         groups = query.shape[1] // key.shape[1]
-        index = torch.tensor(heads, device=query.device)
+        index = _indices(heads, query.device)
         whole_groups = len(heads) == query.shape[1]
         query = query.index_select(1, index)
         if not whole_groups:
@@ -258,6 +263,13 @@ def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_valu
         bias=bias,
         v_BHTD=None if value is None else _owning(value),
     )
+
+
+@lru_cache(maxsize=16)
+def _indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads as an index; cached, since the copy of a list to a GPU makes the host wait for it."""
+    with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
+        return torch.tensor(heads, device=device)
 
 
 def _owning(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 - `record`: what a cache records about itself, read and written in one place
 - `coders`: make the coder that decodes a cache
 - `lazy_layers`: one layer of a cache as an array that decodes only what is sliced
-- `stacking`: stack the samples of a batch in shared memory
+- `stacking`: stack the samples of a batch, in shared memory where there is any
+- `slots`: memory that worker processes share with the process that started them
 - `differences`: say in words how two records differ
 """

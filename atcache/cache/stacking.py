@@ -7,14 +7,15 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+
+from atcache.cache.slots import take_memory
 
 
 class Stack:
     """Arrays of one shape, stacked one by one, while each is still in the processor's cache.
 
-    In a worker process the stack is in shared memory. Arrays whose last two axes are swapped, as in transposed codes,
-    keep their order in memory: transposing integers would cost another pass.
+    In a worker process the stack is in its slot of shared memory. Arrays whose last two axes are swapped, as in
+    transposed codes, keep their order in memory: transposing integers would cost another pass.
 
     Args:
         num_rows: how many arrays will be added.
@@ -46,9 +47,7 @@ class Stack:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A new tensor; in a worker process in shared memory, as torch's own collate function makes it."""
+    """A new tensor; in a worker process in shared memory, if there is room."""
     like = torch.from_numpy(np.empty(0, dtype))
-    if get_worker_info() is None:
-        return like.new_empty(shape)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.element_size())  # pyright: ignore
-    return like.set_(storage, 0, shape)  # pyright: ignore
+    taken = take_memory(math.prod(shape) * dtype.itemsize)
+    return like.new_empty(shape) if taken is None else torch.from_numpy(taken).view(like.dtype).view(shape)

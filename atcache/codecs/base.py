@@ -99,6 +99,39 @@ class Codec(ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Queued:
+    """A batch whose encoding is queued on the device. Nothing has waited for the device to do it.
+
+    Its tensors may be copied to the host meanwhile; `settle` and `Coder.finish` then make codes of the copies. As long
+    as it lives, so do the factors, since only they can tell what was wrong.
+    """
+
+    parts: tuple[Tensor, ...]
+    """What codes are made of; the first axis of each is the batch's views."""
+    is_fine_N: Tensor
+    """Bool: whether what was checked on the device was as it must be."""
+    problems: Sequence[Callable[[], CodecError]]
+    """For each of these, what to say if it was not."""
+    whole: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple
+    """Completes copies of `parts`, if they are found not to hold everything; looks at the device only then."""
+
+    def settle(self, parts: Sequence[Tensor], is_fine_N: Tensor) -> tuple[Tensor, ...]:
+        """What `Coder.finish` takes, for all views or some.
+
+        Args:
+            parts: `parts`, or a copy of them.
+            is_fine_N: the same.
+
+        Raises:
+            CodecError: the factors do not fit in the codes; the message names the layer and the value.
+        """
+        for is_fine, problem in zip(is_fine_N.cpu().numpy(), self.problems, strict=True):
+            if not is_fine:
+                raise problem()
+        return self.whole(parts)
+
+
 class Coder(ABC):
     """A codec bound to a geometry, its state and a device. Stateless between calls; threads may share it."""
 
@@ -110,6 +143,8 @@ class Coder(ABC):
     """Integer type of the codes."""
     num_components: int
     """C: codes of one token in one layer."""
+    products_may_round: bool = False
+    """Whether encoding loses nothing that counts if the factors of its products are rounded to 10 bits (TF32)."""
     input_calls: tuple[int, ...] | None = None
     """What `FactorCapture` needs to capture the inputs that this coder encodes; None if it encodes q and k."""
 
@@ -118,7 +153,6 @@ class Coder(ABC):
         self.device = torch.device(device)
         self._bias_LHQK = None if bias_LHQK is None else bias_LHQK.to(self.device)
 
-    @abstractmethod
     def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
         """Codes of a batch of views.
 
@@ -131,6 +165,27 @@ class Coder(ABC):
         Raises:
             CodecError: the factors do not fit in the codes; the message names the layer and the value.
         """
+        if not layers[0].shape_BHT[0]:
+            shape = (0, self.num_code_rows, self.num_code_tokens, self.num_components)
+            return torch.zeros(shape, dtype=self.codes_dtype, device=self.device)
+        queued = self.queue(layers)
+        return self.finish(queued.settle(queued.parts, queued.is_fine_N))
+
+    @abstractmethod
+    def queue(self, layers: Sequence[LayerAttention]) -> Queued:
+        """Begin to encode a batch of views, at least one, without waiting for the device; see `encode`.
+
+        Raises:
+            CodecError: the layers are not of the kind that this codec codes. What is wrong with their values is said
+                by `Queued.settle`.
+        """
+
+    def finish(self, parts: Sequence[Tensor]) -> Tensor:
+        """codes_BLTC of the views whose parts these are, see `Queued.settle`; on the device of the first part.
+
+        Threads may call it, each for views of its own.
+        """
+        return parts[0]
 
     @property
     def num_code_rows(self) -> int:

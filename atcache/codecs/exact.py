@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, Coder, State, only_factors
+from atcache.codecs.base import Codec, Coder, Queued, State, only_factors
 from atcache.errors import CodecError
 
 _INTEGER_OF = {"float16": torch.int16, "float32": torch.int32}
@@ -51,20 +52,30 @@ class ExactCoder(Coder):
         self._part_sizes = [num_vectors * width for num_vectors, width in self._part_shapes]
         self.num_components = sum(self._part_sizes)
 
-    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
-        """See `Coder.encode`."""
+    def queue(self, layers: Sequence[LayerAttention]) -> Queued:
+        """See `Coder.queue`."""
+        factors = only_factors(layers, "exact")
         codes: list[Tensor] = []
-        for block, layer in zip(self.geometry.layers, only_factors(layers, "exact"), strict=True):
-            parts_BTND = self._parts_BTND(layer)
-            floats_BTC = torch.cat([part.flatten(2) for part in parts_BTND], dim=2).to(self._float_dtype)
-            if not bool(torch.isfinite(floats_BTC).all()):
-                largest = max(float(part.abs().max()) for part in parts_BTND)
-                raise CodecError(
-                    f"layer {block}: a factor of size {largest:.4g} does not fit in {self._float_dtype}. "
-                    "Build with --codec exact:dtype=float32 or --codec int8."
-                )
+        fits: list[Tensor] = []
+        for layer in factors:
+            floats_BTC = torch.cat([part.flatten(2) for part in self._parts_BTND(layer)], dim=2).to(self._float_dtype)
+            fits.append(torch.isfinite(floats_BTC).all())
             codes.append(floats_BTC.view(self.codes_dtype))
-        return torch.stack(codes, dim=1)
+        return Queued(
+            parts=(torch.stack(codes, dim=1),),
+            is_fine_N=torch.stack(fits),
+            problems=[
+                partial(self._too_large, block, layer)
+                for block, layer in zip(self.geometry.layers, factors, strict=True)
+            ],
+        )
+
+    def _too_large(self, block: int, layer: LayerFactors) -> CodecError:
+        largest = max(float(part.abs().max()) for part in self._parts_BTND(layer))
+        return CodecError(
+            f"layer {block}: a factor of size {largest:.4g} does not fit in {self._float_dtype}. "
+            "Build with --codec exact:dtype=float32 or --codec int8."
+        )
 
     def decode_row(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode_row`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, Coder, State, only_factors
+from atcache.codecs.base import Codec, Coder, Queued, State, only_factors
 from atcache.errors import CodecError
 
 _LARGEST_CODE = 127
@@ -49,32 +50,27 @@ class Int8Coder(Coder):
         self._part_sizes = [num_vectors * (width + _SCALE_NBYTES) for num_vectors, width in self._part_shapes]
         self.num_components = sum(self._part_sizes)
 
-    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
-        """See `Coder.encode`."""
-        factors = only_factors(layers, "int8")
-        return torch.stack(
-            [self._encode_layer(block, layer) for block, layer in zip(self.geometry.layers, factors, strict=True)],
-            dim=1,
+    def queue(self, layers: Sequence[LayerAttention]) -> Queued:
+        """See `Coder.queue`."""
+        codes: list[Tensor] = []
+        fits: list[Tensor] = []
+        problems: list[Callable[[], CodecError]] = []
+        for block, layer in zip(self.geometry.layers, only_factors(layers, "int8"), strict=True):
+            parts: list[Tensor] = []
+            for number, part_BTND in enumerate(self._parts_BTND(layer)):
+                codes_BTC, part_fits = _quantise(part_BTND)
+                parts.append(codes_BTC)
+                fits.append(part_fits)
+                problems.append(partial(self._too_large, block, layer, number))
+            codes.append(torch.cat(parts, dim=2))
+        return Queued(parts=(torch.stack(codes, dim=1),), is_fine_N=torch.stack(fits), problems=problems)
+
+    def _too_large(self, block: int, layer: LayerFactors, number: int) -> CodecError:
+        largest = float(self._parts_BTND(layer)[number].float().abs().max())
+        return CodecError(
+            f"layer {block}: a factor of size {largest:.4g} is NaN or over {_LARGEST_CODE * 65504}, the most codec "
+            "int8 holds. Check the teacher's weights and precision."
         )
-
-    def _encode_layer(self, block: int, layer: LayerFactors) -> Tensor:
-        return torch.cat([self._quantise(block, part_BTND) for part_BTND in self._parts_BTND(layer)], dim=2)
-
-    def _quantise(self, block: int, vectors_BTND: Tensor) -> Tensor:
-        """Codes, then scales, of some vectors of each token."""
-        vectors_BTND = vectors_BTND.float()
-        scale_BTN = (vectors_BTND.abs().amax(dim=-1) / _LARGEST_CODE).half()
-        if not bool(torch.isfinite(scale_BTN).all()):
-            raise CodecError(
-                f"layer {block}: a factor of size {float(vectors_BTND.abs().max()):.4g} is NaN or over "
-                f"{_LARGEST_CODE * 65504}, the most codec int8 holds. Check the teacher's weights and precision."
-            )
-        # Divide by the rounded scale, because decoding multiplies by it. If float16 rounds a scale to 0 (every value
-        # is under 4e-6), the codes are 0; if it rounds a tiny scale down, the clamp keeps codes in range.
-        divisor_BTN1 = torch.where(scale_BTN == 0, torch.inf, scale_BTN.float()).unsqueeze(-1)
-        # In place after the division: memory bandwidth limits all of this.
-        codes_BTND = (vectors_BTND / divisor_BTN1).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
-        return torch.cat([codes_BTND.flatten(2), scale_BTN.contiguous().view(torch.int8)], dim=2)
 
     def decode_row(self, position: int, codes_BTC: Tensor) -> LayerFactors:
         """See `Coder.decode_row`."""
@@ -83,6 +79,19 @@ class Int8Coder(Coder):
             position,
             *(_dequantise(part_BTC, *shape) for part_BTC, shape in zip(parts_BTC, self._part_shapes, strict=True)),
         )
+
+
+def _quantise(vectors_BTND: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, then scales, of some vectors of each token; and whether the scales are finite, bool."""
+    vectors_BTND = vectors_BTND.float()
+    scale_BTN = (vectors_BTND.abs().amax(dim=-1) / _LARGEST_CODE).half()
+    # Divide by the rounded scale, because decoding multiplies by it. If float16 rounds a scale to 0 (every value
+    # is under 4e-6), the codes are 0; if it rounds a tiny scale down, the clamp keeps codes in range.
+    divisor_BTN1 = torch.where(scale_BTN == 0, torch.inf, scale_BTN.float()).unsqueeze(-1)
+    # In place after the division: memory bandwidth limits all of this.
+    codes_BTND = (vectors_BTND / divisor_BTN1).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(torch.int8)
+    codes_BTC = torch.cat([codes_BTND.flatten(2), scale_BTN.contiguous().view(torch.int8)], dim=2)
+    return codes_BTC, torch.isfinite(scale_BTN).all()
 
 
 def _dequantise(codes_BTC: Tensor, num_vectors: int, width: int) -> Tensor:

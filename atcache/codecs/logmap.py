@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.geometry import FactorGeometry
-from atcache.codecs.base import Codec, Coder, State
+from atcache.codecs.base import Codec, Coder, Queued, State
 from atcache.errors import CodecError
 
 _CURVE = 1 / 16
@@ -61,28 +63,26 @@ class LogmapCoder(Coder):
         self._step = math.log1p(self._slope) / (2**codec.bits - 2)
         self.num_components = len(geometry.heads) * num_tokens
 
-    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
-        """See `Coder.encode`."""
-        codes = [
-            self._encode_layer(block, position, layer)
-            for position, (block, layer) in enumerate(zip(self.geometry.layers, layers, strict=True))
-        ]
-        return torch.stack(codes, dim=1)
+    def queue(self, layers: Sequence[LayerAttention]) -> Queued:
+        """See `Coder.queue`."""
+        codes, fits = zip(*itertools.starmap(self._encode_layer, enumerate(layers)), strict=True)
+        return Queued(
+            parts=(torch.stack(codes, dim=1),),
+            is_fine_N=torch.stack(fits),
+            problems=[partial(_no_distribution, block) for block in self.geometry.layers],
+        )
 
-    def _encode_layer(self, block: int, position: int, layer: LayerAttention) -> Tensor:
+    def _encode_layer(self, position: int, layer: LayerAttention) -> tuple[Tensor, Tensor]:
+        """The layer's codes, and whether its rows are distributions, bool."""
         if isinstance(layer, LayerFactors) and layer.bias is None:
             # The bias is part of a map. Captured factors carry their own; others get the teacher's.
             layer = LayerFactors(q_BHTD=layer.q_BHTD, k_BHTD=layer.k_BHTD, scale=layer.scale, bias=self.bias(position))
         log_attn_BHQK = layer.log_maps()
-        if not bool(torch.isfinite(log_attn_BHQK.amax(dim=-1)).all()):
-            raise CodecError(
-                f"layer {block}: a row of a map is not a distribution: it holds a negative value, NaN, infinity, or "
-                "only zeros. Check the teacher's weights and precision."
-            )
+        is_fine = torch.isfinite(log_attn_BHQK.amax(dim=-1)).all()
         masked_BHQK = log_attn_BHQK == -torch.inf  # before exp, which turns small probabilities into 0 too
         steps_BHQK = log_attn_BHQK.exp_().mul_(self._slope).log1p_().div_(self._step)
         codes_BHQK = steps_BHQK.round_().add_(1).masked_fill_(masked_BHQK, 0).to(torch.uint8)
-        return codes_BHQK.transpose(1, 2).flatten(2)
+        return codes_BHQK.transpose(1, 2).flatten(2), is_fine
 
     def decode_row(self, position: int, codes_BTC: Tensor) -> LayerMaps:
         """See `Coder.decode_row`."""
@@ -92,3 +92,10 @@ class LogmapCoder(Coder):
         attn_BHQK = steps_BHQK.mul_(self._step).expm1_().masked_fill_(codes_BHQK == 0, 0)
         # The clamp keeps rows of zeros at zero. `encode` writes no such rows, but a cache may hold them.
         return LayerMaps(attn_BHQK=attn_BHQK / attn_BHQK.sum(dim=-1, keepdim=True).clamp_min_(1e-30))
+
+
+def _no_distribution(block: int) -> CodecError:
+    return CodecError(
+        f"layer {block}: a row of a map is not a distribution: it holds a negative value, NaN, infinity, or only "
+        "zeros. Check the teacher's weights and precision."
+    )

@@ -6,4 +6,5 @@
 - `sample_views`: where the pixels and codes of a sample come from
 - `caches`: open the caches that a student learns from, one or several
 - `workers`: make batches in advance in other processes
+- `messages`: how these hand a batch over
 """

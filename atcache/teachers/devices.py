@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+@contextmanager
+def rounded_products(device: str | torch.device) -> Generator[None]:
+    """A context in which a GPU rounds the factors of float32 products to 10 bits (TF32); several times as fast.
+
+    The switch is of the whole process: other threads' products are rounded too. On a CPU nothing changes.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:

@@ -9,6 +9,10 @@
 - `decode_cost`: what decoding costs beside the teacher
 - `sizes`: how many bytes codes take on disk
 - `tasks`: the long run: render, run the teacher, encode, compress, write
+- `rendered`: batches of rendered views, which worker processes make
+- `encoder`: what is done with a batch between its rendering and the disk
+- `staging`: stages that overlap
+- `transfers`: copies between host and device beside what is computed
 - `board`: messages between the processes of one build
 - `shared_folder`: whether all processes see the same folder
 - `summary`: what a build did

@@ -1,108 +1,42 @@
 """The long run of a build: tasks pass through overlapping stages.
 
-render views (worker processes) -> teacher forward and encoding (device) -> compression (threads) -> shard writing (one
-thread) -> commit. Queues between the stages are short, so memory holds a few batches, however large the dataset is.
+render views (worker processes) -> copy to the device -> teacher forward and encoding -> copy to the host -> compression
+(threads) -> shard writing (one thread) -> commit. Queues between the stages are short, so memory holds a few batches,
+however large the dataset is.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from atcache.attention.capture import FactorCapture
-from atcache.attention.factors import LayerAttention
 from atcache.codecs.base import Coder
 from atcache.errors import BadImageError
 from atcache.feed.workers import read_ahead
 from atcache.images.source import Source
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.writer import TaskWriter, encode_pixels, encode_view
+from atcache.store.writer import TaskWriter
+from atcache.teachers.devices import rounded_products
 from atcache.teachers.run import TeacherRun
 from atcache.views.policy import ViewPolicy
-from atcache.views.rendering import STORED, Renderer
+from atcache.views.rendering import STORED
 
-from ..fidelity import Expectation, Watch, layer_row_kl, layer_v_error
+from ..fidelity import Expectation, Watch
 from ..running.progress import Progress
 from .board import Board, Counts
+from .encoder import BatchEncoder, Checked, EncodedBatch
+from .rendered import RenderedBatch, RenderedBatches
+from .transfers import Transfers
 
 _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
-_CHECKED_VIEWS = 2  # of a checked batch; few, because their row KL is computed in float64
-_LEAST_CHECKED_BATCHES = 8  # in all: if tasks are few, later batches are checked too
-_KEPT_NBYTES = 64 * 2**20  # in each worker, for views that are mixed into others: about 450 at 224 pixels
-
-
-class RenderedBatch(NamedTuple):
-    """Consecutive samples of one task, rendered."""
-
-    task: Task
-    start: int
-    status_B: np.ndarray
-    parameters_BP: np.ndarray
-    pixel_hashes: list[int]
-    pixels_BHWC: Tensor
-
-
-class RenderedBatches(Dataset[RenderedBatch]):
-    """Batch number -> rendered views. Batches never cross tasks, so a continued build forms the same ones."""
-
-    def __init__(
-        self, source: Source, policy: ViewPolicy, tasks: Iterable[Task], batch_size: int, *, skip_bad: bool
-    ) -> None:
-        self._renderer = Renderer(source, policy, skip_bad=skip_bad, keep_nbytes=_KEPT_NBYTES)
-        self._batches: list[tuple[Task, int, int]] = []
-        self._numbers_of_tasks: list[range] = []
-        for task in tasks:
-            starts = range(task.start, task.stop, batch_size)
-            self._numbers_of_tasks.append(range(len(self._batches), len(self._batches) + len(starts)))
-            self._batches += [(task, start, min(start + batch_size, task.stop)) for start in starts]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def numbers_of(self, task_number: int) -> range:
-        """The batch numbers of the task at this place in `tasks`."""
-        return self._numbers_of_tasks[task_number]
-
-    def __getitem__(self, number: int) -> RenderedBatch:
-        task, start, stop = self._batches[number]
-        block = range(task.start, task.stop)
-        views = [self._renderer.render(sample, task.view, block) for sample in range(start, stop)]
-        return RenderedBatch(
-            task=task,
-            start=start,
-            status_B=np.array([view.status for view in views], np.uint8),
-            parameters_BP=np.stack([view.parameters_P for view in views]),
-            pixel_hashes=[view.pixel_hash for view in views],
-            pixels_BHWC=torch.from_numpy(np.stack([view.pixels_HWC for view in views])),
-        )
-
-
-class _Chunks(NamedTuple):
-    """One stored view, compressed or being compressed."""
-
-    codes: Future[list[bytes]]
-    pixels: Future[bytes] | None
-
-
-class _Checked(NamedTuple):
-    """How far the decoded attention of some views of a batch is from the teacher's."""
-
-    num_views: int
-    quality: dict[str, float]
-    """`row_kl_nats`, the mean row KL, and if v is stored `v_error`, its relative error."""
 
 
 class _ShardWriter:
@@ -111,17 +45,19 @@ class _ShardWriter:
     def __init__(self, out: Path, layout: StoreLayout) -> None:
         self._out, self._layout = out, layout
         self._writer: TaskWriter | None = None
-        self._checked: list[_Checked] = []
+        self._checked: list[Checked] = []
 
-    def write(self, batch: RenderedBatch, chunks: list[_Chunks], checked: _Checked | None) -> Counts:
+    def write(self, encoded: EncodedBatch) -> Counts:
         """Add a batch. The first batch of a task opens its shards, the last one commits it.
 
         Returns:
             What this call has done.
         """
+        batch, chunks = encoded.batch, encoded.chunks
         if self._writer is None:
             self._writer = TaskWriter(self._out, self._layout, batch.task)
             self._checked = []
+        checked = None if encoded.checked is None else encoded.checked.result()
         if checked is not None:
             self._checked.append(checked)
         nbytes = 0
@@ -185,15 +121,28 @@ class TaskRunner:
             BadImageError: an image cannot be read, and `skip_bad` is False.
             DiskFullError: no space is left; tasks committed before stay.
         """
-        capture = self.run.capture(self.coder.geometry, self.coder.input_calls)
+        transfers = Transfers(self.run.device)
         waiting: deque[Future[Counts]] = deque()
         shards = _ShardWriter(self.out, self.layout)
         done = Counts()
         with (
             self._telling(tasks, board) as tell,
             ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="compress") as compressors,
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="check") as checker,
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer,
+            transfers.on_device(),
+            self._rounding(),
         ):
+            encoder = BatchEncoder(
+                layout=self.layout,
+                run=self.run,
+                coder=self.coder,
+                capture=self.run.capture(self.coder.geometry, self.coder.input_calls),
+                transfers=transfers,
+                batch_size=self.batch_size,
+                compressors=compressors,
+                checker=checker,
+            )
 
             def finish_oldest(done: Counts) -> Counts:
                 done += waiting.popleft().result()
@@ -202,12 +151,12 @@ class TaskRunner:
                 return done
 
             try:
-                for batch in self._batches(tasks, board):
-                    board.look()
-                    checked, chunks = self._encode(capture, batch, compressors)
-                    waiting.append(writer.submit(shards.write, batch, chunks, checked))
-                    if len(waiting) > _BATCHES_IN_FLIGHT:
-                        done = finish_oldest(done)
+                with closing(self._batches(tasks, board)) as rendered, closing(encoder.encoded(rendered)) as batches:
+                    for encoded in batches:
+                        board.look()
+                        waiting.append(writer.submit(shards.write, encoded))
+                        if len(waiting) > _BATCHES_IN_FLIGHT:
+                            done = finish_oldest(done)
                 while waiting:
                     done = finish_oldest(done)
                 board.finish(tell)
@@ -215,11 +164,19 @@ class TaskRunner:
             except BaseException as error:
                 # The batches before a bad image are good, so they are still stored.
                 gives_up = not isinstance(error, BadImageError)
-                compressors.shutdown(wait=not gives_up, cancel_futures=gives_up)
+                for pool in (compressors, checker):
+                    pool.shutdown(wait=not gives_up, cancel_futures=gives_up)
                 writer.shutdown(wait=True, cancel_futures=gives_up)
                 raise
             finally:
                 shards.abort()
+
+    def _rounding(self) -> AbstractContextManager[None]:
+        """Rounded products if neither the teacher nor the codec is more exact than they are: in float32, a GPU needs
+        nearly as long to encode as for the teacher's forward pass.
+        """
+        is_coarse = self.run.dtype == torch.bfloat16 and self.coder.products_may_round
+        return rounded_products(self.run.device) if is_coarse else nullcontext()
 
     @contextmanager
     def _telling(self, tasks: list[Task], board: Board) -> Generator[Callable[[], None]]:
@@ -242,55 +199,15 @@ class TaskRunner:
 
             yield tell
 
-    def _batches(self, tasks: list[Task], board: Board) -> Iterator[RenderedBatch]:
+    def _batches(self, tasks: list[Task], board: Board) -> Generator[RenderedBatch]:
         batches = RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
         # A task is claimed only when its first batch is needed, so that no process holds tasks that others could do.
         numbers = (number for claimed in board.claims(len(tasks)) for number in batches.numbers_of(claimed))
-        return read_ahead(batches, numbers, workers=min(self.workers, len(batches)))
-
-    def _is_checked(self, batch: RenderedBatch) -> bool:
-        """Whether row KL is measured: in each task's first batch and, if tasks are few, in more, spaced evenly."""
-        num_batches = -(-batch.task.num_samples // self.batch_size)
-        num_checks = -(-_LEAST_CHECKED_BATCHES // (self.layout.num_views * self.layout.num_blocks))
-        number = (batch.start - batch.task.start) // self.batch_size
-        return number * num_checks % num_batches < num_checks
-
-    def _encode(
-        self, capture: FactorCapture, batch: RenderedBatch, compressors: ThreadPoolExecutor
-    ) -> tuple[_Checked | None, list[_Chunks]]:
-        """Run the teacher on a batch, and begin to compress its codes.
-
-        Returns:
-            The quality of a few views, if the batch is one to check, and the chunks of each stored view, in order.
-        """
-        stored = np.flatnonzero(batch.status_B == STORED)
-        if not len(stored):
-            return None, []
-        pixels_BHWC = batch.pixels_BHWC if len(stored) == len(batch.status_B) else batch.pixels_BHWC[stored]
-        layers = self.run.factors(capture, pixels_BHWC)
-        codes_BLTC = self.coder.encode(layers)
-        checked = None
-        if self._is_checked(batch):
-            few = slice(0, min(_CHECKED_VIEWS, len(stored)))
-            checked = _Checked(few.stop, self._quality([layer.select(few) for layer in layers], codes_BLTC[few]))
-        return checked, [
-            _Chunks(
-                compressors.submit(encode_view, self.layout, codes_LTC),
-                None
-                if self.layout.pixels is None
-                else compressors.submit(encode_pixels, self.layout, pixels_HWC.numpy()),
-            )
-            for codes_LTC, pixels_HWC in zip(codes_BLTC.cpu().numpy(), pixels_BHWC, strict=True)
-        ]
-
-    def _quality(self, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> dict[str, float]:
-        """See `_Checked.quality`."""
-        quality = {"row_kl_nats": fmean(layer_row_kl(self.coder, layers, codes_BLTC))}
-        v_errors = layer_v_error(self.coder, layers, codes_BLTC)
-        return quality if v_errors is None else {**quality, "v_error": fmean(v_errors)}
+        pins = self.run.device.type == "cuda"
+        return read_ahead(batches, numbers, workers=min(self.workers, len(batches)), pin_memory=pins)
 
 
-def _mean_quality(checks: Sequence[_Checked]) -> dict[str, float]:
+def _mean_quality(checks: Sequence[Checked]) -> dict[str, float]:
     """The mean of each number over the checked views; empty if there are none."""
     num_views = sum(check.num_views for check in checks)
     names = checks[0].quality if checks else ()

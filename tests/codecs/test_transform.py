@@ -244,9 +244,11 @@ def test_the_state_is_small_and_of_the_types_that_a_cache_holds():
     coarse = parse_codec("transform:target_kl=0.01").fit(geometry, [layers])
     assert {array.dtype for array in coarse.values()} <= {torch.float16, torch.float32, torch.int8, torch.uint8}
     assert coarse["basis_LJC"].dtype == torch.float16
+    assert parse_codec("transform").coder(geometry, coarse).products_may_round
     # What float16 loses of the basis counts where the target is fine.
     fine = parse_codec("transform:target_kl=1e-7").fit(geometry, [layers])
     assert fine["basis_LJC"].dtype == torch.float32
+    assert not parse_codec("transform").coder(geometry, fine).products_may_round
 
 
 def test_operations_of_decoding_are_counted():

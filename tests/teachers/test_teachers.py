@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from atcache.errors import TeacherError, UnsupportedAttentionError
 from atcache.teachers.components import component_differences
+from atcache.teachers.devices import rounded_products
 from atcache.teachers.inputs import input_config
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import ALIASES, ModelName, parse_model_name
@@ -474,3 +475,22 @@ def test_q_k_norm_and_scale_norms_are_named():
         "q/k norm: the teacher has it, the student lacks it.",
         "norm on the attention output: the teacher has it, the student lacks it.",
     ]
+
+
+def test_rounded_products_are_for_gpus_only():
+    before = torch.get_float32_matmul_precision()
+    with rounded_products("cpu"):
+        assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="rounding products takes a GPU")
+def test_products_are_rounded_on_a_gpu_only_meanwhile():
+    before = torch.get_float32_matmul_precision()
+    left, right = torch.rand(2, 512, 512, device="cuda")
+    exact = left @ right
+    with rounded_products("cuda"):
+        rounded = left @ right
+    assert torch.get_float32_matmul_precision() == before
+    assert torch.equal(left @ right, exact)
+    assert torch.allclose(rounded, exact, rtol=2e-3)

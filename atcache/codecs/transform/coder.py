@@ -14,7 +14,7 @@ from torch import Tensor
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.projection import HeadProjection
-from atcache.codecs.base import Coder, State, only_factors
+from atcache.codecs.base import Coder, Queued, State, only_factors
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import input_metric
 from atcache.codecs.transform.packing import NUM_ROWS, OpenRows, Packing, entropy_bits
@@ -127,6 +127,7 @@ class TransformCoder(Coder):
         self.layers = [self._layer_arrays(state, position) for position in range(len(geometry.layers))]
         self.packing = Packing(state["bucket_LBJ"], self.dct.bands, self.device)
         self.num_components = self.packing.row_nbytes
+        self.products_may_round = state["basis_LJC"].dtype == torch.float16  # which has 10 bits too
         is_stored_LBJ = state["bucket_LBJ"].to(self.device) > 0
         width_B = torch.tensor([band.stop - band.start for band in self.dct.bands], device=self.device)
         self.is_stored_LTJ = is_stored_LBJ.repeat_interleave(width_B, dim=1)
@@ -168,16 +169,22 @@ class TransformCoder(Coder):
             is_open = is_small
         return groups
 
-    def encode(self, layers: Sequence[LayerAttention]) -> Tensor:
-        """See `Coder.encode`."""
+    def queue(self, layers: Sequence[LayerAttention]) -> Queued:
+        """See `Coder.queue`."""
         factors = only_factors(layers, "transform")
-        if not len(factors[0].q_BHTD):
-            return torch.zeros(0, NUM_ROWS, 1, self.num_components, dtype=torch.uint8, device=self.device)
         walked = list(self.walk(factors))
-        # One number from the device answers for all layers.
-        if not math.isfinite(float(torch.stack([layer.largest for layer in walked]).max())):
-            raise _not_finite(self.geometry, factors)
-        return self.packing.pack([layer.codes_BTJ for layer in walked]).unsqueeze(2)
+        largest = torch.stack([layer.largest for layer in walked]).max()
+        packed = self.packing.queue([layer.codes_BTJ for layer in walked])
+        return Queued(
+            parts=packed.parts,
+            is_fine_N=torch.isfinite(largest).view(1),
+            problems=[lambda: _not_finite(self.geometry, factors)],
+            whole=packed.whole,
+        )
+
+    def finish(self, parts: Sequence[Tensor]) -> Tensor:
+        """See `Coder.finish`."""
+        return self.packing.finish(parts).unsqueeze(2)
 
     def walk(self, layers: Sequence[LayerAttention]) -> Iterator[Walked]:
         """Encode layer by layer, each beside what the layer below decodes to.

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atcache.codecs.transform.escapes import SLOT_NBYTES, Escapes, find_escapes, write_escapes
+
 NUM_ROWS = 2
 """Rows of bytes of a view: the cells, then the escapes."""
 _BUCKETS_PER_KIND = 85
@@ -29,13 +31,13 @@ _BITS_OF_KIND = (8, 4, 2)
 _LARGEST_MEAN_OF_KIND = (2.0**11, 1.0, 0.4)
 """A block is of the last kind whose bound is at least its mean integer's size. Few cells then escape."""
 _SMALLEST_MEAN = 0.01
-_SLOT_NBYTES = 5  # an escape: 2 bytes for the distance to the one before, 3 for what is missing
 _LEAST_OPEN_SLOTS = 1024
 """Slots that are looked at, at least; else a power of two."""
-_MOST_DISTANCE = 2**16 - 1
-_MOST_MISSING = 2**24 - 1
 _FEW_CELLS = 8192
 """Rows are so long that this many cells could escape, or all of them if there are fewer."""
+_LEAST_LISTED = 1024
+_CELLS_PER_LISTED = 256
+"""Escapes of a view that the device lists at first: one in so many cells. Of DINOv2's, one in 3,000 escapes."""
 
 
 def choose_buckets(mean_size: Tensor, is_stored: Tensor) -> Tensor:
@@ -62,6 +64,38 @@ class _Places(NamedTuple):
     """int64; N = tokens * components, components fastest."""
     shift_N: Tensor
     mask_N: Tensor
+
+
+class Packed:
+    """A packed batch, on the device, which may still be at it.
+
+    Args:
+        bytes_BR: the first row of each view.
+        missing_BS: what each cell's byte lacks, int32, in the order of `Packing`.
+        capacity: how many escapes of a view are listed at first.
+    """
+
+    def __init__(self, bytes_BR: Tensor, missing_BS: Tensor, capacity: int) -> None:
+        self._missing_BS = missing_BS
+        self._capacity = max(1, min(capacity, missing_BS.shape[1]))
+        self.parts: tuple[Tensor, ...] = (bytes_BR, *self._escapes(self._capacity))
+        """What `Packing.finish` makes rows of, of each view."""
+
+    def _escapes(self, capacity: int) -> Escapes:
+        if self._missing_BS.shape[1]:
+            return find_escapes(self._missing_BS, capacity)
+        nothing_BK = self._missing_BS.new_zeros(len(self._missing_BS), capacity)
+        return Escapes(nothing_BK, nothing_BK, nothing_BK[:, 0])
+
+    def whole(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The parts, or a copy of them on the host, with all escapes.
+
+        The device is looked at again only if a view has more of them than were listed.
+        """
+        most = int(parts[3].max())
+        if most <= self._capacity:
+            return tuple(parts)
+        return (parts[0], *(part.to(parts[0].device) for part in self._escapes(most)))
 
 
 class Packing:
@@ -104,7 +138,7 @@ class Packing:
         self.num_cells = sum(self._num_cells)
         """Integers of a view that are stored."""
         fewest_slots = min(_FEW_CELLS, max(1, self.num_cells))
-        self.row_nbytes = max(1, sum(self._num_bytes), _SLOT_NBYTES * fewest_slots)
+        self.row_nbytes = max(1, sum(self._num_bytes), SLOT_NBYTES * fewest_slots)
         """Bytes of a row."""
 
     @cached_property
@@ -136,7 +170,7 @@ class Packing:
         )
 
     @cached_property
-    def _order(self) -> Tensor:
+    def _order(self) -> np.ndarray:
         """For each stored cell, kind by kind, its number among all cells, int64."""
         first = np.cumsum([0, *self._num_cells])
         order = np.zeros(self.num_cells, np.int64)
@@ -145,7 +179,11 @@ class Packing:
             cells = first_cell + np.arange(number_TJ.size).reshape(number_TJ.shape)
             is_stored = kind_TJ >= 0
             order[first[kind_TJ[is_stored]] + number_TJ[is_stored]] = cells[is_stored]
-        return torch.from_numpy(order).to(self._device)
+        return order
+
+    @cached_property
+    def _order_on_device(self) -> Tensor:
+        return torch.from_numpy(self._order).to(self._device)
 
     def pack(self, codes: Sequence[Tensor]) -> Tensor:
         """Rows of bytes of a batch of views: uint8 of shape (view, 2, row_nbytes).
@@ -154,12 +192,16 @@ class Packing:
             codes: for each layer, int32 of shape (view, token or coefficient, component). Where a block is not stored
                 they are not looked at.
         """
-        num_views = len(codes[0])
+        packed = self.queue(codes)
+        return self.finish(packed.whole(packed.parts))
+
+    def queue(self, codes: Sequence[Tensor]) -> Packed:
+        """Pack a batch without waiting for the device; `finish` makes rows of its parts. Takes what `pack` takes."""
         flat_BN = torch.cat([layer_BTJ.flatten(1) for layer_BTJ in codes], dim=1)
         # The sign becomes the lowest bit: 0, -1, 1, -2, ... are stored as 0, 1, 2, 3, ...
-        cells_BS = flat_BN.index_select(1, self._order)
+        cells_BS = flat_BN.index_select(1, self._order_on_device)
         cells_BS = torch.where(cells_BS < 0, -2 * cells_BS - 1, 2 * cells_BS)
-        rows_B2R = torch.zeros(num_views, NUM_ROWS, self.row_nbytes, dtype=torch.uint8, device=self._device)
+        bytes_BR = torch.zeros(len(cells_BS), sum(self._num_bytes), dtype=torch.uint8, device=self._device)
         most_S = torch.cat(
             [
                 torch.full((count,), 2**bits - 1, dtype=cells_BS.dtype, device=self._device)
@@ -169,53 +211,22 @@ class Packing:
         fitting_BS = torch.minimum(cells_BS, most_S)
         first_byte = first_cell = 0
         for count, num_bytes, bits in zip(self._num_cells, self._num_bytes, _BITS_OF_KIND, strict=True):
-            target_BR = rows_B2R[:, 0, first_byte : first_byte + num_bytes]
+            target_BR = bytes_BR[:, first_byte : first_byte + num_bytes]
             for number in range(8 // bits):
                 stop = first_cell + min(count, (number + 1) * num_bytes)
                 part_BS = fitting_BS[:, first_cell + number * num_bytes : stop]
                 target_BR[:, : part_BS.shape[1]] |= (part_BS << (bits * number)).to(torch.uint8)
             first_byte, first_cell = first_byte + num_bytes, first_cell + count
-        self._list_escapes(rows_B2R[:, 1], cells_BS - fitting_BS)
-        return rows_B2R
+        return Packed(bytes_BR, cells_BS - fitting_BS, max(_LEAST_LISTED, self.num_cells // _CELLS_PER_LISTED))
 
-    def _list_escapes(self, rows_BR: Tensor, missing_BS: Tensor) -> None:
-        view_N, cell_N = (index.cpu().numpy() for index in missing_BS.nonzero(as_tuple=True))
-        if not len(view_N):
-            return
-        missing_N = missing_BS[missing_BS != 0].cpu().numpy().clip(max=_MOST_MISSING)
-        cell_N = self._order.cpu().numpy()[cell_N]
-        rows = np.zeros(tuple(rows_BR.shape), np.uint8)
-        for view in np.unique(view_N):
-            chosen = view_N == view
-            rows[view] = self._escape_row(cell_N[chosen], missing_N[chosen])
-        rows_BR.copy_(torch.from_numpy(rows))
-
-    def _escape_row(self, cell_N: np.ndarray, missing_N: np.ndarray) -> np.ndarray:
-        num_slots = self.row_nbytes // _SLOT_NBYTES
-        num_kept = len(cell_N)
-        while True:
-            # An image unlike all others may have more escapes than there are slots. Then the largest ones count.
-            kept = np.argsort(-missing_N, kind="stable")[:num_kept]
-            cells, missing = cell_N[kept], missing_N[kept]
-            order = np.argsort(cells)
-            distance = np.diff(cells[order], prepend=-1)
-            # A distance that is too large for its bytes is made of steps that add nothing.
-            num_steps = (distance - 1) // _MOST_DISTANCE
-            if len(cells) + int(num_steps.sum()) <= num_slots:
-                break
-            num_kept = min(num_kept - 1, num_slots - int(num_steps.sum()))
-            if num_kept <= 0:
-                return np.zeros(self.row_nbytes, np.uint8)
-        ends = np.cumsum(num_steps + 1)
-        slots = np.zeros((num_slots, 2), np.int64)
-        slots[: ends[-1], 0] = _MOST_DISTANCE
-        slots[ends - 1, 0] = distance - num_steps * _MOST_DISTANCE
-        slots[ends - 1, 1] = missing[order]
-        # Byte by byte, so that the upper ones, which are mostly 0, lie together.
-        planes = [slots[:, 0], slots[:, 0] >> 8, slots[:, 1], slots[:, 1] >> 8, slots[:, 1] >> 16]
-        row = np.zeros(self.row_nbytes, np.uint8)
-        row[: _SLOT_NBYTES * num_slots] = np.concatenate([(plane & 255).astype(np.uint8) for plane in planes])
-        return row
+    def finish(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of bytes of some views, from their `Packed.whole` parts; on the device of the first part."""
+        bytes_BR, place_BK, missing_BK, num_B = (part.cpu().numpy() for part in parts)
+        rows_B2R = np.zeros((len(bytes_BR), NUM_ROWS, self.row_nbytes), np.uint8)
+        rows_B2R[:, 0, : bytes_BR.shape[1]] = bytes_BR
+        for view, count in enumerate(num_B):
+            write_escapes(self._order[place_BK[view, :count]], missing_BK[view, :count], rows_B2R[view, 1])
+        return torch.from_numpy(rows_B2R).to(parts[0].device)
 
     def open(self, rows_B2R: Tensor) -> OpenRows:
         """The rows of a batch, ready to unpack layers of."""
@@ -236,8 +247,8 @@ class OpenRows:
         self._cells = [packing.cells_of(layer) for layer in range(len(packing.num_components))]
         self._places = packing.places
         self._rows_BR = rows_B2R[:, 0]
-        num_slots = rows_B2R.shape[2] // _SLOT_NBYTES
-        planes_B5N = rows_B2R[:, 1, : _SLOT_NBYTES * num_slots].view(-1, _SLOT_NBYTES, num_slots)
+        num_slots = rows_B2R.shape[2] // SLOT_NBYTES
+        planes_B5N = rows_B2R[:, 1, : SLOT_NBYTES * num_slots].view(-1, SLOT_NBYTES, num_slots)
         num_used = int((planes_B5N[:, :2] != 0).any(dim=1).sum(dim=1).max()) if len(rows_B2R) else 0
         num_used = min(num_slots, max(_LEAST_OPEN_SLOTS, 2 ** math.ceil(math.log2(num_used + 1))))
         bytes_B5N = planes_B5N[:, :, :num_used].long()

@@ -260,3 +260,18 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path):
     written = sum(len(data) for data in files(tmp_path / "1.zarr").values())
     assert written > 90 * 2**20
     assert many_kib - few_kib < 32 * 2**10, (few_kib, many_kib)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+@pytest.mark.parametrize("codec", ["int8", "transform"])
+def test_a_gpu_with_batches_in_flight_stores_the_same_bytes_each_time_and_the_maps_of_a_cpu(config, codec, tmp_path):
+    on_gpu = replace(config, codec=codec, device="cuda", batch_size=5)
+    again, on_cpu = (replace(config, codec=codec, out=tmp_path / name) for name in ("again.zarr", "cpu.zarr"))
+    build(replace(on_gpu, workers=2))
+    build(replace(on_gpu, out=again.out))
+    assert differences(again.out, config.out) == []
+    build(on_cpu)
+    for layer in (0, 1):
+        ours, theirs = (atcache.open(path).maps(layer=layer)[0].compute() for path in (config.out, on_cpu.out))
+        assert np.abs(ours - theirs).max() < 0.1
