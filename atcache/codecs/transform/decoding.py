@@ -88,7 +88,7 @@ class Decoder:
     """What decodes all views of a cache. Threads may share it.
 
     Under autocast the products have its type: their operands are rounded to it, while sums inside a product are kept
-    wider. That of `decode` counts, or later that of `DecodedChain.layer`; the arrays of each type are made once.
+    wider. The arrays of each type are made once, by the first layer that is decoded outside a compiled graph.
     """
 
     def __init__(
@@ -126,7 +126,6 @@ class Decoder:
 
     def open(self, rows: OpenRows) -> DecodedChain:
         """A batch, ready to decode layers of."""
-        self.arrays(0, self.dtype())
         return DecodedChain(self, rows)
 
 
