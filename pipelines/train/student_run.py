@@ -73,6 +73,9 @@ class TrainingRun:
     Runs that are trained together do not affect each other: every step seeds its own random numbers.
     """
 
+    backend: Any = "inductor"
+    """torch's backend, if the student is compiled."""
+
     def __init__(
         self,
         config: TrainConfig,
@@ -94,8 +97,6 @@ class TrainingRun:
         self.checkpoint = config.out / CHECKPOINT_FILE
         self.is_compiled = compiles(config.compile, device, ranks)
         """Whether the student is compiled for its training, if that is possible."""
-        self.backend: Any = "inductor"
-        """torch's backend for that."""
         self.problem: str | None = None
         """Why the student could not be compiled."""
         self._trained: Student | None = None
