@@ -32,7 +32,7 @@ class Prefetcher:
         if self._queued is not None:
             self._queued.synchronize()
         computing = torch.cuda.current_stream(self._device)
-        self._queued = torch.cuda.Event()
+        self._queued = torch.cuda.Event(blocking=True)  # the host's processors have other work
         self._queued.record(computing)
         with torch.cuda.stream(self._stream):
             # Pinned memory is not reused before its copy is done: torch's allocator sees to that.

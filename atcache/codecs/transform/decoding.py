@@ -170,7 +170,7 @@ class DecodedChain:
             if count:
                 # Matrices, none of which is copied: coefficient and view are one axis, and components another.
                 components_RJ = components_JTB[:count, part].flatten(1).mT
-                sum_TBC[part].flatten(0, 1).addmm_(components_RJ, arrays.basis_JC[:count])
+                sum_TBC[part].view(-1, sum_TBC.shape[2]).addmm_(components_RJ, arrays.basis_JC[:count])
         return sum_TBC
 
     def _components(self, position: int, component_of_256: Tensor) -> Tensor:

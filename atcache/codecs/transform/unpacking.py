@@ -116,7 +116,7 @@ class OpenRows:
             values_JTB: something for each of its cells.
             added_KB: what each of `escapes` adds, of the same dtype.
         """
-        values_NB = values_JTB.flatten(0, 1)
+        values_NB = values_JTB.view(-1, self.num_views)
         num_cells = len(values_NB)
         local_KB = self.escapes.place_KB - self._first_cell[layer]
         is_here_KB = (local_KB >= 0) & (local_KB < num_cells)
