@@ -1,12 +1,15 @@
 """One training step (forward, backward and AdamW) in every mode: from a cache, with a live teacher, from scratch.
 
     python benchmarks/train_step.py [--geometry vit-b] [--batch-size 16] [--rounds 5] [--precision auto]
+    python benchmarks/train_step.py --geometry vit-l --transform-components 700 --compile
     python benchmarks/train_step.py --memory [--tokens 197 577 1370]
 
 Each step is `TrainingRun.train_step`, as `atcache train` runs it, including the decoding of codes. There are two live
 teachers: "usual" forms maps in teacher and student, projects all of q, k and v, and leaves the rest to autograd; "ours"
 takes q and k from the teacher's fused forward pass. Teacher and students have random weights, and the codes come from
-the teacher's factors. transform is fitted on the batch itself, to --target-kl.
+the teacher's factors. transform is fitted on the batch itself, to --target-kl; or it is made up, with as many
+components as --transform-components says, since a random teacher needs others than a real one. Half the width is the
+other student of the table. With --compile, students are compiled as `atcache train --compile` does it.
 
 Ways take turns in each round; times are medians over the rounds. GFLOP counts matrix products and convolutions, as
 torch counts them. If nothing else took time, speed would be proportional to 1 / GFLOP. Memory is the most that tensors
@@ -26,11 +29,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from made_transform import made_coder
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from usual_way import UsualStudent, UsualTeacher
 
-from atcache.attention.blocks import find_blocks, token_layout
+from atcache.attention.blocks import token_layout
 from atcache.attention.capture import FactorCapture, check_capture
 from atcache.choices import PRECISIONS, Mode
 from atcache.codecs.base import Coder
@@ -59,71 +64,6 @@ IMAGE_SIZES = {197: 224, 577: 384, 1370: 592}
 NUM_CLASSES = 1000
 
 
-class UsualAttention(nn.Module):
-    """A plain timm attention that forms its maps, or uses given ones, and leaves the rest to autograd."""
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.stock = stock
-        self.given_BHQK: Tensor | None = None
-        self.attn_BHQK: Tensor | None = None
-
-    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
-        stock = self.stock
-        qkv = stock.qkv(x).reshape(*x.shape[:2], 3, stock.num_heads, stock.head_dim).permute(2, 0, 3, 1, 4)
-        q_BHTD, k_BHTD, v_BHTD = qkv.unbind(0)
-        attn_BHQK = self.given_BHQK
-        if attn_BHQK is None:
-            attn_BHQK = self.attn_BHQK = torch.softmax((q_BHTD * stock.scale) @ k_BHTD.mT, dim=-1)
-        return stock.proj((attn_BHQK.to(v_BHTD.dtype) @ v_BHTD).transpose(1, 2).flatten(2))
-
-
-def use_usual_attention(model: nn.Module) -> list[UsualAttention]:
-    """Replace the attention of each block, and return the replacements."""
-    attentions = []
-    for block in find_blocks(model):
-        block.attn = UsualAttention(block.attn)
-        attentions.append(block.attn)
-    return attentions
-
-
-class UsualStudent(nn.Module):
-    """A student as most code has it: copying multiplies the teacher's maps by v, distilling compares both maps."""
-
-    def __init__(self, model: nn.Module, mode: Mode) -> None:
-        super().__init__()
-        self.model, self.mode = model, mode
-        self.attentions = use_usual_attention(model)
-
-    def forward(self, images: Tensor, teacher: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        if self.mode == "copy":
-            for attention, attn_BHQK in zip(self.attentions, teacher, strict=True):
-                attention.given_BHQK = attn_BHQK
-            return self.model(images)
-        logits = self.model(images)
-        losses = [
-            -(given.float() * attention.attn_BHQK.float().clamp(min=1e-30).log()).sum(-1).mean()
-            for attention, given in zip(self.attentions, teacher, strict=True)
-        ]
-        return logits, torch.stack(losses).mean()
-
-
-class UsualTeacher:
-    """Runs a teacher that forms its maps, and returns them."""
-
-    def __init__(self, run: TeacherRun) -> None:
-        self._run = run
-        self._attentions = use_usual_attention(run.teacher.model)
-
-    def factors(self, batch: Batch) -> list[Tensor]:
-        with torch.no_grad(), autocast(self._run.device, self._run.dtype):
-            self._run.teacher.model.forward_features(self._run.images(batch.pixels_BHWC))
-        maps = [attention.attn_BHQK for attention in self._attentions]
-        for attention in self._attentions:
-            attention.attn_BHQK = None
-        return maps
-
-
 class CodesTeacher:
     """`CacheTeacher` without a cache on disk: it decodes a batch's codes."""
 
@@ -132,7 +72,12 @@ class CodesTeacher:
 
     def factors(self, batch: Batch) -> CachedFactors:
         (codes,) = batch.codes
-        return CachedFactors(self._coder, codes.codes_BLTC.to(self._device, non_blocking=True))
+        codes_BLTC = codes.codes_BLTC.to(self._device, non_blocking=True)
+        return CachedFactors(self._coder, codes_BLTC, extent=codes.extent)
+
+    def looked_at(self, batch: Batch) -> Batch:
+        (codes,) = batch.codes
+        return batch._replace(codes=(codes._replace(extent=self._coder.extent(codes.codes_BLTC)),))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -163,7 +108,7 @@ class Bench:
         self.timm_name, self.width, self.depth, self.heads = GEOMETRIES[options.geometry]
         self.size = IMAGE_SIZES[num_tokens]
         self.batch_size, self.precision = options.batch_size, options.precision
-        self.keeps_gradients = options.memory
+        self.keeps_gradients, self.compile = options.memory, options.compile
         self.device = resolve_device(options.device)
         self.dtype = resolve_precision(options.precision, self.device)
         torch.manual_seed(0)
@@ -180,12 +125,17 @@ class Bench:
         self.batch = self._batch(None)
         self._cached: dict[str, tuple[CodesTeacher, Batch]] = {}
         for name in ("int8", f"transform:target_kl={options.target_kl}"):
-            codec = parse_codec(name)
-            coder = codec.coder(
-                self.geometry, codec.fit(self.geometry, [layers], recipe=check.recipe), device=str(self.device)
-            )
-            codes_BLTC = coder.encode(layers).cpu()
-            self._cached[name.partition(":")[0]] = CodesTeacher(coder, self.device), self._batch(codes_BLTC)
+            if name != "int8" and options.transform_components is not None:
+                assert check.recipe is not None, "found for all of timm's ViTs"
+                coder, codes_BLTC = made_coder(
+                    self.geometry, check.recipe, options.transform_components, self.batch_size, str(self.device)
+                )
+            else:
+                codec = parse_codec(name)
+                state = codec.fit(self.geometry, [layers], recipe=check.recipe)
+                coder = codec.coder(self.geometry, state, device=str(self.device))
+                codes_BLTC = coder.encode(layers)
+            self._cached[name.partition(":")[0]] = CodesTeacher(coder, self.device), self._batch(codes_BLTC.cpu())
             if isinstance(coder, TransformCoder):
                 self.num_components = coder.packing.num_components
 
@@ -247,6 +197,7 @@ class Bench:
             batch_size=self.batch_size,
             steps=10**6,
             precision=self.precision,
+            compile=self.compile,
         )
         # These are the only parts of the data that a step uses.
         data = SimpleNamespace(student=student, teacher=None, order=SimpleNamespace(sample_S=range(10**6)))
@@ -258,7 +209,7 @@ class Bench:
     def _batch(self, codes_BLTC: Tensor | None) -> Batch:
         labels = torch.arange(self.batch_size) % NUM_CLASSES
         codes = () if codes_BLTC is None else (Codes(0, np.arange(self.batch_size), codes_BLTC),)
-        batch = Batch(labels, self._pixels, labels, labels, torch.ones(self.batch_size), codes)
+        batch = Batch(labels, self._pixels, labels, labels, torch.ones(self.batch_size), codes, is_mixed=False)
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _step(self, run: TrainingRun, teacher: object, batch: Batch) -> Callable[[], object]:
@@ -290,19 +241,28 @@ def peak_nbytes(step: Callable[[], object], device: torch.device) -> int:
 
 def count_products(step: Callable[[], object]) -> int:
     """Floating-point operations of a step's matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counted:
+    # Products within a compiled graph would not be seen.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counted:
         step()
     return counted.get_total_flops()
 
 
-def measure(ways: Sequence[Way], rounds: int, device: torch.device) -> dict[tuple[str, int], Measured]:
-    """Measure all ways, by (name, width). They take turns, after a step each to warm up, for memory and for GFLOP."""
+def measure(
+    ways: Sequence[Way], rounds: int, device: torch.device, limit_s: float = float("inf")
+) -> dict[tuple[str, int], Measured]:
+    """Measure all ways, by (name, width). They take turns, after a step each to warm up, for memory and for GFLOP.
+
+    After `limit_s` seconds of rounds no other begins.
+    """
     for way in ways:
         way.step()
     peaks = [peak_nbytes(way.step, device) for way in ways]
     products = [count_products(way.step) for way in ways]
     seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(rounds):
+    begin_s = time.perf_counter()
+    for number in range(rounds):
+        if number and time.perf_counter() - begin_s > limit_s:
+            break
         for way, times in zip(ways, seconds, strict=True):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -369,6 +329,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", choices=IMAGE_SIZES, default=[197, 577, 1370])
     parser.add_argument("--memory", action="store_true", help="print distillation's memory at each of --tokens instead")
     parser.add_argument("--target-kl", type=float, default=0.005, help="of codec transform (default 0.005)")
+    parser.add_argument(
+        "--transform-components", type=int, help="components of each layer in codec transform, instead of a fit"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the students")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", help="of the students (default: the teacher's, and half of it)"
+    )
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="begin no round after so many seconds")
     options = parser.parse_args(arguments)
     options.modes = options.modes or ["scratch", "copy", "distill"]
     return options
@@ -386,9 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     bench = Bench(options, 197)
     print(f"codec transform: {sum(bench.num_components)} components, at most {max(bench.num_components)} a layer\n")
-    widths = (bench.width, bench.width // 2)
+    widths = options.widths or (bench.width, bench.width // 2)
     ways = [*bench.teacher_ways(), *(way for width in widths for way in bench.ways(width, options.modes))]
-    print_speeds(measure(ways, options.rounds, device), options.batch_size, options.modes)
+    print_speeds(measure(ways, options.rounds, device, options.limit_s), options.batch_size, options.modes)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ def _parameter(
         return click.argument(name, type=_click_type(about, kind), metavar=about.metavar, nargs=nargs)
     long = "--" + name.replace("_", "-")
     if kind.base is bool:
-        names = (f"{long}/--no-{long.removeprefix('--')}",) if default else (long,)
+        can_be_off = default or kind.takes_none
+        names = (f"{long}/--no-{long.removeprefix('--')}",) if can_be_off else (long,)
         return click.option(*names, name, is_flag=True, default=default, show_default=bool(default), help=about.help)
     settings: dict[str, Any] = {"type": _click_type(about, kind), "help": about.help, "required": required}
     if about.metavar is not None:

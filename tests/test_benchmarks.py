@@ -536,3 +536,18 @@ class TestBuildSpeed:
         row = measure_loader(1, batch_size=2, num_batches=6, rounds=1)
         assert row["made_us_a_view"] > 0
         assert row["loaded_us_a_view"] > 0
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_run_is_timed_beside_its_step_without_its_start(tiny_cache, tmp_path):
+    from train_run import _marks, measure_run
+
+    from atcache.pipelines.train.config import TrainConfig
+
+    config = TrainConfig(mode="copy", cache=tiny_cache(), out=tmp_path, batch_size=8, device="cpu", precision="fp32")
+    found = measure_run(config, limit_s=0.01)
+    assert found.num_steps == 50
+    assert found.busy is None
+    assert found.share + found.waiting + found.other == pytest.approx(1)
+    (first_s, _), (last_s, _) = _marks(replace(config, out=tmp_path / "timed"))
+    assert found.run_img_per_s == pytest.approx(30 * 8 / (last_s - first_s))

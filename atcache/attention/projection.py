@@ -98,13 +98,16 @@ class HeadProjection:
         return self.weight_NC.shape[0] // (self.num_heads + self.num_kv_heads)
 
     def __call__(self, x_BTC: Tensor) -> tuple[Tensor, Tensor]:
-        """(q_BHTD, k_BHTD), float32, in the memory order (batch, token, head, head dim).
+        """(q_BHTD, k_BHTD), of the type of the weights, in the memory order (batch, token, head, head dim).
 
         Args:
             x_BTC: the layer's input, shape (batch, token, width), any float dtype, on this projection's device.
                 Under autocast the product is formed in autocast's dtype, all else in float32.
         """
-        values_BTN = F.linear(x_BTC.to(self.weight_NC.dtype), self.weight_NC, self.bias_N).float()
+        dtype = self.weight_NC.dtype
+        values_BTN = F.linear(x_BTC.to(dtype), self.weight_NC, self.bias_N)
+        if not (self.q_norm is None and self.k_norm is None and self.rotation is None):
+            values_BTN = values_BTN.float()
         heads_BTHD = values_BTN.reshape(*values_BTN.shape[:2], -1, self.head_dim)
         q_BTHD, k_BTHD = heads_BTHD[:, :, : self.num_heads], heads_BTHD[:, :, self.num_heads :]
         if self.q_norm is not None:
@@ -113,7 +116,7 @@ class HeadProjection:
             k_BTHD = self.k_norm(k_BTHD)
         if self.rotation is not None:
             q_BTHD, k_BTHD = self.rotation(q_BTHD), self.rotation(k_BTHD)
-        return q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2)
+        return q_BTHD.to(dtype).transpose(1, 2), k_BTHD.to(dtype).transpose(1, 2)
 
     def to(self, device: torch.device | str) -> HeadProjection:
         """This projection on another device."""

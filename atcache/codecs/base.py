@@ -211,13 +211,27 @@ class Coder(ABC):
         """Multiply-adds that decoding q and k of all layers of a view takes; None if they are next to none."""
         return None
 
-    def decode(self, codes_BLTC: Tensor, first_row: int = 0) -> DecodedLayers:
+    def extent(self, codes_BLTC: Tensor) -> int:
+        """How much of the codes `decode` must look at; of no meaning for most codecs.
+
+        Cheap for codes in host memory. For codes on a GPU it may wait for that, so ask before they are copied.
+
+        Args:
+            codes_BLTC: the codes of a batch, as `decode` takes them.
+        """
+        del codes_BLTC
+        return 0
+
+    def decode(self, codes_BLTC: Tensor, first_row: int = 0, extent: int | None = None) -> DecodedLayers:
         """A batch of views, whose layers are decoded when they are asked for.
 
         Args:
             codes_BLTC: rows of codes, on the coder's device.
             first_row: the number of its first row, if rows before it were left out; see `code_rows`.
+            extent: what `extent` says of these codes, or of any that they are a part of. None asks it, which may wait
+                for the device.
         """
+        del extent
         return _IndependentLayers(self, codes_BLTC, first_row)
 
     def decode_row(self, position: int, codes_BTC: Tensor) -> LayerAttention:
@@ -270,7 +284,9 @@ class DecodedLayers(Protocol):
     """The attention of a batch of views, decoded layer by layer."""
 
     def layer(self, position: int) -> LayerAttention:
-        """One layer's factors, float32, on the codes' device, with the teacher's bias if it has one; or its maps.
+        """One layer's factors, on the codes' device, with the teacher's bias if it has one; or its maps.
+
+        They are float32, or under autocast of its type, if the codec computes products.
 
         Args:
             position: index into the geometry's `layers` (not the block index). Ascending ones cost least.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,6 +19,8 @@ class Codes(NamedTuple):
     """Their rows in the batch, ascending int64. They stay in host memory, where batches are cut."""
     codes_BLTC: Tensor
     """Codes of their views, of the cache's own type; L, T and C are this cache's own."""
+    extent: int | None = None
+    """What the cache's `Coder.extent` says of these codes; None if it was not asked yet."""
 
 
 class Batch(NamedTuple):
@@ -38,6 +39,13 @@ class Batch(NamedTuple):
     mixed."""
     codes: tuple[Codes, ...] = ()
     """The teacher's codes, one part for each cache that has samples of the batch; empty if they are not wanted."""
+    is_mixed: bool | None = None
+    """Whether any sample is mixed with another; None if `mix_share_B` has to tell."""
+
+    def targets(self, num_classes: int) -> Tensor:
+        """What to predict: classes, int64 (batch,); for mixed views, class probabilities, float32 (batch, class)."""
+        is_mixed = bool((self.mix_share_B != 1).any()) if self.is_mixed is None else self.is_mixed
+        return self.class_probabilities(num_classes) if is_mixed else self.label_B
 
     def class_probabilities(self, num_classes: int) -> Tensor:
         """The share of each class in each image, float32 (batch, class): two classes where two samples are mixed.
@@ -45,7 +53,9 @@ class Batch(NamedTuple):
         With label smoothing on top they equal the targets of timm's `Mixup`, and cross-entropy with them equals its
         `SoftTargetCrossEntropy`.
         """
-        own_BC, mixed_in_BC = (F.one_hot(label_B, num_classes) for label_B in (self.label_B, self.mix_label_B))
+        # Not torch's `one_hot`, which looks at the labels to check them, and so waits for the device.
+        class_C = torch.arange(num_classes, device=self.label_B.device)
+        own_BC, mixed_in_BC = ((each.unsqueeze(1) == class_C).float() for each in (self.label_B, self.mix_label_B))
         share_B1 = self.mix_share_B.unsqueeze(1)
         return share_B1 * own_BC + (1 - share_B1) * mixed_in_BC
 
@@ -57,20 +67,24 @@ class Batch(NamedTuple):
         """The batch in pinned memory, from which a GPU copies without waiting; torch's `DataLoader` calls this."""
         return self._changed(lambda tensor: tensor.pin_memory())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the batch."""
+        yield from (self.sample_B, self.pixels_BHWC, self.label_B, self.mix_label_B, self.mix_share_B)
+        yield from (part.codes_BLTC for part in self.codes)
+
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        *tensors, codes = self
-        changed = tuple(part._replace(codes_BLTC=change(part.codes_BLTC)) for part in codes)
-        return Batch(*map(change, tensors), codes=changed)
+        changed = tuple(part._replace(codes_BLTC=change(part.codes_BLTC)) for part in self.codes)
+        return Batch(*map(change, self[:5]), codes=changed, is_mixed=self.is_mixed)
 
     def rows(self, first: int, stop: int) -> Batch:
         """The rows first .. stop - 1 as a batch; views, not copies."""
-        *tensors, codes = self
         parts: list[Codes] = []
-        for part in codes:
+        for part in self.codes:
             start, end = np.searchsorted(part.row_B, [first, stop]).tolist()
             if start < end:
-                parts.append(Codes(part.part, part.row_B[start:end] - first, part.codes_BLTC[start:end]))
-        return Batch(*(tensor[first:stop] for tensor in tensors), codes=tuple(parts))
+                row_B, codes_BLTC = part.row_B[start:end] - first, part.codes_BLTC[start:end]
+                parts.append(part._replace(row_B=row_B, codes_BLTC=codes_BLTC))
+        return Batch(*(tensor[first:stop] for tensor in self[:5]), codes=tuple(parts), is_mixed=self.is_mixed)
 
     def cut(self, num_parts: int) -> list[Batch]:
         """The batch in equal parts; its size must be a multiple of `num_parts`."""

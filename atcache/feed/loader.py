@@ -60,6 +60,7 @@ class _Batches(Dataset[Batch]):
                 for part, stack in codes.items()
                 if stack.tensor is not None
             ),
+            is_mixed=any(mix.share != 1 for mix in mixes),
         )
 
     def _expect(self, order: SampleOrder, step: int) -> None:

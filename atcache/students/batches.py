@@ -20,6 +20,7 @@ from atcache.feed.batch import Batch
 from atcache.feed.caches import are_mixed, choose_cached_samples, open_caches, open_joined_views
 from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
+from atcache.feed.prefetch import Prefetcher
 from atcache.files.location import Location, Url, parse_location
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import TeacherFactors, plan_pairing
@@ -92,6 +93,7 @@ class Batches:
         """One more than the largest label."""
         self.device = device
         """Where images, labels and attention are."""
+        self._prefetcher = Prefetcher(device)
         self._pass = 0
         self._stream = self._stream_of_pass(0)
 
@@ -101,7 +103,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         for batch in self._stream:
-            yield self._ready(batch)
+            yield self._ready(self._prefetcher.send(self._teacher.looked_at(batch)), batch.sample_B)
         self._pass += 1
         self._stream = self._stream_of_pass(self._pass, first_step=self._stream.step)
 
@@ -137,13 +139,13 @@ class Batches:
     def _stream_of_pass(self, number: int, *, first_step: int = 0) -> BatchStream:
         return self._make_stream(num_steps=(number + 1) * self.num_steps, first_step=first_step)
 
-    def _ready(self, batch: Batch) -> TrainingBatch:
+    def _ready(self, batch: Batch, sample_B: Tensor) -> TrainingBatch:
         labels = batch.class_probabilities(self.num_classes) if self._mixed else batch.label_B
         return TrainingBatch(
             images=normalise_images(batch.pixels_BHWC, self._mean, self._std, self.device),
-            labels=labels.to(self.device, non_blocking=True),
+            labels=labels,
             attention=self._teacher.factors(batch),
-            sample=batch.sample_B,
+            sample=sample_B,
         )
 
 

@@ -17,6 +17,7 @@ from atcache.choices import OF_VALUES, What
 from atcache.codecs.base import Coder
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch, Codes
+from atcache.feed.prefetch import copied
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, TeacherFactors
 from atcache.teachers.load import load_teacher
@@ -30,10 +31,10 @@ class CachedFactors:
     No q and k are kept here: autograd keeps what a student's backward pass needs, such as the q and k it copies.
     """
 
-    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_row: int = 0) -> None:
-        """Take the codes of a batch; their first row of L is the coder's row `first_row`."""
+    def __init__(self, coder: Coder, codes_BLTC: Tensor, first_row: int = 0, extent: int | None = None) -> None:
+        """Take the codes of a batch; see `Coder.decode`."""
         self._coder = coder
-        self._decoded = coder.decode(codes_BLTC, first_row)
+        self._decoded = coder.decode(codes_BLTC, first_row, extent)
         self._position_of = {block: position for position, block in enumerate(coder.geometry.layers)}
 
     @property
@@ -134,11 +135,22 @@ class CacheTeacher:
         parts = [self._part(codes) for codes in batch.codes]
         if len(parts) == 1:
             return parts[0]
-        return JoinedFactors(parts, [torch.from_numpy(codes.row_B).to(self._device) for codes in batch.codes])
+        return JoinedFactors(parts, [copied(torch.from_numpy(codes.row_B), self._device) for codes in batch.codes])
+
+    def looked_at(self, batch: Batch) -> Batch:
+        """The batch, with what decoding must know of its codes; to be called while they are in host memory."""
+        if all(codes.extent is not None for codes in batch.codes):
+            return batch
+        codes = (each._replace(extent=self._extent(each)) for each in batch.codes)
+        return batch._replace(codes=tuple(codes))
+
+    def _extent(self, codes: Codes) -> int:
+        return self._coders[codes.part].extent(codes.codes_BLTC) if codes.extent is None else codes.extent
 
     def _part(self, codes: Codes) -> CachedFactors:
+        extent = self._extent(codes)  # before they are on the device
         codes_BLTC = codes.codes_BLTC.to(self._device, non_blocking=True)
-        return CachedFactors(self._coders[codes.part], codes_BLTC, self.code_layers[codes.part].start)
+        return CachedFactors(self._coders[codes.part], codes_BLTC, self.code_layers[codes.part].start, extent)
 
 
 def _coder(reader: CacheReader, factors: Set[What], device: torch.device) -> Coder:
@@ -174,6 +186,10 @@ class LiveTeacher:
         layers = self._run.factors(self._capture, batch.pixels_BHWC)
         return LiveFactors(dict(zip(self._capture.layers, layers, strict=True)), self._heads)
 
+    def looked_at(self, batch: Batch) -> Batch:
+        """See `CacheTeacher.looked_at`: there is nothing to know."""
+        return batch
+
 
 class SharedTeacher:
     """Gives students that take the same batch, one after another, the same factors.
@@ -186,6 +202,10 @@ class SharedTeacher:
         self._teacher = teacher
         self._batch: Batch | None = None
         self._factors: TeacherFactors | None = None
+
+    def looked_at(self, batch: Batch) -> Batch:
+        """See `CacheTeacher.looked_at`."""
+        return self._teacher.looked_at(batch)
 
     def factors(self, batch: Batch) -> TeacherFactors:
         """The factors of a batch; the same object for the same batch."""

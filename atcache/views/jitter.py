@@ -6,6 +6,8 @@ its own factors, and the work is done on the device the batch is on.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,16 @@ def jitter_pixels(pixels_BHWC: Tensor, factors_B3: Tensor) -> Tensor:
         factors_B3: what `draw_jitter` drew; factors of 1 do not change an image.
     """
     brightness, contrast, saturation = factors_B3.to(pixels_BHWC.device).view(-1, 3, 1, 1, 1).unbind(1)
-    luma = torch.tensor(_LUMA, device=pixels_BHWC.device)
+    luma = _luma(str(pixels_BHWC.device))
     pixels_BHWC = (pixels_BHWC.float() * brightness).clamp(0, 255)
     mean_B111 = (pixels_BHWC @ luma).mean(dim=(1, 2)).view(-1, 1, 1, 1)
     pixels_BHWC = mean_B111.lerp(pixels_BHWC, contrast).clamp(0, 255)
     grey_BHW1 = (pixels_BHWC @ luma).unsqueeze(-1)
     return grey_BHW1.lerp(pixels_BHWC, saturation).clamp(0, 255)
+
+
+@lru_cache(maxsize=16)
+def _luma(device: str) -> Tensor:
+    """`_LUMA` on a device; cached, since each copy to a GPU makes it wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(_LUMA, device=device)

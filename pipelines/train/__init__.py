@@ -4,6 +4,7 @@
 - `run`: train one student, or several from one stream of batches
 - `loop`: the loop over batches
 - `student_run`: one student in training: its state and its step
+- `compiled`: torch.compile of a student
 - `sweep`: the configs of a sweep
 - `data`: what a run needs, opened and checked: student, views, order, teacher and validation
 - `optimiser`: the optimiser and the learning rates

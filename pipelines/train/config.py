@@ -195,6 +195,11 @@ class TrainConfig:
     )
     device: str = device_option()
     precision: Precision = precision_option()
+    compile: bool | None = option(
+        "Train with the student compiled by torch.compile: faster steps, after a wait at the start.  [default: on a "
+        "GPU, if the run has one process]",
+        default=None,
+    )
     validate_every: float = option("Epochs between validations; 0 validates at the end only.", default=1.0, at_least=0)
     checkpoint_every: int = option(
         "Steps between checkpoints; each validation saves one too.", default=1000, at_least=1
@@ -281,7 +286,7 @@ class TrainConfig:
         """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
         places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
-        for name in (*places, "workers", "keep_mib", "device", "checkpoint_every", "validate_every"):
+        for name in (*places, "workers", "keep_mib", "device", "compile", "checkpoint_every", "validate_every"):
             del settings[name]
         if self.stream_seed == self.seed:  # the same run, whether --order-seed repeats the seed or is left out
             settings["order_seed"] = None

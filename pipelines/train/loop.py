@@ -76,7 +76,7 @@ class _Loop:
             with self._saved_when_stopped():
                 batch = next(batches)
             if not self._alone:  # one copy to the device for all; a single run may take the batch in parts
-                batch = batch.to(self._runs[0].device)
+                batch = self._runs[0].on_device(batch)
             # A run whose checkpoint is of a later step joins when the stream gets there.
             current = [run for run in self._unfinished() if run.step == step]
             for run in current:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.order import step_seed
+from atcache.feed.prefetch import Prefetcher, copied
 from atcache.files.durable import encode_json, write_file
-from atcache.students.pairing import TeacherFactors
 from atcache.students.student import Student
 from atcache.teachers.devices import autocast, resolve_precision
 from atcache.teachers.inputs import normalise_images
@@ -27,6 +27,7 @@ from ..running.metrics import MetricsLog, Speed, read_metrics
 from ..running.progress import Progress
 from ..running.ranks import Ranks
 from ..running.run_files import WEIGHTS_FILE, save_weights
+from .compiled import compile_student, compiles, with_module
 from .config import TrainConfig
 from .data import TrainingData
 from .optimiser import make_optimizer, make_scheduler
@@ -72,6 +73,9 @@ class TrainingRun:
     Runs that are trained together do not affect each other: every step seeds its own random numbers.
     """
 
+    backend: Any = "inductor"
+    """torch's backend, if the student is compiled."""
+
     def __init__(
         self,
         config: TrainConfig,
@@ -91,8 +95,13 @@ class TrainingRun:
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
         self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
         self.checkpoint = config.out / CHECKPOINT_FILE
-        self._together: Student | None = None
-        """The student with its gradients averaged over the ranks; None before the first step, and for one rank."""
+        self.is_compiled = compiles(config.compile, device, ranks)
+        """Whether the student is compiled for its training, if that is possible."""
+        self.problem: str | None = None
+        """Why the student could not be compiled."""
+        self._trained: Student | None = None
+        """The student as it is trained, see `prepare`; shares its weights."""
+        self._prefetcher = Prefetcher(device)
         self.step = 0
         self.loss = math.nan
         """The last loss that was logged."""
@@ -143,6 +152,8 @@ class TrainingRun:
         Raises:
             DivergedError: the loss is NaN or infinite.
         """
+        if self._trained is None:
+            self._begin(batch, speed, reports)
         lr = self.lr()  # read before the step, which sets the next step's rate
         losses = self.train_step(batch)
         logs = self.step % LOG_EVERY == 0 or self.is_done
@@ -160,22 +171,26 @@ class TrainingRun:
         if saves and self.ranks.leads:
             self.save(speed)
 
+    def _begin(self, batch: Batch, speed: Speed, reports: Reports) -> None:
+        """Prepare, which takes long if the student is compiled, and tell the user."""
+        if self.is_compiled:
+            reports.say("compiling the student for its training, which may take minutes (--no-compile does without)")
+        with speed.paused():
+            self.prepare(batch)
+        if self.problem is not None:
+            reports.say(f"NOTE: {self.problem}. It is trained uncompiled, which is slower.")
+
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; returns the losses of this rank's part of the batch."""
         config = self.config
-        student = self._student_of_all_ranks(batch)
+        self.prepare(batch)
+        assert self._trained is not None, "just prepared"
         totals: dict[str, Tensor] = {}
         jitter_B3 = self._draw(len(batch.label_B))
         jitters = config.accumulate * [None] if jitter_B3 is None else jitter_B3.chunk(config.accumulate)
         for number, (part, part_B3) in enumerate(zip(batch.cut(config.accumulate), jitters, strict=True), start=1):
-            # Only the student's pixels are jittered: a live teacher sees them as they are.
-            pixels_BHWC = part.pixels_BHWC.to(self.device, non_blocking=True)
-            pixels_BHWC = pixels_BHWC if part_B3 is None else jitter_pixels(pixels_BHWC, part_B3)
-            images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
-            given = None if self.data.teacher is None else self.data.teacher.factors(part)
-            targets = _targets(part, self.student.num_classes).to(self.device)
-            with self._gradients_stay_here(student, number < config.accumulate):
-                losses = self._losses(student, images, targets, given)
+            with self._gradients_stay_here(self._trained, number < config.accumulate):
+                losses = self._losses(self._trained, self.on_device(part), part_B3)
                 (losses["loss"] / config.accumulate).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach() / config.accumulate
@@ -189,9 +204,24 @@ class TrainingRun:
             self.ema.update(self.student.module, step=self.step)
         return totals
 
-    def _losses(
-        self, student: Student, images: Tensor, targets: Tensor, given: TeacherFactors | None
-    ) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch) -> None:
+        """Before the first step, and with a batch like those to come: compile the student and connect it."""
+        if self._trained is None:
+            self._trained = self._prepare(batch)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch on the run's device, copied while the step before runs."""
+        return self._prefetcher.send(batch if self.data.teacher is None else self.data.teacher.looked_at(batch))
+
+    def _losses(self, student: Student, part: Batch, jitter_B3: Tensor | None = None) -> dict[str, Tensor]:
+        """The losses of a student on a part of a batch, which is on the device."""
+        # Only the student's pixels are jittered: a live teacher sees them as they are.
+        pixels_BHWC = part.pixels_BHWC
+        if jitter_B3 is not None:
+            pixels_BHWC = jitter_pixels(pixels_BHWC, copied(jitter_B3, self.device))
+        images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
+        given = None if self.data.teacher is None else self.data.teacher.factors(part)
+        targets = part.targets(self.student.num_classes)
         with autocast(self.device, self.dtype):
             label_loss, attention_loss = student.train_step(images, targets, given, self.config.label_smoothing)
         if attention_loss is None:
@@ -215,26 +245,33 @@ class TrainingRun:
             torch.manual_seed(step_seed(seed, self.ranks.rank))
         return factors_B3
 
-    def _student_of_all_ranks(self, batch: Batch) -> Student:
-        """The student to train; with several ranks, one whose gradients are averaged over them."""
+    def _prepare(self, batch: Batch) -> Student:
+        """The student as it is trained: compiled if that is wanted, and with gradients averaged over the ranks."""
+        part = self.on_device(batch.cut(self.config.accumulate)[0])
+        if not self.ranks.is_alone:
+            self._freeze_what_is_unused(part.rows(0, 1))
+        student = self.student
+        if self.is_compiled:
+            self._decode_once(part)
+            student, self.problem = compile_student(
+                student, lambda compiled: self._losses(compiled, part)["loss"], self.backend
+            )
         if self.ranks.is_alone:
-            return self.student
-        if self._together is None:
-            from torch.nn.parallel import DistributedDataParallel
+            return student
+        from torch.nn.parallel import DistributedDataParallel
 
-            self._freeze_what_is_unused(batch)
-            module = DistributedDataParallel(self.student.module)
-            model = module if self.student.model is self.student.module else self.student.model
-            self._together = replace(self.student, module=module, model=model)
-        return self._together
+        return with_module(student, DistributedDataParallel(student.module))
 
-    def _freeze_what_is_unused(self, batch: Batch) -> None:
+    def _decode_once(self, part: Batch) -> None:
+        """What a codec makes only once it makes now, outside the compiled graph, which would make it in each step."""
+        if self.data.teacher is not None and self.student.pairing is not None:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                self.data.teacher.factors(part).layer(self.student.pairing.teacher_layers[0])
+
+    def _freeze_what_is_unused(self, sample: Batch) -> None:
         """Freeze weights that get no gradient, such as q and k of a copying CaiT: DDP would wait for it forever."""
-        sample = batch.rows(0, 1)
-        images = normalise_images(sample.pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
-        given = None if self.data.teacher is None else self.data.teacher.factors(sample)
         self.student.module.eval()
-        losses = self._losses(self.student, images, sample.label_B.to(self.device), given)
+        losses = self._losses(self.student, sample)
         self.student.module.train()
         weights = [weight for weight in self.student.module.parameters() if weight.requires_grad]
         gradients = cast(
@@ -325,8 +362,3 @@ class TrainingRun:
 def _stretches(step: int, length: float) -> int:
     """How many whole stretches of `length` steps, which may be a fraction, the first `step` steps contain."""
     return math.floor(round(step / length, 9))  # to Python, 0.3 / 0.1 is less than 3
-
-
-def _targets(batch: Batch, num_classes: int) -> Tensor:
-    """What to predict: classes, int64 (batch,); for mixed views, class probabilities, float32 (batch, class)."""
-    return batch.label_B if bool((batch.mix_share_B == 1).all()) else batch.class_probabilities(num_classes)

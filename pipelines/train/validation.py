@@ -195,21 +195,20 @@ def score_students(
 
     Each rank scores its share. The students' modules are left in eval mode.
     """
-    top1 = top5 = loss = num_samples = 0.0
+    # Summed on the device, so that no batch waits for it.
+    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)
+    num_samples = 0
     for student in students:
         student.module.eval()
     for batch in data.batches(ranks):
-        label_B = batch.label_B.to(device)
+        label_B = batch.label_B.to(device, non_blocking=True)
         probability_BC = _mean_probabilities(students, batch, data.teacher, device, dtype)
         ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
-        top1 += float(ranked_BC[:, 0].sum())
-        top5 += float(ranked_BC.any(1).sum())
         # A probability that underflowed to 0 has no logarithm; the smallest normal number stands in for it.
         of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
-        loss -= float(of_label_B.log().sum())
+        sums_3 += torch.stack([ranked_BC[:, 0].sum(), ranked_BC.any(1).sum(), -of_label_B.log().sum()])
         num_samples += len(label_B)
-    totals = torch.tensor([top1, top5, loss, num_samples], dtype=torch.float64, device=device)
-    top1, top5, loss, num_samples = ranks.sum(totals)
+    top1, top5, loss, num_samples = ranks.sum(torch.cat([sums_3, sums_3.new_tensor([num_samples])]))
     return Score(
         top1=100 * top1 / num_samples,
         top5=100 * top5 / num_samples,

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from atcache.codecs.transform.packing import Packing, choose_buckets
+from atcache.codecs.transform.unpacking import num_open_slots
 from atcache.store.chunks import compress
 
 CPU = torch.device("cpu")
@@ -77,6 +78,18 @@ def test_where_more_escape_than_there_is_room_for_the_largest_come_back():
     num_slots = packing.row_nbytes // 5
     assert torch.equal(back.flatten()[-num_slots + 1 :], codes.flatten()[-num_slots + 1 :])
     assert int((back - codes).abs().max()) <= 30_000 - num_slots + 1
+
+
+@pytest.mark.parametrize("num_escapes", [0, 1023, 1024, 1025, 3000])
+def test_all_used_slots_are_looked_at_and_few_others(num_escapes):
+    bands = (slice(0, 300),)
+    packing = Packing(choose_buckets(torch.full((1, 1, 60), 0.1), torch.ones(1, 1, 60, dtype=torch.bool)), bands, CPU)
+    codes = torch.zeros(2, 300, 60, dtype=torch.int32)
+    codes[1].view(-1)[:num_escapes] = 1000
+    rows = packing.pack([codes])
+    num_open = num_open_slots(rows)
+    assert num_escapes <= num_open <= max(1024, 2 * num_escapes)
+    assert torch.equal(packing.open(rows, num_open).layer(0), codes)
 
 
 def test_rows_of_a_hostile_cache_raise_nothing_and_touch_no_other_layer():

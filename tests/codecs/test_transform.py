@@ -238,6 +238,22 @@ def test_layers_may_be_decoded_in_any_order_and_one_alone():
         assert torch.equal(decoded.layer(position).maps(), expected[position])
 
 
+def test_under_autocast_factors_have_its_type_and_lose_little():
+    geometry = make_geometry(head_dim=16, grid=(6, 6), layers=(0, 1, 2))
+    layers = smooth_factors(geometry, 48, seed=1)
+    coder = fit("transform:target_kl=0.005", geometry, layers)
+    codes = coder.encode(layers)
+    opened_before = coder.decode(codes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opened_within = coder.decode(codes)
+        rounded = [(each.layer(0), each.layer(2)) for each in (opened_before, opened_within)]
+    exact = coder.decode(codes)
+    for below, above in rounded:
+        assert below.q_BHTD.dtype == above.k_BHTD.dtype == torch.bfloat16
+        assert float(row_kl(exact.layer(0), below).mean()) < 0.001
+        assert float(row_kl(exact.layer(2), above).mean()) < 0.001
+
+
 def test_the_state_is_small_and_of_the_types_that_a_cache_holds():
     geometry = make_geometry(head_dim=16, grid=(6, 6))
     layers = smooth_factors(geometry, 24)
@@ -302,6 +318,9 @@ def test_the_grid_dct_is_the_cosine_sum_and_orthonormal(height, width, num_prefi
     values = torch.randn(tokens.num_tokens, 2, 3, generator=torch.Generator().manual_seed(0))
     coefficients = dct.forward(values)
     assert torch.allclose(dct.inverse(coefficients), values, atol=1e-5)
+    mean_TC = torch.randn(tokens.num_tokens, 3, generator=torch.Generator().manual_seed(1))
+    for way in (dct, GridDCT(tokens, torch.device("cpu"), is_dense=True)):
+        assert torch.allclose(way.tokens(coefficients, mean_TC), values.transpose(0, 1) + mean_TC, atol=1e-5)
     assert torch.allclose(coefficients.norm(), values.norm(), rtol=1e-5)
     assert torch.equal(coefficients[:num_prefix], values[:num_prefix])
     patches = values[num_prefix:].view(height, width, 2, 3)

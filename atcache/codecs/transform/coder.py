@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, cast
 
@@ -14,10 +13,19 @@ from torch import Tensor
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.projection import HeadProjection
-from atcache.codecs.base import Coder, Queued, State, only_factors
+from atcache.codecs.base import Coder, DecodedLayers, Queued, State, only_factors
+from atcache.codecs.transform.decoding import (
+    DecodedArrays,
+    DecodedChain,
+    Decoder,
+    component_table,
+    plan_groups,
+    reconstruct,
+)
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import input_metric
-from atcache.codecs.transform.packing import NUM_ROWS, OpenRows, Packing, entropy_bits
+from atcache.codecs.transform.packing import NUM_ROWS, Packing, entropy_bits
+from atcache.codecs.transform.unpacking import num_open_slots
 from atcache.errors import CodecError
 
 _ROUNDING = 0.38
@@ -26,7 +34,6 @@ _LARGEST_CODE = 2**22
 """Larger ones are cut. The largest components of real teachers have some thousand steps."""
 PROJECTION = "projection_"
 """The names of a state's arrays that say how q and k follow from a layer's input begin with this."""
-_SMALL_BAND_SHARE = 1 / 8
 
 
 class LayerArrays(NamedTuple):
@@ -41,9 +48,8 @@ class LayerArrays(NamedTuple):
     small values are the more frequent ones."""
     metric_VDD: Tensor
     """The metric of errors in the linear product, for encoding."""
-    mean_left_TR: Tensor
-    mean_right_RC: Tensor
-    """Their product is each position's mean."""
+    mean_TC: Tensor
+    """Each position's mean."""
 
 
 class Walked(NamedTuple):
@@ -55,14 +61,6 @@ class Walked(NamedTuple):
     """What they decode to."""
     largest: Tensor
     """Size of the largest component; NaN or infinite if any is."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """Neighbouring bands that are decoded in one product."""
-
-    coefficients: slice
-    num_components: int
 
 
 def layer_input(layer: LayerFactors, *, is_projected: bool) -> Tensor:
@@ -88,17 +86,6 @@ def quantise(components: Tensor) -> Tensor:
     """The whole steps, int32, of components in units of a step, any shape."""
     # In place, since these tensors are large.
     return components.abs().add_(_ROUNDING).floor_().clamp_(max=_LARGEST_CODE).copysign_(components).to(torch.int32)
-
-
-def reconstruct(codes: Tensor, shrink_3: Tensor) -> Tensor:
-    """The components that integers stand for, float32, same shape."""
-    steps = codes.float()
-    # The quadratic through the three values: a look-up of each would take several times as long.
-    second = (shrink_3[2] - 2 * shrink_3[1] + shrink_3[0]) / 2
-    first = shrink_3[1] - shrink_3[0] - 3 * second
-    size = steps.abs().clamp_(max=3)
-    shrink = (size * second).add_(first).mul_(size).add_(shrink_3[0] - first - second)
-    return steps.addcmul_(shrink, size.clamp_(max=1).copysign_(steps))
 
 
 class TransformCoder(Coder):
@@ -131,7 +118,9 @@ class TransformCoder(Coder):
         is_stored_LBJ = state["bucket_LBJ"].to(self.device) > 0
         width_B = torch.tensor([band.stop - band.start for band in self.dct.bands], device=self.device)
         self.is_stored_LTJ = is_stored_LBJ.repeat_interleave(width_B, dim=1)
-        self._groups = [self._plan_groups(stored_BJ) for stored_BJ in is_stored_LBJ.cpu()]
+        self._groups = [
+            plan_groups(self.dct.bands, stored_BJ, geometry.tokens.num_tokens) for stored_BJ in is_stored_LBJ.cpu()
+        ]
         self.input_calls = (
             None if self.projections is None else tuple(int(call) for call in state["input_call_L"].numpy())
         )
@@ -145,29 +134,13 @@ class TransformCoder(Coder):
             basis_JC=of_layer["basis_LJC"][: self._num_layer_components(state, position)],
             shrink_3=of_layer["shrink_L3"],
             metric_VDD=_of_triangles(of_layer["metric_LVE"], self.geometry.head_dim),
-            mean_left_TR=of_layer["mean_left_LTR"],
-            mean_right_RC=of_layer["mean_right_LRC"],
+            mean_TC=of_layer["mean_left_LTR"] @ of_layer["mean_right_LRC"],
         )
 
     @staticmethod
     def _num_layer_components(state: State, position: int) -> int:
         is_stored_J = (state["bucket_LBJ"][position] > 0).any(dim=0)
         return int(is_stored_J.nonzero().max()) + 1 if bool(is_stored_J.any()) else 0
-
-    def _plan_groups(self, stored_BJ: Tensor) -> list[_Group]:
-        """Bands with many coefficients have a product of their own, with no more components than they store."""
-        groups: list[_Group] = []
-        is_open = False
-        for band, stored_J in zip(self.dct.bands, stored_BJ, strict=True):
-            count = int(stored_J.nonzero().max()) + 1 if bool(stored_J.any()) else 0
-            is_small = band.stop - band.start < _SMALL_BAND_SHARE * self.geometry.tokens.num_tokens
-            if is_open and is_small:
-                last = groups.pop()
-                groups.append(_Group(slice(last.coefficients.start, band.stop), max(last.num_components, count)))
-            else:
-                groups.append(_Group(band, count))
-            is_open = is_small
-        return groups
 
     def queue(self, layers: Sequence[LayerAttention]) -> Queued:
         """See `Coder.queue`."""
@@ -198,8 +171,7 @@ class TransformCoder(Coder):
             for position, layer in enumerate(only_factors(layers, "transform")):
                 arrays = self.layers[position]
                 x_TBC = layer_input(layer, is_projected=self.projections is not None)
-                mean_TC = arrays.mean_left_TR @ arrays.mean_right_RC
-                wanted_TBC = self.dct.forward(x_TBC - mean_TC.unsqueeze(1))
+                wanted_TBC = self.dct.forward(x_TBC - arrays.mean_TC.unsqueeze(1))
                 predicted_TBC = self.predict(position, below_TBC)
                 rest_TBC = wanted_TBC if predicted_TBC is None else wanted_TBC - predicted_TBC
                 components_TBJ = rest_TBC @ self._analysis[position]
@@ -228,22 +200,46 @@ class TransformCoder(Coder):
                 predicted_TBC[part] += added_RC.view(predicted_TBC[part].shape)
         return predicted_TBC
 
-    def factors(self, position: int, coefficients_TBC: Tensor) -> LayerFactors:
-        """q and k of a layer, with the teacher's bias, from its coefficients."""
-        arrays = self.layers[position]
-        with torch.autocast(self.device.type, enabled=False):
-            tokens_TBC = self.dct.inverse(coefficients_TBC)
-            tokens_TBC = tokens_TBC + (arrays.mean_left_TR @ arrays.mean_right_RC).unsqueeze(1)
-            x_BTC = tokens_TBC.transpose(0, 1).contiguous()
-        if self.projections is None:
-            return self._split(position, x_BTC.view(*x_BTC.shape[:2], -1, self.geometry.head_dim))
-        q_BHTD, k_BHTD = self.projections[position](x_BTC)
-        return LayerFactors(q_BHTD=q_BHTD, k_BHTD=k_BHTD, scale=self.geometry.scale, bias=self.bias(position))
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """Made once, by coders that decode."""
+        projections = self.projections or (None,) * len(self.layers)
+        with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
+            arrays = [
+                DecodedArrays(
+                    prediction_CC=layer.prediction_CC,
+                    basis_JC=layer.basis_JC,
+                    mean_TC=layer.mean_TC,
+                    component_of_256=component_table(layer.shrink_3),
+                    projection=projection,
+                )
+                for layer, projection in zip(self.layers, projections, strict=True)
+            ]
+            shrink_L3 = torch.stack([layer.shrink_3 for layer in self.layers])
+        return Decoder(arrays, shrink_L3, self._groups, self.dct, predict=self._predict)
 
-    def decode(self, codes_BLTC: Tensor, first_row: int = 0) -> DecodedChain:
-        """See `Coder.decode`. Under autocast the products are computed in its type."""
+    def decode(self, codes_BLTC: Tensor, first_row: int = 0, extent: int | None = None) -> DecodedLayers:
+        """See `Coder.decode`. Under autocast the products are computed in its type, and so are q and k."""
         assert first_row == 0, "code_rows asks for all rows"
-        return DecodedChain(self, self.packing.open(codes_BLTC.squeeze(2)))
+        return _DecodedFactors(self, self._decoder.open(self.packing.open(codes_BLTC.squeeze(2), extent)))
+
+    def extent(self, codes_BLTC: Tensor) -> int:
+        """See `Coder.extent`: how many slots of escapes are used, rounded up."""
+        return num_open_slots(codes_BLTC.squeeze(2))
+
+    def factors(self, position: int, coefficients_TBC: Tensor) -> LayerFactors:
+        """q and k of a layer, with the teacher's bias, from its coefficients; float32."""
+        x_BTC = self.dct.tokens(coefficients_TBC, self.layers[position].mean_TC)
+        projection = None if self.projections is None else self.projections[position]
+        return self.to_factors(position, x_BTC, projection)
+
+    def to_factors(self, position: int, x_BTC: Tensor, projection: HeadProjection | None) -> LayerFactors:
+        """q and k of a layer, with the teacher's bias, from what was coded."""
+        if projection is None:
+            return self._split(position, x_BTC.view(*x_BTC.shape[:2], -1, self.geometry.head_dim))
+        with torch.autocast(self.device.type, enabled=False):
+            q_BHTD, k_BHTD = projection(x_BTC)
+        return LayerFactors(q_BHTD=q_BHTD, k_BHTD=k_BHTD, scale=self.geometry.scale, bias=self.bias(position))
 
     @property
     def num_code_rows(self) -> int:
@@ -305,28 +301,15 @@ class TransformCoder(Coder):
         return analysis
 
 
-class DecodedChain:
-    """A batch of views. Each layer is decoded when it is needed, after those below it.
+class _DecodedFactors:
+    """The factors of a batch of views."""
 
-    Ascending layers cost least: then each is decoded once. A layer below the last starts again from the first.
-    """
-
-    def __init__(self, coder: TransformCoder, rows: OpenRows) -> None:
-        self._coder, self._rows = coder, rows
-        self._position = -1
-        self._coefficients_TBC: Tensor | None = None
+    def __init__(self, coder: TransformCoder, chain: DecodedChain) -> None:
+        self._coder, self._chain = coder, chain
 
     def layer(self, position: int) -> LayerFactors:
         """See `DecodedLayers.layer`."""
-        if position < self._position:
-            self._position, self._coefficients_TBC = -1, None
-        while self._position < position:
-            self._position += 1
-            predicted_TBC = self._coder.predict(self._position, self._coefficients_TBC)
-            codes_TBJ = self._rows.layer(self._position).transpose(0, 1)
-            self._coefficients_TBC = self._coder.add(self._position, predicted_TBC, codes_TBJ)
-        assert self._coefficients_TBC is not None, "some layer was decoded"
-        return self._coder.factors(position, self._coefficients_TBC)
+        return self._coder.to_factors(position, *self._chain.tokens(position))
 
 
 def projection_state(projections: Sequence[HeadProjection]) -> dict[str, Tensor] | None:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLOT_NBYTES = 5  # an escape: 2 bytes for the distance to the one before, 3 for what is missing
+from atcache.codecs.transform.unpacking import SLOT_NBYTES
+
 _MOST_DISTANCE = 2**16 - 1
 _MOST_MISSING = 2**24 - 1
 

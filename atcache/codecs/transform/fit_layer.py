@@ -9,7 +9,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from atcache.codecs.transform.coder import quantise, reconstruct
+from atcache.codecs.transform.coder import quantise
+from atcache.codecs.transform.decoding import reconstruct
 
 _MEAN_ERROR = 0.1
 """Error that the means' low rank may add, as a share of the rounding's. It is not lost but coded."""

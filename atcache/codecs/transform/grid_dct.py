@@ -15,6 +15,10 @@ _BAND_ENDS = (0.0, 0.1, 0.2, 0.32, 0.5, 0.75)
 """The largest frequency of each band but the last. 1 is the highest that one axis of the grid can have. Part of the
 format: the codec's state has a number for each band."""
 
+_MOST_DENSE_TOKENS = 640
+"""Up to so many tokens a GPU applies the inverse as one matrix over all tokens: more operations, but one pass over
+memory in place of five. On a CPU operations count."""
+
 
 class GridDCT:
     """Orthonormal DCT-II over rows and columns of the patch grid; prefix tokens are left alone.
@@ -24,16 +28,21 @@ class GridDCT:
     product over some bands needs no copy.
     """
 
-    def __init__(self, tokens: TokenLayout, device: torch.device, *, is_on: bool = True) -> None:
+    def __init__(
+        self, tokens: TokenLayout, device: torch.device, *, is_on: bool = True, is_dense: bool | None = None
+    ) -> None:
         """Make the transform of a grid.
 
         Args:
             tokens: prefix tokens and patch grid.
             device: where `forward` and `inverse` run.
             is_on: False leaves patches as they are, in the order of the grid, all in one band.
+            is_dense: whether `tokens` applies the inverse as one matrix over all tokens; None decides.
         """
         self._num_prefix_tokens = tokens.num_prefix_tokens
         self._is_on = is_on
+        if is_dense is None:
+            is_dense = device.type != "cpu" and tokens.num_tokens <= _MOST_DENSE_TOKENS
         height, width = tokens.grid_height, tokens.grid_width
         self._rows, self._columns = _dct(height).to(device), _dct(width).to(device)
         # In whole numbers, so that every machine finds the same order.
@@ -44,6 +53,11 @@ class GridDCT:
         self._order_T = torch.tensor(order, device=device)
         self._inverse_order_T = self._order_T.argsort()
         self._frequency_T = [math.sqrt(frequency_2[place]) / (height * width) for place in order]
+        self._inverse_TT: Tensor | None = None
+        """`inverse` as a matrix, where `tokens` uses it."""
+        if is_on and is_dense:
+            one_TT = torch.eye(tokens.num_tokens, device=device)
+            self._inverse_TT = self.inverse(one_TT.unsqueeze(1)).squeeze(1)
 
     @cached_property
     def bands(self) -> tuple[slice, ...]:
@@ -71,12 +85,33 @@ class GridDCT:
         patches_TBC = self._apply(ordered_TBC[self._inverse_order_T], self._rows.mT, self._columns.mT)
         return torch.cat([prefix_TBC, patches_TBC])
 
+    def tokens(self, coefficients_TBC: Tensor, mean_TC: Tensor) -> Tensor:
+        """The tokens that `forward` was given and a mean of each, batch first: shape (batch, token, C).
+
+        Args:
+            coefficients_TBC: what `forward` gave, of any float type.
+            mean_TC: of the same type, which the sum has too.
+        """
+        if not self._is_on:
+            return coefficients_TBC.transpose(0, 1) + mean_TC
+        if self._inverse_TT is not None:
+            num_views = coefficients_TBC.shape[1]
+            inverse_TT = self._inverse_TT.to(coefficients_TBC.dtype)
+            return torch.baddbmm(
+                mean_TC.expand(num_views, -1, -1),
+                inverse_TT.expand(num_views, -1, -1),
+                coefficients_TBC.transpose(0, 1),
+            )
+        tokens_TBC = self.inverse(coefficients_TBC)
+        return tokens_TBC.transpose(0, 1).contiguous().add_(mean_TC)
+
     def _cut(self, tokens_TBC: Tensor) -> tuple[Tensor, Tensor]:
         return tokens_TBC[: self._num_prefix_tokens], tokens_TBC[self._num_prefix_tokens :]
 
     def _apply(self, patches_TBC: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Multiply along both axes of the grid, one after the other."""
+        """Multiply along both axes of the grid, one after the other, in the type of the patches."""
         height, width = len(rows), len(columns)
+        rows, columns = rows.to(patches_TBC.dtype), columns.to(patches_TBC.dtype)
         half = rows @ patches_TBC.reshape(height, -1)
         return (columns @ half.view(height, width, -1)).view(patches_TBC.shape)
 

@@ -15,13 +15,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atcache.codecs.transform.escapes import SLOT_NBYTES, Escapes, find_escapes, write_escapes
+from atcache.codecs.transform.escapes import Escapes, find_escapes, write_escapes
+from atcache.codecs.transform.unpacking import SLOT_NBYTES, OpenRows, Places, num_open_slots
 
 NUM_ROWS = 2
 """Rows of bytes of a view: the cells, then the escapes."""
@@ -31,8 +31,6 @@ _BITS_OF_KIND = (8, 4, 2)
 _LARGEST_MEAN_OF_KIND = (2.0**11, 1.0, 0.4)
 """A block is of the last kind whose bound is at least its mean integer's size. Few cells then escape."""
 _SMALLEST_MEAN = 0.01
-_LEAST_OPEN_SLOTS = 1024
-"""Slots that are looked at, at least; else a power of two."""
 _FEW_CELLS = 8192
 """Rows are so long that this many cells could escape, or all of them if there are fewer."""
 _LEAST_LISTED = 1024
@@ -55,15 +53,6 @@ def choose_buckets(mean_size: Tensor, is_stored: Tensor) -> Tensor:
         place = (share * _BUCKETS_PER_KIND).floor().clamp(0, _BUCKETS_PER_KIND - 1)
         bucket = torch.where(size <= largest, 1 + kind * _BUCKETS_PER_KIND + place, bucket)
     return torch.where(is_stored, bucket, 0).to(torch.uint8)
-
-
-class _Places(NamedTuple):
-    """Where the cells of one layer are in a row of bytes. Cells that are not stored read as 0."""
-
-    byte_N: Tensor
-    """int64; N = tokens * components, components fastest."""
-    shift_N: Tensor
-    mask_N: Tensor
 
 
 class Packed:
@@ -142,9 +131,17 @@ class Packing:
         """Bytes of a row."""
 
     @cached_property
-    def places(self) -> list[_Places]:
-        """Where each layer's cells are. Made once, and only by coders that decode."""
-        return [self._find_places(layer) for layer in range(len(self.num_components))]
+    def places(self) -> Places:
+        """Where cells are. Made once, and only by coders that decode."""
+        parts = [self._find_places(layer) for layer in range(len(self.num_components))]
+        byte_S, shift_S, mask_S = (np.concatenate(of_layers) for of_layers in zip(*parts, strict=True))
+        return Places(
+            torch.from_numpy(byte_S).to(self._device, torch.int64),
+            torch.from_numpy(shift_S).to(self._device, torch.uint8).unsqueeze(1),
+            torch.from_numpy(mask_S).to(self._device, torch.uint8).unsqueeze(1),
+            torch.from_numpy(self._first_cell[:-1]).to(self._device),
+            torch.tensor(self.num_components, device=self._device),
+        )
 
     def _cells(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """For each cell of a layer, shape (token, component): its number within its kind, and its kind or -1."""
@@ -153,7 +150,7 @@ class Packing:
         number_TJ = self._start_LBJ[layer, :, components][self._band_T] + self._rank_T[:, None]
         return number_TJ, np.where(bucket_TJ > 0, (bucket_TJ.astype(int) - 1) // _BUCKETS_PER_KIND, -1)
 
-    def _find_places(self, layer: int) -> _Places:
+    def _find_places(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         number_TJ, kind_TJ = self._cells(layer)
         bits_TJ = np.array([*_BITS_OF_KIND, 0])[kind_TJ]
         num_bytes_TJ = np.array([*(max(1, count) for count in self._num_bytes), 1])[kind_TJ]
@@ -161,13 +158,7 @@ class Packing:
         byte_TJ = np.where(kind_TJ >= 0, first_TJ + number_TJ % num_bytes_TJ, 0)
         shift_TJ = np.where(kind_TJ >= 0, number_TJ // num_bytes_TJ * bits_TJ, 0)
         mask_TJ = (1 << bits_TJ) - 1
-
-        def on_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(values.reshape(-1)).to(self._device, dtype)
-
-        return _Places(
-            on_device(byte_TJ, torch.int64), on_device(shift_TJ, torch.uint8), on_device(mask_TJ, torch.uint8)
-        )
+        return byte_TJ.T.reshape(-1), shift_TJ.T.reshape(-1), mask_TJ.T.reshape(-1)
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -228,44 +219,15 @@ class Packing:
             write_escapes(self._order[place_BK[view, :count]], missing_BK[view, :count], rows_B2R[view, 1])
         return torch.from_numpy(rows_B2R).to(parts[0].device)
 
-    def open(self, rows_B2R: Tensor) -> OpenRows:
-        """The rows of a batch, ready to unpack layers of."""
-        return OpenRows(self, rows_B2R)
+    def open(self, rows_B2R: Tensor, num_open: int | None = None) -> OpenRows:
+        """The rows of a batch, ready to unpack layers of.
 
-    def cells_of(self, layer: int) -> tuple[int, int]:
-        """The first and the last number, exclusive, of a layer's cells among all cells."""
-        return int(self._first_cell[layer]), int(self._first_cell[layer + 1])
-
-
-class OpenRows:
-    """The rows of bytes of a batch of views. Layers may be unpacked in any order."""
-
-    def __init__(self, packing: Packing, rows_B2R: Tensor) -> None:
-        # All that is not the same for every batch is worked out here, so that a compiled student, which decodes layers
-        # within its graph, needs no other graph for the next batch.
-        self._num_components = packing.num_components
-        self._cells = [packing.cells_of(layer) for layer in range(len(packing.num_components))]
-        self._places = packing.places
-        self._rows_BR = rows_B2R[:, 0]
-        num_slots = rows_B2R.shape[2] // SLOT_NBYTES
-        planes_B5N = rows_B2R[:, 1, : SLOT_NBYTES * num_slots].view(-1, SLOT_NBYTES, num_slots)
-        num_used = int((planes_B5N[:, :2] != 0).any(dim=1).sum(dim=1).max()) if len(rows_B2R) else 0
-        num_used = min(num_slots, max(_LEAST_OPEN_SLOTS, 2 ** math.ceil(math.log2(num_used + 1))))
-        bytes_B5N = planes_B5N[:, :, :num_used].long()
-        self._cell_BN = (bytes_B5N[:, 0] + 256 * bytes_B5N[:, 1]).cumsum(dim=1) - 1
-        self._missing_BN = (bytes_B5N[:, 2] + 256 * bytes_B5N[:, 3] + 65536 * bytes_B5N[:, 4]).to(torch.int32)
-
-    def layer(self, layer: int) -> Tensor:
-        """The integers of one layer, int32 of shape (view, token or coefficient, component)."""
-        byte_N, shift_N, mask_N = self._places[layer]
-        cells_BN = ((self._rows_BR.index_select(1, byte_N) >> shift_N) & mask_N).to(torch.int32)
-        first, last = self._cells[layer]
-        is_here_BN = (self._cell_BN >= first) & (self._cell_BN < last)
-        cells_BN = cells_BN.scatter_add(
-            1, (self._cell_BN - first).clamp(0, last - first - 1), torch.where(is_here_BN, self._missing_BN, 0)
-        )
-        signed_BN = (cells_BN >> 1) ^ -(cells_BN & 1)
-        return signed_BN.view(len(cells_BN), -1, self._num_components[layer])
+        Args:
+            rows_B2R: the rows, on the packing's device.
+            num_open: what `num_open_slots` says of them; None looks, which waits for the device.
+        """
+        num_open = num_open_slots(rows_B2R) if num_open is None else num_open
+        return OpenRows(rows_B2R, self.places, self._first_cell.tolist(), self.num_components, num_open)
 
 
 def entropy_bits(codes_BTJ: np.ndarray) -> float:

@@ -110,6 +110,32 @@ def test_distilling_in_two_processes_is_distilling_in_one(config_for):
     assert_same_run(two, one)
 
 
+def _train_traced(config):
+    TrainingRun.backend = "aot_eager"  # machine code would take a minute
+    train(config)
+
+
+def test_compiled_students_in_two_processes_are_one_students(config_for):
+    one, two = (config_for(name, "copy", accumulate=2) for name in ("one", "two"))
+    train(one)
+    assert in_two_processes(partial(_train_traced, replace(two, compile=True))) == [0, 0]
+    assert_same_run(two, one)
+
+
+@pytest.mark.parametrize("mode", ["copy", "distill"])
+def test_gradients_of_a_block_are_there_before_those_of_the_block_below(config_for, mode):
+    """So they are averaged while others are still computed."""
+    config = config_for("run", mode)
+    (data,) = open_training_data([config], torch.device("cpu"))
+    run, told = TrainingRun(config, data, torch.device("cpu")), []
+    for name, weight in run.student.model.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: told.append(name.split(".")))
+    run.train_step(next(iter(BatchStream(data.views, data.label_S, data.order, num_steps=1))))
+    blocks = [int(parts[1]) for parts in told if parts[0] == "blocks"]
+    assert blocks == sorted(blocks, reverse=True)
+    assert set(blocks) == {0, 1}
+
+
 def test_copying_values_too_in_two_processes_is_copying_them_in_one(config_for, tiny_cache):
     # What comes before the first layer's projection gets no gradient then, and must not be waited for.
     caches = {"cache": tiny_cache(views=2, store="v"), "val_cache": tiny_cache(policy="eval", store="v")}

@@ -17,7 +17,7 @@ from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import train
-from atcache.pipelines.train.student_run import TrainingRun, _targets
+from atcache.pipelines.train.student_run import TrainingRun
 from atcache.teachers.inputs import normalise_images
 
 CPU = torch.device("cpu")
@@ -58,15 +58,15 @@ def test_targets_and_loss_are_timms(smoothing):
     label_B, share_B, logits_BC = torch.tensor([3, 0, 2, 2]), torch.tensor([0.7, 1.0, 0.25, 0.5]), torch.randn(4, 5)
     # timm mixes a batch with itself from behind.
     batch = batch_of(label_B.tolist(), label_B.flip(0).tolist(), share_B.tolist())
-    found = torch.nn.functional.cross_entropy(logits_BC, _targets(batch, 5), label_smoothing=smoothing)
+    found = torch.nn.functional.cross_entropy(logits_BC, batch.targets(5), label_smoothing=smoothing)
     theirs = mixup_target(label_B, 5, share_B.unsqueeze(1), smoothing)
     torch.testing.assert_close(found, SoftTargetCrossEntropy()(logits_BC, theirs))
 
 
 def test_unmixed_batches_keep_their_classes():
     batch = batch_of([3, 1], [3, 1], [1.0, 1.0])
-    assert _targets(batch, 5) is batch.label_B
-    assert _targets(batch_of([3, 1], [3, 4], [1.0, 0.25]), 5).tolist() == [[0, 0, 0, 1, 0], [0, 0.25, 0, 0, 0.75]]
+    assert batch.targets(5) is batch.label_B
+    assert batch_of([3, 1], [3, 4], [1.0, 0.25]).targets(5).tolist() == [[0, 0, 0, 1, 0], [0, 0.25, 0, 0, 0.75]]
 
 
 @pytest.mark.parametrize("mode", ["copy", "distill"])
