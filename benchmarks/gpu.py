@@ -46,12 +46,46 @@ def benchmark(name: str, *arguments: str) -> list[str]:
 
 # The machine's other packages may be older than ours and warn of things that are no faults.
 PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests")]
+ATCACHE = ["-m", "atcache.cli.main"]
+WORKERS = str(max(1, (os.cpu_count() or 2) - 1))
+# ViT-L with as many components a layer as DINOv2's ViT-S has at KL 0.005, by its share of the width: two thirds.
+VIT_L = ["--geometry", "vit-l", "--batch-size", "128", "--precision", "bf16", "--transform-components", "680"]
+# All but the first stages work in --out, on what the stage "data" makes there.
 STAGES = [
-    Stage("tests", 150, PYTEST, {"ATCACHE_TEST_GPU": "1"}),
+    Stage("tests", 120, PYTEST, {"ATCACHE_TEST_GPU": "1"}),
     Stage("kernels", 60, benchmark("gpu_kernels.py")),
+    Stage("step", 90, benchmark("train_step.py", *VIT_L, "--rounds", "3", "--limit-s", "60")),
+    Stage("step-compiled", 120, benchmark("train_step.py", *VIT_L, "--rounds", "3", "--limit-s", "60", "--compile")),
+    Stage("data", 40, benchmark("gpu_data.py", ".")),
+    Stage(
+        "build-speed",
+        90,
+        benchmark(
+            "build.py", "speed", "--teacher", "vit_small_patch16_224", "--weights", "weights.safetensors",
+            "--data", "photos", "--samples", "2048", "--samples-per-shard", "512", "--batch-size", "128",
+            "--codec", "transform", "--rounds", "2", "--limit-s", "40", "--workers", WORKERS,
+        ),
+    ),
+    Stage(
+        "cache",
+        90,
+        [
+            *ATCACHE, "build", "--teacher", "vit_small_patch16_224", "--weights", "weights.safetensors",
+            "--data", "photos", "--out", "stored.zarr", "--pixels", "store", "--workers", WORKERS,
+        ],
+    ),
+    Stage(
+        "train-run",
+        90,
+        benchmark(
+            "train_run.py", "--cache", "stored.zarr", "--mode", "copy", "--mode", "distill",
+            "--workers", WORKERS, "--limit-s", "10",
+        ),
+    ),
+    Stage("loader", 20, benchmark("build.py", "loader", "--workers", WORKERS)),
     Stage("kernels-half-width", 45, benchmark("gpu_kernels.py", "--value-dim", "32")),
     Stage("tilings", 150, benchmark("gpu_kernels.py", "--tune")),
-]
+]  # fmt: skip
 
 
 def environment_of(out: Path) -> dict[str, str]:

@@ -33,7 +33,8 @@ def attend_with_given(
         attn_BHQK = call.run().clone()  # autograd keeps the call's own result, which must not be written to
         attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
         return attn_BHQK
-    values_BHTD = call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
+    groups = call.query.shape[1] // call.value.shape[1]
+    values_BHTD = call.value if groups == 1 else call.value.repeat_interleave(groups, dim=1)
     all_heads = len(heads) == values_BHTD.shape[1]
     values_BHTD = values_BHTD if all_heads else values_BHTD[:, heads]
     if with_values:

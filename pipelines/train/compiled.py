@@ -25,15 +25,21 @@ class Compiled(NamedTuple):
     """Why it is not compiled."""
 
 
-def compiles(wanted: bool | None, device: torch.device, ranks: Ranks) -> bool:
+_STEPS_THAT_PAY = 500
+"""Compiling takes as long as some hundred steps. Shorter runs are over sooner without."""
+
+
+def compiles(wanted: bool | None, device: torch.device, ranks: Ranks, num_steps: int) -> bool:
     """Whether to compile a student; `wanted` is what the user said, None leaves it to this function.
 
-    By default on GPUs with Triton, which writes their kernels. Not in several processes: all gradients of a compiled
-    student come at once, so none is averaged while others are still computed. Not on CPUs, where it takes minutes.
+    By default on GPUs with Triton, which writes their kernels, in runs that are long enough. Not in several processes:
+    all gradients of a compiled student come at once, so none is averaged while others are still computed. Not on CPUs,
+    where it takes minutes.
     """
     if wanted is not None:
         return wanted
-    return device.type == "cuda" and ranks.is_alone and find_spec("triton") is not None
+    is_worth_it = num_steps >= _STEPS_THAT_PAY and ranks.is_alone
+    return is_worth_it and device.type == "cuda" and find_spec("triton") is not None
 
 
 def with_module(student: Student, module: nn.Module) -> Student:

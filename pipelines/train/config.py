@@ -197,7 +197,7 @@ class TrainConfig:
     precision: Precision = precision_option()
     compile: bool | None = option(
         "Train with the student compiled by torch.compile: faster steps, after a wait at the start.  [default: on a "
-        "GPU, if the run has one process]",
+        "GPU, if the run has one process and at least 500 steps]",
         default=None,
     )
     validate_every: float = option("Epochs between validations; 0 validates at the end only.", default=1.0, at_least=0)

@@ -95,7 +95,7 @@ class TrainingRun:
         self.scheduler = make_scheduler(config, self.optimizer, self.num_steps, self.steps_per_epoch)
         self.ema: Any = None if config.ema is None else ModelEmaV3(self.student.module, decay=config.ema)
         self.checkpoint = config.out / CHECKPOINT_FILE
-        self.is_compiled = compiles(config.compile, device, ranks)
+        self.is_compiled = compiles(config.compile, device, ranks, self.num_steps)
         """Whether the student is compiled for its training, if that is possible."""
         self.problem: str | None = None
         """Why the student could not be compiled."""

@@ -91,17 +91,19 @@ def test_a_run_compiled_for_a_cpu_learns_the_same_and_goes_on_uncompiled(config_
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "num_ranks", "expected"),
+    ("wanted", "device", "num_ranks", "num_steps", "expected"),
     [
-        (None, "cpu", 1, False),
-        (True, "cpu", 1, True),
-        (False, "cuda", 1, False),
-        (None, "cuda", 2, False),
-        (True, "cuda", 2, True),
+        (None, "cpu", 1, 1000, False),
+        (True, "cpu", 1, 10, True),
+        (False, "cuda", 1, 1000, False),
+        (None, "cuda", 1, 1000, True),
+        (None, "cuda", 1, 100, False),
+        (None, "cuda", 2, 1000, False),
+        (True, "cuda", 2, 100, True),
     ],
 )
-def test_only_gpus_of_one_process_compile_unasked(wanted, device, num_ranks, expected):
-    assert compiles(wanted, torch.device(device), Ranks(world_size=num_ranks)) is expected
+def test_only_long_runs_of_one_process_on_a_gpu_compile_unasked(wanted, device, num_ranks, num_steps, expected):
+    assert compiles(wanted, torch.device(device), Ranks(world_size=num_ranks), num_steps) is expected
 
 
 def test_the_trial_changes_neither_weights_nor_the_course_of_a_run(config_for):
