@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_runs import weights_of
 
+from atcache.attention.flash import availability, comparing, copying
 from atcache.feed.loader import BatchStream
 from atcache.pipelines.running.metrics import Speed, read_metrics
 from atcache.pipelines.running.ranks import Ranks
@@ -64,6 +65,29 @@ def test_a_compiled_run_is_one_graph_and_computes_the_same(config_for, tiny_cach
     assert losses == pytest.approx(expected, rel=1e-4 if precision == "fp32" else 0.02)
     assert run.student.module.state_dict().keys() == plain.student.module.state_dict().keys()
     assert run.ema.module.state_dict().keys() == plain.ema.module.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of parts of a tile that no token fills
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("mode", ["copy", "distill"])
+def test_a_run_with_the_kernels_for_gpus_computes_the_same(config_for, tiny_cache, mode, compile, monkeypatch):
+    config = config_for(mode, cache=tiny_cache(codec="transform"), precision="fp32", compile=compile, batch_size=2)
+    expected = losses_of_steps(replace(config, compile=False), num_steps=1)[0]
+    launched = []
+
+    def launch(kernel, *arguments):
+        launched.append(kernel.fn.__name__)
+        start(kernel, *arguments)
+
+    start = copying.launch
+    for module in (copying, comparing):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(availability, "serves", lambda *_: True)  # this machine's GPU is Triton's interpreter
+    counter = CompileCounterWithBackend("aot_eager")
+    losses, run, _ = losses_of_steps(config, num_steps=1, backend=counter)
+    assert (run.problem, counter.frame_count) == (None, int(compile))
+    assert {"attend_kernel" if mode == "copy" else "compare_kernel"} <= set(launched)
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_student_that_cannot_be_compiled_is_trained_as_it_is(config_for):
