@@ -102,7 +102,7 @@ def compare_op(
     tensors, strides = _pair(q, k, v, bias, given_q, given_k, given_bias)
     launch(
         forward.compare_kernel,
-        suitable(COMPARE, tokens, q.dtype),
+        suitable(COMPARE, tokens, q.dtype, *_widths(q, v, given_q)),
         lambda tiling: triton.cdiv(tokens, tiling.m) * batch * heads,
         (
             *tensors, out, lse, given_lse, loss_BHQ, *strides, *strided(None if v is None else out, q)[1],
@@ -140,11 +140,15 @@ def _pair(
     return [tensor for tensor, _ in both], [stride for _, strides in both for stride in strides]
 
 
+def _widths(q: Tensor, v: Tensor | None, given_q: Tensor) -> tuple[int, int, int]:
+    return q.shape[-1], (q if v is None else v).shape[-1], given_q.shape[-1]
+
+
 def _constants(
     q: Tensor, v: Tensor | None, bias: Tensor | None, given_q: Tensor, given_bias: Tensor | None
 ) -> dict[str, int | bool]:
     return {
-        **dims(q.shape[-1], (q if v is None else v).shape[-1], given_q.shape[-1]),
+        **dims(*_widths(q, v, given_q)),
         "HAS_VALUES": v is not None,
         "HAS_BIAS": bias is not None,
         "HAS_GIVEN_BIAS": given_bias is not None,
@@ -185,7 +189,7 @@ def compare_gradients(
     tensors += [upstream, lse, given_lse, dots, weight]
     strides += of_upstream
     per_key_head, per_given_key_head = heads // k.shape[1], heads // given_k.shape[1]
-    numbers = (tokens, scale, given_scale)
+    numbers, widths = (tokens, scale, given_scale), _widths(q, v, given_q)
     constants = _constants(q, v, bias, given_q, given_bias)
     are_formed = False
     if per_key_head == 1 and _is_formed_at_once(q, constants):
@@ -204,14 +208,14 @@ def compare_gradients(
     if not are_formed:
         launch(
             backward.key_gradients_kernel,
-            suitable(KEY_GRADIENTS, tokens, q.dtype),
+            suitable(KEY_GRADIENTS, tokens, q.dtype, *widths),
             lambda tiling: triton.cdiv(tokens, tiling.n) * batch * k.shape[1],
             (*tensors, grad_k, grad_v, *strides, k.shape[1], per_key_head, per_given_key_head, *numbers),
             constants,
         )
         launch(
             backward.query_gradient_kernel,
-            suitable(QUERY_GRADIENT, tokens, q.dtype),
+            suitable(QUERY_GRADIENT, tokens, q.dtype, *widths),
             lambda tiling: triton.cdiv(tokens, tiling.m) * batch * heads,
             (*tensors, grad_q, *strides, heads, per_key_head, per_given_key_head, *numbers),
             constants,
@@ -221,7 +225,7 @@ def compare_gradients(
         sums = lse.new_empty(rows, bias_heads, tokens, tokens)
         launch(
             backward.bias_gradient_kernel,
-            suitable(BIAS_GRADIENT, tokens, q.dtype),
+            suitable(BIAS_GRADIENT, tokens, q.dtype, *widths),
             lambda tiling: triton.cdiv(tokens, tiling.m) * triton.cdiv(tokens, tiling.n) * rows * bias_heads,
             (
                 *tensors, sums, *strides, heads, bias_heads, batch // rows, heads // bias_heads,
@@ -239,7 +243,7 @@ def _row_dots(out: Tensor, upstream: Tensor) -> Tensor:
     dots = out.new_empty(batch, heads, tokens, dtype=torch.float32)
     launch(
         backward.row_dots_kernel,
-        suitable(ROW_DOTS, tokens, out.dtype),
+        suitable(ROW_DOTS, tokens, out.dtype, value_dim),
         lambda tiling: triton.cdiv(tokens, tiling.m) * batch * heads,
         (out, upstream, dots, *out.stride()[:3], *upstream.stride()[:3], heads, tokens),
         {"VALUE_DIM": value_dim, "BLOCK_V": block(value_dim)},

@@ -59,7 +59,7 @@ def attend_in_tiles(
     bias_or_dummy, of_bias = strided_bias(bias, q)
     launch(
         forward.attend_kernel,
-        suitable(ATTEND, tokens, q.dtype),
+        suitable(ATTEND, tokens, q.dtype, head_dim, v.shape[-1]),
         lambda tiling: triton.cdiv(tokens, tiling.m) * batch * heads,
         (
             q, k, v, bias_or_dummy, out, lse, *of_q, *of_k, *of_v, *of_bias, *out.stride()[:3],
@@ -106,7 +106,7 @@ def value_gradient(
     bias_or_dummy, of_bias = strided_bias(bias, q)
     launch(
         backward.value_gradient_kernel,
-        suitable(VALUE_GRADIENT, tokens, q.dtype),
+        suitable(VALUE_GRADIENT, tokens, q.dtype, head_dim, grad_out.shape[-1]),
         lambda tiling: triton.cdiv(tokens, tiling.n) * batch * value_heads,
         (
             q, k, bias_or_dummy, lse.contiguous(), grad_out, grad_v,

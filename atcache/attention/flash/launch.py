@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+_WIDE = 64
 LEAST_TILE = 16
 """The smallest side of a tile that a GPU's matrix units take."""
 
@@ -40,9 +41,14 @@ class Tiling:
         return Tiling(min(self.m, most), min(self.n, most), self.warps, self.stages)
 
 
-def suitable(tilings: Sequence[Tiling], num_tokens: int, dtype: torch.dtype) -> list[Tiling]:
-    """The tilings to try. float32 takes twice the memory, so it leaves out the first, if there is another."""
-    chosen = tilings[1:] if dtype == torch.float32 and len(tilings) > 1 else tilings
+def suitable(tilings: Sequence[Tiling], num_tokens: int, dtype: torch.dtype, *widths: int) -> list[Tiling]:
+    """The tilings to try, the largest first, without those that would not fit in a thread's registers.
+
+    Vectors wider than 64 leave out the first, and float32, which has no matrix units, the first two: they would spill
+    kilobytes of each thread (`benchmarks/kernel_resources.py --dtype float32`).
+    """
+    num_left_out = 2 if dtype == torch.float32 else 1 if max(widths) > _WIDE else 0
+    chosen = tilings[min(num_left_out, len(tilings) - 1) :]
     return list(dict.fromkeys(tiling.within(num_tokens) for tiling in chosen))
 
 
