@@ -6,6 +6,7 @@ import json
 import sysconfig
 import time
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ def test_a_stage_of_another_name_is_refused(gpu, tmp_path, capsys):
     assert "--only nonsense: there is no such stage" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(find_spec("pip") is None, reason="installs with pip, which this environment lacks")
 def test_without_an_installed_atcache_this_copy_is_installed_into_the_folder(gpu, monkeypatch, tmp_path):
     # A machine with torch, timm and pip, but without atcache: a `.pth` file adds packages, and heeds no other `.pth`.
     venv.create(tmp_path / "venv", with_pip=False)
