@@ -67,7 +67,8 @@ def test_a_box_of_the_reduced_image_is_where_it_is_in_the_whole_one(data):
     reduced = render_alone(encoded(ramp, quality=100, subsampling=0), parameters_P, REDUCED)
     whole = render_alone(encoded(ramp, quality=100, subsampling=0), parameters_P, FULL)
     difference = reduced.astype(float) - whole
-    assert abs(difference[:, 4:-4].mean()) < 0.35
+    # Values are rounded, by half a step at most, and a source pixel is 0.85 steps of the ramp or more.
+    assert abs(difference[:, 4:-4].mean()) < 0.6 * 255 / width
     assert np.abs(difference).max() <= 12  # at the box's edge a reduced pixel may lie half outside
 
 
