@@ -37,7 +37,7 @@ def is_alive(pid):
 
 def test_a_stage_that_hangs_or_fails_costs_no_other_and_keeps_what_it_printed(gpu, monkeypatch, tmp_path, capsys):
     stages = [
-        gpu.Stage("hangs", 5, ["-c", HANGS]),
+        gpu.Stage("hangs", 10, ["-c", HANGS]),
         gpu.Stage("fails", 60, ["-c", "print('before'); raise SystemExit(3)"]),
         gpu.Stage("good", 60, ["-c", "import os, atcache.pipelines; print(os.environ['FOR_IT'])"], {"FOR_IT": "yes"}),
     ]
@@ -49,7 +49,7 @@ def test_a_stage_that_hangs_or_fails_costs_no_other_and_keeps_what_it_printed(gp
     assert found["hangs"].startswith("measured 7 of 9")
     assert not is_alive(int(found["hangs"].split()[-1])), "what a stage has started ends with it"
     ends = {end["stage"]: end["ended"] for end in json.loads((tmp_path / "out" / "summary.json").read_text())}
-    assert ends == {"hangs": "stopped after 5 s", "fails": "failed with status 3", "good": "finished"}
+    assert ends == {"hangs": "stopped after 10 s", "fails": "failed with status 3", "good": "finished"}
     assert "measured 7 of 9" in capsys.readouterr().out
 
 
@@ -58,7 +58,7 @@ def test_stages_share_the_minutes(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "STAGES", [gpu.Stage(name, 600, endless) for name in ("first", "second")])
     monkeypatch.setattr(gpu, "LEAST_S", 1)
     start_s = time.monotonic()
-    gpu.main(["--minutes", str(6 / 60), "--out", str(tmp_path)])
+    gpu.main(["--minutes", str(12 / 60), "--out", str(tmp_path)])
     ends = [end["ended"] for end in json.loads((tmp_path / "summary.json").read_text())]
     assert ends[0].startswith("stopped after")
     assert ends[1] == "not begun: no time was left"
