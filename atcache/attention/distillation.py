@@ -70,10 +70,11 @@ def check_equal_shapes(teacher_BHT: tuple[int, int, int], student_BHT: tuple[int
 
 def _distil(teacher: LayerAttention, student: LayerFactors, *, has_values: bool) -> tuple[Tensor | None, Tensor]:
     check_equal_shapes(teacher.shape_BHT, student.shape_BHT)
-    v_BHTD = student.repeated_v_BHTD() if has_values else None
-    vectors = (student.q_BHTD, student.q_BHTD if v_BHTD is None else v_BHTD)
+    v_BHTD = student.kept_v_BHTD() if has_values else None
+    vectors = (student.q_BHTD,) if v_BHTD is None else (student.q_BHTD, v_BHTD)
     if isinstance(teacher, LayerFactors) and availability.serves(teacher.q_BHTD, *vectors):
-        return _compare_in_tiles(teacher, student, student.v_BHTD if has_values else None)
+        return _compare_in_tiles(teacher, student, v_BHTD)
+    v_BHTD = student.repeated_v_BHTD() if has_values else None
     dtype = student.q_BHTD.dtype
     own = (student.q_BHTD, student.repeated_k_BHTD(), v_BHTD, student.bias, student.scale)
     if isinstance(teacher, LayerMaps):

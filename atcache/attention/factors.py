@@ -66,9 +66,17 @@ class LayerFactors:
         Raises:
             AttentionShapeError: v was not kept.
         """
+        return self._repeated(self.kept_v_BHTD())
+
+    def kept_v_BHTD(self) -> Tensor:
+        """Values as they are.
+
+        Raises:
+            AttentionShapeError: v was not kept.
+        """
         if self.v_BHTD is None:
             raise AttentionShapeError("v is needed, but these factors have only q and k. Capture or build with v.")
-        return self._repeated(self.v_BHTD)
+        return self.v_BHTD
 
     def repeated(self, name: str) -> Tensor:
         """The factor "q", "k" or "v" with one head for every head of q."""

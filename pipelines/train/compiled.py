@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from atcache.attention.flash.availability import HAS_TRITON
 from atcache.errors import AtcacheError
 from atcache.students.student import Student
 
@@ -39,7 +39,7 @@ def compiles(wanted: bool | None, device: torch.device, ranks: Ranks, num_steps:
     if wanted is not None:
         return wanted
     is_worth_it = num_steps >= _STEPS_THAT_PAY and ranks.is_alone
-    return is_worth_it and device.type == "cuda" and find_spec("triton") is not None
+    return is_worth_it and device.type == "cuda" and HAS_TRITON
 
 
 def with_module(student: Student, module: nn.Module) -> Student:

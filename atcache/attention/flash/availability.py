@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD_DIM = 128
 _FIRST_GENERATION = 8  # Ampere; Triton does not support older ones
@@ -21,7 +21,7 @@ def serves(*vectors: Tensor) -> bool:
     for head dims up to 128. Everywhere else the same results come from plain torch, in slices.
     """
     can_run = (
-        _HAS_TRITON
+        HAS_TRITON
         and torch.version.cuda is not None
         and all(each.is_cuda and each.dtype in _DTYPES and each.shape[-1] <= _LARGEST_HEAD_DIM for each in vectors)
     )

@@ -68,12 +68,27 @@ def row_dots_kernel(
 
 
 @triton.jit
-def _probabilities(
-    left_MD, right_ND, scale, bias, row_M, bias_row, column_N, bias_column, lse, num_tokens, HAS_BIAS: tl.constexpr
+def _logits_gradient(
+    left_MD, right_ND, given_left_MG, given_right_NG, value_left_MV, value_right_NV,
+    row_M, column_N, lse, given_lse, dots, loss_weight,
+    bias, bias_row, bias_column, given_bias, given_bias_row, given_bias_column, num_tokens, scale, given_scale,
+    HAS_VALUES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GIVEN_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """exp(logits - lse), (M, N); `lse` belongs to the queries, and is broadcast already."""
+    """The student's probabilities P and dS, (M, N). Left may be queries and right keys, or the reverse.
+
+    Of values, the side of the queries is dO and the other one is v. `lse`, `given_lse` and `dots` belong to the
+    queries, and are broadcast already.
+    """
     s_MN = logits(left_MD, right_ND, scale, bias, row_M, bias_row, column_N, bias_column, num_tokens, HAS_BIAS)
-    return tl.exp2(s_MN - lse * LOG2_E)
+    t_MN = logits(
+        given_left_MG, given_right_NG, given_scale, given_bias,
+        row_M, given_bias_row, column_N, given_bias_column, num_tokens, HAS_GIVEN_BIAS,
+    )  # fmt: skip
+    p_MN = tl.exp2(s_MN - lse * LOG2_E)
+    grad_s_MN = loss_weight * (p_MN - tl.exp2(t_MN - given_lse * LOG2_E))
+    if HAS_VALUES:
+        grad_s_MN += p_MN * (dot(value_left_MV, tl.trans(value_right_NV)) - dots)
+    return p_MN, grad_s_MN
 
 
 @triton.jit
@@ -98,6 +113,7 @@ def key_gradients_kernel(
     loss_weight = tl.load(weight)
     grad_k_ND = tl.zeros([N, BLOCK_D], tl.float32)
     grad_v_NV = tl.zeros([N, BLOCK_V], tl.float32)
+    v_NV = k_ND
     if HAS_VALUES:
         v_NV = load_rows(v + batch * v_batch + key_head * v_head, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V)
     for member in range(0, queries_per_key_head):
@@ -116,20 +132,19 @@ def key_gradients_kernel(
             lse_M = tl.load(lse + row_M, mask=is_query_M, other=float("inf"))
             given_lse_M = tl.load(given_lse + row_M, mask=is_query_M, other=float("inf"))
             q_MD = load_rows(its_q, query_M, q_token, num_tokens, HEAD_DIM, BLOCK_D)
-            p_NM = _probabilities(
-                k_ND, q_MD, scale, its_bias, key_N, bias_key, query_M, bias_query, lse_M[None, :], num_tokens, HAS_BIAS
-            )
             given_q_MG = load_rows(its_given_q, query_M, given_q_token, num_tokens, GIVEN_DIM, BLOCK_G)
-            a_NM = _probabilities(
-                given_k_NG, given_q_MG, given_scale, its_given_bias,
-                key_N, given_bias_key, query_M, given_bias_query, given_lse_M[None, :], num_tokens, HAS_GIVEN_BIAS,
-            )  # fmt: skip
-            grad_s_NM = loss_weight * (p_NM - a_NM)
+            grad_MV, dots_M = q_MD, lse_M
             if HAS_VALUES:
                 grad_MV = load_rows(its_grad, query_M, grad_out_token, num_tokens, VALUE_DIM, BLOCK_V)
                 dots_M = tl.load(dots + row_M, mask=is_query_M, other=0.0)
+            p_NM, grad_s_NM = _logits_gradient(
+                k_ND, q_MD, given_k_NG, given_q_MG, v_NV, grad_MV,
+                key_N, query_M, lse_M[None, :], given_lse_M[None, :], dots_M[None, :], loss_weight,
+                its_bias, bias_key, bias_query, its_given_bias, given_bias_key, given_bias_query,
+                num_tokens, scale, given_scale, HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
+            )  # fmt: skip
+            if HAS_VALUES:
                 grad_v_NV += dot(p_NM.to(grad_MV.dtype), grad_MV)
-                grad_s_NM += p_NM * (dot(v_NV, tl.trans(grad_MV)) - dots_M[None, :])
             grad_k_ND += dot(grad_s_NM.to(q_MD.dtype), q_MD)
     first_row = sequence.to(tl.int64) * num_tokens
     store_rows(grad_k + first_row * HEAD_DIM, grad_k_ND * scale, key_N, HEAD_DIM, num_tokens, HEAD_DIM, BLOCK_D)
@@ -168,6 +183,7 @@ def query_gradient_kernel(
     given_lse_M = tl.load(given_lse + row_M, mask=is_query_M, other=float("inf"))
     q_MD = load_rows(q + batch * q_batch + head * q_head, query_M, q_token, num_tokens, HEAD_DIM, BLOCK_D)
     given_q_MG = load_rows(given_q, query_M, given_q_token, num_tokens, GIVEN_DIM, BLOCK_G)
+    grad_MV, dots_M = q_MD, lse_M
     if HAS_VALUES:
         grad_MV = load_rows(grad_out, query_M, grad_out_token, num_tokens, VALUE_DIM, BLOCK_V)
         dots_M = tl.load(dots + row_M, mask=is_query_M, other=0.0)
@@ -176,18 +192,14 @@ def query_gradient_kernel(
     for first_key in range(0, num_tokens, N):
         key_N = first_key + tl.arange(0, N)
         k_ND = load_rows(k, key_N, k_token, num_tokens, HEAD_DIM, BLOCK_D)
-        p_MN = _probabilities(
-            q_MD, k_ND, scale, bias, query_M, bias_query, key_N, bias_key, lse_M[:, None], num_tokens, HAS_BIAS
-        )
         given_k_NG = load_rows(given_k, key_N, given_k_token, num_tokens, GIVEN_DIM, BLOCK_G)
-        a_MN = _probabilities(
-            given_q_MG, given_k_NG, given_scale, given_bias,
-            query_M, given_bias_query, key_N, given_bias_key, given_lse_M[:, None], num_tokens, HAS_GIVEN_BIAS,
+        v_NV = load_rows(v, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V) if HAS_VALUES else k_ND
+        _, grad_s_MN = _logits_gradient(
+            q_MD, k_ND, given_q_MG, given_k_NG, grad_MV, v_NV,
+            query_M, key_N, lse_M[:, None], given_lse_M[:, None], dots_M[:, None], loss_weight,
+            bias, bias_query, bias_key, given_bias, given_bias_query, given_bias_key,
+            num_tokens, scale, given_scale, HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
         )  # fmt: skip
-        grad_s_MN = loss_weight * (p_MN - a_MN)
-        if HAS_VALUES:
-            v_NV = load_rows(v, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V)
-            grad_s_MN += p_MN * (dot(grad_MV, tl.trans(v_NV)) - dots_M[:, None])
         # Probabilities of keys that do not exist are not 0, and may be infinite.
         grad_s_MN = tl.where((key_N < num_tokens)[None, :], grad_s_MN, 0.0)
         grad_q_MD += dot(grad_s_MN.to(k_ND.dtype), k_ND)
@@ -202,17 +214,14 @@ def _gradients_of_keys(
     HAS_VALUES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GIVEN_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Add what some queries give to dk and dv of some keys; also what these keys give to dq, before the scale."""
-    p_NM = _probabilities(
-        k_ND, q_MD, scale, bias, key_N, bias_key, query_M, bias_query, lse_M[None, :], num_tokens, HAS_BIAS
-    )
-    a_NM = _probabilities(
-        given_k_NG, given_q_MG, given_scale, given_bias,
-        key_N, given_bias_key, query_M, given_bias_query, given_lse_M[None, :], num_tokens, HAS_GIVEN_BIAS,
+    p_NM, grad_s_NM = _logits_gradient(
+        k_ND, q_MD, given_k_NG, given_q_MG, v_NV, grad_MV,
+        key_N, query_M, lse_M[None, :], given_lse_M[None, :], dots_M[None, :], loss_weight,
+        bias, bias_key, bias_query, given_bias, given_bias_key, given_bias_query,
+        num_tokens, scale, given_scale, HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
     )  # fmt: skip
-    grad_s_NM = loss_weight * (p_NM - a_NM)
     if HAS_VALUES:
         grad_v_NV += dot(p_NM.to(grad_MV.dtype), grad_MV)
-        grad_s_NM += p_NM * (dot(v_NV, tl.trans(grad_MV)) - dots_M[None, :])
     # Probabilities of keys that do not exist are not 0, and may be infinite.
     grad_s_NM = tl.where((key_N < num_tokens)[:, None], grad_s_NM, 0.0).to(q_MD.dtype)
     grad_k_ND += dot(grad_s_NM, q_MD)
@@ -333,27 +342,25 @@ def bias_gradient_kernel(
         q_MD = load_rows(q + batch * q_batch + head * q_head, query_M, q_token, num_tokens, HEAD_DIM, BLOCK_D)
         its_k = k + batch * k_batch + head // queries_per_key_head * k_head
         k_ND = load_rows(its_k, key_N, k_token, num_tokens, HEAD_DIM, BLOCK_D)
-        its_bias = bias + batch * bias_batch + head * bias_head
-        p_MN = _probabilities(
-            q_MD, k_ND, scale, its_bias, query_M, bias_query, key_N, bias_key, lse_M[:, None], num_tokens, HAS_BIAS
-        )
         its_given_q = given_q + batch * given_q_batch + head * given_q_head
         given_q_MG = load_rows(its_given_q, query_M, given_q_token, num_tokens, GIVEN_DIM, BLOCK_G)
         its_given_k = given_k + batch * given_k_batch + head // queries_per_given_key_head * given_k_head
         given_k_NG = load_rows(its_given_k, key_N, given_k_token, num_tokens, GIVEN_DIM, BLOCK_G)
-        its_given_bias = given_bias + batch * given_bias_batch + head * given_bias_head
-        a_MN = _probabilities(
-            given_q_MG, given_k_NG, given_scale, its_given_bias,
-            query_M, given_bias_query, key_N, given_bias_key, given_lse_M[:, None], num_tokens, HAS_GIVEN_BIAS,
-        )  # fmt: skip
-        grad_MN += loss_weight * (p_MN - a_MN)
+        grad_out_MV, v_NV, dots_M = q_MD, k_ND, lse_M
         if HAS_VALUES:
             its_grad = grad_out + batch * grad_out_batch + head * grad_out_head
-            grad_MV = load_rows(its_grad, query_M, grad_out_token, num_tokens, VALUE_DIM, BLOCK_V)
+            grad_out_MV = load_rows(its_grad, query_M, grad_out_token, num_tokens, VALUE_DIM, BLOCK_V)
             its_v = v + batch * v_batch + head // queries_per_key_head * v_head
             v_NV = load_rows(its_v, key_N, v_token, num_tokens, VALUE_DIM, BLOCK_V)
             dots_M = tl.load(dots + row_M, mask=is_query_M, other=0.0)
-            grad_MN += p_MN * (dot(grad_MV, tl.trans(v_NV)) - dots_M[:, None])
+        _, grad_s_MN = _logits_gradient(
+            q_MD, k_ND, given_q_MG, given_k_NG, grad_out_MV, v_NV,
+            query_M, key_N, lse_M[:, None], given_lse_M[:, None], dots_M[:, None], loss_weight,
+            bias + batch * bias_batch + head * bias_head, bias_query, bias_key,
+            given_bias + batch * given_bias_batch + head * given_bias_head, given_bias_query, given_bias_key,
+            num_tokens, scale, given_scale, HAS_VALUES, HAS_BIAS, HAS_GIVEN_BIAS,
+        )  # fmt: skip
+        grad_MN += grad_s_MN
     place_MN = (
         grad_bias + sequence.to(tl.int64) * num_tokens * num_tokens + query_M[:, None] * num_tokens + key_N[None, :]
     )

@@ -36,7 +36,7 @@ MOST_TOKENS_AT_ONCE = 288
 """The longest sequence of which one program forms all gradients of a head."""
 _WIDEST_AT_ONCE = 64
 AT_ONCE_FROM_GENERATION = 9
-"""Older GPUs than Hopper keep both operands of a product in registers, and would spill some 400 bytes of each thread:
+"""Older GPUs than Hopper keep both operands of a product in registers, and would spill some 500 bytes of each thread:
 `benchmarks/kernel_resources.py --arch 80`."""
 
 
