@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from atcache import stats as stats
+    from atcache.attention.regrid import regrid_maps as regrid_maps
     from atcache.cache.cache import Cache as Cache, View as View
     from atcache.files.location import Location
     from atcache.pipelines.api import (
@@ -73,6 +74,7 @@ _MODULE_OF = {
     **dict.fromkeys(("Cache", "View"), "atcache.cache.cache"),
     **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
     "make_student": "atcache.students.make",
+    "regrid_maps": "atcache.attention.regrid",
     "Pairing": "atcache.students.pairing",
 }
 
@@ -105,6 +107,7 @@ __all__ = [
     "pack",
     "plan",
     "pretrain",
+    "regrid_maps",
     "stats",
     "train",
     "train_sweep",

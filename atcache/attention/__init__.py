@@ -12,5 +12,6 @@
 - `flash/`: the same, and distillation, for GPUs: tile by tile
 - `projection`: make one layer's q and k out of the input of its attention, without the model
 - `projection_search`: find out how a layer's q and k are made out of the input of its attention
+- `regrid`: maps on another patch grid
 - `distillation`: the losses between a student's attention and its teacher's
 """

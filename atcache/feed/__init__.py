@@ -5,6 +5,7 @@
 - `prefetch`: copies to a GPU while the step before runs
 - `order`: the order of samples, and everything else that a seed decides
 - `sample_views`: where the pixels and codes of a sample come from
+- `beside`: codes of other teachers, for loops with several
 - `caches`: open the caches that a student learns from, one or several
 - `workers`: make batches in advance in other processes
 - `messages`: how these hand a batch over

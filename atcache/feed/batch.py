@@ -39,6 +39,8 @@ class Batch(NamedTuple):
     mixed."""
     codes: tuple[Codes, ...] = ()
     """The teacher's codes, one part for each cache that has samples of the batch; empty if they are not wanted."""
+    beside: tuple[Codes, ...] = ()
+    """Codes of other teachers, one part of all rows for each, see `BesideViews`."""
     is_mixed: bool | None = None
     """Whether any sample is mixed with another; None if `mix_share_B` has to tell."""
 
@@ -70,21 +72,20 @@ class Batch(NamedTuple):
     def tensors(self) -> Iterator[Tensor]:
         """All tensors of the batch."""
         yield from (self.sample_B, self.pixels_BHWC, self.label_B, self.mix_label_B, self.mix_share_B)
-        yield from (part.codes_BLTC for part in self.codes)
+        yield from (part.codes_BLTC for part in (*self.codes, *self.beside))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed = tuple(part._replace(codes_BLTC=change(part.codes_BLTC)) for part in self.codes)
-        return Batch(*map(change, self[:5]), codes=changed, is_mixed=self.is_mixed)
+        codes, beside = (
+            tuple(part._replace(codes_BLTC=change(part.codes_BLTC)) for part in parts)
+            for parts in (self.codes, self.beside)
+        )
+        return Batch(*map(change, self[:5]), codes=codes, beside=beside, is_mixed=self.is_mixed)
 
     def rows(self, first: int, stop: int) -> Batch:
         """The rows first .. stop - 1 as a batch; views, not copies."""
-        parts: list[Codes] = []
-        for part in self.codes:
-            start, end = np.searchsorted(part.row_B, [first, stop]).tolist()
-            if start < end:
-                row_B, codes_BLTC = part.row_B[start:end] - first, part.codes_BLTC[start:end]
-                parts.append(part._replace(row_B=row_B, codes_BLTC=codes_BLTC))
-        return Batch(*(tensor[first:stop] for tensor in self[:5]), codes=tuple(parts), is_mixed=self.is_mixed)
+        tensors = (tensor[first:stop] for tensor in self[:5])
+        codes, beside = (_rows_of(parts, first, stop) for parts in (self.codes, self.beside))
+        return Batch(*tensors, codes=codes, beside=beside, is_mixed=self.is_mixed)
 
     def cut(self, num_parts: int) -> list[Batch]:
         """The batch in equal parts; its size must be a multiple of `num_parts`."""
@@ -92,3 +93,14 @@ class Batch(NamedTuple):
             return [self]
         size = len(self.label_B) // num_parts
         return [self.rows(first, first + size) for first in range(0, num_parts * size, size)]
+
+
+def _rows_of(parts: tuple[Codes, ...], first: int, stop: int) -> tuple[Codes, ...]:
+    """The parts' rows from `first` to before `stop`, without the parts that have none."""
+    found: list[Codes] = []
+    for part in parts:
+        start, end = np.searchsorted(part.row_B, [first, stop]).tolist()
+        if start < end:
+            row_B, codes_BLTC = part.row_B[start:end] - first, part.codes_BLTC[start:end]
+            found.append(part._replace(row_B=row_B, codes_BLTC=codes_BLTC))
+    return tuple(found)

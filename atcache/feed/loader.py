@@ -39,12 +39,16 @@ class _Batches(Dataset[Batch]):
         part_B = self._views.part_of(sample_B)
         pixels = Stack(len(pairs))
         codes = {part: Stack(count) for part, count in enumerate(np.bincount(part_B).tolist())}
+        beside: list[Stack] = []
         mixes: list[Mix] = []
         for part, (sample, epoch) in zip(part_B.tolist(), pairs, strict=True):
             view = self._views.read(sample, epoch)
             pixels.add(view.pixels_HWC)
             if view.codes_LTC is not None:
                 codes[part].add(view.codes_LTC)
+            beside = beside or [Stack(len(pairs)) for _ in view.beside]
+            for stack, codes_LTC in zip(beside, view.beside, strict=True):
+                stack.add(codes_LTC)
             mixes.append(view.mix)
         partner_B = sample_B + np.array([mix.partner for mix in mixes], np.int64)
         pixels_BHWC = pixels.tensor
@@ -60,6 +64,7 @@ class _Batches(Dataset[Batch]):
                 for part, stack in codes.items()
                 if stack.tensor is not None
             ),
+            beside=tuple(Codes(0, np.arange(len(pairs)), stack.tensor) for stack in beside if stack.tensor is not None),
             is_mixed=any(mix.share != 1 for mix in mixes),
         )
 

@@ -33,6 +33,8 @@ class SampleView(NamedTuple):
     """None if they are not wanted."""
     mix: Mix = NOT_MIXED
     """Which other sample the pixels show too, and its share."""
+    beside: tuple[np.ndarray, ...] = ()
+    """Codes of the same view from the caches of other teachers, each (layer, token, component)."""
 
 
 class Views(Protocol):

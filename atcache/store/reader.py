@@ -141,7 +141,7 @@ class CacheReader:
         self._read_into(pixels_HWC, array, view, sample, 0, 1)
         return pixels_HWC
 
-    def expect(self, view: int, sample_S: np.ndarray, *, codes: bool = True) -> None:
+    def expect(self, view: int, sample_S: np.ndarray, *, codes: bool = True, pixels: bool = True) -> None:
         """Start reading these samples from the disk or a server ahead of their use; do not wait for them.
 
         Runs of neighbours become one long read each. Samples that are not there are skipped.
@@ -149,10 +149,12 @@ class CacheReader:
         Args:
             view: the view of all samples.
             sample_S: the samples, ascending.
-            codes: whether their codes are wanted too, not only their pixels.
+            codes: whether their codes are wanted.
+            pixels: whether their pixels are wanted, or what it takes to replay them.
         """
         cuts = np.flatnonzero((np.diff(sample_S) > 1) | (np.diff(sample_S // self.layout.samples_per_shard) > 0)) + 1
-        wanted = [array for array in (self._codes if codes else None, self._rgb) if array is not None]
+        arrays = (self._codes if codes else None, self._rgb if pixels else None)
+        wanted = [array for array in arrays if array is not None]
         runs = np.split(sample_S, cuts)
         if self.is_remote:
             tasks = {self.layout.task_of(view, int(run[0])) for run in runs}

@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from atcache.cache.cache import Cache
 from atcache.cache.record import CacheRecord
 from atcache.choices import MAX_SEED, Shuffle
-from atcache.errors import ConfigError
+from atcache.errors import ConfigError, SourceError
 from atcache.feed.batch import Batch
+from atcache.feed.beside import BesideViews, Other, rows_beside
 from atcache.feed.caches import are_mixed, choose_cached_samples, open_caches, open_joined_views
 from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
@@ -51,6 +53,8 @@ class TrainingBatch:
     attention: TeacherFactors
     """The teacher's attention, for a student of `make_student`. `attention.layer(5).maps()` are the maps of layer 5,
     shape (batch, head, query, key). Each call of `layer` decodes that layer, on the device."""
+    beside: Mapping[str, TeacherFactors]
+    """The attention of other teachers, in the same form, by the names that `atcache.batches` was given."""
     sample: Tensor
     """Rows of the sample table, int64 (batch,), in host memory. With several caches, row numbers continue from one
     cache to the next."""
@@ -77,6 +81,7 @@ class Batches:
         make_stream: partial[BatchStream],
         teacher: CacheTeacher,
         *,
+        beside: Mapping[str, CacheTeacher],
         num_steps: int,
         num_classes: int,
         mixed: bool,
@@ -86,6 +91,7 @@ class Batches:
     ) -> None:
         """Take what `atcache.batches` opened. Users call `atcache.batches` instead."""
         self._make_stream, self._teacher, self._mixed = make_stream, teacher, mixed
+        self._beside = beside
         self._mean, self._std = mean, std
         self.num_steps = num_steps
         """Batches of one whole pass: the length of a learning rate schedule."""
@@ -103,7 +109,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         for batch in self._stream:
-            yield self._ready(self._prefetcher.send(self._teacher.looked_at(batch)), batch.sample_B)
+            yield self._ready(self._prefetcher.send(self._looked_at(batch)), batch.sample_B)
         self._pass += 1
         self._stream = self._stream_of_pass(self._pass, first_step=self._stream.step)
 
@@ -139,12 +145,24 @@ class Batches:
     def _stream_of_pass(self, number: int, *, first_step: int = 0) -> BatchStream:
         return self._make_stream(num_steps=(number + 1) * self.num_steps, first_step=first_step)
 
+    def _looked_at(self, batch: Batch) -> Batch:
+        """See `CacheTeacher.looked_at`."""
+        beside = [
+            teacher.looked_at(batch._replace(codes=(codes,))).codes[0]
+            for teacher, codes in zip(self._beside.values(), batch.beside, strict=True)
+        ]
+        return self._teacher.looked_at(batch)._replace(beside=tuple(beside))
+
     def _ready(self, batch: Batch, sample_B: Tensor) -> TrainingBatch:
         labels = batch.class_probabilities(self.num_classes) if self._mixed else batch.label_B
         return TrainingBatch(
             images=normalise_images(batch.pixels_BHWC, self._mean, self._std, self.device),
             labels=labels,
             attention=self._teacher.factors(batch),
+            beside={
+                name: teacher.factors(batch._replace(codes=(codes,)))
+                for (name, teacher), codes in zip(self._beside.items(), batch.beside, strict=True)
+            },
             sample=sample_B,
         )
 
@@ -152,6 +170,7 @@ class Batches:
 def batches(
     cache: Caches,
     *,
+    beside: Mapping[str, str | Location | Cache] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     batch_size: int = 256,
     epochs: float = 1.0,
@@ -176,6 +195,9 @@ def batches(
 
     Args:
         cache: a complete cache, or several to train on as one set of samples.
+        beside: caches of other teachers for the same images, by names of your choice: each batch has their attention of
+            the same views too. They must have been built with the same policy, seed and image size, which is checked.
+            Samples that one of them lacks are left out.
         data: where the caches' tars are now, if they were moved since the build.
         batch_size: samples a step.
         epochs: passes over the samples that one `for` loop makes.
@@ -196,7 +218,8 @@ def batches(
 
     Raises:
         ConfigError: a value cannot be used.
-        CacheMismatchError: a cache is not complete, or the caches do not fit together.
+        CacheMismatchError: a cache is not complete, or the caches do not fit together. A view of a cache `beside` that
+            is another image is found when it is read.
         CacheMissError: there is no cache at one of the paths.
         SourceError: the tars cannot be found, or no sample can be used.
 
@@ -238,6 +261,10 @@ def batches(
         code_layers=teacher.code_layers,
         keep_nbytes=keep_mib * 2**20 // max(1, workers),
     )
+    others = _open_others(beside or {}, readers, on)
+    if others:
+        views = BesideViews(views, readers, [other for other, _ in others.values()])
+        usable_S = _in_all(usable_S, others)
     order = SampleOrder(
         sample_S=choose_cached_samples(readers, label_S, usable_S, subset=subset, seed=seed),
         seed=seed,
@@ -249,6 +276,7 @@ def batches(
     return Batches(
         partial(BatchStream, views, label_S, order, workers=workers),
         teacher,
+        beside={name: its_teacher for name, (_, its_teacher) in others.items()},
         num_steps=order.num_steps(epochs) if steps is None else steps,
         num_classes=int(label_S[usable_S].max()) + 1,
         mixed=any(map(are_mixed, readers)),
@@ -256,6 +284,30 @@ def batches(
         mean=_colours("mean", mean, readers[0]),
         std=_colours("std", std, readers[0]),
     )
+
+
+def _open_others(
+    caches: Mapping[str, str | Location | Cache], readers: Sequence[CacheReader], device: torch.device
+) -> dict[str, tuple[Other, CacheTeacher]]:
+    """The caches of other teachers by name, each with what decodes it."""
+    others: dict[str, tuple[Other, CacheTeacher]] = {}
+    for name, cache in caches.items():
+        (reader,) = open_caches(locations_of(cache))
+        teacher = CacheTeacher([reader], [plan_pairing(CacheRecord.of(reader).geometry, layers=None)], device)
+        others[name] = Other(reader, teacher.code_layers[0], rows_beside(readers, reader)), teacher
+    return others
+
+
+def _in_all(usable_S: np.ndarray, others: Mapping[str, tuple[Other, CacheTeacher]]) -> np.ndarray:
+    """Those of the samples that the caches of all other teachers have too."""
+    for name, (other, _) in others.items():
+        usable_S = usable_S[other.row_S[usable_S] >= 0]
+        if not len(usable_S):
+            raise SourceError(
+                f"beside {name}: {other.reader.path} has none of the samples. Build it from the same tars, under the "
+                "same names."
+            )
+    return usable_S
 
 
 def locations_of(caches: Caches) -> tuple[Location, ...]:
