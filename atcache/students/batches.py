@@ -101,16 +101,24 @@ class Batches:
         """Where images, labels and attention are."""
         self._prefetcher = Prefetcher(device)
         self._pass = 0
+        self._is_over = False
+        """Whether the last batch of this pass was handed out."""
         self._stream = self._stream_of_pass(0)
 
     def __len__(self) -> int:
-        """Number of batches that are left in this pass."""
-        return len(self._stream)
+        """Number of batches that the next `for` loop gives: what is left of this pass, or a whole pass."""
+        return self.num_steps if self._is_over else len(self._stream)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
+        if self._is_over:  # a loop that counts took the last batch, and did not ask for one more
+            self._begin_next_pass()
         for batch in self._stream:
+            self._is_over = not len(self._stream)
             yield self._ready(self._prefetcher.send(self._looked_at(batch)), batch.sample_B)
-        self._pass += 1
+        self._begin_next_pass()
+
+    def _begin_next_pass(self) -> None:
+        self._pass, self._is_over = self._pass + 1, False
         self._stream = self._stream_of_pass(self._pass, first_step=self._stream.step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,7 +148,7 @@ class Batches:
             raise ConfigError(
                 f"the state cannot be used ({error!r}). Give what `state_dict()` of such batches returned."
             ) from error
-        self._pass, self._stream = number, stream
+        self._pass, self._stream, self._is_over = number, stream, False
 
     def _stream_of_pass(self, number: int, *, first_step: int = 0) -> BatchStream:
         return self._make_stream(num_steps=(number + 1) * self.num_steps, first_step=first_step)

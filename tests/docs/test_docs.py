@@ -35,6 +35,7 @@ ORDER = [
     "guide/train.md",
     "guide/students.md",
     "guide/python.md",
+    "guide/loops.md",
     "guide/evaluate.md",
     "guide/verify.md",
     "guide/machines.md",
