@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
 LOOKING = ("open", "Cache", "View")
-LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing")
+LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing", "regrid_maps")
 MAKING = ("pack", "pretrain", "plan", "build", "verify")
 TRAINING = ("train", "train_sweep", "evaluate")
 

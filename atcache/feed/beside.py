@@ -83,11 +83,12 @@ class BesideViews(Views):
         """See `Views.expect`."""
         self._views.expect(sample_S, epoch)
         part_S = self._views.part_of(sample_S)
-        for part in np.unique(part_S).tolist():
+        for part in range(len(self._readers)):
             view = epoch % self._readers[part].layout.num_views
             for other in self._others:
                 rows = np.sort(other.row_S[sample_S[part_S == part]])
-                other.reader.expect(view, rows[rows >= 0], pixels=False)
+                if len(rows := rows[rows >= 0]):
+                    other.reader.expect(view, rows, pixels=False)
 
 
 def rows_beside(readers: Sequence[CacheReader], other: CacheReader) -> np.ndarray:
