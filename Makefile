@@ -25,8 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/atcache demo $(ARGS)
 
+# Several processes at once, each with whole files: what a file's tests share is made once.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # The tests that need a GPU, which `make test` leaves out: it gives the same results on every machine.
 test-gpu: setup

@@ -481,7 +481,7 @@ def test_fresh_views_differ_between_epochs_and_are_drawn_by_the_policy(digits_ta
     seen = []
     for epoch in (0, 1, 2, 1):
         parameters_P = draw_view(policy, source.index.sample_key(11), epoch, image.height, image.width)
-        pixels_HWC, codes, mix = views.read(11, epoch)
+        pixels_HWC, codes, mix, _ = views.read(11, epoch)
         assert (codes, mix) == (None, NOT_MIXED)
         assert np.array_equal(pixels_HWC, apply_view(image, parameters_P, policy))
         assert np.array_equal(kept.read(11, epoch)[0], pixels_HWC)
