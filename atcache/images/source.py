@@ -85,13 +85,14 @@ class SampleIndex:
 
     def select(self, rows: np.ndarray) -> SampleIndex:
         """The index of these rows only, ascending, and of the tars that they are in."""
-        tars, tar_S = np.unique(self.tar_S[rows], return_inverse=True)
+        numbers, tar_S = np.unique(self.tar_S[rows], return_inverse=True)
+        tars: list[int] = numbers.tolist()
         columns = ("keys_S", "offset_S", "nbytes_S", "label_S", "problem_S")
         return replace(
             self,
-            tars=tuple(self.tars[tar] for tar in tars.tolist()),
-            tar_nbytes=tuple(self.tar_nbytes[tar] for tar in tars.tolist()),
-            tar_versions=tuple(self.tar_versions[tar] for tar in tars.tolist()) if self.tar_versions else (),
+            tars=tuple(self.tars[tar] for tar in tars),
+            tar_nbytes=tuple(self.tar_nbytes[tar] for tar in tars),
+            tar_versions=tuple(self.tar_versions[tar] for tar in tars) if self.tar_versions else (),
             tar_S=tar_S.astype(self.tar_S.dtype),
             **{name: getattr(self, name)[rows] for name in columns},
         )

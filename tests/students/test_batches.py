@@ -344,7 +344,7 @@ def test_caches_that_cannot_be_used_are_refused(tiny_cache, tmp_path):
         ({"mode": "scratch"}, r"mode='scratch': expected copy or distill.*timm\.create_model makes them"),
         ({"what": "maps"}, "what='maps': expected one of map, qk, q, k, v, qkv"),
         ({"what": "v"}, "needs the teacher's v, which .* does not hold"),
-        ({"num_classes": 9}, "num_classes=9: expected at least 10, as the cache's labels go to 9"),
+        ({"num_classes": 9}, "digit-00009 has the label 9, but num_classes=9"),
         ({"drop_path": 1.0}, "drop_path=1.0: expected 0 or more, and less than 1"),
         ({"layers": [0, 5]}, "layer 5 does not exist"),
         ({"layers": "0", "layer_map": {0: 1}}, "layers and layer_map both say which layers are transferred"),
