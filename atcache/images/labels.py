@@ -93,8 +93,8 @@ def _parse_text(text: str) -> int:
 def _not_a_number(text: str) -> BadLabelError:
     if _SEVERAL.fullmatch(text):
         return BadLabelError(
-            f"has several labels ({text.strip()!r}), and a sample has one class here. Keep one, or read none with "
-            "--labels none"
+            f"has several labels ({text.strip()!r}), and a sample has one class here. Keep one, or build without: "
+            "`atcache build --labels none`"
         )
     return BadLabelError(f"has the label {text!r}; {_EXPECTED}, as text")
 
@@ -137,7 +137,7 @@ def _parse_value(value: Any, key: str) -> int | None:  # noqa: ANN401 - any JSON
         if isinstance(value, list):
             raise BadLabelError(
                 f"has a list as {key} in its .json ({shown}), and a sample has one class here. Name another key, or "
-                "read no labels with --labels none"
+                "build without: `atcache build --labels none`"
             )
         raise BadLabelError(f"has {shown} as {key} in its .json; {_EXPECTED}")
     return value
