@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 from atcache.errors import SourceError
 from atcache.files.location import Location
@@ -238,6 +239,7 @@ class _TarIndexer:
         rows.labels[row], rows.problems[row] = sample.label, sample.problem
 
 
+@lru_cache(maxsize=1024)  # a tar has few extensions and many members
 def _kind(extension: str) -> tuple[str, int]:
     """What a file is by its extension, and the extension's number of parts: ("jpg", 2) for "jpg.jpg".
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from atcache.choices import Labels
+from atcache.errors import ConfigError
+from atcache.feed.classes import count_classes
 from atcache.feed.order import choose_subset
 from atcache.images.selection import select_keys
 from atcache.images.source import SampleIndex, index_source
@@ -55,6 +58,15 @@ def index_samples(data: str, choice: Choice, *, on_bad: Literal["raise", "skip"]
     if choice.keys is not None:
         index = select_keys(index, choice.keys)
     good_S = np.flatnonzero(index.problem_S == Problem.NONE)
-    if choice.max_samples is None or choice.max_samples >= len(good_S):
-        return index
-    return index.select(choose_subset(index.label_S, good_S, choice.max_samples, _SEED))
+    if choice.max_samples is not None and choice.max_samples < len(good_S):
+        index = index.select(choose_subset(index.label_S, good_S, choice.max_samples, _SEED))
+    _note_far_labels(index)
+    return index
+
+
+def _note_far_labels(index: SampleIndex) -> None:
+    """Tell of a label that training would refuse, before hours of work. A build itself needs no classes."""
+    try:
+        count_classes([index], np.arange(index.num_samples))
+    except ConfigError as error:
+        logging.getLogger(__name__).warning("NOTE: %s", error)

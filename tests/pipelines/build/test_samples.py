@@ -123,3 +123,13 @@ def test_a_part_can_be_taken_of_images_without_labels(config, tmp_path):
     choice = replace(config, labels="none", max_samples=5)
     index = index_samples(str(captioned_tar(tmp_path)), choice, on_bad="raise")
     assert index.label_S.tolist() == 5 * [-1]
+
+
+def test_a_label_that_training_would_refuse_is_noted_before_the_build(config, tmp_path, caplog):
+    samples = [{"jpg": picture(seed), "cls": b"99999" if seed == 2 else b"1"} for seed in range(4)]
+    tar = str(write_tar(tmp_path / "typing.tar", samples))
+    index_samples(tar, config, on_bad="raise")
+    assert "NOTE: typing.tar/sample-002 has the label 99999, and the next lower label is 1." in caplog.text
+    caplog.clear()
+    index_samples(tar, replace(config, labels="none"), on_bad="raise")
+    assert caplog.text == ""
