@@ -80,27 +80,33 @@ def _check_other_samples(first: CacheReader, second: CacheReader) -> None:
     """Refuse two caches that share a sample: an epoch would show it twice, and an accuracy would count it twice."""
     if tar := _shared_tar(first.samples, second.samples):
         raise CacheMismatchError(
-            f"{first.path} and {second.path} both hold the samples of {tar}, so each sample would count twice. Give "
+            f"{first.path} and {second.path} both hold samples of {tar}, which would count twice. Give "
             "only one of them; for more views of the same samples, build one cache with more --views."
         )
 
 
 def _shared_tar(first: SampleIndex, second: SampleIndex) -> str | None:
-    """The first tar that two sources share: of the same name and size, with the same rows, in whatever folder."""
+    """The first tar of which two sources share samples: of the same name and size, in whatever folder.
+
+    Sources may hold different parts of a tar. It is the same tar if their common keys lie at the same places.
+    """
     numbers = {tar.name: number for number, tar in enumerate(second.tars)}
     for number, tar in enumerate(first.tars):
         other = numbers.get(tar.name)
         if other is None or first.tar_nbytes[number] != second.tar_nbytes[other]:
             continue
-        if _rows_of(first, number) == _rows_of(second, other):
+        ours, theirs = _places_of(first, number), _places_of(second, other)
+        common = ours.keys() & theirs.keys()
+        if common and all(ours[key] == theirs[key] for key in common):
             return tar.name
     return None
 
 
-def _rows_of(index: SampleIndex, tar: int) -> list[tuple[Any, ...]]:
+def _places_of(index: SampleIndex, tar: int) -> dict[bytes, tuple[int, int]]:
+    """Where each key's image lies in a tar: offset and number of bytes."""
     rows = np.flatnonzero(index.tar_S == tar)
-    columns = (index.keys_S, index.offset_S, index.nbytes_S)
-    return list(zip(*(column[rows].tolist() for column in columns), strict=True))
+    places = zip(index.offset_S[rows].tolist(), index.nbytes_S[rows].tolist(), strict=True)
+    return dict(zip(index.keys_S[rows].tolist(), places, strict=True))
 
 
 def open_joined_views(

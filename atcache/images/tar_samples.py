@@ -155,12 +155,12 @@ class _TarIndexer:
                 raise self._rule.refuse_large(member.head, member.nbytes)
             is_short = member.nbytes <= len(member.head)
             label = self._rule.parse(member.head if is_short else self._file.pread(member.nbytes, member.offset))
-            if sample.has_label and label != (None if sample.label < 0 else sample.label):
+            if label is not None and sample.label not in (-1, label):
                 raise BadLabelError("has two labels; keep one")
         except BadLabelError as error:
             sample.blame(Problem.NO_LABEL, str(error))
         else:
-            sample.label = -1 if label is None else label
+            sample.label = sample.label if label is None else label
         sample.has_label = True
 
     def _sample_of(self, key: bytes) -> _Sample:

@@ -18,6 +18,7 @@ from training_runs import CPU, assert_equal_weights, batches_of, images_of, loss
 import atcache
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.feed.caches import open_caches
 from atcache.feed.classes import count_classes
 from atcache.images.source import index_source
 from atcache.pipelines.evaluate.config import EvaluateConfig
@@ -174,6 +175,16 @@ def test_runs_from_before_these_options_continue(config_for):
     config = config_for("distill")
     assert not {"attention_only", "num_classes", "label_key"} & config.settings().keys()
     assert replace(config, num_classes=12).settings()["num_classes"] == 12
+
+
+def test_two_parts_that_share_a_sample_are_refused(tiny_cache, digits_tars, tmp_path):
+    tars, parts = str(digits_tars[0].parent), []
+    for number, keys in enumerate(("digit-00001\ndigit-00020", "digit-00020\ndigit-00002", "digit-00003")):
+        (tmp_path / f"{number}.txt").write_text(keys)
+        parts.append(tiny_cache(data=tars, keys=tmp_path / f"{number}.txt"))
+    with pytest.raises(CacheMismatchError, match=r"both hold samples of digits-0001\.tar, which would count twice"):
+        open_caches(parts[:2])
+    assert len(open_caches(parts[1:])) == 2
 
 
 # The number of classes
