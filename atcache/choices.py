@@ -38,5 +38,9 @@ Pixels = Literal["replay", "store"]
 Decoding = Literal["full", "reduced"]
 """How large an image is decoded: in full, or a JPEG only as large as a view of it needs."""
 
+Labels = Literal["required", "optional", "none"]
+"""Whether samples need labels: each must have one; or some may have none; or labels are not read at all."""
+LABELS: tuple[Labels, ...] = get_args(Labels)
+
 MAX_SEED = 2**63 - 1
 """The largest seed that torch's generators accept."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..pipelines.evaluate.config import EvaluateConfig
 from . import options
 from .fields import options_from
+
+if TYPE_CHECKING:
+    from ..pipelines.train.validation import ClassScore
 
 _PATH = click.Path(path_type=Path)
 
@@ -28,4 +31,20 @@ def evaluate(runs: tuple[Path, ...], ensemble: tuple[Path, ...], **config: Any) 
     """
     from ..pipelines.evaluate.run import evaluate as run_evaluation
 
-    options.print_json(run_evaluation(EvaluateConfig(runs=(*runs, *ensemble), **config)).to_json())
+    summary = run_evaluation(EvaluateConfig(runs=(*runs, *ensemble), **config))
+    options.print_json(summary.to_json())
+    if summary.score.classes is not None:
+        _print_table(summary.score.classes)
+
+
+def _print_table(classes: tuple[ClassScore, ...]) -> None:
+    """The classes, worst first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("label", "class", "samples", "top-1 %"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for one in sorted(classes, key=lambda score: score.top1):
+        table.add_row(str(one.label), one.name, str(one.num_samples), f"{one.top1:.2f}")
+    Console(stderr=True).print(table)

@@ -99,5 +99,6 @@ def _print_table(results: list[SweepResult]) -> None:
             continue
         score = result.summary.validation
         scores = () if score is None else (f"{score.loss:.4g}", f"{score.top1:.2f}", f"{score.top5:.2f}")
-        table.add_row(result.name, f"{result.summary.label_loss:.4g}", *scores)
+        label_loss = result.summary.label_loss
+        table.add_row(result.name, "none" if label_loss is None else f"{label_loss:.4g}", *scores)
     Console(stderr=True).print(table)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
-from atcache.choices import MAX_SEED, Decoding, Pixels, PolicyName, Precision
+from atcache.choices import MAX_SEED, Decoding, Labels, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
 from atcache.fields import Misfit, Range, fit
 from atcache.files.location import Url, parse_location
@@ -280,4 +280,39 @@ def decoding_workers_option() -> int | None:
         "Worker processes that decode and augment images; 0 uses the main process.  [default: processors minus 1]",
         default=None,
         at_least=0,
+    )
+
+
+def labels_option() -> Labels:
+    """Whether samples need labels."""
+    return option(
+        "required refuses a sample without a label. optional takes it without. none reads no labels: for images that "
+        "have none.",
+        default="required",
+    )
+
+
+def label_key_option() -> str | None:
+    """Where labels are, if not in `.cls` files."""
+    return option(
+        "Where the label is in each sample's .json file, such as class_id or meta.class_id.  [default: the label is "
+        "the number in the .cls file]",
+        default=None,
+        metavar="KEY",
+    )
+
+
+def max_samples_option() -> int | None:
+    """How many samples to take."""
+    return option(
+        "Take only this many samples, drawn evenly over the classes: always the same ones, whatever the seed.",
+        default=None,
+        at_least=1,
+    )
+
+
+def keys_option() -> Path | None:
+    """Which samples to take."""
+    return option(
+        "Take only the samples that this text file lists, one a line: KEY, or TAR/KEY.", default=None, metavar="FILE"
     )

@@ -48,6 +48,8 @@ class View:
     view: int
     label: int
     """Its class; -1 if it has none."""
+    class_name: str
+    """The name of its class; empty if it is not known."""
     partner: int | None
     """Row of the sample that is mixed in; None if the view is not mixed."""
     share: float
@@ -161,13 +163,18 @@ class Cache:
 
     @cached_property
     def samples(self) -> xr.Dataset:
-        """One row per sample: sample_key, label, tar (an index into attribute `tars`), and the status of each view."""
+        """One row per sample: sample_key, label, class_name, tar (an index into attribute `tars`), status of each view.
+
+        class_name is empty where the name is not known: if there was no `classes.txt` beside the tars.
+        """
         import xarray as xr
 
         index = self.reader.samples
+        names_C = np.array([*index.classes.names, ""])
         columns = {
             "sample_key": ("sample", self._sample_keys()),
             "label": ("sample", index.label_S),
+            "class_name": ("sample", names_C[np.where(index.label_S < len(names_C), index.label_S, -1)]),
             "tar": ("sample", index.tar_S),
             "status": (("view", "sample"), self.reader.status_VS),
         }
@@ -274,7 +281,8 @@ class Cache:
             sample=row,
             sample_key=reader.samples.sample_key(row),
             view=view,
-            label=int(reader.labels_S[row]),
+            label=(label := int(reader.labels_S[row])),
+            class_name=reader.samples.classes.name(label),
             partner=row + mix.partner if mix.partner else None,
             share=mix.share,
             status=reader.status(view, row),

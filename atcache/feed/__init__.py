@@ -3,6 +3,7 @@
 - `loader`: the batches of a run, beginning at any step
 - `batch`: what one step takes
 - `prefetch`: copies to a GPU while the step before runs
+- `classes`: how many classes there are, and labels that must be wrong
 - `order`: the order of samples, and everything else that a seed decides
 - `sample_views`: where the pixels and codes of a sample come from
 - `beside`: codes of other teachers, for loops with several

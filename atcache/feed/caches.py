@@ -10,10 +10,12 @@ import numpy as np
 
 from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
+from atcache.choices import Labels
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.feed.order import choose_subset
 from atcache.feed.sample_views import CachedViews, JoinedViews, Views
 from atcache.files.location import Location
+from atcache.images.class_names import same_classes
 from atcache.images.source import SampleIndex, Source, relocate
 from atcache.store.reader import CacheReader
 from atcache.views.rendering import STORED
@@ -25,7 +27,8 @@ def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
     Codecs, their fitted state, view policies and numbers of views may differ.
 
     Raises:
-        CacheMismatchError: two of them do not fit together; the message names both, and what differs.
+        CacheMismatchError: two of them do not fit together, or name a class differently; the message names both, and
+            what differs.
         CacheMissError: there is no cache at one of the paths.
         CorruptCacheError: a cache is damaged.
     """
@@ -36,6 +39,8 @@ def open_caches(paths: Sequence[Location]) -> tuple[CacheReader, ...]:
         _check_alike(readers[0], other)
     for first, second in combinations(readers, 2):
         _check_other_samples(first, second)
+    if len(readers) > 1:
+        same_classes([reader.samples.classes for reader in readers])
     return readers
 
 
@@ -75,27 +80,33 @@ def _check_other_samples(first: CacheReader, second: CacheReader) -> None:
     """Refuse two caches that share a sample: an epoch would show it twice, and an accuracy would count it twice."""
     if tar := _shared_tar(first.samples, second.samples):
         raise CacheMismatchError(
-            f"{first.path} and {second.path} both hold the samples of {tar}, so each sample would count twice. Give "
+            f"{first.path} and {second.path} both hold samples of {tar}, which would count twice. Give "
             "only one of them; for more views of the same samples, build one cache with more --views."
         )
 
 
 def _shared_tar(first: SampleIndex, second: SampleIndex) -> str | None:
-    """The first tar that two sources share: of the same name and size, with the same rows, in whatever folder."""
+    """The first tar of which two sources share samples: of the same name and size, in whatever folder.
+
+    Sources may hold different parts of a tar. It is the same tar if their common keys lie at the same places.
+    """
     numbers = {tar.name: number for number, tar in enumerate(second.tars)}
     for number, tar in enumerate(first.tars):
         other = numbers.get(tar.name)
         if other is None or first.tar_nbytes[number] != second.tar_nbytes[other]:
             continue
-        if _rows_of(first, number) == _rows_of(second, other):
+        ours, theirs = _places_of(first, number), _places_of(second, other)
+        common = ours.keys() & theirs.keys()
+        if common and all(ours[key] == theirs[key] for key in common):
             return tar.name
     return None
 
 
-def _rows_of(index: SampleIndex, tar: int) -> list[tuple[Any, ...]]:
+def _places_of(index: SampleIndex, tar: int) -> dict[bytes, tuple[int, int]]:
+    """Where each key's image lies in a tar: offset and number of bytes."""
     rows = np.flatnonzero(index.tar_S == tar)
-    columns = (index.keys_S, index.offset_S, index.nbytes_S)
-    return list(zip(*(column[rows].tolist() for column in columns), strict=True))
+    places = zip(index.offset_S[rows].tolist(), index.nbytes_S[rows].tolist(), strict=True)
+    return dict(zip(index.keys_S[rows].tolist(), places, strict=True))
 
 
 def open_joined_views(
@@ -104,6 +115,7 @@ def open_joined_views(
     *,
     code_layers: Sequence[slice] | None,
     keep_nbytes: int,
+    labels: Labels = "required",
 ) -> tuple[Views, np.ndarray, np.ndarray]:
     """The views of all samples of complete caches; row numbers continue from one cache to the next.
 
@@ -112,9 +124,12 @@ def open_joined_views(
         data: where their tars are now; None if they were not moved.
         code_layers: for each cache, which rows of L of its codes to read; None if no codes are wanted.
         keep_nbytes: memory in which views that were read are kept, over all caches.
+        labels: "required" leaves out samples without a label; "optional" and "none" take them too. With "none" no row
+            has a class.
 
     Returns:
-        The views, the class of every row, and the rows that have a label and are stored in every view.
+        The views, the class of every row (-1 for none), and the rows that can be used: those stored in every view that
+        have a label, if it is required.
 
     Raises:
         CacheMismatchError: a cache is not complete.
@@ -141,14 +156,21 @@ def open_joined_views(
         its_layers = None if code_layers is None else code_layers[number]
         its_nbytes = keep_nbytes * layout.num_samples // num_samples
         parts.append(CachedViews(reader, source, code_layers=its_layers, keep_nbytes=its_nbytes))
-        usable_S = usable_samples(reader)
+        usable_S = usable_samples(reader, labels)
         if not len(usable_S):
+            num_stored = len(usable_samples(reader, "none"))
+            if not num_stored:
+                raise SourceError(f"{reader.path} has no sample with an image. Build it from images that can be read.")
             raise SourceError(
-                f"{reader.path} has no sample with a label and an image. Build it from images with labels."
+                f"{reader.path} has no labels: none of its {num_stored} stored samples has one. Build a cache from "
+                "images with labels, or learn from maps alone: `train --mode distill --attention-only`, or "
+                'atcache.batches(labels="none").'
             )
         usable.append(start + usable_S)
         start += layout.num_samples
     label_S = np.concatenate([reader.labels_S for reader in readers])
+    if labels == "none":
+        label_S = np.full_like(label_S, -1)
     return parts[0] if len(parts) == 1 else JoinedViews(parts), label_S, np.concatenate(usable)
 
 
@@ -177,9 +199,10 @@ def choose_cached_samples(
     return choose_subset(label_S, usable_S, subset, seed)
 
 
-def usable_samples(reader: CacheReader) -> np.ndarray:
-    """The rows of a cache that have a label and are stored in every view, ascending int64."""
-    return np.flatnonzero((reader.status_VS == STORED).all(axis=0) & (reader.labels_S >= 0))
+def usable_samples(reader: CacheReader, labels: Labels = "required") -> np.ndarray:
+    """The rows of a cache that are stored in every view and, if it is required, have a label; ascending int64."""
+    is_stored_S = (reader.status_VS == STORED).all(axis=0)
+    return np.flatnonzero(is_stored_S & (reader.labels_S >= 0) if labels == "required" else is_stored_S)
 
 
 def are_mixed(reader: CacheReader) -> bool:

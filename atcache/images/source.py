@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from atcache.choices import Labels
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
 from atcache.files.ranges import RangeFile, open_file
+from atcache.images.class_names import UNNAMED, ClassNames, find_class_names
 from atcache.images.decode import EncodedImage
+from atcache.images.labels import LabelRule
 from atcache.images.tar_samples import Problem, index_tar
 from atcache.images.tars import expand_tars
 
@@ -51,6 +54,8 @@ class SampleIndex:
     """A `Problem`, uint8."""
     tar_versions: tuple[str, ...] = ()
     """Versions of the tars when they were indexed, see `RangeFile.version`; empty if they are not known."""
+    classes: ClassNames = UNNAMED
+    """Names of the classes. The fingerprint leaves them out: a cache without names is the same cache."""
 
     @property
     def num_samples(self) -> int:
@@ -78,35 +83,57 @@ class SampleIndex:
         """The sample's name, "TAR_BASENAME/KEY". It does not depend on the tars' folders."""
         return f"{self.tars[int(self.tar_S[sample])].name}/{self.keys_S[sample].decode()}"
 
+    def select(self, rows: np.ndarray) -> SampleIndex:
+        """The index of these rows only, ascending, and of the tars that they are in."""
+        numbers, tar_S = np.unique(self.tar_S[rows], return_inverse=True)
+        tars: list[int] = numbers.tolist()
+        columns = ("keys_S", "offset_S", "nbytes_S", "label_S", "problem_S")
+        return replace(
+            self,
+            tars=tuple(self.tars[tar] for tar in tars),
+            tar_nbytes=tuple(self.tar_nbytes[tar] for tar in tars),
+            tar_versions=tuple(self.tar_versions[tar] for tar in tars) if self.tar_versions else (),
+            tar_S=tar_S.astype(self.tar_S.dtype),
+            **{name: getattr(self, name)[rows] for name in columns},
+        )
+
 
 def index_source(
     data: str | Path | Sequence[str | Path],
     *,
-    labels: Literal["required", "optional"] = "required",
+    labels: Labels = "required",
+    label_key: str | None = None,
     on_bad: Literal["raise", "skip"] = "raise",
 ) -> SampleIndex:
     """The index of all samples in the tars that `data` names, from one pass over the tars' headers.
 
-    Keys follow WebDataset: a key is a member's name up to the first dot of its basename, and consecutive members with
-    the same key are one sample. Apart from headers, only labels are read.
+    Keys follow WebDataset: a key is a member's name up to the first dot of its basename. Members of one tar with the
+    same key are one sample, also if others lie between them. Apart from headers, only labels are read, and
+    `classes.txt` beside the tars.
 
     Args:
         data: see `expand_tars`.
-        labels: "optional" accepts samples without a label, and gives them the label -1.
+        labels: "optional" accepts samples without a label, and gives them the label -1. "none" reads no labels: all
+            are -1.
+        label_key: where the label is in a sample's `.json`, such as "class_id" or "meta.class_id"; None for `.cls`.
         on_bad: "skip" keeps the row of a bad sample and records its `Problem` instead of raising. The last sample of a
             truncated tar is recorded as TRUNCATED even if its image is complete, so that the loss is noticed.
 
     Raises:
         SourceError: a sample is bad; the message names tar and key. With "skip" too: a tar has no samples, or a key
-            that is not UTF-8 or is longer than 512 bytes.
+            that is not UTF-8 or is longer than 512 bytes; all samples lack a label that is required; or a label is
+            beyond the names in `classes.txt`.
+        CacheMismatchError: tars lie beside different `classes.txt`.
+        ConfigError: `label_key` is given, and labels are not read.
     """
+    rule = LabelRule(mode=labels, key=label_key)
     tars = expand_tars(data)
     tar_nbytes: list[int] = []
     tar_versions: list[str] = []
     # One array for each tar: lists of a million Python numbers would take twice the memory.
     columns: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in ("key", *_COLUMN_DTYPES)}
     for number, path in enumerate(tars):
-        part = index_tar(path, labels_required=labels == "required", raise_bad=on_bad == "raise")
+        part = index_tar(path, rule, raise_bad=on_bad == "raise")
         tar_nbytes.append(part.tar_nbytes)
         tar_versions.append(part.tar_version)
         columns["key"].append(np.array(part.keys, dtype="S"))
@@ -116,10 +143,32 @@ def index_source(
             columns[name].append(np.array(values[name], dtype=dtype))
     whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     keys_S = whole.pop("key")
-    fields = {f"{name}_S": column for name, column in whole.items()}
-    return SampleIndex(
-        tars=tars, tar_nbytes=tuple(tar_nbytes), keys_S=keys_S, tar_versions=tuple(tar_versions), **fields
+    index = SampleIndex(
+        tars=tars,
+        tar_nbytes=tuple(tar_nbytes),
+        keys_S=keys_S,
+        tar_versions=tuple(tar_versions),
+        classes=UNNAMED if labels == "none" else find_class_names(tars),
+        **{f"{name}_S": column for name, column in whole.items()},
     )
+    _check_labels(index, rule)
+    return index
+
+
+def _check_labels(index: SampleIndex, rule: LabelRule) -> None:
+    """Refuse labels that are all missing, or that are beyond the names of classes."""
+    largest = int(index.label_S.max())
+    if rule.mode == "required" and largest < 0 and not (index.problem_S != Problem.NO_LABEL).all():
+        folder = index.tars[0].parent
+        raise SourceError(
+            f"{folder}: none of the {index.num_samples} samples has a label ({rule.place}). {rule.advice}"
+        )
+    num_names = len(index.classes.names)
+    if num_names and largest >= num_names:
+        raise SourceError(
+            f"{index.sample_key(int(index.label_S.argmax()))} has the label {largest}, but {index.classes.where} names "
+            f"{num_names} classes, from 0. Correct the one that is wrong; `atcache build --labels none` reads neither."
+        )
 
 
 def relocate(index: SampleIndex, data: str | Path | Sequence[str | Path]) -> SampleIndex:

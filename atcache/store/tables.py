@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -191,12 +191,14 @@ def write_samples(root: Path, index: SampleIndex) -> None:
     key_nbytes = index.keys_S.dtype.itemsize
     if key_nbytes > MAX_KEY_NBYTES:
         raise ConfigError(f"a sample key has {key_nbytes} bytes, the limit is {MAX_KEY_NBYTES}. Use shorter keys.")
-    attributes = {
+    attributes: dict[str, Any] = {
         "tars": names,
         "tar_nbytes": [int(nbytes) for nbytes in index.tar_nbytes],
         "folders": [str(tar.parent.absolute()) for tar in index.tars],
         "fingerprint": index.fingerprint,
     }
+    if index.classes.names:
+        attributes["classes"] = list(index.classes.names)
     write_group(root / "samples", attributes)
     keys_SN = np.ascontiguousarray(index.keys_S).view(np.uint8).reshape(len(index.keys_S), key_nbytes)
     write_array(root, "samples/key", keys_SN, ("sample", "key_byte"))
@@ -207,6 +209,7 @@ def write_samples(root: Path, index: SampleIndex) -> None:
 
 def read_samples(root: Location, num_samples: int) -> SampleIndex:
     """The sample table. Its tars have their paths of build time; `images.source.relocate` finds them elsewhere."""
+    from atcache.images.class_names import ClassNames
     from atcache.images.source import SampleIndex
 
     file = root / "samples/zarr.json"
@@ -214,6 +217,7 @@ def read_samples(root: Location, num_samples: int) -> SampleIndex:
         attributes = json.loads(read_file(file))["attributes"]
         names, folders = [[str(text) for text in attributes[name]] for name in ("tars", "folders")]
         tar_nbytes = tuple(int(nbytes) for nbytes in attributes["tar_nbytes"])
+        classes = ClassNames(tuple(_texts(attributes.get("classes", []))), str(root))
         tars = tuple(parse_location(folder) / name for folder, name in zip(folders, names, strict=True))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(f"{file} does not list the tars ({type(error).__name__}: {error}).") from error
@@ -234,9 +238,16 @@ def read_samples(root: Location, num_samples: int) -> SampleIndex:
         tars=tars,
         tar_nbytes=tar_nbytes,
         tar_versions=(),
+        classes=classes,
         keys_S=keys_SN.view(f"S{keys_SN.shape[1]}").reshape(num_samples),
         **{f"{name}_S": column for name, column in columns.items()},
     )
+
+
+def _texts(values: Any) -> list[str]:  # noqa: ANN401 - any JSON value
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in cast("list[Any]", values)):
+        raise TypeError("classes is not a list of names")
+    return cast("list[str]", values)
 
 
 def find_bad_tar_name(names: list[str]) -> str | None:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from atcache.cache.cache import Cache
 from atcache.cache.record import CacheRecord
-from atcache.choices import MAX_SEED, Shuffle
+from atcache.choices import LABELS, MAX_SEED, Labels, Shuffle
 from atcache.errors import ConfigError, SourceError
 from atcache.feed.batch import Batch
 from atcache.feed.beside import BesideViews, Other, rows_beside
 from atcache.feed.caches import are_mixed, choose_cached_samples, open_caches, open_joined_views
+from atcache.feed.classes import count_classes
 from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
 from atcache.feed.prefetch import Prefetcher
@@ -48,8 +49,8 @@ class TrainingBatch:
     images: Tensor
     """The views, normalised: float32 (batch, channel, height, width), on the device."""
     labels: Tensor
-    """Classes, int64 (batch,), on the device. If the cache's views are mixed: the share of each class in each image,
-    float32 (batch, class). `torch.nn.functional.cross_entropy` takes both."""
+    """Classes, int64 (batch,), on the device; -1 for samples without a label. If the cache's views are mixed: the share
+    of each class in each image, float32 (batch, class). `torch.nn.functional.cross_entropy` takes both."""
     attention: TeacherFactors
     """The teacher's attention, for a student of `make_student`. `attention.layer(5).maps()` are the maps of layer 5,
     shape (batch, head, query, key). Each call of `layer` decodes that layer, on the device."""
@@ -96,7 +97,7 @@ class Batches:
         self.num_steps = num_steps
         """Batches of one whole pass: the length of a learning rate schedule."""
         self.num_classes = num_classes
-        """One more than the largest label."""
+        """As many as the caches name, or as their labels need; 0 without labels."""
         self.device = device
         """Where images, labels and attention are."""
         self._prefetcher = Prefetcher(device)
@@ -186,6 +187,8 @@ def batches(
     seed: int = 0,
     shuffle: Shuffle = "global",
     subset: int | None = None,
+    labels: Labels = "required",
+    num_classes: int | None = None,
     layers: Indices | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -198,8 +201,8 @@ def batches(
     """The batches of a training loop: images, labels and the teacher's attention, as `atcache train` reads them.
 
     Every sample comes once per epoch, and all batches are full: one may hold the end of an epoch and the beginning of
-    the next. Epoch e shows view e modulo the cache's number of views. Samples without a label are left out, and so are
-    those that could not be stored.
+    the next. Epoch e shows view e modulo the cache's number of views. Samples that could not be stored are left out,
+    and so are those without a label, unless `labels` says otherwise.
 
     Args:
         cache: a complete cache, or several to train on as one set of samples.
@@ -213,6 +216,10 @@ def batches(
         seed: decides the order of the samples and the subset.
         shuffle: "global", or "block" for disks that are slow at random reads.
         subset: use only this many samples, spread over the classes as evenly as possible.
+        labels: "required" takes only samples with a label. "optional" takes all; the label of a sample without one is
+            -1, which `cross_entropy(..., ignore_index=-1)` skips. "none" takes all without their labels.
+        num_classes: how many classes there are; None for as many as the caches name or their labels need. It matters
+            only for mixed views, whose labels are the shares of the classes.
         layers: the teacher's layers that are read, such as "0-17" or [0, 1, 2]; None for all in the cache. Leave out
             layers that no student uses, and less is read.
         mean: subtracted from red, green and blue in 0..1; None for the teacher's. A student of another family may
@@ -242,6 +249,7 @@ def batches(
         ("batch_size", batch_size, 1),
         ("steps", steps, 1),
         ("subset", subset, 1),
+        ("num_classes", num_classes, 1),
         ("seed", seed, 0),
         ("workers", workers, 0),
         ("keep_mib", keep_mib, 0),
@@ -259,6 +267,8 @@ def batches(
             f"rank={rank}, num_ranks={num_ranks}, batch_size={batch_size}: expected a rank from 0 to num_ranks - 1, "
             "and a batch that can be cut into equal parts."
         )
+    if labels not in LABELS:
+        raise ConfigError(f"labels={labels!r}: expected one of {', '.join(LABELS)}.")
     on = resolve_device(str(device))
     readers = open_caches(locations_of(cache))
     geometry = CacheRecord.of(readers[0]).geometry
@@ -268,7 +278,10 @@ def batches(
         _as_text(data) if data is not None else _data_of(cache),
         code_layers=teacher.code_layers,
         keep_nbytes=keep_mib * 2**20 // max(1, workers),
+        labels=labels,
     )
+    if labels != "none":
+        num_classes = count_classes([reader.samples for reader in readers], usable_S, num_classes)
     others = _open_others(beside or {}, readers, on)
     if others:
         views = BesideViews(views, readers, [other for other, _ in others.values()])
@@ -286,7 +299,7 @@ def batches(
         teacher,
         beside={name: its_teacher for name, (_, its_teacher) in others.items()},
         num_steps=order.num_steps(epochs) if steps is None else steps,
-        num_classes=int(label_S[usable_S].max()) + 1,
+        num_classes=num_classes or 0,
         mixed=any(map(are_mixed, readers)),
         device=on,
         mean=_colours("mean", mean, readers[0]),

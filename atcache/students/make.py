@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 from atcache.cache.record import CacheRecord
 from atcache.choices import WHATS, What
 from atcache.errors import ConfigError
 from atcache.feed.caches import open_caches, usable_samples
+from atcache.feed.classes import count_classes
+from atcache.store.reader import CacheReader
 from atcache.students.batches import Caches, Indices, index_text, locations_of
 from atcache.students.copy import CopyStudent
 from atcache.students.distil import DistilledStudent
@@ -49,7 +52,8 @@ def make_student(
         mode: "copy" or "distill".
         student: a timm name, with arguments after a colon such as "vit_large_patch16_224.mae:embed_dim=512"; None for
             the teacher's own architecture.
-        num_classes: outputs of its head; None for as many as the caches' labels need.
+        num_classes: outputs of its head; None for as many as the caches name or their labels need. 0, or None if the
+            caches have no labels, makes no head: instead of logits, the student returns features.
         layers: blocks whose attention is transferred, such as "0-17" or [0, 1, 2]; the others attend freely. None for
             all in the cache.
         heads: heads of these blocks, such as "0,3"; the others attend freely. None for all in the cache.
@@ -94,18 +98,25 @@ def make_student(
     )
     if pairing.what != "map":
         CacheTeacher(readers, [pairing], torch.device("cpu"))  # refuses caches that do not hold it
-    needed = 1 + max(int(reader.labels_S[usable_samples(reader)].max(initial=-1)) for reader in readers)
-    num_classes = needed if num_classes is None else num_classes
-    if num_classes < max(1, needed):
-        raise ConfigError(
-            f"num_classes={num_classes}: expected at least {max(1, needed)}, as the cache's labels go to {needed - 1}."
-        )
+    num_classes = _count_classes(readers, num_classes)
     architecture = parse_model_name(student or record.identity.teacher)
     made = new_student(mode, architecture, num_classes, geometry=record.geometry, pairing=pairing, drop_path=drop_path)
     check_views_fit(made, readers[0])
     module = made.module.train()  # new_student leaves it in evaluation mode
     assert isinstance(module, (CopyStudent, DistilledStudent)), "these are the modules of the two modes"
     return module
+
+
+def _count_classes(readers: Sequence[CacheReader], wanted: int | None) -> int:
+    """As many as the caches name or their labels need, or as are wanted; 0 for a student without a head."""
+    if wanted == 0:
+        return 0
+    if wanted is not None and wanted < 0:
+        raise ConfigError(f"num_classes={wanted}: expected at least 1, or 0 for a student without a head.")
+    indexes = [reader.samples for reader in readers]
+    starts = np.cumsum([0, *(index.num_samples for index in indexes)]).tolist()
+    usable = [start + usable_samples(reader) for start, reader in zip(starts, readers, strict=False)]
+    return count_classes(indexes, np.concatenate(usable), wanted)
 
 
 def _pairs_text(pairs: str | Mapping[int, int] | None) -> str | None:

@@ -36,7 +36,7 @@ class Student:
     input: InputConfig
     """The pixels' size and normalisation."""
     num_classes: int
-    """Outputs of its head."""
+    """Outputs of its head; 0 if it has none."""
     pairing: Pairing | None = None
     """What it is given of a teacher, and where; None in the modes scratch and finetune."""
 
@@ -53,6 +53,11 @@ class Student:
         else:
             logits = self.predict(images, teacher)
         return F.cross_entropy(logits.float(), label_B, label_smoothing=label_smoothing), attention_loss
+
+    def attention_loss(self, images: Tensor, teacher: TeacherFactors | None) -> Tensor:
+        """The attention loss of a distilled student alone, for which no labels are needed."""
+        assert self.mode == "distill", "checked by the caller's config"
+        return self.module(images, teacher)[1]
 
     def predict(self, images: Tensor, teacher: TeacherFactors | None) -> Tensor:
         """Class logits. Only copying students need the teacher to predict."""
@@ -79,7 +84,7 @@ def new_student(
     Args:
         mode: what it does with the teacher's attention.
         name: its timm architecture.
-        num_classes: outputs of its head.
+        num_classes: outputs of its head; 0 for none.
         geometry: the teacher's geometry; needed for copy and distill.
         pairing: what is transferred, and where; None transfers all to a student of the teacher's shape.
         drop_path: the largest rate of stochastic depth.

@@ -2,6 +2,7 @@
 
 - `config`: the options of a build
 - `run`: the whole build, from start to end
+- `samples`: the samples that are wanted, all or a part
 - `plan`: what a build will write and cost, and whether it may continue an existing cache
 - `codec`: which codec a build uses, with its target
 - `given_codec`: the codec of another cache, with its fitted state

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atcache.choices import Decoding, Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
 from atcache.files.location import Location
 
@@ -19,6 +19,10 @@ from ..options import (
     device_option,
     kept_heads_option,
     kept_layers_option,
+    keys_option,
+    label_key_option,
+    labels_option,
+    max_samples_option,
     mix_prob_option,
     mixup_option,
     option,
@@ -86,6 +90,10 @@ class BuildConfig:
         "URLs of any of these (http, https, s3, gs, az).",
         metavar="TARS",
     )
+    labels: Labels = labels_option()
+    label_key: str | None = label_key_option()
+    max_samples: int | None = max_samples_option()
+    keys: Path | None = keys_option()
     out: Path = option("Folder of the cache. An unfinished cache is continued.", is_written=True)
     recipe: str | None = recipe_option()
     weights: Path | None = weights_option()
@@ -136,8 +144,10 @@ class BuildConfig:
     dry_run: bool = option("Print the plan and stop before anything is written.", default=False)
 
     def __post_init__(self) -> None:
+        from atcache.images.labels import LabelRule
         from atcache.views.mixing import mix_policy
 
+        LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
         if self.policy == "eval" and self.views > 1:
             raise ConfigError(f"views={self.views}: policy eval always makes the same view; use --policy crop-flip.")
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":

@@ -23,7 +23,8 @@ from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
 from atcache.files.durable import only_writer, sweep_partials
-from atcache.images.source import SampleIndex, Source, index_source, relocate
+from atcache.images.class_names import same_classes
+from atcache.images.source import SampleIndex, Source, relocate
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
@@ -39,6 +40,7 @@ from .codec import choose_codec
 from .config import BuildConfig
 from .given_codec import GivenCodec
 from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, plan_build, plan_layout
+from .samples import index_samples
 from .shared_folder import check_mark, marked, wait_for_commits
 from .summary import BuildSummary
 from .tasks import TaskRunner
@@ -75,13 +77,14 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     # First, so that a cache that cannot be continued is refused before the teacher is loaded.
     existing = _open_existing(config.out)
     given = _read_given_codec(config, existing)
-    index = index_source(config.data, on_bad=config.on_bad_image)
+    index = index_samples(config.data, config, on_bad=config.on_bad_image)
     wanted = _Wanted.of(config, index, None if given is None else given.codec)
     run, identity = wanted.run, wanted.identity
     if given is not None:
         given.check_teacher(identity)
     if existing is not None:
         check_same_cache(existing, identity, config.samples_per_shard)
+        same_classes([existing.samples.classes, index.classes])
         record = CacheRecord.of(existing)
         if record.complete is not None and existing.is_complete:
             complete, seconds = record.complete.to_json(), time.monotonic() - start_s

@@ -8,7 +8,7 @@ from atcache.choices import Precision
 from atcache.errors import ConfigError
 from atcache.files.location import Location
 
-from ..options import config, device_option, option, precision_option, weights_option
+from ..options import config, device_option, label_key_option, option, precision_option, weights_option
 
 
 @config
@@ -26,6 +26,8 @@ class EvaluateConfig:
         default=None,
         metavar="TARS",
     )
+    label_key: str | None = label_key_option()
+    by_class: bool = option("Score each class by itself too.", default=False)
     live_teacher: bool = option(
         "Run the teacher for copying students instead of reading its maps from --cache.", default=False
     )
@@ -42,3 +44,7 @@ class EvaluateConfig:
             raise ConfigError("nothing to evaluate on: give --cache or --data.")
         if self.weights is not None and not self.live_teacher:
             raise ConfigError(f"weights={self.weights} is for a live teacher only. Give --live-teacher too.")
+        if self.label_key is not None and self.cache is not None:
+            raise ConfigError(
+                f"label_key={self.label_key}: labels come from the cache, so no .json is read. Leave it out."
+            )

@@ -9,9 +9,11 @@ from atcache.errors import ConfigError
 from atcache.feed.caches import open_caches
 from atcache.fields import JsonFields
 from atcache.files.location import listed
+from atcache.images.class_names import ClassNames
 from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
+from ..running.run_files import WEIGHTS_FILE
 from ..train.record import load_run
 from ..train.validation import Score, open_validation, score_students
 from .config import EvaluateConfig
@@ -38,6 +40,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     readers = open_caches(listed(config.cache))
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
+    for folder, (student, _) in zip(config.runs, loaded, strict=True):
+        if not student.num_classes:
+            raise ConfigError(
+                f"{folder} was trained with --attention-only: it has no head, so it predicts no classes. Finetune its "
+                f"weights on images with labels first: --mode finetune --weights {folder / WEIGHTS_FILE}."
+            )
     students = [student for student, _ in loaded]
     copied = [record for _, record in loaded if record.mode == "copy"]
     teacher = copied[0].teacher if copied else None
@@ -56,8 +64,14 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         batch_size=config.batch_size,
         workers=config.workers,
         device=device,
+        label_key=config.label_key,
+        known=[
+            ClassNames(record.classes or (), f"the run {folder}")
+            for folder, (_, record) in zip(config.runs, loaded, strict=True)
+        ],
     )
-    score = score_students(students, data, device, resolve_precision(config.precision, device))
+    dtype = resolve_precision(config.precision, device)
+    score = score_students(students, data, device, dtype, by_class=config.by_class)
     return EvaluateSummary(
         runs=tuple(map(str, config.runs)),
         modes=tuple(record.mode for _, record in loaded),

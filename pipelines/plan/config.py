@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from atcache.choices import Decoding, Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision
 from atcache.errors import ConfigError
 
 from ..options import (
@@ -21,6 +21,10 @@ from ..options import (
     device_option,
     kept_heads_option,
     kept_layers_option,
+    keys_option,
+    label_key_option,
+    labels_option,
+    max_samples_option,
     mix_prob_option,
     mixup_option,
     option,
@@ -106,6 +110,10 @@ class PlanConfig:
     data: str | None = option(
         "The images, as for build. A part of them is enough if their number is assumed.", default=None, metavar="TARS"
     )
+    labels: Labels = labels_option()
+    label_key: str | None = label_key_option()
+    max_samples: int | None = max_samples_option()
+    keys: Path | None = keys_option()
     out: Path = option(
         "Where the cache would be. Its disk is measured, and nothing is left there.", default=Path(), is_written=True
     )
@@ -148,8 +156,10 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         from atcache.codecs.registry import parse_codec
+        from atcache.images.labels import LabelRule
         from atcache.views.mixing import mix_policy
 
+        LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises if they do not go together
         for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
             if self.store == "v":

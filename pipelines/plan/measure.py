@@ -17,6 +17,7 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture
 from atcache.attention.geometry import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
+from atcache.feed.classes import count_classes
 from atcache.images.source import SampleIndex
 from atcache.store.chunks import decompress_into
 from atcache.store.layout import ZSTD, StoreLayout
@@ -118,7 +119,8 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
         machine = replace(machine, load_img_per_s=config.num_workers * 1e3 / images.view_ms)
     if config.assumed.student_img_per_s is None:
         say(f"timing a student in mode {config.mode}")
-        steps = StudentSteps(config, run, geometry, int(index.label_S.max(initial=0)) + 1, bench.pixels_BHWC)
+        num_classes = max(1, count_classes([index], np.flatnonzero(index.label_S >= 0)))
+        steps = StudentSteps(config, run, geometry, num_classes, bench.pixels_BHWC)
         layers = run.factors(bench.capture, bench.pixels_BHWC)
         live = LiveFactors(dict(zip(geometry.layers, layers, strict=True)))
         machine = replace(machine, student_img_per_s=steps.img_per_s(config.mode, lambda: live))

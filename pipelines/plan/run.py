@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atcache.fields import JsonFields
-from atcache.images.source import SampleIndex, index_source
+from atcache.images.source import SampleIndex
 
 from ..build.plan import existing_folder
+from ..build.samples import index_samples
 from .config import PlanConfig
 from .disk import DiskProbe
 from .images import ImageCost, say_image_cost
@@ -69,7 +70,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     assumed = config.assumed
     index = None
     if config.data is not None and (assumed.num_samples is None or assumed.missing_of_teacher):
-        index = index_source(config.data, on_bad="skip")
+        index = index_samples(config.data, config, on_bad="skip")
     workload = Workload(
         num_samples=assumed.num_samples or _count_good(index),
         num_views=config.views,

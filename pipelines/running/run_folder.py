@@ -34,6 +34,7 @@ _WITHOUT_VALUES = {
     "data.validation": "its validation images or cache are different",
     "data.initial_weights_sha256": "it began with different --weights",
     "record.teacher": "its teacher is different",
+    "record.classes": "its classes have different names",
     "record.pairing": "it is given different attention of its teacher",
     "source_fingerprint": "its images are different",
     "num_samples": "its images are different",

@@ -14,6 +14,7 @@ from ..options import (
     config,
     cutmix_option,
     device_option,
+    label_key_option,
     mix_prob_option,
     mixup_option,
     option,
@@ -27,6 +28,8 @@ STREAM_FIELDS = (
     "data",
     "val_cache",
     "val_data",
+    "label_key",
+    "num_classes",
     "live_teacher",
     "policy",
     "mixup",
@@ -49,6 +52,7 @@ MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
     "weights": ("finetune",),
     **dict.fromkeys((*_WHERE_FIELDS, "what"), ("copy", "distill")),
     "attention_weight": ("distill",),
+    "attention_only": ("distill",),
 }
 """The modes that can use a setting, if not all can. With a live teacher all modes can have `weights`: the teacher's."""
 _ATTENTION_WEIGHT = 3.0  # the paper's (arXiv 2411.09702)
@@ -87,6 +91,12 @@ class TrainConfig:
         "Tars of validation images, or where the validation caches' tars are now. May be given more than once.",
         default=None,
         metavar="TARS",
+    )
+    label_key: str | None = label_key_option()
+    num_classes: int | None = option(
+        "Outputs of the student's head.  [default: as many as classes.txt names, or as the largest label needs]",
+        default=None,
+        at_least=1,
     )
     student: str | None = option(
         "The student: a timm name, with arguments after a colon.  [default: the teacher's architecture]", default=None
@@ -173,6 +183,9 @@ class TrainConfig:
         at_least=0,
         below=1,
     )
+    attention_only: bool = option(
+        "Distil by the attention loss alone: no labels are needed, and the student has no head.", default=False
+    )
     attention_weight: float = option(
         "Weight of the distillation loss; 3 is the paper's.", default=_ATTENTION_WEIGHT, at_least=0
     )
@@ -229,6 +242,10 @@ class TrainConfig:
             raise ConfigError(
                 f"policy={self.policy}: the views of {self.caches[0]} are drawn already; leave --policy out."
             )
+        if self.label_key is not None and self.caches and (self.val_data is None or self.val_cache is not None):
+            raise ConfigError(
+                f"label_key={self.label_key}: labels come from the caches, so no .json is read. Leave it out."
+            )
         self._check_mixing()
         if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
             raise ConfigError(
@@ -236,6 +253,25 @@ class TrainConfig:
                 "weights and runs no teacher. Leave --weights out."
             )
         self._check_transfer(transfers)
+        if self.attention_only:
+            self._check_attention_only()
+
+    def _check_attention_only(self) -> None:
+        if self.mode != "distill":
+            raise ConfigError(
+                f"attention_only: mode {self.mode} learns from labels. Use --mode distill, or leave it out."
+            )
+        if self.val_cache is not None or self.val_data is not None:
+            raise ConfigError(
+                "attention_only: the student has no head, so it has no accuracy to measure. Leave --val-cache and "
+                "--val-data out."
+            )
+        of_labels = {"num_classes": None, "label_smoothing": 0.0, "attention_weight": _ATTENTION_WEIGHT}
+        if given := [name for name, default in of_labels.items() if getattr(self, name) != default]:
+            raise ConfigError(
+                f"{given[0]}={getattr(self, given[0])}: with attention_only there is no loss of labels. Leave one of "
+                "the two out."
+            )
 
     def _check_mixing(self) -> None:
         if not (self.mixup or self.cutmix or self.mix_prob != 1):
@@ -285,9 +321,13 @@ class TrainConfig:
     def settings(self) -> dict[str, Any]:
         """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
-        places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "weights")
+        places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "label_key", "weights")
         for name in (*places, "workers", "keep_mib", "device", "compile", "checkpoint_every", "validate_every"):
             del settings[name]
         if self.stream_seed == self.seed:  # the same run, whether --order-seed repeats the seed or is left out
             settings["order_seed"] = None
+        # Runs from before these options were made without them, and continue.
+        for name in ("attention_only", "num_classes"):
+            if not settings[name]:
+                del settings[name]
         return settings

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 
 from atcache.cache.record import CacheRecord
+from atcache.choices import Labels
 from atcache.errors import AtcacheError, CacheMismatchError, ConfigError
-from atcache.feed.caches import choose_cached_samples, open_caches, open_joined_views
+from atcache.feed.caches import choose_cached_samples, open_caches, open_joined_views, usable_samples
+from atcache.feed.classes import count_classes
 from atcache.feed.order import SampleOrder, choose_subset
 from atcache.feed.sample_views import FreshViews, Views
 from atcache.files.location import listed
-from atcache.images.source import Source, index_source
+from atcache.images.class_names import ClassNames, same_classes
+from atcache.images.source import SampleIndex, Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
 from atcache.students.student import Student, check_views_fit, new_student
@@ -81,7 +84,9 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
     teacher: CacheTeacher | LiveTeacher | None = None
     if readers and pairings:
         teacher = live_teacher or CacheTeacher(readers, pairings, device)
-    views, label_S, eligible_S, sample_S = _open_views(first, readers, teacher, plans[0].student)
+    opened_views = _open_views(configs, readers, teacher, plans[0].student)
+    views, label_S, sample_S = opened_views.views, opened_views.label_S, opened_views.sample_S
+    learns_labels = any(not config.attention_only for config in configs)
     stream = _Stream(
         readers=readers,
         val_readers=val_readers,
@@ -91,7 +96,10 @@ def open_training_data(configs: Sequence[TrainConfig], device: torch.device) -> 
             sample_S=sample_S, seed=first.stream_seed, batch_size=first.batch_size, shuffle=first.shuffle
         ),
         # Classes are counted over all usable labels, so that a subset does not change the student.
-        num_classes=int(label_S[eligible_S].max()) + 1,
+        num_classes=(
+            count_classes(opened_views.indexes, opened_views.eligible_S, first.num_classes) if learns_labels else 0
+        ),
+        classes=same_classes([index.classes for index in opened_views.indexes]),
         cache_teacher=cache_teacher,
         teacher=teacher,
         shared_teacher=SharedTeacher(teacher) if teacher is not None and len(configs) > 1 else None,
@@ -133,6 +141,7 @@ class _Stream(NamedTuple):
     label_S: np.ndarray
     order: SampleOrder
     num_classes: int
+    classes: ClassNames
     cache_teacher: TeacherRecord | None
     """The teacher of the caches."""
     teacher: CacheTeacher | LiveTeacher | None
@@ -169,11 +178,12 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
     """The data of one run: its own part, and what it shares with the others."""
     teacher = stream.cache_teacher if plan.pairing else None
     initial_weights = _initial_weights(config, stream.cache_teacher)
+    num_classes = 0 if config.attention_only else stream.num_classes
     torch.manual_seed(config.seed)  # the student's weights are the first thing drawn
     student = new_student(
         config.mode,
         plan.student,
-        stream.num_classes,
+        num_classes,
         geometry=teacher and teacher.geometry,
         pairing=plan.pairing,
         drop_path=config.drop_path,
@@ -195,7 +205,8 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
         record=RunRecord(
             mode=config.mode,
             student=str(plan.student),
-            num_classes=stream.num_classes,
+            num_classes=num_classes,
+            classes=(stream.classes.names or None) if num_classes else None,
             pairing=plan.pairing,
             teacher=teacher,
         ),
@@ -205,7 +216,7 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
         notes=(
-            *training_notes(config, plan.student, stream.num_classes, stream.readers),
+            *training_notes(config, plan.student, num_classes, stream.readers),
             *view_notes(config, len(seen_label_S), stream.readers),
             *(() if validation is None else validation_notes(stream.views, seen_label_S, validation)),
         ),
@@ -219,17 +230,31 @@ def _without_codecs(identity: dict[str, Any]) -> dict[str, Any]:
     return {**identity, "codec": None} if "codec" in identity else identity
 
 
+class _OpenedViews(NamedTuple):
+    """The views to train on."""
+
+    views: Views
+    label_S: np.ndarray
+    """Class of every row; -1 for none."""
+    eligible_S: np.ndarray
+    """The rows that can be used."""
+    sample_S: np.ndarray
+    """The rows that are used."""
+    indexes: tuple[SampleIndex, ...]
+    """The sample tables, whose rows follow one another."""
+
+
 def _open_views(
-    config: TrainConfig,
+    configs: Sequence[TrainConfig],
     readers: Sequence[CacheReader],
     teacher: CacheTeacher | LiveTeacher | None,
     name: ModelName,
-) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
-    """The views to train on, the class of every row, the rows that can be used, and the rows that are used."""
+) -> _OpenedViews:
+    config = configs[0]
     keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps views of its own
     if not readers:
         assert config.data, "checked by TrainConfig"
-        index = index_source(config.data)
+        index = index_source(config.data, label_key=config.label_key)
         eligible_S = np.flatnonzero(index.label_S >= 0)
         sample_S = eligible_S
         if config.subset is not None:
@@ -237,15 +262,32 @@ def _open_views(
         mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
         policy = _input_of(name).view_policy(config.policy or "crop-flip", config.stream_seed, mixing)
         fresh = FreshViews(Source(index), policy, partner_S=sample_S, keep_nbytes=keep_nbytes)
-        return fresh, index.label_S, eligible_S, sample_S
+        return _OpenedViews(fresh, index.label_S, eligible_S, sample_S, (index,))
     views, label_S, eligible_S = open_joined_views(
         readers,
         config.data or None,
         code_layers=teacher.code_layers if isinstance(teacher, CacheTeacher) else None,
         keep_nbytes=keep_nbytes,
+        labels=_labels_for(configs, readers),
     )
     sample_S = choose_cached_samples(readers, label_S, eligible_S, subset=config.subset, seed=config.stream_seed)
-    return views, label_S, eligible_S, sample_S
+    return _OpenedViews(views, label_S, eligible_S, sample_S, tuple(reader.samples for reader in readers))
+
+
+def _labels_for(configs: Sequence[TrainConfig], readers: Sequence[CacheReader]) -> Labels:
+    """Whether the samples of runs need labels. All students of a sweep see the same samples."""
+    modes: set[Labels] = {"none" if config.attention_only else "required" for config in configs}
+    if len(modes) == 1:
+        return modes.pop()
+    num_stored, num_labelled = (
+        sum(len(usable_samples(reader, labels)) for reader in readers) for labels in ("none", "required")
+    )
+    if num_stored != num_labelled:
+        raise ConfigError(
+            f"{num_stored - num_labelled} of {num_stored} samples have no label: alone, a student of attention_only "
+            "would train on all, and the others on those with a label. Train them in two sweeps."
+        )
+    return "required"
 
 
 def _input_of(name: ModelName) -> InputConfig:
@@ -295,4 +337,6 @@ def _validation(config: TrainConfig, student: Student, stream: _Stream) -> Valid
         batch_size=config.batch_size // config.accumulate,  # what fits in memory in training fits here
         workers=config.workers,
         device=stream.device,
+        label_key=config.label_key,
+        known=(stream.classes,),
     )

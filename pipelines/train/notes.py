@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from atcache.cache.record import CacheRecord
+from atcache.feed.caches import usable_samples
 from atcache.feed.sample_views import Views
 from atcache.store.reader import CacheReader
 from atcache.teachers.components import component_differences
@@ -38,8 +39,10 @@ def training_notes(
     if readers and config.mode in ("copy", "distill") and config.student is not None:
         yield from _notes_on_components(student, CacheRecord.of(readers[0]).teacher_record)
     asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
-    if asked not in (0, num_classes):
+    if asked not in (0, num_classes) and not config.attention_only:
         yield f"NOTE: the student's num_classes={asked} is not used: the labels have {num_classes} classes, from 0."
+    if not config.attention_only:
+        yield from _notes_on_labels(readers)
     if config.recipe is not None:
         wanted = read_recipe(config.recipe)["build"]
         for reader in readers:
@@ -49,6 +52,18 @@ def training_notes(
                     f"{'; '.join(differences)}. A cache's views are fixed; `atcache build --recipe {config.recipe}` "
                     "builds one with the recipe's."
                 )
+
+
+def _notes_on_labels(readers: Sequence[CacheReader]) -> Iterator[str]:
+    """A note on samples that are left out because they have no label."""
+    num_stored, num_labelled = (
+        sum(len(usable_samples(reader, labels)) for reader in readers) for labels in ("none", "required")
+    )
+    if num_stored > num_labelled:
+        yield (
+            f"NOTE: {num_stored - num_labelled:,} of {num_stored:,} samples have no label and are left out. To learn "
+            "from the teacher's maps of all: --mode distill --attention-only."
+        )
 
 
 def view_notes(config: TrainConfig, num_samples: int, readers: Sequence[CacheReader]) -> Iterator[str]:

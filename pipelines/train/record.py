@@ -6,13 +6,13 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from atcache.choices import Mode
 from atcache.errors import ConfigError
-from atcache.fields import JsonFields
+from atcache.fields import JsonFields, Omitted
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, new_student
 from atcache.teachers.names import parse_model_name
@@ -30,10 +30,13 @@ class RunRecord(JsonFields):
     student: str
     """The student's timm name, with arguments."""
     num_classes: int
+    """Outputs of its head; 0 for a student without one."""
     pairing: Pairing | None
     """Which of the teacher's layers and heads go where in the student; None for scratch and finetune."""
     teacher: TeacherRecord | None
     """The teacher whose attention it uses; None for scratch and finetune."""
+    classes: Annotated[tuple[str, ...] | None, Omitted] = None
+    """Names of the classes; None if they were not known, or for a student without a head."""
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:

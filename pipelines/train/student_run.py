@@ -221,6 +221,10 @@ class TrainingRun:
             pixels_BHWC = jitter_pixels(pixels_BHWC, copied(jitter_B3, self.device))
         images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
         given = None if self.data.teacher is None else self.data.teacher.factors(part)
+        if self.config.attention_only:
+            with autocast(self.device, self.dtype):
+                attention_loss = student.attention_loss(images, given)
+            return {"loss": attention_loss, "attention_loss": attention_loss}
         targets = part.targets(self.student.num_classes)
         with autocast(self.device, self.dtype):
             label_loss, attention_loss = student.train_step(images, targets, given, self.config.label_smoothing)
@@ -297,7 +301,7 @@ class TrainingRun:
             steps=self.num_steps,
             num_samples=len(self.data.order.sample_S),
             loss=statistics.fmean(row["loss"] for row in last),
-            label_loss=statistics.fmean(row["label_loss"] for row in last),
+            label_loss=None if self.config.attention_only else statistics.fmean(row["label_loss"] for row in last),
             validation=self.validation,
             seconds=self._seconds_before + speed.seconds,
             **(speed.values() if speed.num_images else {name: last[-1][name] for name in speed.values()}),

@@ -25,8 +25,8 @@ class TrainSummary(JsonFields):
     num_samples: int
     loss: float
     """Mean over the last tenth of the logged steps; includes the attention loss of a distilled student."""
-    label_loss: float
-    """The same mean of the labels' loss alone, which students of all modes have."""
+    label_loss: float | None
+    """The same mean of the labels' loss alone, which students of all modes have; None for attention-only."""
     validation: Score | None
     """At the end; None without validation data."""
     seconds: float

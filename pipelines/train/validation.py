@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.caches import open_joined_views
+from atcache.feed.classes import refuse_beyond
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
-from atcache.fields import JsonFields
+from atcache.fields import JsonFields, Omitted
+from atcache.images.class_names import ClassNames, same_classes
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing
@@ -29,6 +32,18 @@ from ..running.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore(JsonFields):
+    """How well predictions fit the labels of one class."""
+
+    label: int
+    name: str
+    """Empty if it is not known."""
+    top1: float
+    """Share of the class's samples whose label is the first prediction, in percent."""
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Score(JsonFields):
     """How well predictions fit labels."""
 
@@ -39,6 +54,8 @@ class Score(JsonFields):
     loss: float
     """Mean cross-entropy, in nats."""
     num_samples: int
+    classes: Annotated[tuple[ClassScore, ...] | None, Omitted] = None
+    """Each class that has samples by itself, if that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -50,6 +67,8 @@ class ValidationSet:
     """Class of every row of the source."""
     sample_S: np.ndarray
     """Rows that can be used."""
+    classes: ClassNames
+    """Names of the classes, as far as they are known."""
     teacher: CacheTeacher | LiveTeacher | None
     batch_size: int
     workers: int
@@ -75,6 +94,8 @@ def open_validation(
     batch_size: int,
     workers: int,
     device: torch.device,
+    label_key: str | None = None,
+    known: Sequence[ClassNames] = (),
 ) -> ValidationSet:
     """Views to score students on.
 
@@ -87,11 +108,13 @@ def open_validation(
         batch_size: samples per batch.
         workers: processes that read ahead.
         device: where students run.
+        label_key: where labels are in the `.json` files of `data`; None for `.cls` files.
+        known: names of the classes that the students were trained on.
 
     Raises:
         ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
-        CacheMismatchError: a cache does not hold the maps that copying students were trained with, or the caches
-            cannot be used together.
+        CacheMismatchError: a cache does not hold the maps that copying students were trained with, the caches cannot
+            be used together, or a class has another name than in training.
     """
     pairings = [student.pairing for student in students if student.mode == "copy" and student.pairing is not None]
     given: CacheTeacher | LiveTeacher | None = live_teacher
@@ -105,6 +128,7 @@ def open_validation(
             given = CacheTeacher(readers, pairings, device)
             code_layers = given.code_layers
         views, label_S, usable_S = open_joined_views(readers, data, code_layers=code_layers, keep_nbytes=0)
+        indexes = [reader.samples for reader in readers]
         for student in students:
             check_views_fit(student, readers[0])
     else:
@@ -113,14 +137,25 @@ def open_validation(
                 "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
             )
         assert data is not None, "checked by the callers' configs"
-        index = index_source(data)
+        index = index_source(data, label_key=label_key)
+        indexes = [index]
         views, label_S = FreshViews(Source(index), students[0].input.view_policy("eval", seed=0)), index.label_S
         usable_S = np.flatnonzero(label_S >= 0)
-    _check_students_fit(students, int(label_S[usable_S].max(initial=-1)))
+    classes = same_classes([*known, *(index.classes for index in indexes)])
+    _check_students_fit(students)
+    num_classes = students[0].num_classes
+    expected = f"the student has {num_classes} classes, from 0. Validate on the classes it was trained on."
+    refuse_beyond(indexes, usable_S, num_classes, expected)
     if not readers:
         _check_one_view(students)
     return ValidationSet(
-        views=views, label_S=label_S, sample_S=usable_S, teacher=given, batch_size=batch_size, workers=workers
+        views=views,
+        label_S=label_S,
+        sample_S=usable_S,
+        classes=classes,
+        teacher=given,
+        batch_size=batch_size,
+        workers=workers,
     )
 
 
@@ -167,8 +202,8 @@ def _check_one_view(students: Sequence[Student]) -> None:
             )
 
 
-def _check_students_fit(students: Sequence[Student], largest_label: int) -> None:
-    """Refuse students of different sizes, and labels that they have no class for."""
+def _check_students_fit(students: Sequence[Student]) -> None:
+    """Refuse students of different sizes."""
     first = students[0]
     for student in students:
         sizes = [(other.input.height, other.input.width, other.num_classes) for other in (first, student)]
@@ -177,11 +212,6 @@ def _check_students_fit(students: Sequence[Student], largest_label: int) -> None
                 "the runs cannot be averaged: their (height, width, classes) are "
                 f"{sizes[0]} and {sizes[1]}. Evaluate them one by one."
             )
-    if largest_label >= first.num_classes:
-        raise ConfigError(
-            f"the validation labels go up to {largest_label}, but the student has {first.num_classes} classes, from 0. "
-            "Validate on the classes it was trained on."
-        )
 
 
 def score_students(
@@ -190,13 +220,16 @@ def score_students(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    *,
+    by_class: bool = False,
 ) -> Score:
     """The score of the mean of the students' probabilities (Li et al. 2024), the same on all ranks.
 
-    Each rank scores its share. The students' modules are left in eval mode.
+    With `by_class`, of each class too. Each rank scores its share. The students' modules are left in eval mode.
     """
     # Summed on the device, so that no batch waits for it.
     sums_3 = torch.zeros(3, dtype=torch.float64, device=device)
+    sums_2C = torch.zeros(2, students[0].num_classes, dtype=torch.float64, device=device)  # correct ones, and all
     num_samples = 0
     for student in students:
         student.module.eval()
@@ -207,6 +240,7 @@ def score_students(
         # A probability that underflowed to 0 has no logarithm; the smallest normal number stands in for it.
         of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
         sums_3 += torch.stack([ranked_BC[:, 0].sum(), ranked_BC.any(1).sum(), -of_label_B.log().sum()])
+        sums_2C.index_add_(1, label_B, torch.stack([ranked_BC[:, 0], torch.ones_like(ranked_BC[:, 0])]).double())
         num_samples += len(label_B)
     top1, top5, loss, num_samples = ranks.sum(torch.cat([sums_3, sums_3.new_tensor([num_samples])]))
     return Score(
@@ -214,6 +248,17 @@ def score_students(
         top5=100 * top5 / num_samples,
         loss=loss / num_samples,
         num_samples=int(num_samples),
+        classes=_class_scores(ranks.sum(sums_2C.reshape(-1)), data.classes) if by_class else None,
+    )
+
+
+def _class_scores(sums: Sequence[float], classes: ClassNames) -> tuple[ClassScore, ...]:
+    """The scores of the classes that have samples, from the counts of correct ones and of all."""
+    num_classes = len(sums) // 2
+    return tuple(
+        ClassScore(label=label, name=classes.name(label), top1=100 * correct / count, num_samples=int(count))
+        for label, (correct, count) in enumerate(zip(sums[:num_classes], sums[num_classes:], strict=True))
+        if count
     )
 
 

@@ -516,7 +516,7 @@ def test_samples_that_two_caches_hold_are_refused(part_caches, tiny_cache):
     whole, drawn_anew = tiny_cache(), tiny_cache(views=2)
     for paths in ([first, first], [whole, drawn_anew], [second, first, whole]):
         with pytest.raises(
-            CacheMismatchError, match=r"both hold the samples of digits-000\d\.tar, so each sample would count"
+            CacheMismatchError, match=r"both hold samples of digits-000\d\.tar, which would count twice"
         ):
             open_caches(paths)
 

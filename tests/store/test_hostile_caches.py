@@ -69,6 +69,17 @@ def test_tar_names_that_lead_elsewhere_are_refused(cache, name):
         _ = CacheReader(cache).samples
 
 
+@pytest.mark.parametrize("classes", ["cat", 5, {"0": "cat"}, ["cat", 5]])
+def test_names_of_classes_that_are_no_list_of_texts_are_refused(cache, classes):
+    file = cache / "samples" / "zarr.json"
+    group = json.loads(file.read_bytes())
+    assert "classes" not in group["attributes"]  # old caches have none
+    group["attributes"]["classes"] = classes
+    file.write_text(json.dumps(group))
+    with pytest.raises(CorruptCacheError, match=r"samples/zarr\.json does not list the tars .*classes is not a list"):
+        _ = CacheReader(cache).samples
+
+
 def test_a_sample_table_that_names_no_tar_is_refused(cache):
     group = json.loads((cache / "samples" / "zarr.json").read_bytes())
     for name in ("tars", "folders", "tar_nbytes"):

@@ -163,7 +163,7 @@ def test_labels_without_a_class_and_students_of_other_sizes_are_refused(runs, di
         )
     )
     tars = str(digits_tars[0].parent)
-    with pytest.raises(ConfigError, match="the validation labels go up to 9, but the student has 9 classes, from 0"):
+    with pytest.raises(ConfigError, match="digit-00009 has the label 9, but the student has 9 classes, from 0"):
         evaluate(config_of(Path(nine.out), data=tars))
     with pytest.raises(ConfigError, match=r"are \(8, 8, 10\) and \(8, 8, 9\)\. Evaluate them one by one"):
         evaluate(config_of(runs["scratch"][0], Path(nine.out), data=tars))
