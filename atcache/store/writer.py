@@ -25,6 +25,7 @@ from atcache.files.durable import (
     write_file,
 )
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
+from atcache.store.growth import end_growth, enlarge_arrays, read_growth
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
@@ -35,7 +36,16 @@ from atcache.store.manifest import (
     summarise_commits,
     write_commit,
 )
-from atcache.store.metadata import ATTRIBUTES, SEAL, collect_metadata, load_root, seal, seal_holds, split_root
+from atcache.store.metadata import (
+    ATTRIBUTES,
+    SEAL,
+    collect_metadata,
+    is_old_table,
+    load_root,
+    seal,
+    seal_holds,
+    split_root,
+)
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
@@ -87,7 +97,7 @@ def create_cache(
                 write_group(temp / group)
             for spec in layout.arrays():
                 _create_sharded_array(temp, spec)
-            write_samples(temp, index)
+            write_samples(temp, index, layout.samples_group)
             write_state(temp, state, bias_LHQK)
             fsync_tree(temp)
             try:
@@ -281,7 +291,8 @@ class TaskWriter:
 def finish_cache(path: Path | str) -> dict[str, Any]:
     """Declare a cache complete: write its totals and consolidated metadata, so that it opens with one read.
 
-    Calling it again changes nothing.
+    A cache that was growing becomes what it has grown to, at the moment when its root is replaced. Calling it again
+    changes nothing.
 
     Returns:
         The record in `attributes["atcache"]["complete"]`.
@@ -295,6 +306,7 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     ours, layout = split_root(path, root)
     if not seal_holds(ours):
         raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy.")
+    ours, layout = read_growth(path) or (ours, layout)
     commits = read_commits(path)
     names = [task.name for task in layout.tasks()]
     missing = [name for name in names if name not in commits]
@@ -313,6 +325,9 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     complete = summarise_commits(commits[name] for name in names)
     root["attributes"] = {**root["attributes"], ATTRIBUTES: seal({**ours, "complete": complete})}
     # As zarr.consolidate_metadata writes it, but without its warning that the key is not yet in the specification.
-    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": collect_metadata(path)}
+    enlarge_arrays(path, layout)
+    copies = {name: copy for name, copy in collect_metadata(path).items() if not is_old_table(name, layout)}
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": copies}
     write_file(path / "zarr.json", encode_json(root))
+    end_growth(path)
     return complete
