@@ -7,6 +7,7 @@
 - `metadata`: the zarr.json files of a cache, and the checksum over what they say
 - `parts`: sample tables of caches in several parts
 - `growth`: more views or samples for a cache that exists
+- `joining`: several caches' shards as one cache
 - `tables`: arrays written once: samples, the codec's state, the teacher's bias
 - `chunks`: chunks and shard indexes as bytes
 - `shard_file`: write one shard

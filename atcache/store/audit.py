@@ -148,9 +148,9 @@ def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: St
     if isinstance(source, dict):  # a cache that `create_cache` made without a build may have none
         recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
     return [
-        f"the sample table in {path}/{layout.samples_group} has the fingerprint {index.fingerprint[:12]}..., {file} says "
-        f"{str(fingerprint)[:12]}...."
-        for file, fingerprint in recorded.items()
+        f"the sample table in {path}/{layout.samples_group} has the fingerprint {index.fingerprint[:12]}..., "
+        f"{place} says {str(fingerprint)[:12]}...."
+        for place, fingerprint in recorded.items()
         if fingerprint != index.fingerprint
     ]
 

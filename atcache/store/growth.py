@@ -1,7 +1,8 @@
 """A cache that grows: more views, or more samples, beside what is there.
 
-What it is to become is in one file, and new shards lie beyond the arrays as they are. So readers see the old cache until
-`finish_cache` replaces the root's zarr.json, and then the new one. What an open reader uses is never changed or removed.
+What it is to become is in one file, and new shards lie beyond the arrays as they are. So readers see the old cache
+until `finish_cache` replaces the root's zarr.json, and then the new one. What an open reader uses is never changed or
+removed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
 
 GROWTH = f"{COMMITS}/growth.json"
-"""Holds the attributes that the root will have, without totals. In the group of the commit records, which has no arrays,
-so that Zarr libraries do not wonder about it.
+"""Holds the attributes that the root will have, without totals. It is in the group of the commit records, which has no
+arrays, so that Zarr libraries do not wonder about it.
 """
 
 

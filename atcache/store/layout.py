@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Annotated, ClassVar, Literal
 
@@ -53,6 +53,9 @@ MAX_CHUNKS_PER_SHARD = 2**24
 MAX_NUM_TASKS = 10**7
 MAX_NUM_SAMPLES = 2**31 - 1
 MAX_NUM_VIEWS = 10_000
+
+MAX_SAMPLES_PER_SHARD = 8192
+"""The most that a plan gives a shard: it bounds the index of a shard, and the work lost, if views are tiny."""
 
 
 class Status(IntEnum):
@@ -266,6 +269,12 @@ class StoreLayout(JsonFields):
         stops = self.part_stops or (self.num_samples,)
         return [(start, stop) for start, stop in zip((0, *map(self.next_block, stops)), stops, strict=False)]
 
+    def with_part(self, stops: tuple[int, ...]) -> StoreLayout:
+        """The layout with more samples behind these: one part or several, by the row after the last of each."""
+        start = self.next_block(self.num_samples)
+        part_stops = (*(self.part_stops or (self.num_samples,)), *(start + stop for stop in stops))
+        return replace(self, num_samples=part_stops[-1], part_stops=part_stops)
+
     def next_block(self, row: int) -> int:
         """The first row of a block from `row` on."""
         return -(-row // self.samples_per_shard) * self.samples_per_shard
@@ -371,7 +380,7 @@ def _check_count(name: str, value: object, limit: int) -> None:
 
 
 def plan_samples_per_shard(
-    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = 8192
+    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = MAX_SAMPLES_PER_SHARD
 ) -> int:
     """How many samples a task takes, so that its shard has about `target_nbytes`.
 
@@ -379,7 +388,7 @@ def plan_samples_per_shard(
         nbytes_per_view: bytes of one view of one sample, on disk or before compression: the caller chooses.
         num_samples: samples in the source; a shard is never larger.
         target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
-        max_samples: limits the index of a shard, and the work lost, if views are tiny.
+        max_samples: see `MAX_SAMPLES_PER_SHARD`.
 
     >>> plan_samples_per_shard(1_500_000, 1_281_167)
     178

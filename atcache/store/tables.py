@@ -212,7 +212,10 @@ def write_samples(root: Path, index: SampleIndex, group: str = "samples") -> Non
 
 
 def read_samples(root: Location, num_samples: int, group: str = "samples") -> SampleIndex:
-    """The sample table in a group. Its tars have their paths of build time; `images.source.relocate` finds them elsewhere."""
+    """The sample table in a group.
+
+    Its tars have their paths of build time; `images.source.relocate` finds them elsewhere.
+    """
     from atcache.images.source import SampleIndex
 
     file = root / group / "zarr.json"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ from atcache.store.tables import write_group, write_samples, write_state
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
 
-_RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
+RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
+"""Members of `attributes["atcache"]` that the store writes."""
 
 
 def create_cache(
@@ -79,26 +81,30 @@ def create_cache(
         CacheMismatchError: `path` exists.
         DiskFullError: no space is left.
     """
-    path = Path(path)
-    if path.exists():
-        raise _exists(path)
     if len(index.keys_S) != layout.num_samples:
         raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
-    reserved = sorted(set(attributes) & set(_RESERVED_ATTRIBUTES))
+    reserved = sorted(set(attributes) & set(RESERVED_ATTRIBUTES))
     if reserved:
         raise ConfigError(f"attributes {', '.join(reserved)} are written by the store; give others.")
+    with new_cache_folder(Path(path)) as temp:
+        write_empty_cache(temp, layout, attributes, index, state, bias_LHQK)
+
+
+@contextmanager
+def new_cache_folder(path: Path) -> Generator[Path]:
+    """A temp folder beside `path` that becomes `path` at the end, durably, or is removed after an error.
+
+    Raises:
+        CacheMismatchError: `path` exists.
+        DiskFullError: no space is left.
+    """
+    if path.exists():
+        raise _exists(path)
     make_folder(path.absolute().parent)
     temp = partial_path(path)
     with disk_errors_explained(path):
         try:
-            ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
-            write_group(temp, {ATTRIBUTES: seal(ours)})
-            for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
-                write_group(temp / group)
-            for spec in layout.arrays():
-                _create_sharded_array(temp, spec)
-            write_samples(temp, index, layout.samples_group)
-            write_state(temp, state, bias_LHQK)
+            yield temp
             fsync_tree(temp)
             try:
                 temp.rename(path)
@@ -110,6 +116,25 @@ def create_cache(
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
+
+
+def write_empty_cache(
+    path: Path,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    index: SampleIndex,
+    state: Mapping[str, np.ndarray],
+    bias_LHQK: np.ndarray | None,
+) -> None:
+    """What `create_cache` writes, into a folder that is not there yet. See there for the arguments."""
+    ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
+    write_group(path, {ATTRIBUTES: seal(ours)})
+    for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
+        write_group(path / group)
+    for spec in layout.arrays():
+        _create_sharded_array(path, spec)
+    write_samples(path, index, layout.samples_group)
+    write_state(path, state, bias_LHQK)
 
 
 def _exists(path: Path) -> CacheMismatchError:

@@ -133,8 +133,8 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
     notes = find_strays(path, layout, committed)
     if to_come:
         notes.append(
-            f"{path} is growing: {len(to_come - committed)} of {len(to_come)} new tasks are not built yet. The new ones "
-            "are not checked; type the `atcache build --grow` command again to continue."
+            f"{path} is growing: {len(to_come - committed)} of {len(to_come)} new tasks are not built yet. The new "
+            "ones are not checked; type the `atcache build --grow` command again to continue."
         )
     committed -= to_come
     for name in sorted(committed - tasks.keys()):
