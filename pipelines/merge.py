@@ -1,4 +1,4 @@
-"""Merge: caches of parts of a dataset, built on different machines, become one. Shards are linked or copied as they are."""
+"""Merge: caches of parts of a dataset, built on different machines, become one. Shards are linked, or copied."""
 
 from __future__ import annotations
 

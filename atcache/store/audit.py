@@ -70,8 +70,10 @@ def _check_node(
         return [f"{file} is missing" + (f", though {path}/zarr.json lists it." if copy is not None else ".")]
     except (OSError, ValueError) as error:
         return [f"{file} cannot be read ({error})."]
-    if spec is not None and shape_to_be is not None and isinstance(found, dict) and found.get("shape") == shape_to_be:
-        found["shape"] = list(spec.shape)  # a growth was stopped while it gave arrays their new shapes
+    found = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    # A growth may have been stopped while it gave arrays their new shapes.
+    if spec is not None and found.get("shape") == (shape_to_be or found):
+        found["shape"] = list(spec.shape)
     if copy is not None and found != copy:
         return [f'{file} is not the same as its copy in {path}/zarr.json, under "consolidated_metadata".']
     if spec is not None:

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import disk_errors_explained, encode_json, fsync_path, fsync_tree, write_file
@@ -42,7 +42,8 @@ def read_growth(path: Path) -> tuple[dict[str, Any], StoreLayout] | None:
         return None
     except (OSError, ValueError) as error:
         raise _damaged(file, str(error)) from error
-    if not isinstance(growth, dict) or SEAL not in growth or not seal_holds(growth):
+    growth = cast("dict[str, Any]", growth) if isinstance(growth, dict) else {}
+    if SEAL not in growth or not seal_holds(growth):
         raise _damaged(file, "its checksum does not match")
     ours, _ = split_root(path, load_root(path))
     # A kill just after the root was replaced leaves the file behind.

@@ -12,7 +12,7 @@ import torch
 
 from atcache import __version__
 from atcache.cache.differences import find_differences, name_differences
-from atcache.cache.identity import CacheIdentity
+from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
@@ -114,7 +114,8 @@ def check_same_cache(
     Raises:
         CacheMismatchError: names each difference, with both values.
     """
-    there, layout = CacheRecord.of(existing).identity, existing.layout
+    record, layout = CacheRecord.of(existing), existing.layout
+    there = replace(record.identity, selection=_indices_of(record))
     added = {"views.num_views", "source.fingerprint", "source.num_samples"}
     if grows:
         there = replace(
@@ -139,6 +140,14 @@ def check_same_cache(
             "Give another --out, or the options it was begun with"
             f"{', or --grow to add the views or tars that it lacks' if could_grow else ''}."
         )
+
+
+def _indices_of(record: CacheRecord) -> Selection:
+    """What was selected, as indices: the first versions recorded the text that was typed, or nothing."""
+    selection, geometry = record.identity.selection, record.geometry
+    layers = selection.layers if isinstance(selection.layers, tuple) else geometry.layers
+    heads = geometry.heads if isinstance(selection.heads, str) else selection.heads
+    return replace(selection, layers=layers, heads=heads)
 
 
 def settle_samples_per_shard(wanted: int, num_samples: int) -> int:
