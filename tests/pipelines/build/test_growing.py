@@ -334,13 +334,14 @@ def test_a_cache_that_an_earlier_version_wrote_grows(name, tmp_path):
     cache = atcache.open(config.out, data=golden.parent / "tars")
     if "weights_sha256" in refusal_of(config):
         pytest.skip("this version of torch draws other weights than the one that wrote the cache")
-    before, maps = shards(config.out), cache.maps(layer=0).compute()
+    layer = cache.geometry.layers[0]
+    before, maps = shards(config.out), cache.maps(layer).compute()
     build(config)
     assert before.items() <= shards(config.out).items()
     grown = atcache.open(config.out, data=config.data)
     assert grown.reader.layout.part_stops == (6, 11)
     assert grown.describe()["num_stored"] == config.views * 8
-    assert np.array_equal(grown.maps(layer=0)[: len(maps), :6].compute(), maps, equal_nan=True)
+    assert np.array_equal(grown.maps(layer)[: len(maps), :6].compute(), maps, equal_nan=True)
     data = None if config.pixels == "store" else config.data
     problems = [finding.message for finding in atcache.verify(cache=config.out, data=data, all=True).problems]
     replays = [problem for problem in problems if "the replayed image differs from" in problem]
