@@ -12,9 +12,9 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `build`, `verify`, `train` and `evaluate` do what the commands of the same
-names do. A user's mistake and damaged data raise an `AtcacheError`. `import atcache` is fast: it imports torch, timm,
-zarr and dask only when a function that needs them is first used.
+The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `verify`, `train` and `evaluate` do what the commands of the
+same names do. A user's mistake and damaged data raise an `AtcacheError`. `import atcache` is fast: it imports torch,
+timm, zarr and dask only when a function that needs them is first used.
 """
 
 # In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from atcache.pipelines.api import (
         build as build,
         evaluate as evaluate,
+        merge as merge,
         pack as pack,
         plan as plan,
         pretrain as pretrain,
@@ -69,7 +70,8 @@ __version__ = "0.1.0"
 # Names that are imported on first use, and the modules they come from.
 _MODULE_OF = {
     **dict.fromkeys(
-        ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"), "atcache.pipelines.api"
+        ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"),
+        "atcache.pipelines.api",
     ),
     **dict.fromkeys(("Cache", "View"), "atcache.cache.cache"),
     **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
@@ -103,6 +105,7 @@ __all__ = [
     "build",
     "evaluate",
     "make_student",
+    "merge",
     "open",
     "pack",
     "plan",

@@ -3,6 +3,7 @@
 - `main`: find the sub-command, import only that one, and turn errors into messages
 - `plan`: `atcache plan`
 - `build`: `atcache build`
+- `merge`: `atcache merge`
 - `info`: `atcache info`
 - `verify`: `atcache verify`
 - `train`: `atcache train`

@@ -47,7 +47,7 @@ def _count_bad(status_VS: Any) -> dict[str, int]:  # noqa: ANN401 - numpy, which
     from atcache.store.layout import Status, describe_status
 
     counts_N = np.bincount(status_VS.ravel())
-    reasons = [status for status in np.flatnonzero(counts_N).tolist() if status > Status.STORED]
+    reasons = [status for status in np.flatnonzero(counts_N).tolist() if Status.STORED < status < Status.NO_SAMPLE]
     return {describe_status(status): int(counts_N[status]) for status in reasons}
 
 
@@ -89,7 +89,10 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
         lines.append(("row KL", f"{row_kl['mean']:.2g} nats on average, {row_kl['max']:.2g} at most"))
     if v_error := about["quality"].get("v_error"):
         lines.append(("v", f"off by {v_error['mean']:.2g} on average, {v_error['max']:.2g} at most"))
-    return [*lines, ("state", _state(about))] + ([("bad", _bad(bad))] if bad else [])
+    lines.append(("state", _state(about)))
+    if growth := about["growth"]:
+        lines.append(("growing", _growing(growth)))
+    return lines + ([("bad", _bad(bad))] if bad else [])
 
 
 def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
@@ -142,6 +145,14 @@ def _state(about: dict[str, Any]) -> str:
     return (
         f"incomplete: {missing} of {_count(about['num_tasks'], 'task')} missing, "
         f"{_count(about['num_stored'], 'view')} stored. Type the same `atcache build` command again to continue."
+    )
+
+
+def _growing(growth: dict[str, int]) -> str:
+    missing = growth["num_tasks"] - growth["num_tasks_done"]
+    return (
+        f"to {growth['num_samples']} x {_count(growth['num_views'], 'view')}: {_count(missing, 'task')} missing. Type "
+        "the same `atcache build --grow` command again to continue."
     )
 
 

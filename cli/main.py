@@ -65,6 +65,7 @@ def _command(name: str, summary: str, *, attribute: str | None = None) -> LazyCo
 COMMANDS: dict[str, LazyCommand] = {
     "plan": _command("plan", "Say what a cache would cost, and whether it would pay off."),
     "build": _command("build", "Run the teacher once over a dataset and keep its attention in a cache."),
+    "merge": _command("merge", "Join caches of parts of a dataset, made on different machines."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
     "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),

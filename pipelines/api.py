@@ -16,6 +16,7 @@ from .build.config import BuildConfig
 from .build.run import build as run_build
 from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
+from .merge import MergeConfig, merge as run_merge
 from .options import options_of
 from .pack import PackConfig, pack as run_pack
 from .plan.config import PlanConfig
@@ -166,6 +167,26 @@ verify = _function(
     Example:
 
         assert not atcache.verify(cache="in1k.zarr").problems
+    """,
+)
+
+merge = _function(
+    MergeConfig,
+    run_merge,
+    """Join caches of parts of a dataset, made on different machines.
+
+    Shards are linked where the disk allows it, else copied. The parts stay as they are.
+
+    Returns:
+        What was made, and how many bytes were copied.
+
+    Raises:
+        CacheMismatchError: two caches are not parts of one; the message names each difference.
+        DiskFullError: shards must be copied, and do not fit.
+
+    Example:
+
+        atcache.merge(caches=("part-0.zarr", "part-1.zarr"), out="in1k.zarr")
     """,
 )
 

@@ -40,6 +40,7 @@ ORDER = [
     "atcache.pipelines.pack",
     "atcache.pipelines.fidelity",
     "atcache.pipelines.build",
+    "atcache.pipelines.merge",
     "atcache.pipelines.plan",
     "atcache.pipelines.train",
     "atcache.pipelines.evaluate",

@@ -15,6 +15,7 @@ from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMissError
 from atcache.files.location import Location
+from atcache.store.growth import read_growth
 from atcache.store.layout import FORMAT, Status, describe_status
 from atcache.store.manifest import read_commits, summarise_quality
 from atcache.store.reader import CacheReader
@@ -98,18 +99,27 @@ class Cache:
             CacheMissError, CacheMismatchError: as in `CacheReader`.
             CorruptCacheError: what the cache records about itself cannot be used; the message names the member.
         """
-        self.reader = CacheReader(path)
-        self.record = CacheRecord.of(self.reader)
+        self._hold(CacheReader(path), data)
+
+    def _hold(self, reader: CacheReader, data: str | Path | Sequence[str | Path] | None) -> None:
+        self.reader = reader
+        self.record = CacheRecord.of(reader)
         """What the cache records about itself."""
         self._data = data
 
+    @classmethod
+    def _of(cls, reader: CacheReader, data: str | Path | Sequence[str | Path] | None) -> Cache:
+        cache = cls.__new__(cls)
+        cache._hold(reader, data)
+        return cache
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Cache, data=self._data), (self.path,)
+        return Cache._of, (self.reader, self._data)  # the copy of a cache that has grown meanwhile is as it was
 
     def __repr__(self) -> str:
         layout = self.reader.layout
         return (
-            f"<Cache {self.path}: {layout.num_samples} samples, {layout.num_views} views, "
+            f"<Cache {self.path}: {layout.num_real_samples} samples, {layout.num_views} views, "
             f"{len(self.geometry.layers)} layers>"
         )
 
@@ -165,7 +175,8 @@ class Cache:
     def samples(self) -> xr.Dataset:
         """One row per sample: sample_key, label, class_name, tar (an index into attribute `tars`), status of each view.
 
-        class_name is empty where the name is not known: if there was no `classes.txt` beside the tars.
+        class_name is empty where the name is not known: if there was no `classes.txt` beside the tars. A cache that has
+        grown or was merged may have rows between its parts that no sample has: their status is 255.
         """
         import xarray as xr
 
@@ -343,15 +354,29 @@ class Cache:
             "heads": list(geometry.heads),
             "stores_v": geometry.v_head_dim > 0,
             "num_tokens": geometry.tokens.num_tokens,
-            "num_samples": layout.num_samples,
+            "num_samples": layout.num_real_samples,
             "num_views": layout.num_views,
-            "num_tasks": layout.num_views * layout.num_blocks,
+            "num_tasks": layout.num_tasks,
             **totals,
             "codes_nbytes_per_view": round(code_nbytes),
             "nbytes_per_view": round(totals["nbytes"] / num_stored),
             "map_nbytes_per_view": map_nbytes,
             "times_smaller_than_float16_maps": round(map_nbytes / code_nbytes, 2) if code_nbytes else None,
             "is_complete": reader.is_complete,
+            "growth": self._growth(),
+        }
+
+    def _growth(self) -> dict[str, int] | None:
+        """What the cache is growing to, and how far it is; None if it is not growing, or is on a server."""
+        growth = read_growth(self.path) if isinstance(self.path, Path) else None
+        if growth is None:
+            return None
+        layout, committed = growth[1], self.reader.committed_tasks()
+        return {
+            "num_samples": layout.num_real_samples,
+            "num_views": layout.num_views,
+            "num_tasks": layout.num_tasks,
+            "num_tasks_done": sum(task.name in committed for task in layout.tasks()),
         }
 
     def _totals(self) -> dict[str, Any]:
@@ -361,7 +386,7 @@ class Cache:
             complete = self.record.complete.to_json()
             sums = {name: complete[name] for name in names}
             return {**sums, "num_tasks_done": complete["num_tasks"], "quality": complete["quality"]}
-        commits = list(read_commits(self.path).values())
+        commits = [commit for commit in read_commits(self.path).values() if self.reader.layout.has_task(commit.task)]
         sums = {name: sum(getattr(commit, name) for commit in commits) for name in names}
         return {**sums, "num_tasks_done": len(commits), "quality": summarise_quality(commits)}
 

@@ -43,7 +43,7 @@ class CacheIdentity(JsonFields):
     fingerprint: Annotated[str, At("source.fingerprint")]
     """Fingerprint of the sample table."""
     num_samples: Annotated[int, At("source.num_samples")]
-    """Rows of the sample table."""
+    """Samples, with and without problems."""
     policy: Annotated[ViewPolicy, At("views.policy")]
     """How views were drawn."""
     num_views: Annotated[int, At("views.num_views"), Range(at_least=1)]

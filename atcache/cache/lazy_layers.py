@@ -153,8 +153,9 @@ def plan_sample_chunks(
     num_parts = -(-layout.samples_per_shard // most)
     size = -(-layout.samples_per_shard // num_parts)
     chunks: list[int] = []
-    for block in range(layout.num_blocks):
-        remaining = layout.task(0, block).num_samples
+    for start in range(0, layout.num_samples, layout.samples_per_shard):
+        # All rows, also those between two parts, which no task has.
+        remaining = min(layout.samples_per_shard, layout.num_samples - start)
         while remaining:
             chunks.append(min(size, remaining))
             remaining -= chunks[-1]

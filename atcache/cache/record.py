@@ -206,10 +206,10 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         Misfit: two contradict each other.
     """
     identity, geometry, complete = record.identity, record.geometry, record.complete
-    policy, num_heads, num_views = identity.policy, len(geometry.heads), layout.num_views * layout.num_samples
+    policy, num_heads, num_views = identity.policy, len(geometry.heads), layout.num_views * layout.num_real_samples
     sides = (policy.image_height, policy.image_width)
     of_layout: dict[str, tuple[object, object]] = {
-        "source.num_samples": (identity.num_samples, layout.num_samples),
+        "source.num_samples": (identity.num_samples, layout.num_real_samples),
         "views.num_views": (identity.num_views, layout.num_views),
         "views.pixels": (identity.pixels, "replay" if layout.pixels is None else "store"),
         "views.policy.image_height": (sides, layout.pixels or sides),
@@ -230,7 +230,7 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
     _require(fits_kind, "geometry.head_dim", head_dim, "at least 1 for factors, 0 for maps")
     _require(v_error is not None or not geometry.v_head_dim, "calibration.v_error", v_error, "a number, as v is stored")
     if complete is not None:
-        num_tasks, num_bad = layout.num_views * layout.num_blocks, num_views - complete.num_stored
+        num_tasks, num_bad = layout.num_tasks, num_views - complete.num_stored
         _require(
             complete.num_tasks == num_tasks,
             "complete.num_tasks",

@@ -25,6 +25,8 @@ class Problem(IntEnum):
     DUPLICATE_KEY = 4
     TRUNCATED = 5
     UNDECODABLE = 6
+    NO_SAMPLE = 255
+    """A row between two parts of a cache, which no sample has; never found in a tar."""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,9 @@
 - `reader`: read the codes and pixels of one sample
 - `manifest`: commit records, which say which tasks are done
 - `metadata`: the zarr.json files of a cache, and the checksum over what they say
+- `parts`: sample tables of caches in several parts
+- `growth`: more views or samples for a cache that exists
+- `joining`: several caches' shards as one cache
 - `tables`: arrays written once: samples, the codec's state, the teacher's bias
 - `chunks`: chunks and shard indexes as bytes
 - `shard_file`: write one shard

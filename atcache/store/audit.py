@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +14,13 @@ from atcache.errors import CorruptCacheError
 from atcache.files.durable import is_partial
 from atcache.files.location import Location, Url
 from atcache.files.ranges import file_exists, list_files, read_file
+from atcache.store.growth import GROWTH, read_growth
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
 from atcache.store.manifest import COMMIT_NAME, COMMITS
-from atcache.store.metadata import consolidated_copies, list_arrays, load_root, seal_holds, split_root
+from atcache.store.metadata import consolidated_copies, is_old_table, list_arrays, load_root, seal_holds, split_root
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
-_SAMPLE_ARRAYS = [f"samples/{name}" for name in ("key", *SAMPLE_DTYPES)]
+_SAMPLE_COLUMNS = ("key", *SAMPLE_DTYPES)
 
 
 def check_metadata(path: Location) -> list[str]:
@@ -46,17 +48,21 @@ def check_metadata(path: Location) -> list[str]:
         problems.append(f"{file} lacks the copies of the other zarr.json files that a finished cache has.")
         copies = {}
     specs = {spec.name: spec for spec in layout.arrays()}
+    growth = read_growth(path) if isinstance(path, Path) else None
+    shapes_to_be = {} if growth is None else {spec.name: list(spec.shape) for spec in growth[1].arrays()}
     for name in sorted({*_group_names(layout), *specs, *copies}):
-        problems += _check_node(path, name, specs.get(name), copies.get(name))
+        problems += _check_node(path, name, specs.get(name), copies.get(name), shapes_to_be.get(name))
     return problems
 
 
 def _group_names(layout: StoreLayout) -> list[str]:
     pixels = ["pixels"] if layout.pixels is not None else []
-    return ["attention", "attention/state", COMMITS, "samples", "views", *pixels]
+    return ["attention", "attention/state", COMMITS, layout.samples_group, "views", *pixels]
 
 
-def _check_node(path: Location, name: str, spec: ArraySpec | None, copy: object) -> list[str]:
+def _check_node(
+    path: Location, name: str, spec: ArraySpec | None, copy: object, shape_to_be: list[int] | None
+) -> list[str]:
     file = path / f"{name}/zarr.json"
     try:
         found: Any = json.loads(read_file(file))
@@ -64,6 +70,10 @@ def _check_node(path: Location, name: str, spec: ArraySpec | None, copy: object)
         return [f"{file} is missing" + (f", though {path}/zarr.json lists it." if copy is not None else ".")]
     except (OSError, ValueError) as error:
         return [f"{file} cannot be read ({error})."]
+    found = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+    # A growth may have been stopped while it gave arrays their new shapes.
+    if spec is not None and found.get("shape") == (shape_to_be or found):
+        found["shape"] = list(spec.shape)
     if copy is not None and found != copy:
         return [f'{file} is not the same as its copy in {path}/zarr.json, under "consolidated_metadata".']
     if spec is not None:
@@ -122,7 +132,7 @@ def _differences(found: object, expected: object, where: str = "") -> Iterator[s
 
 def check_tables(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
     """What is wrong with the sample table, the codec's state and the teacher's bias: what no task writes."""
-    problems = [problem for name in _SAMPLE_ARRAYS for problem in check_array(path, name)]
+    problems = [problem for name in _sample_arrays(layout) for problem in check_array(path, name)]
     if not problems:
         problems += _check_fingerprint(path, attributes, layout)
     return problems + [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
@@ -130,20 +140,25 @@ def check_tables(path: Location, attributes: Mapping[str, Any], layout: StoreLay
 
 def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:
     try:
-        index = read_samples(path, layout.num_samples)
+        index = read_samples(path, layout.num_samples, layout.samples_group)
     except CorruptCacheError as error:
         return [str(error)]
     source: Any = attributes.get("source")
-    table: Any = json.loads(read_file(path / "samples/zarr.json"))["attributes"]
-    recorded: dict[Location, Any] = {path / "samples/zarr.json": table.get("fingerprint")}
+    file = path / layout.samples_group / "zarr.json"
+    table: Any = json.loads(read_file(file))["attributes"]
+    recorded: dict[Location, Any] = {file: table.get("fingerprint")}
     if isinstance(source, dict):  # a cache that `create_cache` made without a build may have none
         recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
     return [
-        f"the sample table in {path}/samples has the fingerprint {index.fingerprint[:12]}..., {file} says "
-        f"{str(fingerprint)[:12]}...."
-        for file, fingerprint in recorded.items()
+        f"the sample table in {path}/{layout.samples_group} has the fingerprint {index.fingerprint[:12]}..., "
+        f"{place} says {str(fingerprint)[:12]}...."
+        for place, fingerprint in recorded.items()
         if fingerprint != index.fingerprint
     ]
+
+
+def _sample_arrays(layout: StoreLayout) -> list[str]:
+    return [f"{layout.samples_group}/{name}" for name in _SAMPLE_COLUMNS]
 
 
 def _extra_arrays(path: Location) -> list[str]:
@@ -161,6 +176,9 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         committed: names of the tasks that have a commit record.
     """
     known = _known_files(path, layout)
+    growth = read_growth(path) if isinstance(path, Path) else None
+    if growth is not None:
+        known.add(GROWTH)
     strays: list[str] = []
     uncommitted: set[str] = set()
     if isinstance(path, Url) and not path.can_list:
@@ -171,7 +189,9 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         folder, _, name = relative.rpartition("/")
         if relative in known or (folder == COMMITS and COMMIT_NAME.fullmatch(name)):
             continue
-        task = _task_of_shard(relative, layout)
+        if is_old_table(relative, layout):  # of before the cache grew, for readers that were open then
+            continue
+        task = _task_of_shard(relative, layout) or (growth and _task_of_shard(relative, growth[1]))
         if task is not None:
             uncommitted |= {task.name} - committed
         elif is_partial(name):
@@ -190,7 +210,7 @@ def _known_files(path: Location, layout: StoreLayout) -> set[str]:
     """The files of a cache except shards and commit records, by their paths in it."""
     known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
     known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}
-    for name in [*_SAMPLE_ARRAYS, *_extra_arrays(path)]:
+    for name in [*_sample_arrays(layout), *_extra_arrays(path)]:
         try:
             known |= array_files(path, name)
         except CorruptCacheError:

@@ -5,15 +5,16 @@ Pure functions of numbers: nothing here reads or writes files."""
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
 from atcache.errors import ConfigError
-from atcache.fields import JsonFields
+from atcache.fields import JsonFields, Omitted
 
 FORMAT = 1
 """The format number this version writes and reads; `docs/format.md` says what it means."""
@@ -53,6 +54,9 @@ MAX_NUM_TASKS = 10**7
 MAX_NUM_SAMPLES = 2**31 - 1
 MAX_NUM_VIEWS = 10_000
 
+MAX_SAMPLES_PER_SHARD = 8192
+"""The most that a plan gives a shard: it bounds the index of a shard, and the work lost, if views are tiny."""
+
 
 class Status(IntEnum):
     """What became of one sample of one view (`views/status`).
@@ -67,6 +71,8 @@ class Status(IntEnum):
     DUPLICATE_KEY = 4
     TRUNCATED = 5
     UNDECODABLE = 6
+    NO_SAMPLE = 255
+    """No sample has this row: see `StoreLayout.part_stops`."""
 
 
 def describe_status(status: int) -> str:
@@ -99,7 +105,7 @@ class Task(JsonFields):
 
     @property
     def num_samples(self) -> int:
-        """Samples in the block; the last block of a view may have fewer."""
+        """Samples in the block; the last block of a part may have fewer."""
         return self.stop - self.start
 
 
@@ -163,6 +169,7 @@ class StoreLayout(JsonFields):
     is_strict: ClassVar[bool] = True
     num_views: int
     num_samples: int
+    """Rows of the sample table, and so of the axis S. Of a cache in several parts, some belong to no sample."""
     num_layers: int
     """Rows of codes: one for each stored layer, or two, of bytes, if all layers are packed together."""
     num_tokens: int
@@ -181,6 +188,12 @@ class StoreLayout(JsonFields):
     """(height, width) of the stored images; None when views are replayed from the tars."""
     compressor: str = BLOSC
     """How codes are compressed, one of `COMPRESSORS`."""
+    part_stops: Annotated[tuple[int, ...], Omitted] = ()
+    """The row after the last sample of each part, if the cache has grown or was merged; empty if it has one part.
+
+    A part begins a shard of its own, since shards are never rewritten. So rows between the end of a part and the next
+    multiple of `samples_per_shard` belong to no sample.
+    """
 
     def __post_init__(self) -> None:
         limits = {
@@ -215,6 +228,8 @@ class StoreLayout(JsonFields):
                 f"{self.num_views} views of {self.num_samples} samples in shards of {self.samples_per_shard} are "
                 f"{self.num_views * self.num_blocks} tasks, over {MAX_NUM_TASKS}. Raise samples_per_shard."
             )
+        if self.part_stops:
+            self._check_parts()
         for spec in self.arrays():
             if spec.chunk_nbytes > MAX_CHUNK_NBYTES or spec.num_chunks_per_shard > MAX_CHUNKS_PER_SHARD:
                 raise ConfigError(
@@ -223,10 +238,56 @@ class StoreLayout(JsonFields):
                     "or layers_per_chunk."
                 )
 
+    def _check_parts(self) -> None:
+        for stop in self.part_stops:
+            _check_count("part_stops", stop, self.num_samples)
+        starts = [start for start, _ in self.parts()]
+        is_one = len(self.part_stops) < 2
+        if (
+            is_one
+            or self.part_stops[-1] != self.num_samples
+            or any(start >= stop for start, stop in zip(starts, self.part_stops, strict=True))
+        ):
+            raise ConfigError(
+                f"part_stops={self.part_stops}: expected none or several ascending rows up to "
+                f"num_samples={self.num_samples}, each "
+                f"part beginning at a multiple of samples_per_shard={self.samples_per_shard}."
+            )
+
     @property
     def num_blocks(self) -> int:
         """Blocks of samples, and so tasks, in a view."""
         return -(-self.num_samples // self.samples_per_shard)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of all views."""
+        return self.num_views * self.num_blocks
+
+    def parts(self) -> list[tuple[int, int]]:
+        """First row, and row after the last sample, of each part."""
+        stops = self.part_stops or (self.num_samples,)
+        return [(start, stop) for start, stop in zip((0, *map(self.next_block, stops)), stops, strict=False)]
+
+    def with_part(self, stops: tuple[int, ...]) -> StoreLayout:
+        """The layout with more samples behind these: one part or several, by the row after the last of each."""
+        start = self.next_block(self.num_samples)
+        part_stops = (*(self.part_stops or (self.num_samples,)), *(start + stop for stop in stops))
+        return replace(self, num_samples=part_stops[-1], part_stops=part_stops)
+
+    def next_block(self, row: int) -> int:
+        """The first row of a block from `row` on."""
+        return -(-row // self.samples_per_shard) * self.samples_per_shard
+
+    @property
+    def num_real_samples(self) -> int:
+        """Samples, without the rows between parts."""
+        return sum(stop - start for start, stop in self.parts())
+
+    @property
+    def samples_group(self) -> str:
+        """The group with the sample table. A cache that gets another part also gets another table, with all rows."""
+        return f"samples-{len(self.part_stops)}" if self.part_stops else "samples"
 
     def tasks(self) -> list[Task]:
         """All tasks: view by view, and block by block within a view."""
@@ -235,7 +296,14 @@ class StoreLayout(JsonFields):
     def task(self, view: int, block: int) -> Task:
         """The task of one view and block."""
         start = block * self.samples_per_shard
-        return Task(view, block, start, min(start + self.samples_per_shard, self.num_samples))
+        stops = self.part_stops
+        part_stop = stops[bisect_right(stops, start)] if stops else self.num_samples
+        return Task(view, block, start, min(start + self.samples_per_shard, part_stop))
+
+    def has_task(self, task: Task) -> bool:
+        """Whether a task is one of this cache's."""
+        is_inside = 0 <= task.view < self.num_views and 0 <= task.block < self.num_blocks
+        return is_inside and task == self.task(task.view, task.block)
 
     def task_of(self, view: int, sample: int) -> Task:
         """The task that writes a sample of a view."""
@@ -312,7 +380,7 @@ def _check_count(name: str, value: object, limit: int) -> None:
 
 
 def plan_samples_per_shard(
-    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = 8192
+    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = MAX_SAMPLES_PER_SHARD
 ) -> int:
     """How many samples a task takes, so that its shard has about `target_nbytes`.
 
@@ -320,7 +388,7 @@ def plan_samples_per_shard(
         nbytes_per_view: bytes of one view of one sample, on disk or before compression: the caller chooses.
         num_samples: samples in the source; a shard is never larger.
         target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
-        max_samples: limits the index of a shard, and the work lost, if views are tiny.
+        max_samples: see `MAX_SAMPLES_PER_SHARD`.
 
     >>> plan_samples_per_shard(1_500_000, 1_281_167)
     178

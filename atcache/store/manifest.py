@@ -148,7 +148,7 @@ def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: b
     agree. Memory is one chunk.
     """
     task = commit.task
-    if task.block >= layout.num_blocks or task.view >= layout.num_views or task != layout.task(task.view, task.block):
+    if not layout.has_task(task):
         return [f"{commit_path(path, task)} is for {task}, which is not a task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
     if set(commit.files) != set(specs):
@@ -187,7 +187,8 @@ def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S:
     task, file = commit.task, path / layout.status.shard_file(commit.task)
     rows_S, padding_S = status_S[: task.num_samples], status_S[task.num_samples :]
     problems: list[str] = []
-    if not np.isin(rows_S, [status for status in Status if status != Status.PENDING]).all() or padding_S.any():
+    possible = [status for status in Status if status not in (Status.PENDING, Status.NO_SAMPLE)]
+    if not np.isin(rows_S, possible).all() or padding_S.any():
         problems.append(f"{file} holds statuses that a finished task does not have.")
     num_stored = int((rows_S == Status.STORED).sum())
     counted, recorded = (num_stored, task.num_samples - num_stored), (commit.num_stored, commit.num_bad)

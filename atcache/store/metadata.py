@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from operator import ne
@@ -104,6 +105,15 @@ def list_arrays(path: Location, group: str) -> list[str]:
     return sorted(
         name.removesuffix("/zarr.json") for name in files if name.count("/") == 1 and name.endswith("/zarr.json")
     )
+
+
+_TABLE = re.compile(r"samples(-[0-9]+)?")
+
+
+def is_old_table(name: str, layout: StoreLayout) -> bool:
+    """Whether a node belongs to a sample table of what the cache was before it grew, or to one of a growth begun."""
+    group = name.split("/")[0]
+    return group != layout.samples_group and _TABLE.fullmatch(group) is not None
 
 
 def collect_metadata(folder: Path, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ training.
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +19,7 @@ from atcache.files.ranges import file_exists
 from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import commit_path, list_commits
-from atcache.store.metadata import read_root
+from atcache.store.metadata import ATTRIBUTES, load_root, split_root
 from atcache.store.open_shards import OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
 
@@ -43,14 +44,16 @@ class CacheReader:
     """One cache, open for reading; complete or not.
 
     Threads may share it. Pickled or forked copies open their own files. A cache that is still being built may be read:
-    a task is seen once its shards are in place, except that `status_VS` and `samples` keep what they first read.
+    a task is seen once its shards are in place, except that `status_VS` and `samples` keep what they first read. A
+    cache that grows stays what it was when it was opened, also in copies.
     """
 
-    def __init__(self, path: Location | str) -> None:
+    def __init__(self, path: Location | str, attributes: dict[str, Any] | None = None) -> None:
         """Open a cache. Reads one small file, whatever the cache's size.
 
         Args:
             path: its folder, or the URL of one.
+            attributes: what another reader of it has, or `read_growth` gives; None to read them.
 
         Raises:
             CacheMissError: there is no cache at `path`.
@@ -61,7 +64,8 @@ class CacheReader:
         self.path = parse_location(path)
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
-        self.attributes, self.layout = read_root(self.path)
+        root = load_root(self.path) if attributes is None else {"attributes": {ATTRIBUTES: attributes}}
+        self.attributes, self.layout = split_root(self.path, root)
         if not self._can_list and self.attributes.get("complete") is None:
             raise CacheMismatchError(
                 f"{self.path} is not complete, and a web server cannot list what is there. Finish its build before "
@@ -72,7 +76,7 @@ class CacheReader:
         self._shards = OpenShards(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReader, (self.path,)
+        return CacheReader, (self.path, self.attributes)
 
     @property
     def is_remote(self) -> bool:
@@ -82,16 +86,17 @@ class CacheReader:
     @property
     def is_complete(self) -> bool:
         """Whether the build finished and no commit record was deleted since, as is done to build a task again."""
-        layout = self.layout
-        num_tasks = layout.num_views * layout.num_blocks
-        return self.attributes.get("complete") is not None and len(self.committed_tasks()) == num_tasks
+        return self.attributes.get("complete") is not None and not self.missing_tasks()
 
     @property
     def _can_list(self) -> bool:
         return not isinstance(self.path, Url) or self.path.can_list
 
     def committed_tasks(self) -> set[str]:
-        """Names of the tasks with a commit record. On a web server these are all tasks: the cache must be complete."""
+        """Names of the tasks with a commit record, in a growing cache also of tasks to come.
+
+        On a web server these are all tasks: the cache must be complete.
+        """
         return list_commits(self.path) if self._can_list else {task.name for task in self.layout.tasks()}
 
     def missing_tasks(self) -> list[Task]:
@@ -182,7 +187,10 @@ class CacheReader:
     def status(self, view: int, sample: int) -> int:
         """The `Status` of one view of one sample; PENDING while its task is not done."""
         self._check_place(view, sample)
-        block_S = self._view_block(self.layout.status, self.layout.task_of(view, sample))
+        task = self.layout.task_of(view, sample)
+        if sample >= task.stop:
+            return Status.NO_SAMPLE
+        block_S = self._view_block(self.layout.status, task)
         return Status.PENDING if block_S is None else int(block_S[sample % self.layout.samples_per_shard])
 
     @cached_property
@@ -195,13 +203,15 @@ class CacheReader:
         for task, block_S in zip(tasks, blocks, strict=True):
             if block_S is not None:
                 status_VS[task.view, task.start : task.stop] = block_S[: task.num_samples]
+        for (_, stop), (start, _) in pairwise(layout.parts()):
+            status_VS[:, stop:start] = Status.NO_SAMPLE
         status_VS.flags.writeable = False
         return status_VS
 
     @cached_property
     def samples(self) -> SampleIndex:
         """The sample table, read at the first use. Its tars are where they were at build time."""
-        return read_samples(self.path, self.layout.num_samples)
+        return read_samples(self.path, self.layout.num_samples, self.layout.samples_group)
 
     @cached_property
     def labels_S(self) -> np.ndarray:

@@ -182,8 +182,14 @@ def _read_info(folder: Location) -> _ArrayInfo:
     return info
 
 
-def write_samples(root: Path, index: SampleIndex) -> None:
-    """Write the sample table: one row for each sample, and tar names in the group's attributes."""
+def write_samples(root: Path, index: SampleIndex, group: str = "samples") -> None:
+    """Write the sample table: one row for each sample, and tar names in the group's attributes.
+
+    Args:
+        root: the cache.
+        index: the samples.
+        group: the group it is in, see `StoreLayout.samples_group`.
+    """
     names = [tar.name for tar in index.tars]
     problem = find_bad_tar_name(names)
     if problem is not None:
@@ -199,20 +205,23 @@ def write_samples(root: Path, index: SampleIndex) -> None:
     }
     if index.classes.names:
         attributes["classes"] = list(index.classes.names)
-    write_group(root / "samples", attributes)
+    write_group(root / group, attributes)
     keys_SN = np.ascontiguousarray(index.keys_S).view(np.uint8).reshape(len(index.keys_S), key_nbytes)
-    write_array(root, "samples/key", keys_SN, ("sample", "key_byte"))
+    write_array(root, f"{group}/key", keys_SN, ("sample", "key_byte"))
     for name, dtype in SAMPLE_DTYPES.items():
         column_S = np.asarray(getattr(index, f"{name}_S")).astype(dtype, casting="safe", copy=False)
-        write_array(root, f"samples/{name}", column_S, ("sample",))
+        write_array(root, f"{group}/{name}", column_S, ("sample",))
 
 
-def read_samples(root: Location, num_samples: int) -> SampleIndex:
-    """The sample table. Its tars have their paths of build time; `images.source.relocate` finds them elsewhere."""
+def read_samples(root: Location, num_samples: int, group: str = "samples") -> SampleIndex:
+    """The sample table in a group.
+
+    Its tars have their paths of build time; `images.source.relocate` finds them elsewhere.
+    """
     from atcache.images.class_names import ClassNames
     from atcache.images.source import SampleIndex
 
-    file = root / "samples/zarr.json"
+    file = root / group / "zarr.json"
     try:
         attributes = json.loads(read_file(file))["attributes"]
         names, folders = [[str(text) for text in attributes[name]] for name in ("tars", "folders")]
@@ -224,16 +233,16 @@ def read_samples(root: Location, num_samples: int) -> SampleIndex:
     problem = find_bad_tar_name(names)
     if problem is not None or len(tar_nbytes) != len(names):
         raise CorruptCacheError(f"{file} lists the tar {problem!r}; expected plain, different file names with sizes.")
-    keys_SN = read_array(root, "samples/key")
-    columns = {name: read_array(root, f"samples/{name}") for name in SAMPLE_DTYPES}
+    keys_SN = read_array(root, f"{group}/key")
+    columns = {name: read_array(root, f"{group}/{name}") for name in SAMPLE_DTYPES}
     for name, column_S in columns.items():
         if column_S.shape != (num_samples,) or column_S.dtype != SAMPLE_DTYPES[name]:
-            raise CorruptCacheError(f"{root}/samples/{name} has shape {column_S.shape}, expected ({num_samples},).")
+            raise CorruptCacheError(f"{root}/{group}/{name} has shape {column_S.shape}, expected ({num_samples},).")
     if keys_SN.ndim != 2 or keys_SN.dtype != np.uint8 or len(keys_SN) != num_samples or keys_SN.shape[1] < 1:
-        raise CorruptCacheError(f"{root}/samples/key has shape {keys_SN.shape}, expected ({num_samples}, key bytes).")
+        raise CorruptCacheError(f"{root}/{group}/key has shape {keys_SN.shape}, expected ({num_samples}, key bytes).")
     tar_S = columns["tar"]
     if num_samples and (tar_S.min() < 0 or tar_S.max() >= len(tars)):
-        raise CorruptCacheError(f"{root}/samples/tar names tar {tar_S.max()}, the cache lists {len(tars)}.")
+        raise CorruptCacheError(f"{root}/{group}/tar names tar {tar_S.max()}, the cache lists {len(tars)}.")
     return SampleIndex(
         tars=tars,
         tar_nbytes=tar_nbytes,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from atcache.files.durable import (
     write_file,
 )
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
+from atcache.store.growth import end_growth, enlarge_arrays, read_growth
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
@@ -35,14 +37,24 @@ from atcache.store.manifest import (
     summarise_commits,
     write_commit,
 )
-from atcache.store.metadata import ATTRIBUTES, SEAL, collect_metadata, load_root, seal, seal_holds, split_root
+from atcache.store.metadata import (
+    ATTRIBUTES,
+    SEAL,
+    collect_metadata,
+    is_old_table,
+    load_root,
+    seal,
+    seal_holds,
+    split_root,
+)
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
 
-_RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
+RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
+"""Members of `attributes["atcache"]` that the store writes."""
 
 
 def create_cache(
@@ -69,26 +81,30 @@ def create_cache(
         CacheMismatchError: `path` exists.
         DiskFullError: no space is left.
     """
-    path = Path(path)
-    if path.exists():
-        raise _exists(path)
     if len(index.keys_S) != layout.num_samples:
         raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
-    reserved = sorted(set(attributes) & set(_RESERVED_ATTRIBUTES))
+    reserved = sorted(set(attributes) & set(RESERVED_ATTRIBUTES))
     if reserved:
         raise ConfigError(f"attributes {', '.join(reserved)} are written by the store; give others.")
+    with new_cache_folder(Path(path)) as temp:
+        write_empty_cache(temp, layout, attributes, index, state, bias_LHQK)
+
+
+@contextmanager
+def new_cache_folder(path: Path) -> Generator[Path]:
+    """A temp folder beside `path` that becomes `path` at the end, durably, or is removed after an error.
+
+    Raises:
+        CacheMismatchError: `path` exists.
+        DiskFullError: no space is left.
+    """
+    if path.exists():
+        raise _exists(path)
     make_folder(path.absolute().parent)
     temp = partial_path(path)
     with disk_errors_explained(path):
         try:
-            ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
-            write_group(temp, {ATTRIBUTES: seal(ours)})
-            for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
-                write_group(temp / group)
-            for spec in layout.arrays():
-                _create_sharded_array(temp, spec)
-            write_samples(temp, index)
-            write_state(temp, state, bias_LHQK)
+            yield temp
             fsync_tree(temp)
             try:
                 temp.rename(path)
@@ -100,6 +116,25 @@ def create_cache(
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
+
+
+def write_empty_cache(
+    path: Path,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    index: SampleIndex,
+    state: Mapping[str, np.ndarray],
+    bias_LHQK: np.ndarray | None,
+) -> None:
+    """What `create_cache` writes, into a folder that is not there yet. See there for the arguments."""
+    ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
+    write_group(path, {ATTRIBUTES: seal(ours)})
+    for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
+        write_group(path / group)
+    for spec in layout.arrays():
+        _create_sharded_array(path, spec)
+    write_samples(path, index, layout.samples_group)
+    write_state(path, state, bias_LHQK)
 
 
 def _exists(path: Path) -> CacheMismatchError:
@@ -281,7 +316,8 @@ class TaskWriter:
 def finish_cache(path: Path | str) -> dict[str, Any]:
     """Declare a cache complete: write its totals and consolidated metadata, so that it opens with one read.
 
-    Calling it again changes nothing.
+    A cache that was growing becomes what it has grown to, at the moment when its root is replaced. Calling it again
+    changes nothing.
 
     Returns:
         The record in `attributes["atcache"]["complete"]`.
@@ -295,6 +331,7 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     ours, layout = split_root(path, root)
     if not seal_holds(ours):
         raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy.")
+    ours, layout = read_growth(path) or (ours, layout)
     commits = read_commits(path)
     names = [task.name for task in layout.tasks()]
     missing = [name for name in names if name not in commits]
@@ -313,6 +350,9 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     complete = summarise_commits(commits[name] for name in names)
     root["attributes"] = {**root["attributes"], ATTRIBUTES: seal({**ours, "complete": complete})}
     # As zarr.consolidate_metadata writes it, but without its warning that the key is not yet in the specification.
-    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": collect_metadata(path)}
+    enlarge_arrays(path, layout)
+    copies = {name: copy for name, copy in collect_metadata(path).items() if not is_old_table(name, layout)}
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": copies}
     write_file(path / "zarr.json", encode_json(root))
+    end_growth(path)
     return complete

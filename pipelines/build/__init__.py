@@ -4,6 +4,7 @@
 - `run`: the whole build, from start to end
 - `samples`: the samples that are wanted, all or a part
 - `plan`: what a build will write and cost, and whether it may continue an existing cache
+- `growth`: more views or samples for a cache that exists
 - `codec`: which codec a build uses, with its target
 - `given_codec`: the codec of another cache, with its fitted state
 - `calibrate`: fit the codec on some views and measure it

@@ -95,6 +95,9 @@ class BuildConfig:
     max_samples: int | None = max_samples_option()
     keys: Path | None = keys_option()
     out: Path = option("Folder of the cache. An unfinished cache is continued.", is_written=True)
+    grow: bool = option(
+        "Add to a cache that exists: the tars of --data that it does not hold, and views up to --views.", default=False
+    )
     recipe: str | None = recipe_option()
     weights: Path | None = weights_option()
     policy: PolicyName = policy_option("How views are drawn; eval is for validation caches.")
@@ -167,6 +170,11 @@ class BuildConfig:
             )
         if self.codec_from == self.out:
             raise ConfigError(f"codec_from={self.codec_from} is the cache to build. Name another one, or none.")
+
+    @property
+    def chooses_codec(self) -> bool:
+        """Whether the codec or a target for it is given."""
+        return any(value is not None for value in (self.codec, self.target_kl, self.target_mb_per_view, self.budget))
 
     @property
     def with_values(self) -> bool:

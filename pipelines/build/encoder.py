@@ -164,7 +164,7 @@ class BatchEncoder:
     def _is_checked(self, batch: RenderedBatch) -> bool:
         """Whether row KL is measured: in each task's first batch and, if tasks are few, in more, spaced evenly."""
         num_batches = -(-batch.task.num_samples // self.batch_size)
-        num_checks = -(-_LEAST_CHECKED_BATCHES // (self.layout.num_views * self.layout.num_blocks))
+        num_checks = -(-_LEAST_CHECKED_BATCHES // self.layout.num_tasks)
         number = (batch.start - batch.task.start) // self.batch_size
         return number * num_checks % num_batches < num_checks
 

@@ -31,6 +31,8 @@ class GivenCodec:
     path: Location
     """The other cache."""
     codec: Codec
+    compressor: str
+    """How that cache's codes are compressed. Caches with one codec can be merged if this is the same too."""
     _record: CacheRecord
     _arrays: Mapping[str, np.ndarray]
 
@@ -45,7 +47,7 @@ class GivenCodec:
         record = CacheRecord.of(reader)
         codec = record.make_codec(path)
         stored_coder(reader, codec, record.geometry)  # so that damage is named now, with its file
-        return cls(path=path, codec=codec, _record=record, _arrays=reader.state)
+        return cls(path=path, codec=codec, compressor=reader.layout.compressor, _record=record, _arrays=reader.state)
 
     @property
     def state(self) -> State:

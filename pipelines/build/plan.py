@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from atcache import __version__
-from atcache.cache.differences import name_differences
-from atcache.cache.identity import CacheIdentity
+from atcache.cache.differences import find_differences, name_differences
+from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
 from atcache.store.chunks import ChunkEncoder
-from atcache.store.layout import StoreLayout, plan_samples_per_shard
+from atcache.store.layout import MAX_SAMPLES_PER_SHARD, StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
 from atcache.store.reader import CacheReader
 from atcache.store.writer import encode_pixels
@@ -100,23 +100,61 @@ def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibr
     )
 
 
-def check_same_cache(existing: CacheReader, identity: CacheIdentity, samples_per_shard: int | None) -> None:
+def check_same_cache(
+    existing: CacheReader, identity: CacheIdentity, samples_per_shard: int | None, *, grows: bool
+) -> None:
     """Refuse to continue a cache that was begun with other parameters.
+
+    Args:
+        existing: the cache.
+        identity: what is wanted.
+        samples_per_shard: what the user wants; None if he does not care.
+        grows: whether it may have fewer views and samples than are wanted.
 
     Raises:
         CacheMismatchError: names each difference, with both values.
     """
-    asked, stored = identity.to_json(), CacheRecord.of(existing).identity.to_json()
-    layout = existing.layout
-    if samples_per_shard is not None:
-        asked["samples_per_shard"] = min(samples_per_shard, layout.num_samples)
-        stored["samples_per_shard"] = layout.samples_per_shard
+    record, layout = CacheRecord.of(existing), existing.layout
+    there = replace(record.identity, selection=_indices_of(record))
+    added = {"views.num_views", "source.fingerprint", "source.num_samples"}
+    if grows:
+        there = replace(
+            there,
+            num_views=identity.num_views,
+            fingerprint=identity.fingerprint,
+            num_samples=identity.num_samples,
+        )
+    asked, stored = identity.to_json(), there.to_json()
+    # Earlier versions made no shard larger than the cache.
+    first_stop = layout.parts()[0][1]
+    if samples_per_shard is not None and layout.samples_per_shard not in (
+        settle_samples_per_shard(samples_per_shard, first_stop),
+        min(samples_per_shard, first_stop),
+    ):
+        asked["samples_per_shard"], stored["samples_per_shard"] = samples_per_shard, layout.samples_per_shard
     differences = name_differences(stored, asked)
     if differences:
+        could_grow = find_differences(stored, asked).keys() <= added and identity.num_views >= there.num_views
         raise CacheMismatchError(
             f"{existing.path} exists and is another cache: {'; '.join(differences)}. "
-            "Give another --out, or the options it was begun with."
+            "Give another --out, or the options it was begun with"
+            f"{', or --grow to add the views or tars that it lacks' if could_grow else ''}."
         )
+
+
+def _indices_of(record: CacheRecord) -> Selection:
+    """What was selected, as indices: the first versions recorded the text that was typed, or nothing."""
+    selection, geometry = record.identity.selection, record.geometry
+    layers = selection.layers if isinstance(selection.layers, tuple) else geometry.layers
+    heads = geometry.heads if isinstance(selection.heads, str) else selection.heads
+    return replace(selection, layers=layers, heads=heads)
+
+
+def settle_samples_per_shard(wanted: int, num_samples: int) -> int:
+    """The samples of a shard where the user says how many. A shard may have room for more than there are, since caches
+    that grow or are merged keep it; but not much more, as each shard has an index of all its places.
+    """
+    return min(wanted, max(num_samples, MAX_SAMPLES_PER_SHARD))
 
 
 def plan_layout(
@@ -127,6 +165,7 @@ def plan_layout(
     samples_per_shard: int | None,
     *,
     stores_pixels: bool,
+    compressor: str | None = None,
 ) -> tuple[StoreLayout, int]:
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
@@ -137,6 +176,7 @@ def plan_layout(
         num_views: views of each sample.
         samples_per_shard: what the user wants; None for shards of about 256 MiB.
         stores_pixels: whether the images are stored too.
+        compressor: of the cache that the codec was taken from; None to choose the one that makes the fewest bytes.
     """
     height, width = calibration.pixels_BHWC.shape[1:3]
     layout, codes_nbytes = plan_codes(
@@ -145,6 +185,7 @@ def plan_layout(
         num_samples=num_samples,
         parameter_names=views.parameter_names,
         pixels=(height, width) if stores_pixels else None,
+        compressor=compressor,
     )
     # The calibration views' parameters are compressed as one shard.
     shard = replace(layout, num_samples=len(views.parameters_NP), samples_per_shard=len(views.parameters_NP))
@@ -157,7 +198,9 @@ def plan_layout(
         nbytes_per_view += 16 + round(float(np.mean(image_nbytes)))
     if samples_per_shard is None:
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
-    return replace(layout, samples_per_shard=min(samples_per_shard, num_samples)), nbytes_per_view
+    else:
+        samples_per_shard = settle_samples_per_shard(samples_per_shard, num_samples)
+    return replace(layout, samples_per_shard=samples_per_shard), nbytes_per_view
 
 
 def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
@@ -172,25 +215,24 @@ def plan_build(
     layout: StoreLayout,
     nbytes_per_view: int,
     *,
-    num_done_tasks: int,
+    done: set[str],
 ) -> BuildPlan:
-    """The plan of a build into `out`."""
-    num_tasks = layout.num_views * layout.num_blocks
-    remaining_share = (num_tasks - num_done_tasks) / num_tasks
+    """The plan of a build into `out`, of which the tasks with these names are done."""
+    num_missing_views = sum(task.num_samples for task in layout.tasks() if task.name not in done)
     return BuildPlan(
         teacher=str(teacher.name),
         licence=teacher.licence,
-        num_samples=layout.num_samples,
+        num_samples=layout.num_real_samples,
         num_views=layout.num_views,
-        num_tasks=num_tasks,
-        num_done_tasks=num_done_tasks,
+        num_tasks=layout.num_tasks,
+        num_done_tasks=len(done),
         num_layers=len(calibration.geometry.layers),
         num_heads=len(calibration.geometry.heads),
         num_tokens=calibration.geometry.tokens.num_tokens,
         nbytes_per_view=nbytes_per_view,
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,
-        remaining_nbytes=round(nbytes_per_view * layout.num_samples * layout.num_views * remaining_share),
+        remaining_nbytes=nbytes_per_view * num_missing_views,
         free_nbytes=shutil.disk_usage(existing_folder(out)).free,
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,

@@ -1,7 +1,7 @@
 """Build: run the teacher once over a dataset and keep its attention.
 
 index -> calibrate -> plan -> create the cache -> run the tasks -> declare it complete. Typing the same command again
-continues where an earlier run stopped; other options for the same cache are refused.
+continues where an earlier run stopped; other options for the same cache are refused, unless it is to grow.
 
 If there are several processes, one leads and does all of this. The others join it for the tasks, as if each continued
 the cache that the leader has created.
@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from atcache.files.durable import only_writer, sweep_partials
 from atcache.images.class_names import same_classes
 from atcache.images.source import SampleIndex, Source, relocate
 from atcache.store.layout import StoreLayout, Task
+from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
 from atcache.teachers.run import TeacherRun
@@ -39,6 +39,7 @@ from .calibrate import calibrate, render_calibration_views
 from .codec import choose_codec
 from .config import BuildConfig
 from .given_codec import GivenCodec
+from .growth import Growth, arrange_samples, check_tars, place_tars, plan_growth
 from .plan import BuildPlan, check_same_cache, committed_tasks, describe_cache, plan_build, plan_layout
 from .samples import index_samples
 from .shared_folder import check_mark, marked, wait_for_commits
@@ -75,23 +76,28 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
 def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[BuildPlan], None]) -> BuildSummary:
     start_s = time.monotonic()
     # First, so that a cache that cannot be continued is refused before the teacher is loaded.
-    existing = _open_existing(config.out)
+    existing = _open_existing(config)
+    if existing is not None and config.grow:
+        config = replace(config, views=max(config.views, existing.layout.num_views))
     given = _read_given_codec(config, existing)
-    index = index_samples(config.data, config, on_bad=config.on_bad_image)
-    wanted = _Wanted.of(config, index, None if given is None else given.codec)
+    named = index_samples(config.data, config, on_bad=config.on_bad_image)
+    index = named if existing is None else arrange_samples(existing, named, grows=config.grow)
+    wanted = _Wanted.of(config, index, _known_codec(config, existing, given))
     run, identity = wanted.run, wanted.identity
     if given is not None:
         given.check_teacher(identity)
+    growth: Growth | None = None
     if existing is not None:
-        check_same_cache(existing, identity, config.samples_per_shard)
+        check_same_cache(existing, identity, config.samples_per_shard, grows=config.grow)
+        growth = plan_growth(existing, identity, index, grows=config.grow)
         same_classes([existing.samples.classes, index.classes])
         record = CacheRecord.of(existing)
-        if record.complete is not None and existing.is_complete:
+        if growth is None and record.complete is not None and existing.is_complete:
             complete, seconds = record.complete.to_json(), time.monotonic() - start_s
             summary = BuildSummary(out=str(config.out), complete=complete, seconds=seconds)
             return summary.judged(wanted.expectation(record))
     num_samples = config.calibration_samples if existing is None else _SAMPLES_TO_CONTINUE
-    views = render_calibration_views(index, identity.policy, num_samples, skip_bad=config.on_bad_image == "skip")
+    views = render_calibration_views(named, identity.policy, num_samples, skip_bad=config.on_bad_image == "skip")
     with StageProgress("calibrate") as progress:
         calibration = calibrate(
             run,
@@ -107,16 +113,24 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     new_layout, view_nbytes = plan_layout(
         calibration,
         views,
-        index.num_samples,
+        named.num_samples,
         config.views,
         config.samples_per_shard,
         stores_pixels=config.pixels == "store",
+        compressor=None if given is None else given.compressor,
     )
-    layout = new_layout if existing is None else existing.layout
+    # The cache as it will be, if it is there.
+    cache = existing if existing is None or growth is None else CacheReader(existing.path, growth.attributes)
+    layout = new_layout if cache is None else cache.layout
     if identity.policy.mixing is not None and layout.samples_per_shard == 1:
         raise ConfigError("a shard holds one sample only, so there is none to mix it with: raise samples_per_shard.")
-    done = committed_tasks(config.out, layout) if existing is not None else set[str]()
-    plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, num_done_tasks=len(done))
+    done = set[str]()
+    if existing is not None:  # of a growth that was not begun, nothing can be done
+        done = committed_tasks(config.out, layout if growth is None or growth.is_begun else existing.layout)
+    to_do = [number for number, task in enumerate(layout.tasks()) if task.name not in done]
+    if growth is not None:
+        check_tars(index, _tasks(layout, to_do))
+    plan = plan_build(config.out, run.teacher, calibration, layout, view_nbytes, done=done)
     on_plan(plan)
     if config.dry_run:
         return BuildSummary(out=str(config.out), plan=plan, seconds=time.monotonic() - start_s)
@@ -132,11 +146,12 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
         record = describe_cache(identity, run, calibration)
         create_cache(config.out, layout, record.to_json(), index, state, bias_LHQK)
     with only_writer(config.out):
+        if existing is not None and growth is not None:
+            growth.begin(existing)
         sweep_partials(config.out)
-        cache = CacheReader(config.out)
-        to_do = [number for number, task in enumerate(layout.tasks()) if task.name not in done]
+        cache = cache or CacheReader(config.out)
         with marked(config.out) as mark:
-            board.publish("job", {"mark": mark, "to_do": to_do})
+            board.publish("job", {"mark": mark, "to_do": to_do, "attributes": cache.attributes})
             _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(layout, to_do), board)
         wait_for_commits(config.out, layout)
         complete = finish_cache(config.out)
@@ -155,11 +170,14 @@ def _join(config: BuildConfig, ranks: Ranks, board: Board) -> None:
         return
     job = board.receive("job")
     check_mark(config.out, job["mark"], board.look)
-    cache = CacheReader(config.out)
-    index = relocate(cache.samples, config.data)
-    codec = None if config.codec_from is None else CacheRecord.of(cache).make_codec(cache.path)
+    cache = CacheReader(config.out, job["attributes"])
+    if config.grow:
+        config = replace(config, views=cache.layout.num_views)
+    index = place_tars(cache.samples, config.data) if config.grow else relocate(cache.samples, config.data)
+    takes_codec = config.codec_from is not None or (config.grow and not config.chooses_codec)
+    codec = CacheRecord.of(cache).make_codec(cache.path) if takes_codec else None
     wanted = _Wanted.of(config, index, codec)
-    check_same_cache(cache, wanted.identity, config.samples_per_shard)
+    check_same_cache(cache, wanted.identity, config.samples_per_shard, grows=config.grow)
     _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(cache.layout, job["to_do"]), board)
 
 
@@ -189,7 +207,7 @@ class _Wanted:
                 config.codec,
                 config.target,
                 run.teacher.model,
-                index.num_samples * config.views,
+                count_samples(index) * config.views,
                 with_values=config.with_values,
             )
         layers, heads = run.select(config.layers, config.heads)
@@ -199,7 +217,7 @@ class _Wanted:
             input=run.teacher.input,
             precision="bfloat16" if run.dtype == torch.bfloat16 else "float32",
             fingerprint=index.fingerprint,
-            num_samples=index.num_samples,
+            num_samples=count_samples(index),
             policy=policy,
             num_views=config.views,
             pixels=config.pixels,
@@ -231,9 +249,12 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
     )
 
 
-def _open_existing(out: Path) -> CacheReader | None:
+def _open_existing(config: BuildConfig) -> CacheReader | None:
     """The cache to continue; None if there is none yet."""
+    out = config.out
     if not out.exists():
+        if config.grow:
+            raise ConfigError(f"{out} does not exist, so it cannot grow. Check --out, or leave out --grow to begin it.")
         return None
     if not (out / "zarr.json").exists():
         raise ConfigError(f"{out} exists and is not a cache. Give another --out, or remove it.")
@@ -251,6 +272,15 @@ def _read_given_codec(config: BuildConfig, existing: CacheReader | None) -> Give
     if existing is not None:
         given.check_continues(existing)
     return given
+
+
+def _known_codec(config: BuildConfig, existing: CacheReader | None, given: GivenCodec | None) -> Codec | None:
+    """The codec, if it is not to be chosen by the config: a cache that grows keeps its own."""
+    if given is not None:
+        return given.codec
+    if existing is None or not config.grow or config.chooses_codec:
+        return None
+    return CacheRecord.of(existing).make_codec(existing.path)
 
 
 def _fitted_state(existing: CacheReader | None, given: GivenCodec | None) -> State | None:

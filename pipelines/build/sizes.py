@@ -24,6 +24,7 @@ def plan_codes(
     num_samples: int = 1,
     parameter_names: tuple[str, ...] = ("none",),
     pixels: tuple[int, int] | None = None,
+    compressor: str | None = None,
 ) -> tuple[StoreLayout, float]:
     """The layout of a cache, with chunks and compressor for these codes, and the bytes a view of them takes.
 
@@ -33,6 +34,7 @@ def plan_codes(
         num_samples: samples of the cache.
         parameter_names: names of the views' parameters.
         pixels: (height, width) of stored images; None if none are stored.
+        compressor: the one to use; None to choose.
     """
     _, num_layers, num_tokens, num_components = codes_BLTC.shape
     layer_nbytes = num_tokens * num_components * codes_BLTC.dtype.itemsize
@@ -51,7 +53,7 @@ def plan_codes(
     best, least = layout, float("inf")
     # gzip is for bytes that are packed for it. On plain integers it saves a per cent and reads several times as slowly.
     names = [name for name in COMPRESSORS if num_tokens == 1 or not COMPRESSORS[name].is_deflated]
-    for name in names:
+    for name in names if compressor is None else [compressor]:
         candidate = replace(layout, compressor=name)
         nbytes = _mean_nbytes(candidate, codes_BLTC[:_TRIED_VIEWS])
         if nbytes < _PAYS_BELOW * least:

@@ -185,7 +185,7 @@ class TaskRunner:
             yield lambda: None
             return
         watch, start_s = Watch(self.expectation), time.monotonic()
-        all_views = self.layout.num_views * self.layout.num_samples
+        all_views = self.layout.num_views * self.layout.num_real_samples
         done_views = all_views - sum(task.num_samples for task in tasks)
         with Progress("build", total=all_views, unit="views", done=done_views) as progress:
 

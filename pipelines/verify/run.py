@@ -95,7 +95,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
     return VerifySummary(
         path=str(cache.path),
         is_complete=checked.is_complete,
-        num_tasks=layout.num_views * layout.num_blocks,
+        num_tasks=layout.num_tasks,
         num_committed=checked.num_committed,
         nbytes=checked.nbytes,
         num_views=num_views,

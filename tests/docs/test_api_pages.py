@@ -75,7 +75,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, digits_tars, tmp_p
     assert len(examples) == 8
     scope = {"atcache": atcache}
     # In the order in which one needs another's result; the page's is that of the commands.
-    for name in ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"):
+    for name in ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"):
         (example,) = [text for text in examples if f"atcache.{name}(" in text]
         for printed, stand_in in stand_ins.items():
             example = example.replace(printed, stand_in)

@@ -232,3 +232,16 @@ def test_what_runs_in_one_process_says_that_build_takes_several(monkeypatch):
     assert done.exit_code == 1
     assert "`atcache plan` runs in one process but was started in 2" in done.stderr
     assert "Only `atcache build` and `atcache train` of one student can use several." in done.stderr
+
+
+def test_all_processes_help_a_cache_to_grow(config, digits_tars, tmp_path):
+    config = replace(config, data=str(digits_tars[1]), codec="int8", samples_per_shard=5)
+    build(replace(config, views=1))
+    shutil.copytree(config.out, tmp_path / "one.zarr")
+    config = replace(config, data=str(digits_tars[0].parent))
+    grown = build(replace(config, out=tmp_path / "one.zarr", grow=True))
+    process = start(["-m", "atcache.cli.main", *options_of(config), "--grow"])
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["num_built_views"] == grown.num_built_views == 80
+    assert files(config.out) == files(tmp_path / "one.zarr")

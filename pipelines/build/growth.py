@@ -1,0 +1,165 @@
+"""More views, or the samples of more tars, for a cache that exists: what it will be, and which samples it will hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atcache.cache.identity import CacheIdentity
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.files.durable import encode_json
+from atcache.files.location import Location
+from atcache.files.ranges import open_file
+from atcache.images.source import SampleIndex
+from atcache.images.tars import expand_tars
+from atcache.store.growth import GROWTH, begin_growth, read_growth
+from atcache.store.layout import StoreLayout, Task
+from atcache.store.metadata import SEAL, read_root
+from atcache.store.parts import append_part, find_changed_tar, take_tars
+from atcache.store.reader import CacheReader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Growth:
+    """What a cache is to become."""
+
+    attributes: dict[str, Any]
+    """Its `attributes["atcache"]` to be, as `begin_growth` takes them."""
+    index: SampleIndex
+    """All its samples to be."""
+    is_begun: bool
+    """Whether an earlier run has begun it, so that tasks may be done."""
+
+    def begin(self, existing: CacheReader) -> None:
+        """Begin to grow, unless that was done. The caller is the cache's only writer.
+
+        Raises:
+            ConfigError: another process has changed the cache since it was opened.
+        """
+        path = existing.path
+        assert isinstance(path, Path), "only local caches are written"
+        now, _ = read_root(path)
+        if not _are_same(now, existing.attributes) or (read_growth(path) is not None) != self.is_begun:
+            raise ConfigError(f"another process has changed {path} meanwhile. Type the same command again.")
+        if not self.is_begun:
+            begin_growth(path, self.attributes, self.index)
+
+
+def plan_growth(existing: CacheReader, identity: CacheIdentity, index: SampleIndex, *, grows: bool) -> Growth | None:
+    """What a cache becomes by growing; None if there is nothing to add.
+
+    Args:
+        existing: the cache as it is; it differs from what is wanted in views and samples only.
+        identity: of the cache that is wanted.
+        index: from `arrange_samples`.
+        grows: whether the user wants it to grow.
+
+    Raises:
+        CacheMismatchError: it was begun to grow in another way.
+    """
+    path, layout = existing.path, existing.layout
+    assert isinstance(path, Path), "only local caches are written"
+    begun = read_growth(path)
+    target = replace(layout, num_views=identity.num_views)
+    if num_added := identity.num_samples - layout.num_real_samples:
+        target = target.with_part((num_added,))
+    attributes: dict[str, Any] = {
+        **existing.attributes,
+        "layout": target.to_json(),
+        "complete": None,
+        "source": {
+            **existing.attributes["source"],
+            "fingerprint": identity.fingerprint,
+            "num_samples": identity.num_samples,
+        },
+        "views": {**existing.attributes["views"], "num_views": identity.num_views},
+    }
+    if begun is not None and grows and not _are_same(begun[0], attributes):
+        raise CacheMismatchError(
+            f"{path} is growing to {_size(begun[1])}, and this command asks for {_size(target)}, or for other tars. "
+            f"Type the command that it was begun with, or delete {path / GROWTH} to give that up."
+        )
+    if target == layout:
+        return None
+    return Growth(attributes=attributes, index=index, is_begun=begun is not None)
+
+
+def _are_same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    without = [{name: value for name, value in each.items() if name != SEAL} for each in (first, second)]
+    return encode_json(without[0]) == encode_json(without[1])
+
+
+def _size(layout: StoreLayout) -> str:
+    return f"{layout.num_real_samples} samples x {layout.num_views} view{'s' if layout.num_views > 1 else ''}"
+
+
+def arrange_samples(existing: CacheReader, named: SampleIndex, *, grows: bool) -> SampleIndex:
+    """The samples of a cache in its order, with the places of the tars that were named.
+
+    If it grows, the samples of tars that it does not hold follow as a part of their own, and the cache keeps those of
+    tars that are not named.
+
+    Args:
+        existing: the cache.
+        named: the samples of the tars that the user has named.
+        grows: whether samples may be added.
+
+    Returns:
+        The samples; if they are not the cache's and it does not grow, those that were named, as they are.
+
+    Raises:
+        CacheMismatchError: the cache would grow, but a tar that it holds has changed.
+    """
+    stored = existing.samples
+    numbers = {tar.name: number for number, tar in enumerate(stored.tars)}
+    known = [number for number, tar in enumerate(named.tars) if tar.name in numbers]
+    new = [number for number, tar in enumerate(named.tars) if tar.name not in numbers]
+    if not grows and (new or len(known) < len(stored.tars)):
+        return named
+    held = take_tars(stored, [numbers[named.tars[number].name] for number in known])
+    if changed := find_changed_tar(held, take_tars(named, known)):
+        if not grows:
+            return named
+        raise CacheMismatchError(
+            f"{existing.path} holds {changed} with other samples than it has now. Give the tar that the cache was "
+            "built from or, if this is another one, rename it."
+        )
+    versions = named.tar_versions or ("",) * len(named.tars)
+    index = _placed(stored, {named.tars[number].name: (named.tars[number], versions[number]) for number in known})
+    return append_part(index, take_tars(named, new), existing.layout.samples_per_shard) if new else index
+
+
+def place_tars(index: SampleIndex, data: str) -> SampleIndex:
+    """The same samples, with the places of those tars that `data` names; the others are where they were."""
+    return _placed(index, {tar.name: (tar, "") for tar in expand_tars(data)})
+
+
+def _placed(index: SampleIndex, places: dict[str, tuple[Location, str]]) -> SampleIndex:
+    placed = [places.get(tar.name, (tar, "")) for tar in index.tars]
+    return replace(index, tars=tuple(tar for tar, _ in placed), tar_versions=tuple(version for _, version in placed))
+
+
+def check_tars(index: SampleIndex, tasks: Iterable[Task]) -> None:
+    """Refuse tasks whose tars are not there, before the long run.
+
+    Raises:
+        SourceError: names the first of them.
+    """
+    numbers = {int(number) for task in tasks for number in np.unique(index.tar_S[task.start : task.stop])}
+    for number in sorted(numbers):
+        tar = index.tars[number]
+        try:
+            nbytes = open_file(tar).nbytes
+        except OSError as error:
+            raise SourceError(
+                f"{tar} cannot be opened ({error.strerror}), but views of its samples are to be added. If it was "
+                "moved, name its place in --data too."
+            ) from error
+        if nbytes != index.tar_nbytes[number]:
+            raise SourceError(
+                f"{tar} has {nbytes} bytes, but had {index.tar_nbytes[number]} when the cache was built. Restore it."
+            )
