@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atcache.images.class_names import same_classes
 from atcache.store.layout import Status
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def append_part(index: SampleIndex, part: SampleIndex, samples_per_shard: int) -
         index: the table so far.
         part: other samples, of other tars.
         samples_per_shard: of the cache.
+
+    Raises:
+        CacheMismatchError: the tables name a class differently.
     """
     gap = -len(index.keys_S) % samples_per_shard
     # Empty keys, and no image. The tar must be one of those listed, so it is the one before.
@@ -83,4 +87,5 @@ def append_part(index: SampleIndex, part: SampleIndex, samples_per_shard: int) -
         tars=index.tars + part.tars,
         tar_nbytes=index.tar_nbytes + part.tar_nbytes,
         tar_versions=versions[0] + versions[1],
+        classes=same_classes([index.classes, part.classes]),
     )
