@@ -34,7 +34,7 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
         click.echo(
             f"teacher {plan.teacher}; licence of its weights: {plan.licence or 'not known'}\n"
             f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
-            f"{plan.num_tokens} tokens\n"
+            f"{options.name_tokens(plan.num_tokens, plan.num_queries)}\n"
             f"{plan.nbytes_per_view} bytes a view ({options.compare_sizes(ratio)} than float16 maps) and "
             f"{plan.state_nbytes / 2**20:.1f} MiB once; "
             f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"

@@ -67,7 +67,8 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
         (
             "attention",
             f"{_count(len(layers), 'layer')} ({_ranges(layers)}) x {_count(len(heads), 'head')} ({_ranges(heads)}) "
-            f"x {about['num_tokens']} tokens{', with v' if about['stores_v'] else ''}",
+            f"x {options.name_tokens(about['num_tokens'], about['num_queries'])}"
+            f"{', with v' if about['stores_v'] else ''}",
         ),
         ("codec", str(codec.get("name")) + (f" ({settings})" if settings else "")),
     ]

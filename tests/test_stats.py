@@ -101,7 +101,7 @@ def test_views_that_are_not_stored_stay_nan(attn_SHQK, statistic):
 
 
 def test_maps_of_other_tokens_are_refused_with_both_shapes():
-    with pytest.raises(AttentionShapeError, match=r"shape \(2, 7, 7\): expected \(..., 8, 8\) for 2 prefix tokens"):
+    with pytest.raises(AttentionShapeError, match=r"shape \(2, 7, 7\): expected \(..., query, 8\) for 2 prefix tokens"):
         prefix_mass(np.zeros((2, 7, 7)), TOKENS)
     with pytest.raises(AttentionShapeError, match="2 x 3 patches"):
         mean_attention_distance(np.zeros(8), TOKENS)

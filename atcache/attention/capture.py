@@ -16,15 +16,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atcache.attention.blocks import find_blocks, map_attention, model_label, token_layout, unsupported
+from atcache.attention.blocks import (
+    check_has_queries,
+    find_blocks,
+    map_attention,
+    model_label,
+    token_layout,
+    unsupported,
+)
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
-from atcache.attention.geometry import FactorGeometry
+from atcache.attention.geometry import FactorGeometry, num_query_rows
 from atcache.attention.indices import checked_indices
 from atcache.attention.intercept import LinearCall
 from atcache.attention.kernels import mixed_attention
 from atcache.attention.projection import HeadProjection, InputRecipe
 from atcache.attention.projection_search import FoundProjection, find_projection, reproduces
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
+from atcache.choices import Queries
 from atcache.errors import ConfigError, UnsupportedAttentionError
 
 
@@ -34,7 +42,7 @@ class CaptureCheck(NamedTuple):
     geometry: FactorGeometry
     """Layers, heads, tokens and scale."""
     bias_LHQK: Tensor | None
-    """What is added to the logits of every image: float32, shape (layer, 1 or head, token, token), or None."""
+    """What is added to the logits of every image: float32, shape (layer, 1 or head, query, key), or None."""
     projections: tuple[HeadProjection, ...] | None = None
     """For each layer, how its kept heads of q and k are made out of its input. None if that was not asked for, or if
     there is a layer of which it is not known."""
@@ -63,6 +71,7 @@ class FactorCapture:
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         *,
+        queries: Queries = "all",
         with_values: bool = False,
         input_calls: Sequence[int] | None = None,
     ) -> None:
@@ -72,13 +81,14 @@ class FactorCapture:
             model: a timm ViT, in eval mode or at least without attention dropout.
             layers: block indices, ascending; None for all.
             heads: head indices, ascending, the same in each layer; None for all.
+            queries: the tokens whose rows of the maps are wanted: q is captured for these only.
             with_values: whether to capture v too.
             input_calls: to capture each layer's input too, `CaptureCheck.input_calls` of the same layers of this model.
 
         Raises:
             UnsupportedAttentionError: the model has no blocks, or its class is known not to work.
             ConfigError: a layer does not exist, or layers are repeated or not ascending, or there is not one input
-                call for each.
+                call for each; or the model lacks the tokens of `queries`.
         """
         blocks = find_blocks(model)
         checked_layers = checked_indices(range(len(blocks)) if layers is None else layers, len(blocks), "layer")
@@ -86,12 +96,16 @@ class FactorCapture:
             raise ConfigError(
                 f"there are {len(input_calls)} input calls for {len(checked_layers)} layers: expected one for each."
             )
+        check_has_queries(model, queries)
+        tokens = token_layout(model)
+        self._queries: Queries = queries
         self.request = CaptureRequest(
             model=model,
             blocks=blocks,
             layers=checked_layers,
             heads=None if heads is None else tuple(heads),
-            tokens=token_layout(model),
+            tokens=tokens,
+            num_queries=None if queries == "all" else num_query_rows(queries, tokens),
             with_values=with_values,
             input_calls=None if input_calls is None else tuple(input_calls),
         )
@@ -153,6 +167,7 @@ class FactorCapture:
             scale=shape.scale,
             kind="maps" if isinstance(layers[0], LayerMaps) else "factors",
             v_head_dim=shape.v_head_dim,
+            queries=self._queries,
         )
 
 
@@ -180,6 +195,7 @@ def check_capture(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     *,
+    queries: Queries = "all",
     with_values: bool = False,
     with_inputs: bool = False,
 ) -> CaptureCheck:
@@ -195,6 +211,7 @@ def check_capture(
             more take much memory.
         layers: as in `FactorCapture`.
         heads: as in `FactorCapture`.
+        queries: as in `FactorCapture`. The checks look at all rows.
         with_values: as in `FactorCapture`.
         with_inputs: whether to find out how q and k are made out of each layer's input. A layer of which that is not
             known is no error.
@@ -202,7 +219,7 @@ def check_capture(
     Raises:
         UnsupportedAttentionError: a check failed; the message says which one, and in which layer.
     """
-    capture = FactorCapture(model, layers, heads, with_values=with_values)
+    capture = FactorCapture(model, layers, heads, queries=queries, with_values=with_values)
     found: list[FoundProjection | None] = []
 
     def check(
@@ -220,7 +237,7 @@ def check_capture(
     recipes = [recipe for recipe in found if recipe is not None]
     input_calls = tuple(recipe.input_call for recipe in recipes) if len(recipes) == len(capture.layers) else None
     if input_calls is not None:
-        capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=input_calls)
+        capture = FactorCapture(model, layers, heads, queries=queries, with_values=with_values, input_calls=input_calls)
     # Other images show whether the bias depends on them, and the recipes too. Mirrored negatives have pixel values in
     # the same range.
     other_factors = _only_factors(capture(-images.flip(-1)))

@@ -42,6 +42,8 @@ class CaptureRequest:
     """Indices of the wanted heads, ascending; None for all."""
     tokens: TokenLayout
     """The tokens that every block must have."""
+    num_queries: int | None = None
+    """The rows of the maps that are wanted: those of this many first tokens. None for all."""
     with_values: bool = False
     """Whether v is wanted too."""
     input_calls: tuple[int, ...] | None = None
@@ -135,7 +137,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
         self._check_call(layer, num_tokens, call)
-        factors = _factors_of(call, self.request.heads, with_values=self.request.with_values)
+        factors = _factors_of(call, self.request.heads, self.request.num_queries, with_values=self.request.with_values)
         if layer in self._input_calls:
             factors = replace(factors, input_BTC=self._wanted_input(layer))
         self._record(layer, call.query.shape[1], factors)
@@ -182,6 +184,8 @@ class Recorder(TorchFunctionMode):
             if self.request.heads is None
             else attn_BHQK.index_select(1, _indices(self.request.heads, attn_BHQK.device))
         )
+        if self.request.num_queries is not None:
+            chosen = _owning(chosen[:, :, : self.request.num_queries])
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
         return attn_BHQK if logits_BHQK.dtype == torch.float32 else call.run()
 
@@ -239,13 +243,18 @@ class Recorder(TorchFunctionMode):
         return list(self.attention.values())
 
 
-def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_values: bool) -> LayerFactors:
+def _factors_of(
+    call: AttentionCall, heads: tuple[int, ...] | None, num_queries: int | None = None, *, with_values: bool
+) -> LayerFactors:
     query, key = call.query.detach(), call.key.detach()
     value = call.value.detach() if with_values else None
     if query.dtype != call.value.dtype:
         # Only autocast allows this: a q/k norm returns float32, and the call then casts q and k to v's dtype.
         query, key = query.to(call.value.dtype), key.to(call.value.dtype)
     bias = _whole_bias(call)
+    if num_queries is not None:  # before anything is copied: the other rows are never made
+        query = query[:, :, :num_queries]
+        bias = None if bias is None else bias[:, :, :num_queries]
     if heads is not None:
         groups = query.shape[1] // key.shape[1]
         index = _indices(heads, query.device)

@@ -57,7 +57,8 @@ class View:
     image: np.ndarray
     """The pixels teacher and student see, uint8 (height, width, 3)."""
     maps_LHQK: np.ndarray
-    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1."""
+    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1. They have the rows that
+    `Cache.queries` names."""
 
 
 class Factors(NamedTuple):
@@ -130,6 +131,15 @@ class Cache:
     def geometry(self) -> FactorGeometry:
         """Layers, heads and shapes of the factors."""
         return self.record.geometry
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The tokens whose rows of the maps are stored, ascending: all, or the first ones (built with --queries).
+
+        Example:
+            attn_VSHK = cache.maps(layer=0)[:, :, :, cache.queries.index(0)]  # what the first token attends to
+        """
+        return tuple(range(self.geometry.num_queries))
 
     @cached_property
     def codec(self) -> Codec:
@@ -209,7 +219,7 @@ class Cache:
         return Factors(lazy("q", example.q_BHTD), lazy("k", example.k_BHTD), example.scale, bias_HQK, v_VSHTD)
 
     def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
-        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
+        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored. Q is `queries`.
 
         A dask chunk is a shard or an equal part of one, at most about 64 MiB. Slicing reads only the samples it picks.
 
@@ -220,13 +230,13 @@ class Cache:
         Example:
             attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of 8 samples, in view 0
         """
-        position, num_tokens = self._layer_position(layer), self.geometry.tokens.num_tokens
+        position, sides = self._layer_position(layer), (self.geometry.num_queries, self.geometry.tokens.num_tokens)
         views = tuple(range(self.reader.layout.num_views))
         chosen = self._head_positions(heads)
-        return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
+        return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
 
     def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
-        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label.
+        """`maps` with named axes (view, sample, head, query, key) and coordinates head, query, sample_key and label.
 
         Example:
             attn = cache.to_xarray(layer=0).isel(view=0)
@@ -236,6 +246,7 @@ class Cache:
 
         coordinates = {
             "head": list(self.geometry.heads if heads is None else heads),
+            "query": list(self.queries),
             "sample_key": ("sample", self._sample_keys()),
             "label": ("sample", self.reader.labels_S),
         }
@@ -335,6 +346,7 @@ class Cache:
             "heads": list(geometry.heads),
             "stores_v": geometry.v_head_dim > 0,
             "num_tokens": geometry.tokens.num_tokens,
+            "num_queries": geometry.num_queries,
             "num_samples": layout.num_samples,
             "num_views": layout.num_views,
             "num_tasks": layout.num_views * layout.num_blocks,

@@ -215,8 +215,10 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         "views.policy.image_height": (sides, layout.pixels or sides),
         "views.policy": (policy.parameter_names, layout.parameter_names),
     }
-    if layout.num_tokens > 1:  # rows of bytes have all tokens together; there the codec's state says how many
-        of_layout["geometry.tokens"] = (geometry.tokens.num_tokens, layout.num_tokens)
+    # Rows of bytes have all tokens together; there the codec's state says how many.
+    if layout.num_tokens > 1 or not geometry.keeps_all_queries:
+        place = "geometry.tokens" if geometry.keeps_all_queries else "geometry.queries"
+        of_layout[place] = (geometry.num_queries, layout.num_tokens)
     for place, (found, wanted) in of_layout.items():
         _require(found == wanted, place, found, f"{wanted!r}, as its layout says")
     for name, limit in (("layers", record.depth), ("heads", geometry.num_model_heads)):
@@ -228,6 +230,12 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
     _require(divides, "geometry.num_kv_heads", num_kv_heads, f"a whole number that divides {num_heads}, the kept heads")
     fits_kind = (head_dim > 0) == (geometry.kind == "factors")
     _require(fits_kind, "geometry.head_dim", head_dim, "at least 1 for factors, 0 for maps")
+    _require(
+        identity.selection.queries == geometry.queries,
+        "selection.queries",
+        identity.selection.queries,
+        f"{geometry.queries!r}, as its geometry says",
+    )
     _require(v_error is not None or not geometry.v_head_dim, "calibration.v_error", v_error, "a number, as v is stored")
     if complete is not None:
         num_tasks, num_bad = layout.num_views * layout.num_blocks, num_views - complete.num_stored

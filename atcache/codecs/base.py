@@ -35,6 +35,8 @@ class Codec(ABC):
     name: ClassVar[str]
     keeps_values: ClassVar[bool] = False
     """Whether v can be stored beside q and k."""
+    keeps_rows: ClassVar[bool] = False
+    """Whether single rows of the maps can be stored, of the tokens that `FactorGeometry.queries` names."""
     codes_inputs: ClassVar[bool] = False
     """Whether it codes the inputs of layers where q and k follow from them, so that these must be captured too."""
 
@@ -83,6 +85,18 @@ class Codec(ABC):
             raise CodecError(
                 f"codec {self.name} stores only what the maps are made from, and v is not part of that. Use --codec "
                 "int8 or exact to store v too."
+            )
+
+    def refuse_rows(self) -> None:
+        """Raise an error if this codec cannot store single rows of the maps.
+
+        Raises:
+            CodecError: this codec stores what whole maps are made from.
+        """
+        if not self.keeps_rows:
+            raise CodecError(
+                f"codec {self.name} stores what whole maps are made from, and only some of their rows are to be kept. "
+                "Use --codec logmap, which is the default with --queries."
             )
 
     @abstractmethod
@@ -195,7 +209,7 @@ class Coder(ABC):
     @property
     def num_code_tokens(self) -> int:
         """The length of codes_BLTC along T."""
-        return self.geometry.tokens.num_tokens
+        return self.geometry.num_queries
 
     def code_rows(self, positions: Sequence[int]) -> slice:
         """The rows along L of codes_BLTC that decoding the layers at these positions needs."""
@@ -244,7 +258,7 @@ class Coder(ABC):
         raise NotImplementedError
 
     def bias(self, position: int) -> Tensor | None:
-        """The teacher's static bias of one layer, shape (1, head, token, token), or None."""
+        """The teacher's static bias of one layer, shape (1, head, query, key), or None."""
         return None if self._bias_LHQK is None else self._bias_LHQK[position].unsqueeze(0)
 
     @property

@@ -35,6 +35,8 @@ class ExactCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> ExactCoder:
         """See `Codec.coder`."""
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         del state
         return ExactCoder(self, geometry, bias_LHQK, device)
 

@@ -16,7 +16,7 @@ _MAP_NUMEL = 2**24
 def row_kl(teacher: LayerAttention, decoded: LayerAttention, dtype: torch.dtype = torch.float64) -> Tensor:
     """KL(A || decoded A) of every row, in nats: kl_BHQ float32, at least 0 up to rounding.
 
-    Computed from logarithms, so that small divergences are not rounding noise. Holds one (batch, head, token, token)
+    Computed from logarithms, so that small divergences are not rounding noise. Holds one (batch, head, query, key)
     matrix at a time: call it with few views.
 
     Args:
@@ -65,6 +65,6 @@ def value_error(teacher: LayerFactors, decoded: LayerFactors) -> float:
 
 def slices_of_views(layer: LayerAttention, map_numel: int) -> Iterator[slice]:
     """Slices of a layer's views: the maps of each have at most `map_numel` elements, unless it is a single view."""
-    num_views, num_heads, num_tokens = layer.shape_BHT
-    step = max(1, map_numel // (num_heads * num_tokens**2))
+    num_views, num_heads, num_queries = layer.shape_BHT
+    step = max(1, map_numel // (num_heads * num_queries * layer.num_keys))
     return (slice(start, start + step) for start in range(0, num_views, step))

@@ -34,6 +34,8 @@ class Int8Codec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> Int8Coder:
         """See `Codec.coder`."""
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         del state
         return Int8Coder(geometry, bias_LHQK, device)
 

@@ -17,6 +17,7 @@ from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
+from atcache.choices import Queries
 from atcache.codecs.base import Codec, Coder, FitProgress, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
@@ -147,6 +148,7 @@ def calibrate(
     heads: Sequence[int] | None,
     batch_size: int,
     state: State | None = None,
+    queries: Queries = "all",
     with_values: bool = False,
     progress: FitProgress | None = None,
 ) -> Calibration:
@@ -161,6 +163,7 @@ def calibrate(
         heads: head indices to keep; None for all.
         batch_size: views in a forward.
         state: the codec's fitted arrays from an earlier call; None fits it now.
+        queries: the tokens whose rows of the maps are kept.
         with_values: whether v is stored too.
         progress: called often with a stage and the share of it that is done: "teacher" while the teacher runs,
             "measuring" at the end, and between them the stages of the codec's own `fit`.
@@ -174,8 +177,10 @@ def calibrate(
     report("teacher", 0.0)
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
-        check = check_capture(model, images, layers, heads, with_values=with_values, with_inputs=codec.codes_inputs)
-    capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=check.input_calls)
+        check = check_capture(
+            model, images, layers, heads, queries=queries, with_values=with_values, with_inputs=codec.codes_inputs
+        )
+    capture = run.capture(check.geometry, check.input_calls)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
@@ -221,9 +226,9 @@ def attention_nbytes(geometry: FactorGeometry) -> int:
     """Bytes that a view's captured attention takes in memory, as float32."""
     if geometry.kind == "maps":
         return 2 * geometry.map_nbytes  # map_nbytes counts float16
-    num_values = (len(geometry.heads) + geometry.num_kv_heads) * geometry.head_dim
-    num_values += geometry.num_kv_heads * geometry.v_head_dim
-    return 4 * len(geometry.layers) * geometry.tokens.num_tokens * num_values
+    num_values = geometry.num_queries * len(geometry.heads) * geometry.head_dim
+    num_values += geometry.tokens.num_tokens * geometry.num_kv_heads * (geometry.head_dim + geometry.v_head_dim)
+    return 4 * len(geometry.layers) * num_values
 
 
 def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:

@@ -6,7 +6,8 @@ import dataclasses
 
 from torch import nn
 
-from atcache.attention.blocks import attention_kind
+from atcache.attention.blocks import attention_kind, check_has_queries
+from atcache.choices import Queries
 from atcache.codecs.base import Codec
 from atcache.codecs.registry import parse_codec
 from atcache.codecs.transform.codec import TransformCodec
@@ -28,27 +29,39 @@ def check_has_values(model: nn.Module) -> None:
 
 
 def choose_codec(
-    name: str | None, target: CodecTarget, model: nn.Module, num_views: int, *, with_values: bool = False
+    name: str | None,
+    target: CodecTarget,
+    model: nn.Module,
+    num_views: int,
+    *,
+    queries: Queries = "all",
+    with_values: bool = False,
 ) -> Codec:
     """The codec for a teacher.
 
     Args:
         name: the codec that a user named; None takes `transform`, or `int8` if v is stored too, or `logmap` for
-            teachers that hand over maps.
+            teachers that hand over maps and if only some rows are kept.
         target: what `transform` is to meet.
         model: the teacher.
         num_views: views that will be stored in all.
+        queries: the tokens whose rows of the maps are kept.
         with_values: whether v is to be stored too.
 
     Raises:
-        CodecError: there is no such codec, or it cannot store v.
-        ConfigError: a target is given for a codec that has none, or v is wanted of a teacher that hands over maps.
+        CodecError: there is no such codec, or it cannot store v or single rows.
+        ConfigError: a target is given for a codec that has none, v is wanted of a teacher that hands over maps, or rows
+            of tokens that the teacher lacks.
     """
+    check_has_queries(model, queries)
     if with_values:
         check_has_values(model)
     if name is None:
-        name = "logmap" if attention_kind(model) == "maps" else "int8" if with_values else "transform"
+        of_maps = queries != "all" or attention_kind(model) == "maps"
+        name = "logmap" if of_maps else "int8" if with_values else "transform"
     codec = parse_codec(name)
+    if queries != "all":
+        codec.refuse_rows()
     if with_values:
         codec.refuse_values()
     nbytes = target.nbytes_per_view(num_views)

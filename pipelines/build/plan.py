@@ -46,10 +46,12 @@ class BuildPlan(JsonFields):
     num_layers: int
     num_heads: int
     num_tokens: int
+    num_queries: int
+    """Tokens whose rows of the maps are kept."""
     nbytes_per_view: int
     """Measured on the calibration views, pixels included when they are stored."""
     map_nbytes_per_view: int
-    """Bytes that the same maps take as float16."""
+    """Bytes that the same maps, or rows of them, take as float16."""
     state_nbytes: int
     """Bytes of the codec's fitted arrays, stored once."""
     remaining_nbytes: int
@@ -187,6 +189,7 @@ def plan_build(
         num_layers=len(calibration.geometry.layers),
         num_heads=len(calibration.geometry.heads),
         num_tokens=calibration.geometry.tokens.num_tokens,
+        num_queries=calibration.geometry.num_queries,
         nbytes_per_view=nbytes_per_view,
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,

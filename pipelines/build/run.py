@@ -98,6 +98,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             heads=wanted.heads,
             batch_size=config.batch_size,
             state=_fitted_state(existing, given),
+            queries=config.queries,
             with_values=config.with_values,
             progress=progress.show,
         )
@@ -187,6 +188,7 @@ class _Wanted:
                 config.target,
                 run.teacher.model,
                 index.num_samples * config.views,
+                queries=config.queries,
                 with_values=config.with_values,
             )
         layers, heads = run.select(config.layers, config.heads)
@@ -200,7 +202,7 @@ class _Wanted:
             policy=policy,
             num_views=config.views,
             pixels=config.pixels,
-            selection=Selection(layers=layers, heads=heads, store=config.store),
+            selection=Selection(layers=layers, heads=heads, store=config.store, queries=config.queries),
             codec=codec.to_json(),
         )
         return cls(run=run, codec=codec, layers=layers, heads=heads, identity=identity)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from atcache.choices import Decoding, Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 
+from ..build.config import check_queries
 from ..options import (
     calibration_samples_option,
     config,
@@ -27,6 +28,7 @@ from ..options import (
     pixels_option,
     policy_option,
     precision_option,
+    queries_option,
     store_option,
     weights_option,
 )
@@ -122,6 +124,7 @@ class PlanConfig:
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
     store: Literal["v"] | None = store_option()
+    queries: Queries = queries_option()
     pixels: Pixels = pixels_option()
     mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
     student: str | None = option(
@@ -154,6 +157,12 @@ class PlanConfig:
         for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
             if self.store == "v":
                 codec.refuse_values()
+        check_queries(self.queries, self.store, self.codec)
+        if self.queries != "all" and self.mode == "copy":
+            raise ConfigError(
+                f"queries={self.queries} and mode=copy: a student that copies needs the rows of all tokens. Give "
+                "--mode distill, or leave --queries out."
+            )
         assumed = parse_assumptions(self.assume)
         object.__setattr__(self, "assumed", assumed)
         if assumed.nbytes_per_view is not None and len(self.codec) > 1:

@@ -150,7 +150,8 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     with_values = config.store == "v"
     if with_values:
         check_has_values(run.teacher.model)
-    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads), with_values=with_values)
+    layers, heads = run.select(config.layers, config.heads)
+    capture = FactorCapture(run.teacher.model, layers, heads, queries=config.queries, with_values=with_values)
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
@@ -166,7 +167,7 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
     """The codec settings to measure; only one if the size is assumed."""
     if config.codec:
         return config.codec
-    defaults = DEFAULT_CODECS[geometry.kind]
+    defaults = DEFAULT_CODECS[geometry.kind] if geometry.keeps_all_queries else _OF_MAPS
     if config.store == "v":
         defaults = tuple(name for name in defaults if CODECS[name].keeps_values)
     return defaults if config.assumed.nbytes_per_view is None else defaults[:1]
@@ -192,6 +193,7 @@ def _measure_codec(
             layers=geometry.layers,
             heads=geometry.heads,
             batch_size=config.batch_size,
+            queries=config.queries,
             with_values=config.store == "v",
             progress=progress.show,
         )

@@ -91,4 +91,6 @@ class TransformCodec(Codec):
         """See `Codec.coder`."""
         if geometry.v_head_dim:
             self.refuse_values()
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         return TransformCoder(geometry, state, bias_LHQK, device, predict=self.predict, dct=self.dct)
