@@ -146,7 +146,7 @@ class _LogitsGradients:
         wants_q, wants_k, wants_bias = wants
         self.are_wanted = any(wants)
         self._of_q = SlicedGradient(q_BHTD, kept[0], weight) if wants_q else None
-        self._of_k = SlicedGradient(k_BHTD, kept[1], weight) if wants_k else None
+        self._of_k = SlicedGradient(k_BHTD, kept[1], weight, q_BHTD.shape[2]) if wants_k else None
         self._of_bias: Tensor | None = None
         if bias is not None and wants_bias:
             dtype = wide(bias.dtype)
@@ -202,7 +202,7 @@ class _Distillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
         num_rows = q_BHTD.shape[:3].numel()
         with torch.autocast(device.type, enabled=False):
-            for samples, queries in slices(q_BHTD):
+            for samples, queries in slices(q_BHTD, k_BHTD.shape[2]):
                 if teacher_attn_BHQK is None:
                     assert teacher_q_BHTD is not None
                     assert teacher_k_BHTD is not None

@@ -149,8 +149,9 @@ def test_golden_caches_are_read_without_loss(path):
         {"codec": "int8", "pixels": "store"},
         {"layers": "1", "heads": "1"},
         {"codec": "logmap"},
+        {"codec": None, "queries": "cls"},
     ],
-    ids=["mixed", "v", "pixels", "part", "logmap"],
+    ids=["mixed", "v", "pixels", "part", "logmap", "rows"],
 )
 def test_what_a_build_writes_is_the_record_byte_for_byte(tiny_cache, fields):
     path = tiny_cache(**fields)

@@ -192,6 +192,28 @@ def test_codecs_of_maps_refuse_values_and_name_those_that_take_them(name):
         make_coder(name, geometry, make_factors(geometry))
 
 
+@pytest.mark.parametrize("name", ["exact", "int8", "transform"])
+def test_codecs_of_whole_maps_refuse_rows_and_name_the_one_that_takes_them(name):
+    geometry = make_geometry()
+    state = parse_codec(name).fit(geometry, [make_factors(geometry)])
+    with pytest.raises(CodecError, match=f"codec {name} stores what whole maps are made from.* Use --codec logmap"):
+        parse_codec(name).coder(replace(geometry, queries="cls"), state)
+
+
+@pytest.mark.parametrize(("queries", "num_queries"), [("cls", 1), ("prefix", 3)])
+def test_logmap_stores_rows_as_it_stores_them_in_whole_maps(queries, num_queries):
+    whole = make_geometry(prefix=3)
+    layers = make_factors(whole)
+    codec, rows = parse_codec("logmap"), [layer.select_queries(num_queries) for layer in layers]
+    coder = codec.coder(replace(whole, queries=queries), {})
+    codes_BLTC = coder.encode(rows)
+    assert torch.equal(codes_BLTC, codec.coder(whole, {}).encode(layers)[:, :, :num_queries])
+    assert coder.num_code_tokens == num_queries
+    for position, layer in enumerate(layers):
+        decoded_BHQK = decode(coder, position, codes_BLTC).maps()
+        assert torch.allclose(decoded_BHQK, layer.maps()[:, :, :num_queries], atol=MAP_ATOL["logmap"])
+
+
 @pytest.mark.parametrize("bits", range(4, 9))
 def test_logmap_gives_maps_back_as_distributions_and_nearer_with_more_bits(bits):
     geometry = make_geometry(grid=(6, 6))

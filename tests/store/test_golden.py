@@ -42,6 +42,7 @@ def test_each_format_has_caches_of_every_kind():
         "int8-pixels",
         "logmap",
         "mixed",
+        "rows",
         "transform",
         "transform-rope",
         "values",
@@ -138,4 +139,4 @@ def test_a_bias_is_part_of_the_maps():
 
 
 def test_golden_caches_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 500_000
+    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 550_000
