@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from atcache import stats as stats
-    from atcache.cache.cache import Cache as Cache, View as View
+    from atcache.cache.cache import Cache as Cache
+    from atcache.cache.decoded import View as View
     from atcache.files.location import Location
     from atcache.pipelines.api import (
         build as build,
@@ -70,7 +71,8 @@ _MODULE_OF = {
     **dict.fromkeys(
         ("pack", "pretrain", "plan", "build", "verify", "train", "train_sweep", "evaluate"), "atcache.pipelines.api"
     ),
-    **dict.fromkeys(("Cache", "View"), "atcache.cache.cache"),
+    "Cache": "atcache.cache.cache",
+    "View": "atcache.cache.decoded",
     **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
     "make_student": "atcache.students.make",
     "Pairing": "atcache.students.pairing",

@@ -39,7 +39,8 @@ def build(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Build
             f"{plan.state_nbytes / 2**20:.1f} MiB once; "
             f"{plan.remaining_nbytes / 2**20:.1f} MiB to write, {plan.free_nbytes / 2**20:.0f} MiB free\n"
             f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps"
-            f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}\n"
+            f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}"
+            f"{'' if plan.x_error is None else f'; decoded x off by {plan.x_error:.2g}'}\n"
             f"{DecodeCost(operations=plan.decode_operations, seconds=plan.decode_seconds)}\n"
             f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
             f"{plan.num_tasks - plan.num_done_tasks} of {plan.num_tasks} tasks to do",

@@ -233,11 +233,12 @@ def kept_heads_option() -> str | None:
     return option("Heads of each layer to keep, such as 0,3.  [default: all]", default=None)
 
 
-def store_option() -> Literal["v"] | None:
+def store_option() -> Literal["v", "x"] | None:
     """What a cache keeps beside q and k."""
     return option(
-        "v also stores the teacher's values (v), for students that are given them (`train --what v`). Only the codecs "
-        "int8, which is then the default, and exact can store them.",
+        "v also stores the teacher's values (v), for students that are given them (`train --what v`). x also stores "
+        "what attention and MLP of each layer get, after the norms before them. Only the codecs int8, which is then the "
+        "default, and exact can store either.",
         default=None,
     )
 

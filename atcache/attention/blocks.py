@@ -118,6 +118,21 @@ def check_has_queries(model: nn.Module, queries: Queries) -> None:
         )
 
 
+def input_modules(model: nn.Module, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A block's attention and its MLP, whose inputs can be kept.
+
+    Raises:
+        ConfigError: they are not modules of their own.
+    """
+    attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    if not (isinstance(attention, nn.Module) and isinstance(mlp, nn.Module)):
+        raise ConfigError(
+            f"store=x: a block of {model_label(model)} ({type(block).__name__}) has no `.attn` and `.mlp` of its own, "
+            "whose inputs could be kept. Leave --store x out."
+        )
+    return attention, mlp
+
+
 def map_attention(block: nn.Module) -> nn.Module | None:
     """The attention module of a block that gives maps instead of factors; None for a block that gives factors."""
     return next((module for module in block.modules() if _qualified_name(module) in _FORMING_MAPS), None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from atcache.attention.blocks import (
     check_has_queries,
     find_blocks,
+    input_modules,
     map_attention,
     model_label,
     token_layout,
@@ -73,6 +74,7 @@ class FactorCapture:
         *,
         queries: Queries = "all",
         with_values: bool = False,
+        with_block_inputs: bool = False,
         input_calls: Sequence[int] | None = None,
     ) -> None:
         """Choose what to capture.
@@ -83,6 +85,7 @@ class FactorCapture:
             heads: head indices, ascending, the same in each layer; None for all.
             queries: the tokens whose rows of the maps are wanted: q is captured for these only.
             with_values: whether to capture v too.
+            with_block_inputs: whether to capture what attention and MLP of each block get too.
             input_calls: to capture each layer's input too, `CaptureCheck.input_calls` of the same layers of this model.
 
         Raises:
@@ -97,6 +100,9 @@ class FactorCapture:
                 f"there are {len(input_calls)} input calls for {len(checked_layers)} layers: expected one for each."
             )
         check_has_queries(model, queries)
+        if with_block_inputs:
+            for layer in checked_layers:
+                input_modules(model, blocks[layer])
         tokens = token_layout(model)
         self._queries: Queries = queries
         self.request = CaptureRequest(
@@ -107,6 +113,7 @@ class FactorCapture:
             tokens=tokens,
             num_queries=None if queries == "all" else num_query_rows(queries, tokens),
             with_values=with_values,
+            with_block_inputs=with_block_inputs,
             input_calls=None if input_calls is None else tuple(input_calls),
         )
         self._geometry: FactorGeometry | None = None
@@ -167,6 +174,7 @@ class FactorCapture:
             scale=shape.scale,
             kind="maps" if isinstance(layers[0], LayerMaps) else "factors",
             v_head_dim=shape.v_head_dim,
+            input_width=shape.input_width,
             queries=self._queries,
         )
 
@@ -179,14 +187,16 @@ class _Shape(NamedTuple):
     head_dim: int
     v_head_dim: int
     scale: float
+    input_width: int
 
 
 def _shape_of(layer: LayerAttention) -> _Shape:
     num_heads = layer.shape_BHT[1]
     if isinstance(layer, LayerMaps):
-        return _Shape(num_heads, num_heads, 0, 0, 1.0)
+        return _Shape(num_heads, num_heads, 0, 0, 1.0, 0)
     v_head_dim = 0 if layer.v_BHTD is None else layer.v_BHTD.shape[3]
-    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], v_head_dim, layer.scale)
+    input_width = 0 if layer.inputs_BNTC is None else layer.inputs_BNTC.shape[3]
+    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], v_head_dim, layer.scale, input_width)
 
 
 def check_capture(
@@ -197,6 +207,7 @@ def check_capture(
     *,
     queries: Queries = "all",
     with_values: bool = False,
+    with_block_inputs: bool = False,
     with_inputs: bool = False,
 ) -> CaptureCheck:
     """The geometry and the bias, once one batch has shown that capture gives the right factors or maps.
@@ -213,13 +224,15 @@ def check_capture(
         heads: as in `FactorCapture`.
         queries: as in `FactorCapture`. The checks look at all rows.
         with_values: as in `FactorCapture`.
+        with_block_inputs: as in `FactorCapture`.
         with_inputs: whether to find out how q and k are made out of each layer's input. A layer of which that is not
             known is no error.
 
     Raises:
         UnsupportedAttentionError: a check failed; the message says which one, and in which layer.
     """
-    capture = FactorCapture(model, layers, heads, queries=queries, with_values=with_values)
+    wanted: Any = {"queries": queries, "with_values": with_values, "with_block_inputs": with_block_inputs}
+    capture = FactorCapture(model, layers, heads, **wanted)
     found: list[FoundProjection | None] = []
 
     def check(
@@ -237,7 +250,7 @@ def check_capture(
     recipes = [recipe for recipe in found if recipe is not None]
     input_calls = tuple(recipe.input_call for recipe in recipes) if len(recipes) == len(capture.layers) else None
     if input_calls is not None:
-        capture = FactorCapture(model, layers, heads, queries=queries, with_values=with_values, input_calls=input_calls)
+        capture = FactorCapture(model, layers, heads, **wanted, input_calls=input_calls)
     # Other images show whether the bias depends on them, and the recipes too. Mirrored negatives have pixel values in
     # the same range.
     other_factors = _only_factors(capture(-images.flip(-1)))
@@ -321,7 +334,8 @@ def _check_output(model: nn.Module, layer: int, formula: str, expected: Tensor, 
 
 
 def _check_finite(model: nn.Module, layer: int, factors: LayerFactors) -> None:
-    for name, factor in (("q", factors.q_BHTD), ("k", factors.k_BHTD), ("v", factors.v_BHTD)):
+    parts = {"q": factors.q_BHTD, "k": factors.k_BHTD, "v": factors.v_BHTD, "the input": factors.inputs_BNTC}
+    for name, factor in parts.items():
         if factor is not None and not bool(torch.isfinite(factor).all()):
             raise UnsupportedAttentionError(
                 f"{model_label(model)}: {name} of layer {layer} contains NaN or infinite values. Try precision fp32."

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from atcache.errors import AttentionShapeError
 
+INPUTS = ("attention", "mlp")
+"""The parts of a block whose inputs can be kept, in the order of N in `inputs_BNTC`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerFactors:
@@ -35,6 +38,9 @@ class LayerFactors:
     input_BTC: Tensor | None = None
     """What q and k of all heads are projections of, shape (batch, token, width), as the model made it: under autocast
     it may be wider than q and k. None if not kept."""
+    inputs_BNTC: Tensor | None = None
+    """What the block's attention and its MLP get, after the norms before them: shape (batch, 2, token, width). None if
+    not kept."""
 
     def __post_init__(self) -> None:
         if (
@@ -57,6 +63,15 @@ class LayerFactors:
             raise AttentionShapeError(
                 f"the input has shape {tuple(self.input_BTC.shape)} and k has shape {tuple(self.k_BHTD.shape)}: "
                 "expected (batch, token, width) and (batch, head, token, head dim)."
+            )
+        if self.inputs_BNTC is not None and (
+            self.inputs_BNTC.ndim != 4
+            or self.inputs_BNTC.shape[:3] != (self.k_BHTD.shape[0], len(INPUTS), self.k_BHTD.shape[2])
+        ):
+            raise AttentionShapeError(
+                f"the block's inputs have shape {tuple(self.inputs_BNTC.shape)} and k has shape "
+                f"{tuple(self.k_BHTD.shape)}: expected (batch, {len(INPUTS)}, token, width) and (batch, head, token, "
+                "head dim)."
             )
 
     @property
@@ -125,6 +140,7 @@ class LayerFactors:
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
             v_BHTD=None if self.v_BHTD is None else self.v_BHTD[samples],
             input_BTC=None if self.input_BTC is None else self.input_BTC[samples],
+            inputs_BNTC=None if self.inputs_BNTC is None else self.inputs_BNTC[samples],
         )
 
     def select_heads(self, heads: Sequence[int]) -> LayerFactors:
@@ -137,6 +153,7 @@ class LayerFactors:
             bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
             v_BHTD=None if self.v_BHTD is None else self.repeated_v_BHTD()[:, index],
             input_BTC=self.input_BTC,
+            inputs_BNTC=self.inputs_BNTC,
         )
 
     def select_queries(self, num_queries: int) -> LayerFactors:

@@ -40,6 +40,8 @@ class FactorGeometry(JsonFields):
     """Whether the teacher gives factors or maps."""
     v_head_dim: Annotated[_Count, Omitted] = 0
     """Components of v in each of its `num_kv_heads` heads; 0 if v is not kept."""
+    input_width: Annotated[_Count, Omitted] = 0
+    """Width of what attention and MLP of each layer's block get; 0 if that is not kept."""
     queries: Annotated[Queries, Omitted] = "all"
     """The tokens whose rows of the maps are kept; every row has all keys."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import numpy as np
 
 from atcache.cache.coders import stored_coder
+from atcache.cache.decoded import Factors, View
 from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMissError
@@ -29,47 +29,6 @@ if TYPE_CHECKING:
     from atcache.codecs.base import Codec, Coder
     from atcache.images.source import Source
     from atcache.views.policy import ViewPolicy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class View:
-    """One view of one sample, decoded: what `Cache.view` returns.
-
-    Example:
-        view = cache.view(sample=3)
-        print(view.sample_key, view.label)
-        view.maps_LHQK[-1].mean(axis=0)  # the last layer's map, mean over heads: (query, key)
-    """
-
-    sample: int
-    """Row of the sample table."""
-    sample_key: str
-    """Tar name and WebDataset key."""
-    view: int
-    label: int
-    """Its class; -1 if it has none."""
-    partner: int | None
-    """Row of the sample that is mixed in; None if the view is not mixed."""
-    share: float
-    """Share of the sample's own image, and so of its label; the partner has the rest. 1 if the view is not mixed."""
-    status: int
-    """A `Status`; always STORED here."""
-    image: np.ndarray
-    """The pixels teacher and student see, uint8 (height, width, 3)."""
-    maps_LHQK: np.ndarray
-    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1. They have the rows that
-    `Cache.queries` names."""
-
-
-class Factors(NamedTuple):
-    """q and k of one layer, and v if it is stored, as lazy arrays: maps are softmax(scale * q k^T + bias)."""
-
-    q_VSHTD: da.Array
-    k_VSHTD: da.Array
-    scale: float
-    bias_HQK: np.ndarray | None
-    v_VSHTD: da.Array | None = None
-    """None if the cache does not store v."""
 
 
 @final
@@ -235,6 +194,32 @@ class Cache:
         chosen = self._head_positions(heads)
         return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
 
+    def inputs(self, layer: int, of: Literal["attention", "mlp"]) -> da.Array:
+        """What attention or MLP of one layer got, after the norm before it, lazy: x_VSTC float32.
+
+        It is NaN for views that are not stored.
+
+        Args:
+            layer: block index of the teacher.
+            of: which of the two.
+
+        Raises:
+            CacheMissError: the cache does not store it.
+
+        Example:
+            x_VSTC = cache.inputs(layer=0, of="mlp") if cache.geometry.input_width else None
+        """
+        from atcache.attention.factors import INPUTS
+
+        if of not in INPUTS:
+            raise CacheMissError(f"inputs of {of!r} are never stored: expected one of {', '.join(INPUTS)}.")
+        position, width = self._layer_position(layer), self.geometry.input_width
+        if not width:
+            raise CacheMissError(f"{self.path} holds no inputs of attention and MLP. Build it with --store x.")
+        views = tuple(range(self.reader.layout.num_views))
+        tail = (self.geometry.tokens.num_tokens, width)
+        return as_dask(self._lazy_layer("inputs", position, (INPUTS.index(of),), tail, views))[:, :, 0]
+
     def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
         """`maps` with named axes (view, sample, head, query, key) and coordinates head, query, sample_key and label.
 
@@ -279,7 +264,9 @@ class Cache:
         codes_BLTC = torch.from_numpy(reader.read_codes(view, row)[None])
         with torch.inference_mode():
             decoded = self.coder.decode(codes_BLTC)
-            layers = [decoded.layer(position).maps()[0] for position in range(len(self.geometry.layers))]
+            layers = [decoded.layer(position) for position in range(len(self.geometry.layers))]
+            maps = [layer.maps()[0] for layer in layers]
+            inputs = [x[0] for layer in layers if (x := getattr(layer, "inputs_BNTC", None)) is not None]
         mix = stored_mix(self.policy, reader.parameters(view, row))
         return View(
             sample=row,
@@ -290,7 +277,8 @@ class Cache:
             share=mix.share,
             status=reader.status(view, row),
             image=self.image(row, view),
-            maps_LHQK=torch.stack(layers).numpy(),
+            maps_LHQK=torch.stack(maps).numpy(),
+            inputs_LNTC=torch.stack(inputs).numpy() if inputs else None,
         )
 
     def image(self, sample: int, view: int = 0) -> np.ndarray:
@@ -345,6 +333,7 @@ class Cache:
             "layers": list(geometry.layers),
             "heads": list(geometry.heads),
             "stores_v": geometry.v_head_dim > 0,
+            "stores_x": geometry.input_width > 0,
             "num_tokens": geometry.tokens.num_tokens,
             "num_queries": geometry.num_queries,
             "num_samples": layout.num_samples,

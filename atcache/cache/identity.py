@@ -24,8 +24,9 @@ class Selection(JsonFields):
     """Block indices; None for all. The first versions recorded the text that was typed."""
     heads: _Indices | str | None
     """Head indices, in the same form."""
-    store: Annotated[Literal["v"] | None, Omitted] = None
-    """Whether v was to be stored too. Caches from before that was possible do not record it."""
+    store: Annotated[Literal["v", "x"] | None, Omitted] = None
+    """Whether v, or x (what attention and MLP get), was to be stored too. Caches from before that was possible do not
+    record it."""
     queries: Annotated[Queries, Omitted] = "all"
     """The tokens whose rows of the maps were to be kept."""
 

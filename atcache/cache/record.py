@@ -41,6 +41,8 @@ class LayerCard(JsonFields):
     """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
     v_error: _Error | None = None
     """Relative error of decoded v; None if v is not stored."""
+    x_error: Annotated[_Error | None, Omitted] = None
+    """The same for what attention and MLP get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class CalibrationRecord(JsonFields):
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: _Error | None = None
     """Relative error of decoded v; None if v is not stored."""
+    x_error: Annotated[_Error | None, Omitted] = None
+    """The same for what attention and MLP get."""
     num_held_back: Annotated[_Positive | None, Omitted] = None
     """Number of these views; None in the first caches, which do not record it."""
     layers: Annotated[tuple[LayerCard, ...] | None, Omitted] = None
@@ -237,6 +241,10 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         f"{geometry.queries!r}, as its geometry says",
     )
     _require(v_error is not None or not geometry.v_head_dim, "calibration.v_error", v_error, "a number, as v is stored")
+    x_error = record.calibration.x_error
+    _require(
+        x_error is not None or not geometry.input_width, "calibration.x_error", x_error, "a number, as x is stored"
+    )
     if complete is not None:
         num_tasks, num_bad = layout.num_views * layout.num_blocks, num_views - complete.num_stored
         _require(

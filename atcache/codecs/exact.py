@@ -43,7 +43,7 @@ class ExactCodec(Codec):
 
 class ExactCoder(Coder):
     """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim, followed by
-    v heads * v head dim if v is stored."""
+    v heads * v head dim, and 2 * the width of the inputs of attention and MLP, as far as they are stored."""
 
     factors_are_teachers = True
 

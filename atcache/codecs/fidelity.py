@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention
 
 _MAP_NUMEL = 2**24
 """Elements of maps held at a time: 128 MiB in float64, for each of a few copies."""
@@ -49,17 +49,15 @@ def mean_row_kl(
     return max(total / num_views, 0.0)  # in this order NaN stays NaN
 
 
-def value_error(teacher: LayerFactors, decoded: LayerFactors) -> float:
-    """|decoded v - v| / |v| over all values of a layer's views: an error that the row KL does not contain.
+def relative_error(teacher: Tensor, decoded: Tensor) -> float:
+    """|decoded - teacher| / |teacher| over all values: for what the row KL says nothing of.
 
     Args:
-        teacher: the factors as captured, with v.
-        decoded: the factors as a coder returns them.
+        teacher: v, or the inputs of attention and MLP, as captured.
+        decoded: the same as a coder returns them.
     """
-    assert teacher.v_BHTD is not None, "called only if v is stored"
-    assert decoded.v_BHTD is not None, "called only if v is stored"
-    v_BHTD = teacher.v_BHTD.double()
-    squared_error, squared_norm = (decoded.v_BHTD.double() - v_BHTD).square().sum(), v_BHTD.square().sum()
+    exact = teacher.double()
+    squared_error, squared_norm = (decoded.double() - exact).square().sum(), exact.square().sum()
     return float((squared_error / squared_norm.clamp_min(1e-300)).sqrt())
 
 

@@ -46,8 +46,8 @@ class LogmapCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> LogmapCoder:
         """See `Codec.coder`."""
-        if geometry.v_head_dim:
-            self.refuse_values()
+        if geometry.v_head_dim or geometry.input_width:
+            self.refuse_values("v" if geometry.v_head_dim else "x")
         del state
         return LogmapCoder(self, geometry, bias_LHQK, device)
 

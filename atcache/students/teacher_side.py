@@ -92,11 +92,11 @@ class JoinedFactors:
         factors = [layer for layer in layers if isinstance(layer, LayerFactors)]
         if len(factors) < len(layers):
             return LayerMaps(attn_BHQK=self._joined([layer.maps() for layer in layers]))
-        # All parts have the same bias, the teacher's. Factors are joined by name, since some parts may lack v.
+        # All parts have the same bias, the teacher's. Factors are joined by name, since some parts may lack v or x.
         parts = {
             field.name: [getattr(part, field.name) for part in factors]
             for field in fields(LayerFactors)
-            if field.name.endswith("_BHTD")
+            if field.name.endswith(("_BHTD", "_BNTC"))
         }
         joined = {name: None if any(part is None for part in of) else self._joined(of) for name, of in parts.items()}
         return replace(factors[0], **joined)

@@ -89,7 +89,7 @@ def check_queries(queries: Queries, store: str | None, codecs: Sequence[str]) ->
         return
     if store is not None:
         raise ConfigError(
-            f"queries={queries} and store={store}: v is of use only with whole maps. Leave out one of them."
+            f"queries={queries} and store={store}: {store} is stored beside q and k only. Leave out one of them."
         )
     from atcache.codecs.registry import parse_codec
 
@@ -119,7 +119,7 @@ class BuildConfig:
     seed: int = seed_option("the views")
     codec: str | None = option(
         "How attention is compressed: transform, int8, exact, exact:dtype=float32 or logmap.  [default: transform; "
-        "int8 with --store v; logmap with --queries, or if the teacher's maps are not a softmax of one q k^T]",
+        "int8 with --store; logmap with --queries, or if the teacher's maps are not a softmax of one q k^T]",
         default=None,
     )
     target_kl: float | None = option(
@@ -140,7 +140,7 @@ class BuildConfig:
     )
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
-    store: Literal["v"] | None = store_option()
+    store: Literal["v", "x"] | None = store_option()
     queries: Queries = queries_option()
     pixels: Pixels = pixels_option()
     on_bad_image: Literal["raise", "skip"] = option(
@@ -185,6 +185,11 @@ class BuildConfig:
     def with_values(self) -> bool:
         """Whether v is stored too."""
         return self.store == "v"
+
+    @property
+    def with_block_inputs(self) -> bool:
+        """Whether what attention and MLP get is stored too."""
+        return self.store == "x"
 
     @property
     def target(self) -> CodecTarget:

@@ -64,6 +64,8 @@ class BuildPlan(JsonFields):
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: float | None
     """Relative error of decoded v on the calibration views; None if v is not stored."""
+    x_error: float | None
+    """The same for what attention and MLP get."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
     decode_operations: float | None
@@ -88,6 +90,7 @@ def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibr
             row_kl_nats=calibration.row_kl_nats,
             injected_error=calibration.injected_error,
             v_error=calibration.v_error,
+            x_error=calibration.x_error,
             decode_operations=calibration.decode_cost.operations,
             layers=tuple(layer_cards(run, calibration)),
         ),
@@ -198,6 +201,7 @@ def plan_build(
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,
+        x_error=calibration.x_error,
         teacher_views_per_s=calibration.teacher_views_per_s,
         decode_operations=calibration.decode_cost.operations,
         decode_seconds=calibration.decode_cost.seconds,

@@ -100,6 +100,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             state=_fitted_state(existing, given),
             queries=config.queries,
             with_values=config.with_values,
+            with_block_inputs=config.with_block_inputs,
             progress=progress.show,
         )
     new_layout, view_nbytes = plan_layout(
@@ -189,7 +190,7 @@ class _Wanted:
                 run.teacher.model,
                 index.num_samples * config.views,
                 queries=config.queries,
-                with_values=config.with_values,
+                store=config.store,
             )
         layers, heads = run.select(config.layers, config.heads)
         identity = CacheIdentity(

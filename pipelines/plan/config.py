@@ -123,7 +123,7 @@ class PlanConfig:
     views: int = option("Views (fixed augmentations) of each sample.", default=1, at_least=1)
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
-    store: Literal["v"] | None = store_option()
+    store: Literal["v", "x"] | None = store_option()
     queries: Queries = queries_option()
     pixels: Pixels = pixels_option()
     mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
@@ -155,8 +155,8 @@ class PlanConfig:
 
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises if they do not go together
         for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
-            if self.store == "v":
-                codec.refuse_values()
+            if self.store is not None:
+                codec.refuse_values(self.store)
         check_queries(self.queries, self.store, self.codec)
         if self.queries != "all" and self.mode == "copy":
             raise ConfigError(

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from made_factors import decode, make_factors, make_geometry, mean_row_kl
 
 from atcache.attention.factors import LayerFactors, LayerMaps
-from atcache.codecs.fidelity import row_kl, value_error
+from atcache.codecs.fidelity import relative_error, row_kl
 from atcache.codecs.registry import codec_from_json, parse_codec
 from atcache.errors import CodecError
 
@@ -164,7 +164,7 @@ class TestValues:
             assert decoded.v_BHTD.shape == layer.v_BHTD.shape
             error_BHTD = (decoded.v_BHTD - layer.v_BHTD).abs()
             assert bool((error_BHTD <= V_BOUND[name] * layer.v_BHTD.abs().amax(-1, keepdim=True)).all())
-            assert value_error(layer, decoded) == pytest.approx(
+            assert relative_error(layer.v_BHTD, decoded.v_BHTD) == pytest.approx(
                 float((decoded.v_BHTD - layer.v_BHTD).norm() / layer.v_BHTD.norm()), rel=1e-3
             )
 
