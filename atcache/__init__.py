@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
     from atcache import stats as stats
     from atcache.attention.regrid import regrid_maps as regrid_maps
-    from atcache.cache.cache import Cache as Cache, View as View
+    from atcache.cache.cache import Cache as Cache
+    from atcache.cache.decoded import View as View
     from atcache.files.location import Location
     from atcache.pipelines.api import (
         build as build,
@@ -73,7 +74,8 @@ _MODULE_OF = {
         ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"),
         "atcache.pipelines.api",
     ),
-    **dict.fromkeys(("Cache", "View"), "atcache.cache.cache"),
+    "Cache": "atcache.cache.cache",
+    "View": "atcache.cache.decoded",
     **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
     "make_student": "atcache.students.make",
     "regrid_maps": "atcache.attention.regrid",

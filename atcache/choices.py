@@ -32,6 +32,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 """The number format of matrix products."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+Queries = Literal["all", "cls", "prefix"]
+"""The tokens whose rows of the maps are kept: all; only the class token; or all prefix tokens (class token and
+registers)."""
+
 Pixels = Literal["replay", "store"]
 """Where training gets a view's image: made again from its tar, or read from the cache."""
 

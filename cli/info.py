@@ -67,7 +67,8 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
         (
             "attention",
             f"{_count(len(layers), 'layer')} ({_ranges(layers)}) x {_count(len(heads), 'head')} ({_ranges(heads)}) "
-            f"x {about['num_tokens']} tokens{', with v' if about['stores_v'] else ''}",
+            f"x {options.name_tokens(about['num_tokens'], about['num_queries'])}"
+            f"{', with v' if about['stores_v'] else ''}{', with x' if about['stores_x'] else ''}",
         ),
         ("codec", str(codec.get("name")) + (f" ({settings})" if settings else "")),
     ]
@@ -87,8 +88,9 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
     row_kl = about["quality"].get("row_kl_nats")
     if row_kl:
         lines.append(("row KL", f"{row_kl['mean']:.2g} nats on average, {row_kl['max']:.2g} at most"))
-    if v_error := about["quality"].get("v_error"):
-        lines.append(("v", f"off by {v_error['mean']:.2g} on average, {v_error['max']:.2g} at most"))
+    for name in ("v", "x"):
+        if error := about["quality"].get(f"{name}_error"):
+            lines.append((name, f"off by {error['mean']:.2g} on average, {error['max']:.2g} at most"))
     lines.append(("state", _state(about)))
     if growth := about["growth"]:
         lines.append(("growing", _growing(growth)))
@@ -104,11 +106,12 @@ def _held_back(calibration: dict[str, Any], codec: dict[str, Any]) -> str:
     """Fidelity as measured before the build, and its target."""
     target_kl = None if codec.get("target_nbytes") else codec.get("target_kl")
     target = f" (target {target_kl:.4g})" if target_kl else ""
-    v_error = f", v off by {calibration['v_error']:.2g}" if calibration.get("v_error") is not None else ""
+    errors = {name: calibration.get(f"{name}_error") for name in ("v", "x")}
+    off = "".join(f", {name} off by {error:.2g}" for name, error in errors.items() if error is not None)
     views = _count(calibration["num_held_back"], "view") if "num_held_back" in calibration else "a few views"
     return (
         f"row KL {calibration['row_kl_nats']:.2g} nats{target}, features off by {calibration['injected_error']:.2g} "
-        f"with decoded maps{v_error}; on {views} before the build"
+        f"with decoded maps{off}; on {views} before the build"
     )
 
 

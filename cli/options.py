@@ -49,6 +49,11 @@ def compare_sizes(times_smaller: float) -> str:
     return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"
 
 
+def name_tokens(num_tokens: int, num_queries: int) -> str:
+    """The size of a map: its tokens, or how many rows of it are kept."""
+    return f"{num_tokens} tokens" if num_queries == num_tokens else f"{num_queries} of {num_tokens} rows"
+
+
 def print_json(record: dict[str, Any]) -> None:
     """Print one result, as one line of JSON on stdout."""
     click.echo(json.dumps(record))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from atcache.attention.blocks import find_blocks
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.codecs.base import Codec, Coder
-from atcache.codecs.fidelity import mean_row_kl, value_error
+from atcache.codecs.fidelity import mean_row_kl, relative_error
 from atcache.codecs.transform.codec import TransformCodec
 from atcache.students.attend import attend_with_given
 from atcache.students.pairing import TeacherFactors
@@ -105,16 +105,22 @@ def layer_row_kl(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Ten
 
 def layer_v_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...] | None:
     """Relative error of each kept layer's decoded v; None if v is not stored. Takes the arguments of `layer_row_kl`."""
-    if not coder.geometry.v_head_dim:
-        return None
-    errors: list[float] = []
+    return _layer_error("v_BHTD", coder, layers, codes_BLTC) if coder.geometry.v_head_dim else None
+
+
+def layer_x_error(coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor) -> tuple[float, ...] | None:
+    """The same for what attention and MLP get; None if that is not stored."""
+    return _layer_error("inputs_BNTC", coder, layers, codes_BLTC) if coder.geometry.input_width else None
+
+
+def _layer_error(
+    name: Literal["v_BHTD", "inputs_BNTC"], coder: Coder, layers: Sequence[LayerAttention], codes_BLTC: Tensor
+) -> tuple[float, ...]:
     decoded = coder.decode(codes_BLTC)
-    for position, layer in enumerate(layers):
-        decoded_layer = decoded.layer(position)
-        assert isinstance(layer, LayerFactors), "maps have no v"
-        assert isinstance(decoded_layer, LayerFactors), "maps have no v"
-        errors.append(value_error(layer, decoded_layer))
-    return tuple(errors)
+    return tuple(
+        relative_error(getattr(layer, name), getattr(decoded.layer(position), name))
+        for position, layer in enumerate(layers)
+    )
 
 
 def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometry, decoded: TeacherFactors) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
-from atcache.choices import MAX_SEED, Decoding, Labels, Pixels, PolicyName, Precision
+from atcache.choices import MAX_SEED, Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.fields import Misfit, Range, fit
 from atcache.files.location import Url, parse_location
@@ -233,12 +233,22 @@ def kept_heads_option() -> str | None:
     return option("Heads of each layer to keep, such as 0,3.  [default: all]", default=None)
 
 
-def store_option() -> Literal["v"] | None:
+def store_option() -> Literal["v", "x"] | None:
     """What a cache keeps beside q and k."""
     return option(
-        "v also stores the teacher's values (v), for students that are given them (`train --what v`). Only the codecs "
-        "int8, which is then the default, and exact can store them.",
+        "v also stores the teacher's values (v), for students that are given them (`train --what v`). x also stores "
+        "what attention and MLP of each layer get, after the norms before them. Only the codecs int8, which is then the "
+        "default, and exact can store either.",
         default=None,
+    )
+
+
+def queries_option() -> Queries:
+    """The rows of the maps that a cache keeps."""
+    return option(
+        "Tokens whose rows of the maps are kept, with all keys: all; cls for the class token; prefix for the class "
+        "token and registers. Rows take a few kB a view, to look at or to distil; students that copy need all.",
+        default="all",
     )
 
 

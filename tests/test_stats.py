@@ -10,7 +10,7 @@ import pytest
 
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import AttentionShapeError
-from atcache.stats import attention_entropy, mean_attention_distance, patch_distances, prefix_mass
+from atcache.stats import attention_entropy, mean_attention_distance, patch_distances, patch_grid, prefix_mass
 
 TOKENS = TokenLayout(num_prefix_tokens=2, grid_height=2, grid_width=3)
 
@@ -101,7 +101,39 @@ def test_views_that_are_not_stored_stay_nan(attn_SHQK, statistic):
 
 
 def test_maps_of_other_tokens_are_refused_with_both_shapes():
-    with pytest.raises(AttentionShapeError, match=r"shape \(2, 7, 7\): expected \(..., 8, 8\) for 2 prefix tokens"):
+    with pytest.raises(AttentionShapeError, match=r"shape \(2, 7, 7\): expected \(..., query, 8\) for 2 prefix tokens"):
         prefix_mass(np.zeros((2, 7, 7)), TOKENS)
     with pytest.raises(AttentionShapeError, match="2 x 3 patches"):
         mean_attention_distance(np.zeros(8), TOKENS)
+
+
+# Rows of some tokens
+
+
+def test_statistics_of_rows_are_those_of_the_whole_maps(attn_SHQK):
+    chosen = [0, 3, 5]
+    rows_SHQK = attn_SHQK[:, :, chosen]
+    assert np.array_equal(attention_entropy(rows_SHQK), attention_entropy(attn_SHQK)[:, :, chosen])
+    assert np.array_equal(prefix_mass(rows_SHQK, TOKENS), prefix_mass(attn_SHQK, TOKENS)[:, :, chosen])
+    assert np.array_equal(patch_grid(rows_SHQK, TOKENS), patch_grid(attn_SHQK, TOKENS)[:, :, chosen])
+
+
+@pytest.mark.parametrize("make", [np.asarray, lambda attn: da.from_array(attn, chunks=(1, 2, 2, 8))])
+def test_the_distance_of_rows_is_a_mean_over_the_patches_among_them(attn_SHQK, make):
+    alone = [mean_attention_distance(attn_SHQK[:, :, [query]], TOKENS, [query]) for query in (3, 7)]
+    of_rows = mean_attention_distance(make(attn_SHQK[:, :, [0, 3, 7]]), TOKENS, queries=[0, 3, 7])
+    assert np.allclose(np.asarray(of_rows), np.mean(alone, axis=0), rtol=1e-5)
+
+
+def test_prefix_tokens_have_no_distance():
+    with pytest.raises(AttentionShapeError, match=r"rows of tokens \[0, 1\], none of them a patch.*`patch_grid` shows"):
+        mean_attention_distance(np.full((2, 8), 1 / 8), TOKENS, queries=range(2))
+    with pytest.raises(AttentionShapeError, match=r"shape \(2, 8\): expected 8 rows.*Say with `queries`"):
+        mean_attention_distance(np.full((2, 8), 1 / 8), TOKENS)
+
+
+def test_a_patch_grid_is_where_a_query_looks(attn_SHQK):
+    grid_SHQYX = patch_grid(attn_SHQK, TOKENS)
+    assert grid_SHQYX.shape == (3, 2, 8, 2, 3)
+    assert grid_SHQYX[2, 1, 4, 1, 2] == attn_SHQK[2, 1, 4, 2 + 5]
+    assert np.allclose(grid_SHQYX.sum(axis=(-1, -2)), 1 - prefix_mass(attn_SHQK, TOKENS), atol=1e-6)

@@ -8,7 +8,8 @@ from torch import nn
 
 from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
-from atcache.errors import UnsupportedAttentionError
+from atcache.choices import Queries
+from atcache.errors import ConfigError, UnsupportedAttentionError
 
 _WINDOWED = "attention is windowed: there is a map for each window, not one over all tokens"
 _POOLED = "queries or keys are pooled, so the map is not square"
@@ -51,6 +52,9 @@ _REASONS = {
 # softmax of its own q k^T. The softmax still returns one distribution for each head and row: that is the block's map.
 _FORMING_MAPS = frozenset({"cait.TalkingHeadAttn"})
 
+# Names that models give to the parameter of their class token. It is the first token wherever there is one.
+_CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})
+
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The model's transformer blocks in the order they run; layer i of a cache is block i.
@@ -91,6 +95,42 @@ def token_layout(model: nn.Module) -> TokenLayout:
         grid_height=int(grid_height),
         grid_width=int(grid_width),
     )
+
+
+def check_has_queries(model: nn.Module, queries: Queries) -> None:
+    """Refuse a model that lacks the tokens whose rows are wanted.
+
+    Raises:
+        ConfigError: there are none of them before the patches.
+    """
+    if queries == "all":
+        return
+    num_prefix_tokens = token_layout(model).num_prefix_tokens
+    if not num_prefix_tokens:
+        raise ConfigError(
+            f"queries={queries}: {model_label(model)} attends with no prefix tokens (class token, registers), only "
+            "with patches. Leave --queries out."
+        )
+    if queries == "cls" and not any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in model.named_parameters()):
+        raise ConfigError(
+            f"queries=cls: {model_label(model)} has {num_prefix_tokens} prefix tokens, and none is a class token. Give "
+            "--queries prefix for their rows."
+        )
+
+
+def input_modules(model: nn.Module, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A block's attention and its MLP, whose inputs can be kept.
+
+    Raises:
+        ConfigError: they are not modules of their own.
+    """
+    attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+    if not (isinstance(attention, nn.Module) and isinstance(mlp, nn.Module)):
+        raise ConfigError(
+            f"store=x: a block of {model_label(model)} ({type(block).__name__}) has no `.attn` and `.mlp` of its own, "
+            "whose inputs could be kept. Leave --store x out."
+        )
+    return attention, mlp
 
 
 def map_attention(block: nn.Module) -> nn.Module | None:

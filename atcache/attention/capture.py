@@ -16,15 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atcache.attention.blocks import find_blocks, map_attention, model_label, token_layout, unsupported
+from atcache.attention.blocks import (
+    check_has_queries,
+    find_blocks,
+    input_modules,
+    map_attention,
+    model_label,
+    token_layout,
+    unsupported,
+)
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
-from atcache.attention.geometry import FactorGeometry
+from atcache.attention.geometry import FactorGeometry, num_query_rows
 from atcache.attention.indices import checked_indices
 from atcache.attention.intercept import LinearCall
 from atcache.attention.kernels import mixed_attention
 from atcache.attention.projection import HeadProjection, InputRecipe
 from atcache.attention.projection_search import FoundProjection, find_projection, reproduces
 from atcache.attention.recorder import CaptureRequest, LastLayerSeen, Recorder
+from atcache.choices import Queries
 from atcache.errors import ConfigError, UnsupportedAttentionError
 
 
@@ -34,7 +43,7 @@ class CaptureCheck(NamedTuple):
     geometry: FactorGeometry
     """Layers, heads, tokens and scale."""
     bias_LHQK: Tensor | None
-    """What is added to the logits of every image: float32, shape (layer, 1 or head, token, token), or None."""
+    """What is added to the logits of every image: float32, shape (layer, 1 or head, query, key), or None."""
     projections: tuple[HeadProjection, ...] | None = None
     """For each layer, how its kept heads of q and k are made out of its input. None if that was not asked for, or if
     there is a layer of which it is not known."""
@@ -63,7 +72,9 @@ class FactorCapture:
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         *,
+        queries: Queries = "all",
         with_values: bool = False,
+        with_block_inputs: bool = False,
         input_calls: Sequence[int] | None = None,
     ) -> None:
         """Choose what to capture.
@@ -72,13 +83,15 @@ class FactorCapture:
             model: a timm ViT, in eval mode or at least without attention dropout.
             layers: block indices, ascending; None for all.
             heads: head indices, ascending, the same in each layer; None for all.
+            queries: the tokens whose rows of the maps are wanted: q is captured for these only.
             with_values: whether to capture v too.
+            with_block_inputs: whether to capture what attention and MLP of each block get too.
             input_calls: to capture each layer's input too, `CaptureCheck.input_calls` of the same layers of this model.
 
         Raises:
             UnsupportedAttentionError: the model has no blocks, or its class is known not to work.
             ConfigError: a layer does not exist, or layers are repeated or not ascending, or there is not one input
-                call for each.
+                call for each; or the model lacks the tokens of `queries`.
         """
         blocks = find_blocks(model)
         checked_layers = checked_indices(range(len(blocks)) if layers is None else layers, len(blocks), "layer")
@@ -86,13 +99,21 @@ class FactorCapture:
             raise ConfigError(
                 f"there are {len(input_calls)} input calls for {len(checked_layers)} layers: expected one for each."
             )
+        check_has_queries(model, queries)
+        if with_block_inputs:
+            for layer in checked_layers:
+                input_modules(model, blocks[layer])
+        tokens = token_layout(model)
+        self._queries: Queries = queries
         self.request = CaptureRequest(
             model=model,
             blocks=blocks,
             layers=checked_layers,
             heads=None if heads is None else tuple(heads),
-            tokens=token_layout(model),
+            tokens=tokens,
+            num_queries=None if queries == "all" else num_query_rows(queries, tokens),
             with_values=with_values,
+            with_block_inputs=with_block_inputs,
             input_calls=None if input_calls is None else tuple(input_calls),
         )
         self._geometry: FactorGeometry | None = None
@@ -153,6 +174,8 @@ class FactorCapture:
             scale=shape.scale,
             kind="maps" if isinstance(layers[0], LayerMaps) else "factors",
             v_head_dim=shape.v_head_dim,
+            input_width=shape.input_width,
+            queries=self._queries,
         )
 
 
@@ -164,14 +187,16 @@ class _Shape(NamedTuple):
     head_dim: int
     v_head_dim: int
     scale: float
+    input_width: int
 
 
 def _shape_of(layer: LayerAttention) -> _Shape:
     num_heads = layer.shape_BHT[1]
     if isinstance(layer, LayerMaps):
-        return _Shape(num_heads, num_heads, 0, 0, 1.0)
+        return _Shape(num_heads, num_heads, 0, 0, 1.0, 0)
     v_head_dim = 0 if layer.v_BHTD is None else layer.v_BHTD.shape[3]
-    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], v_head_dim, layer.scale)
+    input_width = 0 if layer.inputs_BNTC is None else layer.inputs_BNTC.shape[3]
+    return _Shape(num_heads, layer.k_BHTD.shape[1], layer.q_BHTD.shape[3], v_head_dim, layer.scale, input_width)
 
 
 def check_capture(
@@ -180,7 +205,9 @@ def check_capture(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     *,
+    queries: Queries = "all",
     with_values: bool = False,
+    with_block_inputs: bool = False,
     with_inputs: bool = False,
 ) -> CaptureCheck:
     """The geometry and the bias, once one batch has shown that capture gives the right factors or maps.
@@ -195,14 +222,17 @@ def check_capture(
             more take much memory.
         layers: as in `FactorCapture`.
         heads: as in `FactorCapture`.
+        queries: as in `FactorCapture`. The checks look at all rows.
         with_values: as in `FactorCapture`.
+        with_block_inputs: as in `FactorCapture`.
         with_inputs: whether to find out how q and k are made out of each layer's input. A layer of which that is not
             known is no error.
 
     Raises:
         UnsupportedAttentionError: a check failed; the message says which one, and in which layer.
     """
-    capture = FactorCapture(model, layers, heads, with_values=with_values)
+    wanted: Any = {"queries": queries, "with_values": with_values, "with_block_inputs": with_block_inputs}
+    capture = FactorCapture(model, layers, heads, **wanted)
     found: list[FoundProjection | None] = []
 
     def check(
@@ -220,7 +250,7 @@ def check_capture(
     recipes = [recipe for recipe in found if recipe is not None]
     input_calls = tuple(recipe.input_call for recipe in recipes) if len(recipes) == len(capture.layers) else None
     if input_calls is not None:
-        capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=input_calls)
+        capture = FactorCapture(model, layers, heads, **wanted, input_calls=input_calls)
     # Other images show whether the bias depends on them, and the recipes too. Mirrored negatives have pixel values in
     # the same range.
     other_factors = _only_factors(capture(-images.flip(-1)))
@@ -304,7 +334,8 @@ def _check_output(model: nn.Module, layer: int, formula: str, expected: Tensor, 
 
 
 def _check_finite(model: nn.Module, layer: int, factors: LayerFactors) -> None:
-    for name, factor in (("q", factors.q_BHTD), ("k", factors.k_BHTD), ("v", factors.v_BHTD)):
+    parts = {"q": factors.q_BHTD, "k": factors.k_BHTD, "v": factors.v_BHTD, "the input": factors.inputs_BNTC}
+    for name, factor in parts.items():
         if factor is not None and not bool(torch.isfinite(factor).all()):
             raise UnsupportedAttentionError(
                 f"{model_label(model)}: {name} of layer {layer} contains NaN or infinite values. Try precision fp32."

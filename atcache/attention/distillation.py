@@ -22,7 +22,8 @@ def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) 
     Gradients reach the student's q, k and bias. The teacher's factors are constants.
 
     Args:
-        teacher: the layer's factors or maps, from a cache or a live teacher. Head dim may differ from the student's.
+        teacher: the layer's factors or maps, from a cache or a live teacher. Head dim may differ from the student's. If
+            they have only the first tokens' rows, the loss is a mean over these.
         student: the student's own factors of the same layer; same batch, heads and tokens.
 
     Returns:
@@ -31,6 +32,9 @@ def attention_distillation_loss(teacher: LayerAttention, student: LayerFactors) 
     Raises:
         AttentionShapeError: batch, heads or tokens differ.
     """
+    if teacher.shape_BHT[2] < teacher.num_keys == student.num_keys:
+        # Formed first: these rows are few, and the kernels for GPUs take factors of all tokens only.
+        teacher, student = LayerMaps(attn_BHQK=teacher.maps()), student.select_queries(teacher.shape_BHT[2])
     return _distil(teacher, student, has_values=False)[1]
 
 
@@ -142,7 +146,7 @@ class _LogitsGradients:
         wants_q, wants_k, wants_bias = wants
         self.are_wanted = any(wants)
         self._of_q = SlicedGradient(q_BHTD, kept[0], weight) if wants_q else None
-        self._of_k = SlicedGradient(k_BHTD, kept[1], weight) if wants_k else None
+        self._of_k = SlicedGradient(k_BHTD, kept[1], weight, q_BHTD.shape[2]) if wants_k else None
         self._of_bias: Tensor | None = None
         if bias is not None and wants_bias:
             dtype = wide(bias.dtype)
@@ -198,7 +202,7 @@ class _Distillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else dtype, device=device)
         num_rows = q_BHTD.shape[:3].numel()
         with torch.autocast(device.type, enabled=False):
-            for samples, queries in slices(q_BHTD):
+            for samples, queries in slices(q_BHTD, k_BHTD.shape[2]):
                 if teacher_attn_BHQK is None:
                     assert teacher_q_BHTD is not None
                     assert teacher_k_BHTD is not None
@@ -266,7 +270,7 @@ def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Te
     """`attention_distillation_loss` for a student that forms its own maps. Backward keeps all of its logits in memory.
 
     Args:
-        teacher: the layer's factors or maps.
+        teacher: the layer's factors or maps; as for `attention_distillation_loss`.
         logits_BHQK: the student's logits, before the softmax; gradients reach them.
 
     Returns:
@@ -275,6 +279,8 @@ def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Te
     Raises:
         AttentionShapeError: batch, heads or tokens differ.
     """
+    if teacher.shape_BHT[2] < teacher.num_keys == logits_BHQK.shape[3]:
+        logits_BHQK = logits_BHQK[:, :, : teacher.shape_BHT[2]]
     batch, heads, tokens = logits_BHQK.shape[:3]
     check_equal_shapes(teacher.shape_BHT, (batch, heads, tokens))
     return F.cross_entropy(logits_BHQK.float().flatten(0, 2), teacher.maps().flatten(0, 2))

@@ -7,17 +7,23 @@ teacher have in common.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from atcache.errors import AttentionShapeError
 
+INPUTS = ("attention", "mlp")
+"""The parts of a block whose inputs can be kept, in the order of N in `inputs_BNTC`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LayerFactors:
-    """One layer's factors for a batch: attn_BHQK = softmax(scale * q_BHTD k_BHTD^T + bias)."""
+    """One layer's factors for a batch: attn_BHQK = softmax(scale * q_BHTD k_BHTD^T + bias).
+
+    Where only some rows of the maps are kept, q has only the first tokens, and bias only their rows.
+    """
 
     q_BHTD: Tensor
     """Queries, shape (batch, head, token, head dim), after q norm and rotary embedding."""
@@ -26,35 +32,57 @@ class LayerFactors:
     scale: float
     """Multiplies q k^T."""
     bias: Tensor | None = None
-    """Added to the logits: shape (1 or batch, 1 or head, token, token), float; or None."""
+    """Added to the logits: shape (1 or batch, 1 or head, query, key), float; or None."""
     v_BHTD: Tensor | None = None
     """Values, with k's batch, heads and tokens, and any head dim. The map does not need them. None if not kept."""
     input_BTC: Tensor | None = None
     """What q and k of all heads are projections of, shape (batch, token, width), as the model made it: under autocast
     it may be wider than q and k. None if not kept."""
+    inputs_BNTC: Tensor | None = None
+    """What the block's attention and its MLP get, after the norms before them: shape (batch, 2, token, width). None if
+    not kept."""
 
     def __post_init__(self) -> None:
-        if self.q_BHTD.ndim != 4 or self.k_BHTD.ndim != 4 or self.q_BHTD.shape[-2:] != self.k_BHTD.shape[-2:]:
+        if (
+            self.q_BHTD.ndim != 4
+            or self.k_BHTD.ndim != 4
+            or self.q_BHTD.shape[2] > self.k_BHTD.shape[2]
+            or self.q_BHTD.shape[3] != self.k_BHTD.shape[3]
+        ):
             raise AttentionShapeError(
                 f"q has shape {tuple(self.q_BHTD.shape)} and k has shape {tuple(self.k_BHTD.shape)}: expected "
-                "(batch, head, token, head dim) for both, with equal tokens and head dim."
+                "(batch, head, token, head dim) for both, with equal head dim, and all tokens or the first ones in q."
             )
         if self.v_BHTD is not None and (self.v_BHTD.ndim != 4 or self.v_BHTD.shape[:3] != self.k_BHTD.shape[:3]):
             raise AttentionShapeError(
                 f"v has shape {tuple(self.v_BHTD.shape)} and k has shape {tuple(self.k_BHTD.shape)}: expected (batch, "
                 "head, token, head dim) for both, with the first three equal."
             )
-        batch_and_tokens = (self.q_BHTD.shape[0], self.q_BHTD.shape[2])
+        batch_and_tokens = (self.k_BHTD.shape[0], self.k_BHTD.shape[2])
         if self.input_BTC is not None and (self.input_BTC.ndim != 3 or self.input_BTC.shape[:2] != batch_and_tokens):
             raise AttentionShapeError(
-                f"the input has shape {tuple(self.input_BTC.shape)} and q has shape {tuple(self.q_BHTD.shape)}: "
+                f"the input has shape {tuple(self.input_BTC.shape)} and k has shape {tuple(self.k_BHTD.shape)}: "
                 "expected (batch, token, width) and (batch, head, token, head dim)."
+            )
+        if self.inputs_BNTC is not None and (
+            self.inputs_BNTC.ndim != 4
+            or self.inputs_BNTC.shape[:3] != (self.k_BHTD.shape[0], len(INPUTS), self.k_BHTD.shape[2])
+        ):
+            raise AttentionShapeError(
+                f"the block's inputs have shape {tuple(self.inputs_BNTC.shape)} and k has shape "
+                f"{tuple(self.k_BHTD.shape)}: expected (batch, {len(INPUTS)}, token, width) and (batch, head, token, "
+                "head dim)."
             )
 
     @property
     def shape_BHT(self) -> tuple[int, int, int]:
-        """(batch, head, token)."""
+        """(batch, head, token); the tokens are those whose rows there are."""
         return self.q_BHTD.shape[0], self.q_BHTD.shape[1], self.q_BHTD.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        """The length of the maps' rows: all tokens."""
+        return self.k_BHTD.shape[2]
 
     def repeated_k_BHTD(self) -> Tensor:
         """Keys with one head for every head of q: k itself, or its repeated heads in grouped-query attention."""
@@ -112,6 +140,7 @@ class LayerFactors:
             bias=bias if bias is None or bias.shape[0] == 1 else bias[samples],
             v_BHTD=None if self.v_BHTD is None else self.v_BHTD[samples],
             input_BTC=None if self.input_BTC is None else self.input_BTC[samples],
+            inputs_BNTC=None if self.inputs_BNTC is None else self.inputs_BNTC[samples],
         )
 
     def select_heads(self, heads: Sequence[int]) -> LayerFactors:
@@ -124,6 +153,15 @@ class LayerFactors:
             bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
             v_BHTD=None if self.v_BHTD is None else self.repeated_v_BHTD()[:, index],
             input_BTC=self.input_BTC,
+            inputs_BNTC=self.inputs_BNTC,
+        )
+
+    def select_queries(self, num_queries: int) -> LayerFactors:
+        """The factors of the maps' first rows: q and bias are cut. Views, not copies."""
+        return replace(
+            self,
+            q_BHTD=self.q_BHTD[:, :, :num_queries],
+            bias=None if self.bias is None else self.bias[:, :, :num_queries],
         )
 
 
@@ -132,18 +170,25 @@ class LayerMaps:
     """One layer's maps for a batch, for models without factors and for caches that store maps."""
 
     attn_BHQK: Tensor
-    """Probabilities, shape (batch, head, token, token), any float dtype; rows along K sum to 1. Masked keys are 0."""
+    """Probabilities, shape (batch, head, query, key), any float dtype; rows along K sum to 1. Masked keys are 0. There
+    is a row for every token, or only for the first ones."""
 
     def __post_init__(self) -> None:
-        if self.attn_BHQK.ndim != 4 or self.attn_BHQK.shape[2] != self.attn_BHQK.shape[3]:
+        if self.attn_BHQK.ndim != 4 or self.attn_BHQK.shape[2] > self.attn_BHQK.shape[3]:
             raise AttentionShapeError(
-                f"maps of shape {tuple(self.attn_BHQK.shape)}: expected (batch, head, token, token)."
+                f"maps of shape {tuple(self.attn_BHQK.shape)}: expected (batch, head, query, key), with at most as "
+                "many queries as keys."
             )
 
     @property
     def shape_BHT(self) -> tuple[int, int, int]:
-        """(batch, head, token)."""
+        """(batch, head, token); the tokens are those whose rows there are."""
         return self.attn_BHQK.shape[0], self.attn_BHQK.shape[1], self.attn_BHQK.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        """The length of the maps' rows: all tokens."""
+        return self.attn_BHQK.shape[3]
 
     def maps(self) -> Tensor:
         """The maps, attn_BHQK float32."""
@@ -160,6 +205,10 @@ class LayerMaps:
     def select_heads(self, heads: Sequence[int]) -> LayerMaps:
         """The maps of some heads, by position and in the order given."""
         return LayerMaps(attn_BHQK=self.attn_BHQK[:, list(heads)])
+
+    def select_queries(self, num_queries: int) -> LayerMaps:
+        """The maps' first rows; views, not copies."""
+        return LayerMaps(attn_BHQK=self.attn_BHQK[:, :, :num_queries])
 
 
 LayerAttention = LayerFactors | LayerMaps

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from atcache.attention.tokens import MOST_VALUES, TokenLayout
+from atcache.choices import Queries
+from atcache.errors import ConfigError
 from atcache.fields import JsonFields, Omitted, Range
 
 AttentionKind = Literal["factors", "maps"]
@@ -38,8 +40,41 @@ class FactorGeometry(JsonFields):
     """Whether the teacher gives factors or maps."""
     v_head_dim: Annotated[_Count, Omitted] = 0
     """Components of v in each of its `num_kv_heads` heads; 0 if v is not kept."""
+    input_width: Annotated[_Count, Omitted] = 0
+    """Width of what attention and MLP of each layer's block get; 0 if that is not kept."""
+    queries: Annotated[Queries, Omitted] = "all"
+    """The tokens whose rows of the maps are kept; every row has all keys."""
+
+    def __post_init__(self) -> None:
+        if self.num_queries < 1 or (self.queries == "cls" and not self.tokens.num_prefix_tokens):
+            raise ConfigError(
+                f"queries={self.queries}: the teacher has no prefix tokens (class token, registers), so its maps have "
+                "no rows of them. Leave --queries out."
+            )
+
+    @property
+    def num_queries(self) -> int:
+        """Rows that are kept of each map: those of this many first tokens."""
+        return num_query_rows(self.queries, self.tokens)
+
+    @property
+    def keeps_all_queries(self) -> bool:
+        """Whether maps are whole, with a row for every token."""
+        return self.queries == "all"
 
     @property
     def map_nbytes(self) -> int:
-        """Bytes of one view's maps in float16. Compression is measured against this, the obvious way to store maps."""
-        return len(self.layers) * len(self.heads) * self.tokens.num_tokens**2 * 2
+        """Bytes of one view's maps, as far as they are kept, in float16: the obvious way to store them.
+
+        Compression is measured against this.
+        """
+        return len(self.layers) * len(self.heads) * self.num_queries * self.tokens.num_tokens * 2
+
+
+def num_query_rows(queries: Queries, tokens: TokenLayout) -> int:
+    """The number of first tokens whose rows `queries` names. A class token is always the first of all tokens.
+
+    >>> num_query_rows("prefix", TokenLayout(num_prefix_tokens=5, grid_height=14, grid_width=14))
+    5
+    """
+    return {"all": tokens.num_tokens, "cls": 1, "prefix": tokens.num_prefix_tokens}[queries]

@@ -116,18 +116,22 @@ def _map_slices(
         yield samples, queries, torch.softmax(logits_BHQK, dim=-1).to(dtype)
 
 
-def slices(q_BHTD: Tensor) -> Iterator[tuple[slice, slice]]:
+def slices(q_BHTD: Tensor, num_keys: int | None = None) -> Iterator[tuple[slice, slice]]:
     """The (samples, queries) slices whose float32 maps fit in the device's slice size, covering all rows once.
 
     The slices of one sample follow one another, in the order of its queries.
+
+    Args:
+        q_BHTD: queries.
+        num_keys: the length of their rows; None for as many keys as queries.
     """
-    num_samples, num_heads, num_tokens, _ = q_BHTD.shape
-    row_nbytes = 4 * num_heads * num_tokens
+    num_samples, num_heads, num_queries, _ = q_BHTD.shape
+    row_nbytes = 4 * num_heads * (num_keys or num_queries)
     slice_nbytes = CPU_SLICE_NBYTES if q_BHTD.device.type == "cpu" else GPU_SLICE_NBYTES
     num_rows = max(1, slice_nbytes // row_nbytes)
-    samples_each, queries_each = max(1, num_rows // num_tokens), min(num_rows, num_tokens)
+    samples_each, queries_each = max(1, num_rows // num_queries), min(num_rows, num_queries)
     for first_sample in range(0, num_samples, samples_each):
-        for first_query in range(0, num_tokens, queries_each):
+        for first_query in range(0, num_queries, queries_each):
             yield slice(first_sample, first_sample + samples_each), slice(first_query, first_query + queries_each)
 
 
@@ -138,12 +142,20 @@ class SlicedGradient:
         like_BHTD: a tensor with the gradient's shape and dtype.
         kept_BHTD: a gradient to start from, or None.
         weight: multiplies `kept_BHTD`; a scalar tensor or a number.
+        num_queries: the queries of a sample, which its slices share; None for as many as `like_BHTD` has tokens.
     """
 
-    def __init__(self, like_BHTD: Tensor, kept_BHTD: Tensor | None = None, weight: Tensor | float = 1.0) -> None:
+    def __init__(
+        self,
+        like_BHTD: Tensor,
+        kept_BHTD: Tensor | None = None,
+        weight: Tensor | float = 1.0,
+        num_queries: int | None = None,
+    ) -> None:
         self.total_BHTD = torch.empty_like(like_BHTD, memory_format=torch.contiguous_format)
         """Complete once all slices are added."""
         self._kept_BHTD, self._weight = kept_BHTD, weight
+        self._num_queries = num_queries or like_BHTD.shape[2]
         self._sum_BHTD: Tensor | None = None
 
     def add_to_queries(self, part_BHQD: Tensor, samples: slice, queries: slice) -> None:
@@ -152,7 +164,7 @@ class SlicedGradient:
 
     def add_to_keys(self, part_BHTD: Tensor, samples: slice, queries: slice) -> None:
         """Add what the queries of a slice give to all keys, or values, of its samples."""
-        is_last = queries.stop >= self.total_BHTD.shape[2]
+        is_last = queries.stop >= self._num_queries
         if queries.start > 0:
             assert self._sum_BHTD is not None
             self._sum_BHTD += part_BHTD

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from atcache.attention.blocks import map_attention, model_label, unsupported
+from atcache.attention.blocks import input_modules, map_attention, model_label, unsupported
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices
 from atcache.attention.intercept import AttentionCall, LinearCall, MapCall, attention_call, linear_call, map_call
@@ -42,8 +42,12 @@ class CaptureRequest:
     """Indices of the wanted heads, ascending; None for all."""
     tokens: TokenLayout
     """The tokens that every block must have."""
+    num_queries: int | None = None
+    """The rows of the maps that are wanted: those of this many first tokens. None for all."""
     with_values: bool = False
     """Whether v is wanted too."""
+    with_block_inputs: bool = False
+    """Whether what attention and MLP of each block get is wanted too."""
     input_calls: tuple[int, ...] | None = None
     """For each wanted layer, which `linear` call of its block takes the input that is wanted too, counted from 0; None
     if no inputs are wanted."""
@@ -69,6 +73,8 @@ class Recorder(TorchFunctionMode):
         self.attention: dict[int, LayerAttention] = {}
         self.num_model_heads = 0
         self._running: tuple[int, int] | None = None
+        # What the running block's attention got, until its MLP runs.
+        self._attention_input_BTC: Tensor | None = None
         self._input_calls = dict(zip(request.layers, request.input_calls or (), strict=request.input_calls is not None))
         # Of the running block, before it attends.
         self._num_linear_calls = 0
@@ -86,6 +92,10 @@ class Recorder(TorchFunctionMode):
             for layer, block in enumerate(self.request.blocks):
                 handles.append(block.register_forward_pre_hook(self._entering(layer)))
                 handles.append(block.register_forward_hook(self._leaving(layer)))
+                if self.request.with_block_inputs and layer in self.request.layers:
+                    attention, mlp = input_modules(self.request.model, block)
+                    handles.append(attention.register_forward_pre_hook(self._attending))
+                    handles.append(mlp.register_forward_pre_hook(self._entering_mlp(layer)))
             yield
         finally:
             for handle in handles:
@@ -100,6 +110,22 @@ class Recorder(TorchFunctionMode):
 
         return enter
 
+    def _attending(self, _attention: nn.Module, args: tuple[Any, ...]) -> None:
+        self._attention_input_BTC = args[0].detach()
+
+    def _entering_mlp(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def enter(_mlp: nn.Module, args: tuple[Any, ...]) -> None:
+            attention = self.attention.get(layer)
+            if not isinstance(attention, LayerFactors) or self._attention_input_BTC is None:
+                raise self._refusal(layer, f"the MLP of block {layer} runs before its attention")
+            inputs_BNTC = torch.stack([self._attention_input_BTC, args[0].detach()], dim=1)
+            self.attention[layer] = replace(attention, inputs_BNTC=inputs_BNTC)
+            self._attention_input_BTC = None
+            if self.stop_at_call and layer == self.request.layers[-1]:
+                raise LastLayerSeen
+
+        return enter
+
     def _leaving(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def leave(_block: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
             self._running = None
@@ -110,6 +136,12 @@ class Recorder(TorchFunctionMode):
                     layer,
                     f"block {layer} never calls {expected}. If it has an attribute `fused_attn`, set that to True",
                 )
+            if self.request.with_block_inputs and layer in self.request.layers:
+                attention = self.attention[layer]
+                if not isinstance(attention, LayerFactors) or attention.inputs_BNTC is None:
+                    raise self._refusal(
+                        layer, f"block {layer} runs no MLP after its attention, and its input is wanted"
+                    )
             if layer == self.request.layers[-1]:
                 raise LastLayerSeen
 
@@ -135,7 +167,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
         self._check_call(layer, num_tokens, call)
-        factors = _factors_of(call, self.request.heads, with_values=self.request.with_values)
+        factors = _factors_of(call, self.request.heads, self.request.num_queries, with_values=self.request.with_values)
         if layer in self._input_calls:
             factors = replace(factors, input_BTC=self._wanted_input(layer))
         self._record(layer, call.query.shape[1], factors)
@@ -182,6 +214,8 @@ class Recorder(TorchFunctionMode):
             if self.request.heads is None
             else attn_BHQK.index_select(1, _indices(self.request.heads, attn_BHQK.device))
         )
+        if self.request.num_queries is not None:
+            chosen = _owning(chosen[:, :, : self.request.num_queries])
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
         return attn_BHQK if logits_BHQK.dtype == torch.float32 else call.run()
 
@@ -190,7 +224,7 @@ class Recorder(TorchFunctionMode):
             raise self._refusal(layer, f"block {layer} attends more than once")
         self.num_model_heads = num_heads
         self.attention[layer] = attention
-        if self.stop_at_call and layer == self.request.layers[-1]:
+        if self.stop_at_call and layer == self.request.layers[-1] and not self.request.with_block_inputs:
             raise LastLayerSeen
 
     def _check_call(self, layer: int, num_tokens: int, call: AttentionCall) -> None:
@@ -239,13 +273,18 @@ class Recorder(TorchFunctionMode):
         return list(self.attention.values())
 
 
-def _factors_of(call: AttentionCall, heads: tuple[int, ...] | None, *, with_values: bool) -> LayerFactors:
+def _factors_of(
+    call: AttentionCall, heads: tuple[int, ...] | None, num_queries: int | None = None, *, with_values: bool
+) -> LayerFactors:
     query, key = call.query.detach(), call.key.detach()
     value = call.value.detach() if with_values else None
     if query.dtype != call.value.dtype:
         # Only autocast allows this: a q/k norm returns float32, and the call then casts q and k to v's dtype.
         query, key = query.to(call.value.dtype), key.to(call.value.dtype)
     bias = _whole_bias(call)
+    if num_queries is not None:  # before anything is copied: the other rows are never made
+        query = query[:, :, :num_queries]
+        bias = None if bias is None else bias[:, :, :num_queries]
     if heads is not None:
         groups = query.shape[1] // key.shape[1]
         index = _indices(heads, query.device)

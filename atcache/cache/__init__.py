@@ -1,6 +1,7 @@
 """An opened cache: what it records about itself, and its maps and factors as lazy arrays.
 
 - `cache`: what `atcache.open` returns
+- `decoded`: what it gives of a view, and of one layer of all views
 - `identity`: what two builds must have in common to make the same cache
 - `record`: what a cache records about itself, read and written in one place
 - `coders`: make the coder that decodes a cache

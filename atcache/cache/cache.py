@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, final
+from typing import TYPE_CHECKING, Any, Literal, cast, final
 
 import numpy as np
 
 from atcache.cache.coders import stored_coder
+from atcache.cache.decoded import Factors, View
 from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMissError
@@ -30,48 +30,6 @@ if TYPE_CHECKING:
     from atcache.codecs.base import Codec, Coder
     from atcache.images.source import Source
     from atcache.views.policy import ViewPolicy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class View:
-    """One view of one sample, decoded: what `Cache.view` returns.
-
-    Example:
-        view = cache.view(sample=3)
-        print(view.sample_key, view.label)
-        view.maps_LHQK[-1].mean(axis=0)  # the last layer's map, mean over heads: (query, key)
-    """
-
-    sample: int
-    """Row of the sample table."""
-    sample_key: str
-    """Tar name and WebDataset key."""
-    view: int
-    label: int
-    """Its class; -1 if it has none."""
-    class_name: str
-    """The name of its class; empty if it is not known."""
-    partner: int | None
-    """Row of the sample that is mixed in; None if the view is not mixed."""
-    share: float
-    """Share of the sample's own image, and so of its label; the partner has the rest. 1 if the view is not mixed."""
-    status: int
-    """A `Status`; always STORED here."""
-    image: np.ndarray
-    """The pixels teacher and student see, uint8 (height, width, 3)."""
-    maps_LHQK: np.ndarray
-    """Decoded maps of the stored layers and heads, float32; rows along key sum to 1."""
-
-
-class Factors(NamedTuple):
-    """q and k of one layer, and v if it is stored, as lazy arrays: maps are softmax(scale * q k^T + bias)."""
-
-    q_VSHTD: da.Array
-    k_VSHTD: da.Array
-    scale: float
-    bias_HQK: np.ndarray | None
-    v_VSHTD: da.Array | None = None
-    """None if the cache does not store v."""
 
 
 @final
@@ -142,6 +100,15 @@ class Cache:
     def geometry(self) -> FactorGeometry:
         """Layers, heads and shapes of the factors."""
         return self.record.geometry
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The tokens whose rows of the maps are stored, ascending: all, or the first ones (built with --queries).
+
+        Example:
+            attn_VSHK = cache.maps(layer=0)[:, :, :, cache.queries.index(0)]  # what the first token attends to
+        """
+        return tuple(range(self.geometry.num_queries))
 
     @cached_property
     def codec(self) -> Codec:
@@ -227,7 +194,7 @@ class Cache:
         return Factors(lazy("q", example.q_BHTD), lazy("k", example.k_BHTD), example.scale, bias_HQK, v_VSHTD)
 
     def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
-        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored.
+        """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored. Q is `queries`.
 
         A dask chunk is a shard or an equal part of one, at most about 64 MiB. Slicing reads only the samples it picks.
 
@@ -238,13 +205,39 @@ class Cache:
         Example:
             attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of 8 samples, in view 0
         """
-        position, num_tokens = self._layer_position(layer), self.geometry.tokens.num_tokens
+        position, sides = self._layer_position(layer), (self.geometry.num_queries, self.geometry.tokens.num_tokens)
         views = tuple(range(self.reader.layout.num_views))
         chosen = self._head_positions(heads)
-        return as_dask(self._lazy_layer("maps", position, chosen, (num_tokens, num_tokens), views))
+        return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
+
+    def inputs(self, layer: int, of: Literal["attention", "mlp"]) -> da.Array:
+        """What attention or MLP of one layer got, after the norm before it, lazy: x_VSTC float32.
+
+        It is NaN for views that are not stored.
+
+        Args:
+            layer: block index of the teacher.
+            of: which of the two.
+
+        Raises:
+            CacheMissError: the cache does not store it.
+
+        Example:
+            x_VSTC = cache.inputs(layer=0, of="mlp") if cache.geometry.input_width else None
+        """
+        from atcache.attention.factors import INPUTS
+
+        if of not in INPUTS:
+            raise CacheMissError(f"inputs of {of!r} are never stored: expected one of {', '.join(INPUTS)}.")
+        position, width = self._layer_position(layer), self.geometry.input_width
+        if not width:
+            raise CacheMissError(f"{self.path} holds no inputs of attention and MLP. Build it with --store x.")
+        views = tuple(range(self.reader.layout.num_views))
+        tail = (self.geometry.tokens.num_tokens, width)
+        return as_dask(self._lazy_layer("inputs", position, (INPUTS.index(of),), tail, views))[:, :, 0]
 
     def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
-        """`maps` with named axes (view, sample, head, query, key) and coordinates head, sample_key and label.
+        """`maps` with named axes (view, sample, head, query, key) and coordinates head, query, sample_key and label.
 
         Example:
             attn = cache.to_xarray(layer=0).isel(view=0)
@@ -254,6 +247,7 @@ class Cache:
 
         coordinates = {
             "head": list(self.geometry.heads if heads is None else heads),
+            "query": list(self.queries),
             "sample_key": ("sample", self._sample_keys()),
             "label": ("sample", self.reader.labels_S),
         }
@@ -286,7 +280,9 @@ class Cache:
         codes_BLTC = torch.from_numpy(reader.read_codes(view, row)[None])
         with torch.inference_mode():
             decoded = self.coder.decode(codes_BLTC)
-            layers = [decoded.layer(position).maps()[0] for position in range(len(self.geometry.layers))]
+            layers = [decoded.layer(position) for position in range(len(self.geometry.layers))]
+            maps = [layer.maps()[0] for layer in layers]
+            inputs = [x[0] for layer in layers if (x := getattr(layer, "inputs_BNTC", None)) is not None]
         mix = stored_mix(self.policy, reader.parameters(view, row))
         return View(
             sample=row,
@@ -298,7 +294,8 @@ class Cache:
             share=mix.share,
             status=reader.status(view, row),
             image=self.image(row, view),
-            maps_LHQK=torch.stack(layers).numpy(),
+            maps_LHQK=torch.stack(maps).numpy(),
+            inputs_LNTC=torch.stack(inputs).numpy() if inputs else None,
         )
 
     def image(self, sample: int, view: int = 0) -> np.ndarray:
@@ -353,7 +350,9 @@ class Cache:
             "layers": list(geometry.layers),
             "heads": list(geometry.heads),
             "stores_v": geometry.v_head_dim > 0,
+            "stores_x": geometry.input_width > 0,
             "num_tokens": geometry.tokens.num_tokens,
+            "num_queries": geometry.num_queries,
             "num_samples": layout.num_real_samples,
             "num_views": layout.num_views,
             "num_tasks": layout.num_tasks,

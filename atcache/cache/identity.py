@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from atcache.choices import Pixels
+from atcache.choices import Pixels, Queries
 from atcache.fields import At, JsonFields, Omitted, Range
 from atcache.teachers.inputs import InputConfig
 from atcache.views.policy import ViewPolicy
@@ -24,8 +24,11 @@ class Selection(JsonFields):
     """Block indices; None for all. The first versions recorded the text that was typed."""
     heads: _Indices | str | None
     """Head indices, in the same form."""
-    store: Annotated[Literal["v"] | None, Omitted] = None
-    """Whether v was to be stored too. Caches from before that was possible do not record it."""
+    store: Annotated[Literal["v", "x"] | None, Omitted] = None
+    """Whether v, or x (what attention and MLP get), was to be stored too. Caches from before that was possible do not
+    record it."""
+    queries: Annotated[Queries, Omitted] = "all"
+    """The tokens whose rows of the maps were to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,6 @@ class CacheIdentity(JsonFields):
     pixels: Annotated[Pixels, At("views.pixels")]
     """Whether the views' images are replayed or stored."""
     selection: Selection
-    """Which layers and heads were selected, and whether v."""
+    """Which layers, heads and rows were selected, and whether v."""
     codec: Mapping[str, str | float | bool | None]
     """The codec's name and fields, as JSON; `CacheRecord.make_codec` makes it."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_CHUNK_NBYTES = 64 * 2**20
 """Decoded bytes of one dask chunk: small enough that many fit in memory, large enough to be worth a dask task."""
 
-Kind = Literal["maps", "q", "k", "v"]
+Kind = Literal["maps", "q", "k", "v", "inputs"]
 
 
 class OpenCache(Protocol):
@@ -46,9 +46,9 @@ class LazyLayer:
     position: int
     """Index into the stored layers."""
     kind: Kind
-    """"maps": attn_VSHQK. "q", "k", "v": factors_VSHTD."""
+    """"maps": attn_VSHQK. "q", "k", "v": factors_VSHTD. "inputs": inputs_VSNTC, with N in the place of heads."""
     heads: tuple[int, ...]
-    """Positions among the stored heads; for maps, among the heads of q."""
+    """Positions among the stored heads; for maps, among the heads of q; for inputs, in `INPUTS`."""
     shape: tuple[int, ...]
     views: tuple[int, ...]
     """The views along the first axis."""
@@ -109,8 +109,8 @@ class LazyLayer:
         if self.kind == "maps":
             return layer.select_heads(heads).maps()
         assert isinstance(layer, LayerFactors), "Cache.factors refuses caches of maps"
-        factor_BHTD = {"q": layer.q_BHTD, "k": layer.k_BHTD, "v": layer.v_BHTD}[self.kind]
-        assert factor_BHTD is not None, "Cache.factors gives v only where it is stored"
+        factor_BHTD = {"q": layer.q_BHTD, "k": layer.k_BHTD, "v": layer.v_BHTD, "inputs": layer.inputs_BNTC}[self.kind]
+        assert factor_BHTD is not None, "Cache gives v and inputs only where they are stored"
         return factor_BHTD[:, heads].float()
 
 

@@ -41,6 +41,8 @@ class LayerCard(JsonFields):
     """Relative error of the teacher's final features when this layer alone attends with decoded maps."""
     v_error: _Error | None = None
     """Relative error of decoded v; None if v is not stored."""
+    x_error: Annotated[_Error | None, Omitted] = None
+    """The same for what attention and MLP get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class CalibrationRecord(JsonFields):
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: _Error | None = None
     """Relative error of decoded v; None if v is not stored."""
+    x_error: Annotated[_Error | None, Omitted] = None
+    """The same for what attention and MLP get."""
     num_held_back: Annotated[_Positive | None, Omitted] = None
     """Number of these views; None in the first caches, which do not record it."""
     layers: Annotated[tuple[LayerCard, ...] | None, Omitted] = None
@@ -215,8 +219,10 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         "views.policy.image_height": (sides, layout.pixels or sides),
         "views.policy": (policy.parameter_names, layout.parameter_names),
     }
-    if layout.num_tokens > 1:  # rows of bytes have all tokens together; there the codec's state says how many
-        of_layout["geometry.tokens"] = (geometry.tokens.num_tokens, layout.num_tokens)
+    # Rows of bytes have all tokens together; there the codec's state says how many.
+    if layout.num_tokens > 1 or not geometry.keeps_all_queries:
+        place = "geometry.tokens" if geometry.keeps_all_queries else "geometry.queries"
+        of_layout[place] = (geometry.num_queries, layout.num_tokens)
     for place, (found, wanted) in of_layout.items():
         _require(found == wanted, place, found, f"{wanted!r}, as its layout says")
     for name, limit in (("layers", record.depth), ("heads", geometry.num_model_heads)):
@@ -228,7 +234,17 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
     _require(divides, "geometry.num_kv_heads", num_kv_heads, f"a whole number that divides {num_heads}, the kept heads")
     fits_kind = (head_dim > 0) == (geometry.kind == "factors")
     _require(fits_kind, "geometry.head_dim", head_dim, "at least 1 for factors, 0 for maps")
+    _require(
+        identity.selection.queries == geometry.queries,
+        "selection.queries",
+        identity.selection.queries,
+        f"{geometry.queries!r}, as its geometry says",
+    )
     _require(v_error is not None or not geometry.v_head_dim, "calibration.v_error", v_error, "a number, as v is stored")
+    x_error = record.calibration.x_error
+    _require(
+        x_error is not None or not geometry.input_width, "calibration.x_error", x_error, "a number, as x is stored"
+    )
     if complete is not None:
         num_tasks, num_bad = layout.num_tasks, num_views - complete.num_stored
         _require(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import INPUTS, LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.projection import InputRecipe
 from atcache.errors import CodecError
@@ -34,7 +34,9 @@ class Codec(ABC):
 
     name: ClassVar[str]
     keeps_values: ClassVar[bool] = False
-    """Whether v can be stored beside q and k."""
+    """Whether v, or what attention and MLP get, can be stored beside q and k."""
+    keeps_rows: ClassVar[bool] = False
+    """Whether single rows of the maps can be stored, of the tokens that `FactorGeometry.queries` names."""
     codes_inputs: ClassVar[bool] = False
     """Whether it codes the inputs of layers where q and k follow from them, so that these must be captured too."""
 
@@ -73,16 +75,28 @@ class Codec(ABC):
         del geometry, batches, held_back, nbytes_per_view, recipe, progress
         return {}
 
-    def refuse_values(self) -> None:
-        """Raise an error if this codec cannot store v.
+    def refuse_values(self, what: str = "v") -> None:
+        """Raise an error if this codec cannot store v, or what else `what` names.
 
         Raises:
-            CodecError: this codec does not keep v.
+            CodecError: this codec does not keep it.
         """
         if not self.keeps_values:
             raise CodecError(
-                f"codec {self.name} stores only what the maps are made from, and v is not part of that. Use --codec "
-                "int8 or exact to store v too."
+                f"codec {self.name} stores only what the maps are made from, and {what} is not part of that. Use "
+                f"--codec int8 or exact to store {what} too."
+            )
+
+    def refuse_rows(self) -> None:
+        """Raise an error if this codec cannot store single rows of the maps.
+
+        Raises:
+            CodecError: this codec stores what whole maps are made from.
+        """
+        if not self.keeps_rows:
+            raise CodecError(
+                f"codec {self.name} stores what whole maps are made from, and only some of their rows are to be kept. "
+                "Use --codec logmap, which is the default with --queries."
             )
 
     @abstractmethod
@@ -195,7 +209,7 @@ class Coder(ABC):
     @property
     def num_code_tokens(self) -> int:
         """The length of codes_BLTC along T."""
-        return self.geometry.tokens.num_tokens
+        return self.geometry.num_queries
 
     def code_rows(self, positions: Sequence[int]) -> slice:
         """The rows along L of codes_BLTC that decoding the layers at these positions needs."""
@@ -244,7 +258,7 @@ class Coder(ABC):
         raise NotImplementedError
 
     def bias(self, position: int) -> Tensor | None:
-        """The teacher's static bias of one layer, shape (1, head, token, token), or None."""
+        """The teacher's static bias of one layer, shape (1, head, query, key), or None."""
         return None if self._bias_LHQK is None else self._bias_LHQK[position].unsqueeze(0)
 
     @property
@@ -254,29 +268,37 @@ class Coder(ABC):
 
     @property
     def _part_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(vectors, head dim) of one token in a layer: for q and k together, then for v if it is stored."""
+        """(vectors, their length) of one token in a layer: for q and k together, then for what else is stored."""
         of_maps = (self._num_head_vectors, self.geometry.head_dim)
-        v_head_dim = self.geometry.v_head_dim
-        return (of_maps, (self.geometry.num_kv_heads, v_head_dim)) if v_head_dim else (of_maps,)
+        of_v, of_inputs = (
+            (self.geometry.num_kv_heads, self.geometry.v_head_dim),
+            (len(INPUTS), self.geometry.input_width),
+        )
+        return (of_maps, *(shape for shape in (of_v, of_inputs) if shape[1]))
 
     def _parts_BTND(self, layer: LayerFactors) -> tuple[Tensor, ...]:
-        """The heads of q and k together, then of v if it is stored: each of shape (batch, token, vectors, head dim)."""
-        of_maps = torch.cat([layer.q_BHTD.transpose(1, 2), layer.k_BHTD.transpose(1, 2)], dim=2)
-        if not self.geometry.v_head_dim:
-            return (of_maps,)
-        assert layer.v_BHTD is not None, "captured as the geometry says"
-        return of_maps, layer.v_BHTD.transpose(1, 2)
+        """The heads of q and k together, then of v and the block's inputs, as far as they are stored.
 
-    def _split(self, position: int, vectors_BTND: Tensor, values_BTND: Tensor | None = None) -> LayerFactors:
+        Each has the shape (batch, token, vectors, their length).
+        """
+        parts = [torch.cat([layer.q_BHTD.transpose(1, 2), layer.k_BHTD.transpose(1, 2)], dim=2)]
+        for stored, part in ((self.geometry.v_head_dim, layer.v_BHTD), (self.geometry.input_width, layer.inputs_BNTC)):
+            if stored:
+                assert part is not None, "captured as the geometry says"
+                parts.append(part.transpose(1, 2))
+        return tuple(parts)
+
+    def _split(self, position: int, *parts_BTND: Tensor) -> LayerFactors:
         """The inverse of `_parts_BTND`, with the geometry's scale and this layer's bias."""
-        vectors_BNTD = vectors_BTND.transpose(1, 2)
+        vectors_BNTD, *others_BNTD = (part.transpose(1, 2) for part in parts_BTND)
         num_heads = len(self.geometry.heads)
         return LayerFactors(
             q_BHTD=vectors_BNTD[:, :num_heads],
             k_BHTD=vectors_BNTD[:, num_heads:],
             scale=self.geometry.scale,
             bias=self.bias(position),
-            v_BHTD=None if values_BTND is None else values_BTND.transpose(1, 2),
+            v_BHTD=others_BNTD.pop(0) if self.geometry.v_head_dim else None,
+            inputs_BNTC=others_BNTD.pop(0) if self.geometry.input_width else None,
         )
 
 

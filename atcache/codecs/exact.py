@@ -35,13 +35,15 @@ class ExactCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> ExactCoder:
         """See `Codec.coder`."""
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         del state
         return ExactCoder(self, geometry, bias_LHQK, device)
 
 
 class ExactCoder(Coder):
     """Codes are the float's bits read as a signed integer: C = (q heads + k heads) * head_dim, followed by
-    v heads * v head dim if v is stored."""
+    v heads * v head dim, and 2 * the width of the inputs of attention and MLP, as far as they are stored."""
 
     factors_are_teachers = True
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention
 
 _MAP_NUMEL = 2**24
 """Elements of maps held at a time: 128 MiB in float64, for each of a few copies."""
@@ -16,7 +16,7 @@ _MAP_NUMEL = 2**24
 def row_kl(teacher: LayerAttention, decoded: LayerAttention, dtype: torch.dtype = torch.float64) -> Tensor:
     """KL(A || decoded A) of every row, in nats: kl_BHQ float32, at least 0 up to rounding.
 
-    Computed from logarithms, so that small divergences are not rounding noise. Holds one (batch, head, token, token)
+    Computed from logarithms, so that small divergences are not rounding noise. Holds one (batch, head, query, key)
     matrix at a time: call it with few views.
 
     Args:
@@ -49,22 +49,20 @@ def mean_row_kl(
     return max(total / num_views, 0.0)  # in this order NaN stays NaN
 
 
-def value_error(teacher: LayerFactors, decoded: LayerFactors) -> float:
-    """|decoded v - v| / |v| over all values of a layer's views: an error that the row KL does not contain.
+def relative_error(teacher: Tensor, decoded: Tensor) -> float:
+    """|decoded - teacher| / |teacher| over all values: for what the row KL says nothing of.
 
     Args:
-        teacher: the factors as captured, with v.
-        decoded: the factors as a coder returns them.
+        teacher: v, or the inputs of attention and MLP, as captured.
+        decoded: the same as a coder returns them.
     """
-    assert teacher.v_BHTD is not None, "called only if v is stored"
-    assert decoded.v_BHTD is not None, "called only if v is stored"
-    v_BHTD = teacher.v_BHTD.double()
-    squared_error, squared_norm = (decoded.v_BHTD.double() - v_BHTD).square().sum(), v_BHTD.square().sum()
+    exact = teacher.double()
+    squared_error, squared_norm = (decoded.double() - exact).square().sum(), exact.square().sum()
     return float((squared_error / squared_norm.clamp_min(1e-300)).sqrt())
 
 
 def slices_of_views(layer: LayerAttention, map_numel: int) -> Iterator[slice]:
     """Slices of a layer's views: the maps of each have at most `map_numel` elements, unless it is a single view."""
-    num_views, num_heads, num_tokens = layer.shape_BHT
-    step = max(1, map_numel // (num_heads * num_tokens**2))
+    num_views, num_heads, num_queries = layer.shape_BHT
+    step = max(1, map_numel // (num_heads * num_queries * layer.num_keys))
     return (slice(start, start + step) for start in range(0, num_views, step))

@@ -34,13 +34,15 @@ class Int8Codec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> Int8Coder:
         """See `Codec.coder`."""
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         del state
         return Int8Coder(geometry, bias_LHQK, device)
 
 
 class Int8Coder(Coder):
     """value = code * scale. C = head vectors * head_dim codes, then head vectors * 2 bytes of float16 scales: first
-    for q and k, then the same for v if it is stored."""
+    for q and k, then the same for v and for the inputs of attention and MLP, as far as they are stored."""
 
     factors_are_teachers = True
     codes_dtype = torch.int8

@@ -34,6 +34,7 @@ class LogmapCodec(Codec):
     """
 
     name: ClassVar[str] = "logmap"
+    keeps_rows: ClassVar[bool] = True
     bits: int = 6
     """4 to 8: a code is below 2 ** bits. Codes take a byte each; fewer bits compress better."""
 
@@ -45,14 +46,17 @@ class LogmapCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> LogmapCoder:
         """See `Codec.coder`."""
-        if geometry.v_head_dim:
-            self.refuse_values()
+        if geometry.v_head_dim or geometry.input_width:
+            self.refuse_values("v" if geometry.v_head_dim else "x")
         del state
         return LogmapCoder(self, geometry, bias_LHQK, device)
 
 
 class LogmapCoder(Coder):
-    """C = heads * tokens: a query's row in each head. Code 0 is probability 0, code 2 ** bits - 1 is probability 1."""
+    """C = heads * tokens: a query's row in each head. Code 0 is probability 0, code 2 ** bits - 1 is probability 1.
+
+    T has only the queries that are kept.
+    """
 
     codes_dtype = torch.uint8
 
@@ -87,7 +91,7 @@ class LogmapCoder(Coder):
     def decode_row(self, position: int, codes_BTC: Tensor) -> LayerMaps:
         """See `Coder.decode_row`."""
         num_heads, num_tokens = len(self.geometry.heads), self.geometry.tokens.num_tokens
-        codes_BHQK = codes_BTC.reshape(codes_BTC.shape[0], num_tokens, num_heads, num_tokens).transpose(1, 2)
+        codes_BHQK = codes_BTC.reshape(*codes_BTC.shape[:2], num_heads, num_tokens).transpose(1, 2)
         steps_BHQK = (codes_BHQK.float() - 1).masked_fill_(codes_BHQK == 1, _UNDER_HALF_A_STEP)
         attn_BHQK = steps_BHQK.mul_(self._step).expm1_().masked_fill_(codes_BHQK == 0, 0)
         # The clamp keeps rows of zeros at zero. `encode` writes no such rows, but a cache may hold them.

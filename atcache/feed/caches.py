@@ -63,6 +63,7 @@ def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
     teacher, policy, images = record.teacher_record.to_json(), record.policy, record.identity.input
     del teacher["precision"]  # the maps are the same, only rounded to float32 or bfloat16
     teacher["geometry"].pop("v_head_dim", None)  # checked for each cache, if a student is given v
+    teacher["geometry"].pop("input_width", None)  # no student is given them
     return {
         **teacher,
         "views": {"image_height": policy.image_height, "image_width": policy.image_width},

@@ -20,18 +20,22 @@ def attend_with_given(
 
     Args:
         call: the call, on any timm ViT.
-        given: factors or maps of the heads `heads`.
-        heads: indices, ascending, of the heads that are given; if these are all, the call itself is not made.
+        given: factors or maps of the heads `heads`; or maps with only the first tokens' rows: then the other tokens
+            attend as usual.
+        heads: indices, ascending, of the heads that are given; if these are all, with all rows, the call itself is not
+            made.
         with_values: whether these heads also use the given v instead of their own; `given` must be factors with v.
 
     Returns:
         Shape (batch, head, token, head dim), or maps for a `MapCall`; no gradient reaches q and k of the given heads.
     """
+    num_queries = given.shape_BHT[2]
+    all_rows = num_queries == given.num_keys
     if isinstance(call, MapCall):
-        if len(heads) == call.logits_BHQK.shape[1]:
+        if all_rows and len(heads) == call.logits_BHQK.shape[1]:
             return given.maps().to(call.logits_BHQK.dtype)
         attn_BHQK = call.run().clone()  # autograd keeps the call's own result, which must not be written to
-        attn_BHQK[:, heads] = given.maps().to(attn_BHQK.dtype)
+        attn_BHQK[:, heads, :num_queries] = given.maps().to(attn_BHQK.dtype)
         return attn_BHQK
     groups = call.query.shape[1] // call.value.shape[1]
     values_BHTD = call.value if groups == 1 else call.value.repeat_interleave(groups, dim=1)
@@ -41,10 +45,10 @@ def attend_with_given(
         assert isinstance(given, LayerFactors), "PairedFactors.factors refuses maps"
         values_BHTD = given.repeated_v_BHTD().to(values_BHTD.dtype)
     attended_BHTD = copy_attention(given, values_BHTD)
-    if all_heads:
+    if all_heads and all_rows:
         return attended_BHTD
     outputs_BHTD = call.run().clone()
-    outputs_BHTD[:, heads] = attended_BHTD
+    outputs_BHTD[:, heads, :num_queries] = attended_BHTD
     return outputs_BHTD
 
 

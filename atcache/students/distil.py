@@ -13,7 +13,7 @@ from atcache.attention.distillation import (
     factor_distillation_loss,
     logits_distillation_loss,
 )
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.flash import availability
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
@@ -71,14 +71,22 @@ class DistilledStudent(nn.Module):
             logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
             return call.run(), logits_distillation_loss(given.layer(call.block), logits_BHQK)
         own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
-        if self._pairing.what == "map" and heads is None and _is_quicker_in_one_pass(call):
-            return distilled_attention(given.layer(call.block), replace(own, v_BHTD=call.value))
+        if self._pairing.what == "map":
+            return self._attend_to_maps(given.layer(call.block), call, own, heads)
         if self._pairing.needs_values:
             own = replace(own, v_BHTD=call.value)
         own = own if heads is None else own.select_heads(heads)
-        if self._pairing.what == "map":
-            return call.run(), attention_distillation_loss(given.layer(call.block), own)
         return call.run(), factor_distillation_loss(given.factors(call.block), own, self._pairing.what)
+
+    @staticmethod
+    def _attend_to_maps(
+        given: LayerAttention, call: AttentionCall, own: LayerFactors, heads: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a call returns, and its loss, if maps are distilled."""
+        has_all_rows = given.shape_BHT[2] == given.num_keys
+        if has_all_rows and heads is None and _is_quicker_in_one_pass(call):
+            return distilled_attention(given, replace(own, v_BHTD=call.value))
+        return call.run(), attention_distillation_loss(given, own if heads is None else own.select_heads(heads))
 
 
 def _is_quicker_in_one_pass(call: AttentionCall) -> bool:

@@ -177,8 +177,9 @@ def plan_pairing(
             basis, so "qk" becomes "map".
 
     Raises:
-        ConfigError: the cache does not hold a layer or head, or a map cannot be read.
+        ConfigError: the cache does not hold a layer, a head or rows that are needed, or a map cannot be read.
     """
+    _check_rows(geometry, what, copies=copies)
     num_student_heads = geometry.num_model_heads
     if head_map is not None:
         head_pairs = _parse_head_map(head_map, geometry)
@@ -191,6 +192,17 @@ def plan_pairing(
         layer_pairs = tuple((layer, layer) for layer in _chosen(layers, geometry.layers, "layer"))
     given: What = "map" if copies and what == "qk" else what
     return Pairing(layers=layer_pairs, heads=head_pairs, num_student_heads=num_student_heads, what=given)
+
+
+def _check_rows(geometry: FactorGeometry, what: What, *, copies: bool) -> None:
+    """Refuse students that need whole maps of a cache that keeps some rows of them."""
+    if geometry.keeps_all_queries or (what == "map" and not copies):
+        return
+    needs = "a student that copies needs the rows of all tokens" if copies else f"--what {what} needs q and k"
+    raise ConfigError(
+        f"{needs}, and the cache keeps only rows of maps (it was built with --queries {geometry.queries}). Build one "
+        "without --queries, or distil: --mode distill without --what takes the rows that there are."
+    )
 
 
 def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, ...]:

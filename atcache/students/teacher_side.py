@@ -13,7 +13,7 @@ from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.cache.coders import stored_coder
 from atcache.cache.record import CacheRecord
-from atcache.choices import OF_VALUES, What
+from atcache.choices import OF_VALUES, Queries, What
 from atcache.codecs.base import Coder
 from atcache.errors import ConfigError
 from atcache.feed.batch import Batch, Codes
@@ -92,11 +92,11 @@ class JoinedFactors:
         factors = [layer for layer in layers if isinstance(layer, LayerFactors)]
         if len(factors) < len(layers):
             return LayerMaps(attn_BHQK=self._joined([layer.maps() for layer in layers]))
-        # All parts have the same bias, the teacher's. Factors are joined by name, since some parts may lack v.
+        # All parts have the same bias, the teacher's. Factors are joined by name, since some parts may lack v or x.
         parts = {
             field.name: [getattr(part, field.name) for part in factors]
             for field in fields(LayerFactors)
-            if field.name.endswith("_BHTD")
+            if field.name.endswith(("_BHTD", "_BNTC"))
         }
         joined = {name: None if any(part is None for part in of) else self._joined(of) for name, of in parts.items()}
         return replace(factors[0], **joined)
@@ -175,10 +175,16 @@ class LiveTeacher:
     """Gives each batch its teacher's factors by running the teacher: what a cache replaces, kept for comparison."""
 
     def __init__(
-        self, run: TeacherRun, heads: Sequence[int], layers: Sequence[int], *, with_values: bool = False
+        self,
+        run: TeacherRun,
+        heads: Sequence[int],
+        layers: Sequence[int],
+        *,
+        queries: Queries = "all",
+        with_values: bool = False,
     ) -> None:
         self._run = run
-        self._capture = FactorCapture(run.teacher.model, layers, heads, with_values=with_values)
+        self._capture = FactorCapture(run.teacher.model, layers, heads, queries=queries, with_values=with_values)
         self._heads = tuple(heads)
 
     def factors(self, batch: Batch) -> TeacherFactors:
@@ -253,4 +259,5 @@ def start_teacher(
     layers = sorted({layer for pairing in pairings for layer in pairing.teacher_layers})
     heads = sorted({head for pairing in pairings for head in pairing.teacher_heads})
     with_values = any(pairing.needs_values for pairing in pairings)
-    return LiveTeacher(record.run(teacher, device), heads, layers, with_values=with_values)
+    queries = record.geometry.queries
+    return LiveTeacher(record.run(teacher, device), heads, layers, queries=queries, with_values=with_values)

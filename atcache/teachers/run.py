@@ -64,14 +64,16 @@ class TeacherRun:
         """What captures the factors of this geometry from the teacher.
 
         Args:
-            geometry: the layers and heads to capture, and whether v is wanted.
+            geometry: the layers, heads and rows to capture, and whether v or the blocks' inputs are wanted.
             input_calls: as in `FactorCapture`, to capture each layer's input too.
         """
         return FactorCapture(
             self.teacher.model,
             geometry.layers,
             geometry.heads,
+            queries=geometry.queries,
             with_values=geometry.v_head_dim > 0,
+            with_block_inputs=geometry.input_width > 0,
             input_calls=input_calls,
         )
 

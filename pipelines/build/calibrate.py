@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture
-from atcache.attention.factors import LayerAttention
+from atcache.attention.factors import INPUTS, LayerAttention
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
+from atcache.choices import Queries
 from atcache.codecs.base import Codec, Coder, FitProgress, State
 from atcache.errors import ConfigError
 from atcache.images.source import SampleIndex, Source
@@ -26,7 +27,7 @@ from atcache.teachers.run import TeacherRun
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED, Renderer
 
-from ..fidelity import injected_error, layer_row_kl, layer_v_error
+from ..fidelity import injected_error, layer_row_kl, layer_v_error, layer_x_error
 from .decode_cost import DecodeCost, measure_decode_cost
 from .sizes import codes_nbytes, layer_nbytes
 
@@ -122,6 +123,8 @@ class Calibration:
     """Relative error of the teacher's final features when it attends with decoded factors."""
     layer_v_error: tuple[float, ...] | None
     """Relative error of each kept layer's decoded v, |decoded - v| / |v|; None if v is not stored."""
+    layer_x_error: tuple[float, ...] | None
+    """The same for what attention and MLP get."""
     teacher_views_per_s: float
     """Speed of capture and encoding, without loading images."""
     decode_cost: DecodeCost
@@ -131,6 +134,11 @@ class Calibration:
     def v_error(self) -> float | None:
         """The mean of `layer_v_error`."""
         return None if self.layer_v_error is None else float(np.mean(self.layer_v_error))
+
+    @property
+    def x_error(self) -> float | None:
+        """The mean of `layer_x_error`."""
+        return None if self.layer_x_error is None else float(np.mean(self.layer_x_error))
 
     @property
     def state_nbytes(self) -> int:
@@ -147,7 +155,9 @@ def calibrate(
     heads: Sequence[int] | None,
     batch_size: int,
     state: State | None = None,
+    queries: Queries = "all",
     with_values: bool = False,
+    with_block_inputs: bool = False,
     progress: FitProgress | None = None,
 ) -> Calibration:
     """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
@@ -161,7 +171,9 @@ def calibrate(
         heads: head indices to keep; None for all.
         batch_size: views in a forward.
         state: the codec's fitted arrays from an earlier call; None fits it now.
+        queries: the tokens whose rows of the maps are kept.
         with_values: whether v is stored too.
+        with_block_inputs: whether what attention and MLP get is stored too.
         progress: called often with a stage and the share of it that is done: "teacher" while the teacher runs,
             "measuring" at the end, and between them the stages of the codec's own `fit`.
 
@@ -174,8 +186,17 @@ def calibrate(
     report("teacher", 0.0)
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
-        check = check_capture(model, images, layers, heads, with_values=with_values, with_inputs=codec.codes_inputs)
-    capture = FactorCapture(model, layers, heads, with_values=with_values, input_calls=check.input_calls)
+        check = check_capture(
+            model,
+            images,
+            layers,
+            heads,
+            queries=queries,
+            with_values=with_values,
+            with_block_inputs=with_block_inputs,
+            with_inputs=codec.codes_inputs,
+        )
+    capture = run.capture(check.geometry, check.input_calls)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
@@ -208,6 +229,7 @@ def calibrate(
         layer_row_kl_nats=layer_kl,
         injected_error=injected_error(run, held_back_NHWC[few], coder.geometry, decoded),
         layer_v_error=layer_v_error(coder, held_back, codes_BLTC),
+        layer_x_error=layer_x_error(coder, held_back, codes_BLTC),
         teacher_views_per_s=views_per_s,
         decode_cost=measure_decode_cost(run, coder, held_back_NHWC, codes_BLTC),
     )
@@ -221,9 +243,10 @@ def attention_nbytes(geometry: FactorGeometry) -> int:
     """Bytes that a view's captured attention takes in memory, as float32."""
     if geometry.kind == "maps":
         return 2 * geometry.map_nbytes  # map_nbytes counts float16
-    num_values = (len(geometry.heads) + geometry.num_kv_heads) * geometry.head_dim
-    num_values += geometry.num_kv_heads * geometry.v_head_dim
-    return 4 * len(geometry.layers) * geometry.tokens.num_tokens * num_values
+    num_values = geometry.num_queries * len(geometry.heads) * geometry.head_dim
+    num_values += geometry.tokens.num_tokens * geometry.num_kv_heads * (geometry.head_dim + geometry.v_head_dim)
+    num_values += geometry.tokens.num_tokens * len(INPUTS) * geometry.input_width
+    return 4 * len(geometry.layers) * num_values
 
 
 def choose_held_back(num_views: int, view_nbytes: int) -> Tensor:
@@ -301,6 +324,7 @@ def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
                 run, calibration.pixels_BHWC[few], dataclasses.replace(geometry, layers=(layer,)), decoded
             ),
             v_error=None if calibration.layer_v_error is None else calibration.layer_v_error[position],
+            x_error=None if calibration.layer_x_error is None else calibration.layer_x_error[position],
         )
         for position, layer in enumerate(geometry.layers)
     ]

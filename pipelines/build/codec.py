@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from torch import nn
 
-from atcache.attention.blocks import attention_kind
+from atcache.attention.blocks import attention_kind, check_has_queries, find_blocks, input_modules
+from atcache.choices import Queries
 from atcache.codecs.base import Codec
 from atcache.codecs.registry import parse_codec
 from atcache.codecs.transform.codec import TransformCodec
@@ -15,42 +17,58 @@ from atcache.errors import ConfigError
 from .config import CodecTarget
 
 
-def check_has_values(model: nn.Module) -> None:
-    """Refuse a teacher whose v cannot be captured.
+def check_can_store(model: nn.Module, store: Literal["v", "x"]) -> None:
+    """Refuse a teacher whose v, or whose blocks' inputs, cannot be captured.
 
     Raises:
-        ConfigError: the teacher hands over maps.
+        ConfigError: the teacher hands over maps, or its blocks have no attention and MLP of their own.
     """
     if attention_kind(model) == "maps":
         raise ConfigError(
-            "store=v: this teacher hands over maps, which are not a softmax of one q k^T, and no v. Leave --store out."
+            f"store={store}: this teacher hands over maps, which are not a softmax of one q k^T, and no {store}. Leave "
+            "--store out."
         )
+    if store == "x":
+        for block in find_blocks(model):
+            input_modules(model, block)
 
 
 def choose_codec(
-    name: str | None, target: CodecTarget, model: nn.Module, num_views: int, *, with_values: bool = False
+    name: str | None,
+    target: CodecTarget,
+    model: nn.Module,
+    num_views: int,
+    *,
+    queries: Queries = "all",
+    store: Literal["v", "x"] | None = None,
 ) -> Codec:
     """The codec for a teacher.
 
     Args:
-        name: the codec that a user named; None takes `transform`, or `int8` if v is stored too, or `logmap` for
-            teachers that hand over maps.
+        name: the codec that a user named; None takes `transform`, or `int8` if v or x is stored too, or `logmap` for
+            teachers that hand over maps and if only some rows are kept.
         target: what `transform` is to meet.
         model: the teacher.
         num_views: views that will be stored in all.
-        with_values: whether v is to be stored too.
+        queries: the tokens whose rows of the maps are kept.
+        store: what is to be stored beside q and k.
 
     Raises:
-        CodecError: there is no such codec, or it cannot store v.
-        ConfigError: a target is given for a codec that has none, or v is wanted of a teacher that hands over maps.
+        CodecError: there is no such codec, or it cannot store v, x or single rows.
+        ConfigError: a target is given for a codec that has none, v or x is wanted of a teacher that has none to give,
+            or rows of tokens that the teacher lacks.
     """
-    if with_values:
-        check_has_values(model)
+    check_has_queries(model, queries)
+    if store is not None:
+        check_can_store(model, store)
     if name is None:
-        name = "logmap" if attention_kind(model) == "maps" else "int8" if with_values else "transform"
+        of_maps = queries != "all" or attention_kind(model) == "maps"
+        name = "logmap" if of_maps else "int8" if store is not None else "transform"
     codec = parse_codec(name)
-    if with_values:
-        codec.refuse_values()
+    if queries != "all":
+        codec.refuse_rows()
+    if store is not None:
+        codec.refuse_values(store)
     nbytes = target.nbytes_per_view(num_views)
     if target.kl is None and nbytes is None:
         return codec

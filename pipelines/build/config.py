@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.files.location import Location
 
@@ -29,6 +30,7 @@ from ..options import (
     pixels_option,
     policy_option,
     precision_option,
+    queries_option,
     recipe_option,
     seed_option,
     store_option,
@@ -80,6 +82,25 @@ def parse_nbytes(text: str) -> int:
     return nbytes
 
 
+def check_queries(queries: Queries, store: str | None, codecs: Sequence[str]) -> None:
+    """Refuse what cannot be kept together with some rows of the maps only. Loads no model.
+
+    Raises:
+        ConfigError: v is to be stored too.
+        CodecError: a codec stores what whole maps are made from.
+    """
+    if queries == "all":
+        return
+    if store is not None:
+        raise ConfigError(
+            f"queries={queries} and store={store}: {store} is stored beside q and k only. Leave out one of them."
+        )
+    from atcache.codecs.registry import parse_codec
+
+    for codec in map(parse_codec, codecs):
+        codec.refuse_rows()
+
+
 @config
 class BuildConfig:
     """The options of `atcache build`."""
@@ -109,7 +130,7 @@ class BuildConfig:
     seed: int = seed_option("the views")
     codec: str | None = option(
         "How attention is compressed: transform, int8, exact, exact:dtype=float32 or logmap.  [default: transform; "
-        "int8 with --store v; logmap if the teacher's maps are not a softmax of one q k^T]",
+        "int8 with --store; logmap with --queries, or if the teacher's maps are not a softmax of one q k^T]",
         default=None,
     )
     target_kl: float | None = option(
@@ -130,7 +151,8 @@ class BuildConfig:
     )
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
-    store: Literal["v"] | None = store_option()
+    store: Literal["v", "x"] | None = store_option()
+    queries: Queries = queries_option()
     pixels: Pixels = pixels_option()
     on_bad_image: Literal["raise", "skip"] = option(
         "What to do with an image that cannot be used: raise stops the build, skip records it and continues.",
@@ -157,6 +179,7 @@ class BuildConfig:
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
         self.target  # noqa: B018 - making it checks the three targets
         self._check_codec_from()
+        check_queries(self.queries, self.store, [] if self.codec is None else [self.codec])
 
     def _check_codec_from(self) -> None:
         if self.codec_from is None:
@@ -180,6 +203,11 @@ class BuildConfig:
     def with_values(self) -> bool:
         """Whether v is stored too."""
         return self.store == "v"
+
+    @property
+    def with_block_inputs(self) -> bool:
+        """Whether what attention and MLP get is stored too."""
+        return self.store == "x"
 
     @property
     def target(self) -> CodecTarget:

@@ -22,7 +22,7 @@ from atcache.store.writer import encode_pixels, encode_view
 from atcache.teachers.run import TeacherRun
 from atcache.views.rendering import STORED
 
-from ..fidelity import layer_row_kl, layer_v_error
+from ..fidelity import layer_row_kl, layer_v_error, layer_x_error
 from .rendered import RenderedBatch
 from .staging import overlapped
 from .transfers import Fetched, Sent, Transfers
@@ -37,7 +37,7 @@ class Checked(NamedTuple):
 
     num_views: int
     quality: dict[str, float]
-    """`row_kl_nats`, the mean row KL, and if v is stored `v_error`, its relative error."""
+    """`row_kl_nats`, the mean row KL, and if v is stored `v_error`, its relative error; `x_error` in the same way."""
 
 
 class Chunks(NamedTuple):
@@ -179,7 +179,9 @@ class BatchEncoder:
         """See `_Checked.quality`."""
         quality = {"row_kl_nats": fmean(layer_row_kl(self.coder, layers, codes_BLTC))}
         v_errors = layer_v_error(self.coder, layers, codes_BLTC)
-        return quality if v_errors is None else {**quality, "v_error": fmean(v_errors)}
+        x_errors = layer_x_error(self.coder, layers, codes_BLTC)
+        errors = {"v_error": v_errors, "x_error": x_errors}
+        return quality | {name: fmean(each) for name, each in errors.items() if each is not None}
 
 
 def _copied(layer: LayerAttention) -> LayerAttention:

@@ -65,11 +65,13 @@ class GivenCodec:
             "teacher.name": identity.teacher,
             "teacher.precision": identity.precision,
             "store": identity.selection.store,
+            "queries": geometry.queries,
         }
         here: dict[str, Any] = {
             "teacher.name": _full_name(config, identity.teacher),
             "teacher.precision": _precision(config),
             "store": config.store,
+            "queries": config.queries,
         }
         if here["teacher.name"] == there["teacher.name"]:  # another teacher has other layers and heads to choose from
             there |= {"layers": list(geometry.layers), "heads": list(geometry.heads)}

@@ -46,10 +46,12 @@ class BuildPlan(JsonFields):
     num_layers: int
     num_heads: int
     num_tokens: int
+    num_queries: int
+    """Tokens whose rows of the maps are kept."""
     nbytes_per_view: int
     """Measured on the calibration views, pixels included when they are stored."""
     map_nbytes_per_view: int
-    """Bytes that the same maps take as float16."""
+    """Bytes that the same maps, or rows of them, take as float16."""
     state_nbytes: int
     """Bytes of the codec's fitted arrays, stored once."""
     remaining_nbytes: int
@@ -62,6 +64,8 @@ class BuildPlan(JsonFields):
     """Relative error of the teacher's features when it attends with decoded maps."""
     v_error: float | None
     """Relative error of decoded v on the calibration views; None if v is not stored."""
+    x_error: float | None
+    """The same for what attention and MLP get."""
     teacher_views_per_s: float
     """Speed of the teacher and the codec alone, without loading images or writing."""
     decode_operations: float | None
@@ -86,6 +90,7 @@ def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibr
             row_kl_nats=calibration.row_kl_nats,
             injected_error=calibration.injected_error,
             v_error=calibration.v_error,
+            x_error=calibration.x_error,
             decode_operations=calibration.decode_cost.operations,
             layers=tuple(layer_cards(run, calibration)),
         ),
@@ -229,6 +234,7 @@ def plan_build(
         num_layers=len(calibration.geometry.layers),
         num_heads=len(calibration.geometry.heads),
         num_tokens=calibration.geometry.tokens.num_tokens,
+        num_queries=calibration.geometry.num_queries,
         nbytes_per_view=nbytes_per_view,
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,
@@ -237,6 +243,7 @@ def plan_build(
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,
+        x_error=calibration.x_error,
         teacher_views_per_s=calibration.teacher_views_per_s,
         decode_operations=calibration.decode_cost.operations,
         decode_seconds=calibration.decode_cost.seconds,

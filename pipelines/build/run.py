@@ -107,7 +107,9 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             heads=wanted.heads,
             batch_size=config.batch_size,
             state=_fitted_state(existing, given),
+            queries=config.queries,
             with_values=config.with_values,
+            with_block_inputs=config.with_block_inputs,
             progress=progress.show,
         )
     new_layout, view_nbytes = plan_layout(
@@ -208,7 +210,8 @@ class _Wanted:
                 config.target,
                 run.teacher.model,
                 count_samples(index) * config.views,
-                with_values=config.with_values,
+                queries=config.queries,
+                store=config.store,
             )
         layers, heads = run.select(config.layers, config.heads)
         identity = CacheIdentity(
@@ -221,7 +224,7 @@ class _Wanted:
             policy=policy,
             num_views=config.views,
             pixels=config.pixels,
-            selection=Selection(layers=layers, heads=heads, store=config.store),
+            selection=Selection(layers=layers, heads=heads, store=config.store, queries=config.queries),
             codec=codec.to_json(),
         )
         return cls(run=run, codec=codec, layers=layers, heads=heads, identity=identity)

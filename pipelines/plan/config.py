@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision
+from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 
+from ..build.config import check_queries
 from ..options import (
     calibration_samples_option,
     config,
@@ -31,6 +32,7 @@ from ..options import (
     pixels_option,
     policy_option,
     precision_option,
+    queries_option,
     store_option,
     weights_option,
 )
@@ -129,7 +131,8 @@ class PlanConfig:
     views: int = option("Views (fixed augmentations) of each sample.", default=1, at_least=1)
     layers: str | None = kept_layers_option()
     heads: str | None = kept_heads_option()
-    store: Literal["v"] | None = store_option()
+    store: Literal["v", "x"] | None = store_option()
+    queries: Queries = queries_option()
     pixels: Pixels = pixels_option()
     mode: Literal["copy", "distill"] = option("What the student would do with the teacher's attention.", default="copy")
     student: str | None = option(
@@ -162,8 +165,14 @@ class PlanConfig:
         LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
         mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises if they do not go together
         for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
-            if self.store == "v":
-                codec.refuse_values()
+            if self.store is not None:
+                codec.refuse_values(self.store)
+        check_queries(self.queries, self.store, self.codec)
+        if self.queries != "all" and self.mode == "copy":
+            raise ConfigError(
+                f"queries={self.queries} and mode=copy: a student that copies needs the rows of all tokens. Give "
+                "--mode distill, or leave --queries out."
+            )
         assumed = parse_assumptions(self.assume)
         object.__setattr__(self, "assumed", assumed)
         if assumed.nbytes_per_view is not None and len(self.codec) > 1:

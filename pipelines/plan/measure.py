@@ -29,7 +29,7 @@ from atcache.views.mixing import mix_policy
 from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
-from ..build.codec import check_has_values
+from ..build.codec import check_can_store
 from ..build.plan import existing_folder, plan_layout
 from ..running.stages import StageProgress
 from .config import PlanConfig
@@ -149,10 +149,17 @@ def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
     policy = run.teacher.input.view_policy(config.policy, 0, mixing, config.decoding)
-    with_values = config.store == "v"
-    if with_values:
-        check_has_values(run.teacher.model)
-    capture = FactorCapture(run.teacher.model, *run.select(config.layers, config.heads), with_values=with_values)
+    if config.store is not None:
+        check_can_store(run.teacher.model, config.store)
+    layers, heads = run.select(config.layers, config.heads)
+    capture = FactorCapture(
+        run.teacher.model,
+        layers,
+        heads,
+        queries=config.queries,
+        with_values=config.store == "v",
+        with_block_inputs=config.store == "x",
+    )
     views = render_calibration_views(index, policy, config.calibration_samples, skip_bad=True)
     pixels_BHWC = _to_length(views.pixels_NHWC, config.batch_size)
     run.factors(capture, pixels_BHWC[:1])
@@ -168,8 +175,8 @@ def _codecs_to_measure(config: PlanConfig, geometry: FactorGeometry) -> tuple[st
     """The codec settings to measure; only one if the size is assumed."""
     if config.codec:
         return config.codec
-    defaults = DEFAULT_CODECS[geometry.kind]
-    if config.store == "v":
+    defaults = DEFAULT_CODECS[geometry.kind] if geometry.keeps_all_queries else _OF_MAPS
+    if config.store is not None:
         defaults = tuple(name for name in defaults if CODECS[name].keeps_values)
     return defaults if config.assumed.nbytes_per_view is None else defaults[:1]
 
@@ -194,7 +201,9 @@ def _measure_codec(
             layers=geometry.layers,
             heads=geometry.heads,
             batch_size=config.batch_size,
+            queries=config.queries,
             with_values=config.store == "v",
+            with_block_inputs=config.store == "x",
             progress=progress.show,
         )
     layout, nbytes_per_view = plan_layout(

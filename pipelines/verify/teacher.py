@@ -27,6 +27,7 @@ from ..fidelity import (
     injected_error,
     layer_row_kl,
     layer_v_error,
+    layer_x_error,
     target_row_kl,
 )
 from ..running.progress import Progress
@@ -67,6 +68,10 @@ class Fidelity:
     """The largest allowed `v_error`; a single view may have ten times as much."""
     worst_v_error: float | None
     """The largest `v_error` of a single view."""
+    x_error: float | None
+    """The same three for what attention and MLP get."""
+    x_error_limit: float | None
+    worst_x_error: float | None
 
 
 def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.device) -> TeacherRun:
@@ -127,6 +132,7 @@ def check_fidelity(
     measured: list[Place] = []
     row_kl_VL: list[tuple[float, ...]] = []
     v_error_VL: list[tuple[float, ...]] = []
+    x_error_VL: list[tuple[float, ...]] = []
     squared_error = 0.0
     chosen = list(places)
     with Progress("teacher", total=len(chosen), unit="views") as progress:
@@ -134,9 +140,10 @@ def check_fidelity(
             batch = chosen[start : start + _VIEWS_A_FORWARD]
             views = [view for place in batch if (view := _read_view(cache, place, report)) is not None]
             if views:
-                row_kl_BL, v_error_BL, error = compare(views)
+                row_kl_BL, v_error_BL, x_error_BL, error = compare(views)
                 row_kl_VL += row_kl_BL
                 v_error_VL += v_error_BL
+                x_error_VL += x_error_BL
                 squared_error += len(views) * error**2
                 measured += [view.place for view in views]
             progress.advance(len(batch))
@@ -160,6 +167,9 @@ def check_fidelity(
         v_error=float(np.mean(v_error_VL)) if v_error_VL else None,
         v_error_limit=limits.v_error,
         worst_v_error=float(np.mean(v_error_VL, axis=1).max()) if v_error_VL else None,
+        x_error=float(np.mean(x_error_VL)) if x_error_VL else None,
+        x_error_limit=limits.x_error,
+        worst_x_error=float(np.mean(x_error_VL, axis=1).max()) if x_error_VL else None,
     )
     _judge(cache.path, fidelity, report)
     return fidelity
@@ -169,20 +179,24 @@ class _Limits(NamedTuple):
     row_kl_nats: float
     injected_error: float
     v_error: float | None
+    x_error: float | None
 
 
 def _limits(cache: Cache, dtype: torch.dtype, threshold: float) -> _Limits:
     """See `check_fidelity`."""
     calibration, complete = cache.record.calibration, cache.record.complete
     recorded_kl, recorded_error = calibration.row_kl_nats, calibration.injected_error
+    floor = INJECTED_ERROR_FLOOR[dtype]
     recorded_v_error = calibration.v_error if cache.geometry.v_head_dim else None
+    recorded_x_error = calibration.x_error if cache.geometry.input_width else None
     if complete is not None and (measured := complete.quality.get("row_kl_nats")) is not None:
         recorded_kl = max(recorded_kl, measured.mean)
     target_kl = target_row_kl(cache.codec)
     return _Limits(
         row_kl_nats=max(threshold * (recorded_kl if target_kl is None else target_kl), ROW_KL_FLOOR_NATS[dtype]),
-        injected_error=max(threshold * recorded_error, INJECTED_ERROR_FLOOR[dtype]),
-        v_error=None if recorded_v_error is None else max(threshold * recorded_v_error, INJECTED_ERROR_FLOOR[dtype]),
+        injected_error=max(threshold * recorded_error, floor),
+        v_error=None if recorded_v_error is None else max(threshold * recorded_v_error, floor),
+        x_error=None if recorded_x_error is None else max(threshold * recorded_x_error, floor),
     )
 
 
@@ -204,6 +218,17 @@ def _read_view(cache: Cache, place: Place, report: Report) -> _View | None:
     return _View(place, pixels_HWC, cache.reader.read_codes(place.view, place.sample))
 
 
+class _Compared(NamedTuple):
+    row_kl_BL: list[tuple[float, ...]]
+    """Each view's row KL by layer."""
+    v_error_BL: list[tuple[float, ...]]
+    """The same for the error of v; empty if v is not stored."""
+    x_error_BL: list[tuple[float, ...]]
+    """The same for what attention and MLP get."""
+    injected_error: float
+    """Of all these views."""
+
+
 class _Comparison:
     """Runs the teacher on batches of views and compares their maps. What all batches need is made once."""
 
@@ -212,20 +237,24 @@ class _Comparison:
         self._coder = stored_coder(cache.reader, cache.codec, cache.geometry, str(run.device))
         self._capture = run.capture(cache.geometry)
 
-    def __call__(self, views: Sequence[_View]) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]], float]:
-        """Each view's row KL and error of v by layer (empty if v is not stored), and the views' injected error."""
+    def __call__(self, views: Sequence[_View]) -> _Compared:
+        """How far the views are from the teacher's."""
         run, coder = self._run, self._coder
         pixels_BHWC = torch.from_numpy(np.stack([view.pixels_HWC for view in views]))
         codes_BLTC = torch.from_numpy(np.stack([view.codes_LTC for view in views])).to(run.device)
         layers = run.factors(self._capture, pixels_BHWC)
         row_kl_BL: list[tuple[float, ...]] = []
         v_error_BL: list[tuple[float, ...]] = []
+        x_error_BL: list[tuple[float, ...]] = []
         for one in (slice(row, row + 1) for row in range(len(views))):
             live = [layer.select(one) for layer in layers]
             row_kl_BL.append(layer_row_kl(coder, live, codes_BLTC[one]))
             if (v_error_L := layer_v_error(coder, live, codes_BLTC[one])) is not None:
                 v_error_BL.append(v_error_L)
-        return row_kl_BL, v_error_BL, injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
+            if (x_error_L := layer_x_error(coder, live, codes_BLTC[one])) is not None:
+                x_error_BL.append(x_error_L)
+        error = injected_error(run, pixels_BHWC, coder.geometry, CachedFactors(coder, codes_BLTC))
+        return _Compared(row_kl_BL, v_error_BL, x_error_BL, error)
 
 
 def _judge(path: Location, fidelity: Fidelity, report: Report) -> None:
@@ -244,11 +273,13 @@ def _judge(path: Location, fidelity: Fidelity, report: Report) -> None:
             f"{path}: with decoded maps the teacher's features are off by {fidelity.injected_error:.3g} on average "
             f"over {fidelity.num_views} views, the limit is {fidelity.injected_error_limit:.3g}."
         )
-    if fidelity.v_error is None or fidelity.v_error_limit is None or fidelity.worst_v_error is None:
-        return
-    v_limit = fidelity.v_error_limit
-    if not (fidelity.v_error <= v_limit and fidelity.worst_v_error <= _TIMES_A_VIEW * v_limit):
-        report.add(
-            f"{path}: decoded v is off by {fidelity.v_error:.3g} on average over {fidelity.num_views} views, the limit "
-            f"is {v_limit:.3g}; in the worst view by {fidelity.worst_v_error:.3g}."
-        )
+    of_v = (fidelity.v_error, fidelity.v_error_limit, fidelity.worst_v_error)
+    of_x = (fidelity.x_error, fidelity.x_error_limit, fidelity.worst_x_error)
+    for name, (mean, most, worst) in (("v", of_v), ("x", of_x)):
+        if mean is None or most is None or worst is None:
+            continue
+        if not (mean <= most and worst <= _TIMES_A_VIEW * most):
+            report.add(
+                f"{path}: decoded {name} is off by {mean:.3g} on average over {fidelity.num_views} views, the limit is "
+                f"{most:.3g}; in the worst view by {worst:.3g}."
+            )

@@ -146,11 +146,13 @@ def test_golden_caches_are_read_without_loss(path):
     [
         {"codec": "transform", "policy": "crop-flip", "mixup": 0.8, "views": 2},
         {"codec": "int8", "store": "v"},
+        {"codec": "int8", "store": "x"},
         {"codec": "int8", "pixels": "store"},
         {"layers": "1", "heads": "1"},
         {"codec": "logmap"},
+        {"codec": None, "queries": "cls"},
     ],
-    ids=["mixed", "v", "pixels", "part", "logmap"],
+    ids=["mixed", "v", "x", "pixels", "part", "logmap", "rows"],
 )
 def test_what_a_build_writes_is_the_record_byte_for_byte(tiny_cache, fields):
     path = tiny_cache(**fields)

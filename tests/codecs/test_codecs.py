@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from made_factors import decode, make_factors, make_geometry, mean_row_kl
 
 from atcache.attention.factors import LayerFactors, LayerMaps
-from atcache.codecs.fidelity import row_kl, value_error
+from atcache.codecs.fidelity import relative_error, row_kl
 from atcache.codecs.registry import codec_from_json, parse_codec
 from atcache.errors import CodecError
 
@@ -164,7 +164,7 @@ class TestValues:
             assert decoded.v_BHTD.shape == layer.v_BHTD.shape
             error_BHTD = (decoded.v_BHTD - layer.v_BHTD).abs()
             assert bool((error_BHTD <= V_BOUND[name] * layer.v_BHTD.abs().amax(-1, keepdim=True)).all())
-            assert value_error(layer, decoded) == pytest.approx(
+            assert relative_error(layer.v_BHTD, decoded.v_BHTD) == pytest.approx(
                 float((decoded.v_BHTD - layer.v_BHTD).norm() / layer.v_BHTD.norm()), rel=1e-3
             )
 
@@ -190,6 +190,28 @@ def test_codecs_of_maps_refuse_values_and_name_those_that_take_them(name):
     geometry = make_geometry(v_head_dim=8)
     with pytest.raises(CodecError, match=f"codec {name} stores only what the maps are .* Use --codec int8 or exact"):
         make_coder(name, geometry, make_factors(geometry))
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "transform"])
+def test_codecs_of_whole_maps_refuse_rows_and_name_the_one_that_takes_them(name):
+    geometry = make_geometry()
+    state = parse_codec(name).fit(geometry, [make_factors(geometry)])
+    with pytest.raises(CodecError, match=f"codec {name} stores what whole maps are made from.* Use --codec logmap"):
+        parse_codec(name).coder(replace(geometry, queries="cls"), state)
+
+
+@pytest.mark.parametrize(("queries", "num_queries"), [("cls", 1), ("prefix", 3)])
+def test_logmap_stores_rows_as_it_stores_them_in_whole_maps(queries, num_queries):
+    whole = make_geometry(prefix=3)
+    layers = make_factors(whole)
+    codec, rows = parse_codec("logmap"), [layer.select_queries(num_queries) for layer in layers]
+    coder = codec.coder(replace(whole, queries=queries), {})
+    codes_BLTC = coder.encode(rows)
+    assert torch.equal(codes_BLTC, codec.coder(whole, {}).encode(layers)[:, :, :num_queries])
+    assert coder.num_code_tokens == num_queries
+    for position, layer in enumerate(layers):
+        decoded_BHQK = decode(coder, position, codes_BLTC).maps()
+        assert torch.allclose(decoded_BHQK, layer.maps()[:, :, :num_queries], atol=MAP_ATOL["logmap"])
 
 
 @pytest.mark.parametrize("bits", range(4, 9))

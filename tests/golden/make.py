@@ -36,6 +36,8 @@ CACHES = {
     "mixed": {"teacher": VIT, "codec": "int8", "policy": "randaug", "views": 2, "mixup": 0.8, "cutmix": 1.0},
     "logmap": {"teacher": CAIT, "codec": "logmap", "policy": "eval"},
     "values": {"teacher": VIT, "codec": "int8", "policy": "eval", "store": "v"},
+    "inputs": {"teacher": REGISTERS, "codec": "int8", "policy": "eval", "store": "x"},
+    "rows": {"teacher": REGISTERS, "policy": "eval", "queries": "prefix"},
     "transform": {"teacher": REGISTERS, "codec": "transform", "policy": "crop-flip", "views": 2},
     "transform-rope": {"teacher": ROPE, "codec": "transform", "policy": "crop-flip"},
 }
@@ -118,9 +120,10 @@ def main() -> None:
         images = [[cache.image(sample, view) for sample in good] for view in range(config.views)]
         np.save(WORKSHOP / f"{name}.maps_LVSHQK.npy", maps[:, :, [0, 5]])
         np.save(WORKSHOP / f"{name}.images_VSHWC.npy", np.stack(images))
-        values = [cache.factors(layer=layer).v_VSHTD for layer in cache.geometry.layers]
-        if values[0] is not None:
-            v_LVSHTD = np.stack([v_VSHTD.compute() for v_VSHTD in values])
+        if cache.geometry.input_width:
+            np.save(WORKSHOP / f"{name}.inputs_SLNTC.npy", np.stack([cache.view(row).inputs_LNTC for row in (0, 5)]))
+        if cache.geometry.v_head_dim:
+            v_LVSHTD = np.stack([cache.factors(layer=layer).v_VSHTD.compute() for layer in cache.geometry.layers])
             np.save(WORKSHOP / f"{name}.v_LVSHTD.npy", v_LVSHTD[:, :, [0, 5]])
     for path in WORKSHOP.rglob("*"):
         copied = target / path.relative_to(WORKSHOP)

@@ -38,10 +38,12 @@ def test_each_format_has_caches_of_every_kind():
     kinds = [
         "exact",
         "exact-part",
+        "inputs",
         "int8-bias",
         "int8-pixels",
         "logmap",
         "mixed",
+        "rows",
         "transform",
         "transform-rope",
         "values",
@@ -130,6 +132,17 @@ def test_values_are_what_they_were_and_the_documented_reader_gives_them():
         assert np.ptp(v_VSHTD) > 0.1
 
 
+def test_inputs_are_what_they_were_and_the_documented_reader_gives_them():
+    for path in GOLDEN.glob("format-*/inputs.zarr"):
+        cache, reader = open_golden(path), documented_reader()
+        for sample, inputs_LNTC in zip(MAPS_OF_SAMPLES, expected(path, "inputs_SLNTC"), strict=True):
+            for position, layer in enumerate(cache.geometry.layers):
+                decoded = [cache.inputs(layer, of=of)[0, sample].compute() for of in ("attention", "mlp")]
+                assert np.array_equal(decoded, inputs_LNTC[position])
+                assert np.array_equal(reader["read_inputs"](path, 0, sample, position), inputs_LNTC[position])
+            assert np.ptp(inputs_LNTC) > 1
+
+
 def test_a_bias_is_part_of_the_maps():
     for path in GOLDEN.glob("format-*/int8-bias.zarr"):
         bias_LHQK = open_golden(path).reader.bias_LHQK
@@ -138,4 +151,4 @@ def test_a_bias_is_part_of_the_maps():
 
 
 def test_golden_caches_stay_small():
-    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 500_000
+    assert sum(file.stat().st_size for file in GOLDEN.glob("format-*/**/*") if file.is_file()) < 550_000

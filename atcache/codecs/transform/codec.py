@@ -89,6 +89,8 @@ class TransformCodec(Codec):
         self, geometry: FactorGeometry, state: State, *, bias_LHQK: Tensor | None = None, device: str = "cpu"
     ) -> TransformCoder:
         """See `Codec.coder`."""
-        if geometry.v_head_dim:
-            self.refuse_values()
+        if geometry.v_head_dim or geometry.input_width:
+            self.refuse_values("v" if geometry.v_head_dim else "x")
+        if not geometry.keeps_all_queries:
+            self.refuse_rows()
         return TransformCoder(geometry, state, bias_LHQK, device, predict=self.predict, dct=self.dct)

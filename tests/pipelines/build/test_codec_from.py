@@ -165,13 +165,14 @@ ANOTHER_TEACHER = "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=32,dep
         ({"layers": "1"}, r"layers is \[0, 1\] there and \[1\] here"),
         ({"heads": "0"}, r"heads is \[0, 1\] there and \[0\] here"),
         ({"store": "v"}, r"store is None there and 'v' here"),
+        ({"queries": "cls"}, r"queries is 'all' there and 'cls' here"),
         (
             {"layers": "0", "heads": "1", "store": "v"},
             r"heads is \[0, 1\] there and \[1\] here; layers is \[0, 1\] there and \[0\] here; store is None there and "
             "'v' here",
         ),
     ],
-    ids=["teacher", "alias", "precision", "layers", "heads", "store", "several"],
+    ids=["teacher", "alias", "precision", "layers", "heads", "store", "queries", "several"],
 )
 def test_other_attention_is_refused_before_the_teacher_is_loaded(config, fields, difference):
     with pytest.raises(
