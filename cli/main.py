@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import select
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ import click
 
 from atcache import __version__
 from atcache.errors import AtcacheError
+from atcache.machine import limit_threads
 
 from .defaults import DEFAULT_FILE, read_defaults
 
@@ -189,6 +191,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    limit_threads(os.environ)
     cli(prog_name="atcache")
 
 

@@ -277,7 +277,8 @@ def calibration_samples_option(what: str) -> int:
 def decoding_workers_option() -> int | None:
     """Processes that decode images."""
     return option(
-        "Worker processes that decode and augment images; 0 uses the main process.  [default: processors minus 1]",
+        "Worker processes that decode and augment images; 0 uses the main process.  [default: processors that "
+        "it may use, minus 1]",
         default=None,
         at_least=0,
     )

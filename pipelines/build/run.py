@@ -9,7 +9,6 @@ the cache that the leader has created.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
 from atcache.files.durable import only_writer, sweep_partials
 from atcache.images.source import SampleIndex, Source, index_source, relocate
+from atcache.machine import num_processors
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.reader import CacheReader
 from atcache.store.writer import create_cache, finish_cache
@@ -211,7 +211,7 @@ class _Wanted:
 
 
 def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheReader, index: SampleIndex) -> TaskRunner:
-    num_processors = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+    own_processors = max(1, num_processors() // ranks.local_world_size)
     record = CacheRecord.of(cache)
     return TaskRunner(
         out=config.out,
@@ -221,8 +221,8 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
         run=wanted.run,
         coder=stored_coder(cache, wanted.codec, record.geometry, str(wanted.run.device)),
         batch_size=config.batch_size,
-        workers=num_processors - 1 if config.workers is None else config.workers,
-        threads=num_processors,
+        workers=own_processors - 1 if config.workers is None else config.workers,
+        threads=own_processors,
         skip_bad=config.on_bad_image == "skip",
         expectation=wanted.expectation(record),
     )

@@ -6,7 +6,6 @@ teacher is needed for is assumed, it is not loaded.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import numpy as np
 
 from atcache.fields import JsonFields
 from atcache.images.source import SampleIndex, index_source
+from atcache.machine import memory_nbytes
 
 from ..build.plan import existing_folder
 from .config import PlanConfig
@@ -158,12 +158,11 @@ def _notes(
     if found.machine.shares_processors:
         yield "The models run on the processors that also load and compress, so these times are added up."
     yield from disk_notes
-    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for one in assessments:
         # The disk is the limit only at first. A speed that is assumed may be that of another machine.
-        if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes / 2:
+        if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes() / 2:
             yield (
-                f"A cache of {size(one.total_nbytes)} fits in this machine's {size(memory_nbytes)} of memory: only the "
+                f"A cache of {size(one.total_nbytes)} fits in the {size(memory_nbytes())} of memory here: only the "
                 "first epoch would wait for the disk."
             )
     for one in assessments:

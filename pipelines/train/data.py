@@ -17,6 +17,7 @@ from atcache.feed.order import SampleOrder, choose_subset
 from atcache.feed.sample_views import FreshViews, Views
 from atcache.files.location import listed
 from atcache.images.source import Source, index_source
+from atcache.machine import kept_nbytes
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
 from atcache.students.student import Student, check_views_fit, new_student
@@ -226,7 +227,7 @@ def _open_views(
     name: ModelName,
 ) -> tuple[Views, np.ndarray, np.ndarray, np.ndarray]:
     """The views to train on, the class of every row, the rows that can be used, and the rows that are used."""
-    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps views of its own
+    keep_nbytes = kept_nbytes(config.keep_mib, config.workers)
     if not readers:
         assert config.data, "checked by TrainConfig"
         index = index_source(config.data)
