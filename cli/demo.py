@@ -10,6 +10,7 @@ import click
 
 from ..pipelines.demo.config import DemoConfig
 from .fields import options_from
+from .paths import OUT
 
 if TYPE_CHECKING:
     from ..pipelines.demo.run import DemoSummary
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @options_from(DemoConfig)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
+@click.option("--json", "json_file", type=OUT, help="Also write the numbers here, as JSON.")
 def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
     """Show attention transfer end to end on a small dataset, without a download.
 

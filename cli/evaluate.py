@@ -10,13 +10,12 @@ import click
 from ..pipelines.evaluate.config import EvaluateConfig
 from . import options
 from .fields import options_from
-
-_PATH = click.Path(path_type=Path)
+from .paths import PATH
 
 
 @click.command("eval")
 @options_from(EvaluateConfig)
-@click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run to average; repeat for more.")
+@click.option("--ensemble", multiple=True, type=PATH, metavar="RUN", help="Another run to average; repeat for more.")
 def evaluate(runs: tuple[Path, ...], ensemble: tuple[Path, ...], **config: Any) -> None:  # noqa: ANN401 - EvaluateConfig's
     """Measure a student's accuracy.
 

@@ -25,6 +25,7 @@ from atcache.errors import AtcacheError
 from atcache.machine import limit_threads
 
 from .defaults import DEFAULT_FILE, read_defaults
+from .paths import EXISTING_FILE
 
 # Errors that are due to a path, not to our code: no permission, a file in place of a folder, a long name, no space.
 _PATH_ERRORS = frozenset(
@@ -161,7 +162,7 @@ def _stdout_reader_has_gone() -> bool:
 @click.version_option(__version__, prog_name="atcache")
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     help=f"TOML file with defaults for any option of any command.  [default: {DEFAULT_FILE}, if there is one]",
 )
 @click.pass_context

@@ -55,7 +55,7 @@ class PackConfig:
     @property
     def tar_name(self) -> str:
         """`name`, or the name of the image folder if it is None."""
-        return self.data.expanduser().resolve().name if self.name is None else self.name
+        return self.data.resolve().name if self.name is None else self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ def plan_pack(config: PackConfig) -> PackPlan:
     Raises:
         SourceError: there is no folder, no class folder or no image.
     """
-    root = config.data.expanduser().resolve()
+    root = config.data.resolve()
     if not root.is_dir():
         raise SourceError(f"{config.data} is not a folder. Give an image folder with one folder per class.")
     ignored: Counter[str] = Counter()
@@ -205,8 +205,8 @@ def pack(config: PackConfig) -> PackSummary:
     """
     plan = plan_pack(config)
     names = tuple(f"{config.tar_name}-{position:06d}.tar" for position in range(len(plan.tars)))
-    out = config.out.expanduser()
-    _make_out(out, config.data.expanduser().resolve())
+    out = config.out
+    _make_out(out, config.data.resolve())
     partial = pack_folder(out, config.tar_name)
     partial.mkdir(exist_ok=True)
     with only_writer(partial, where_possible=True):

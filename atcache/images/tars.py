@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from atcache.errors import ConfigError, SourceError
-from atcache.files.location import Location, Url, looks_like_url, parse_location
+from atcache.files.location import Location, Url, expand_home, looks_like_url, parse_location
 from atcache.files.ranges import list_files
 from atcache.images.decode import IMAGE_EXTENSIONS
 
@@ -58,7 +58,7 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
 def _expand(spec: str) -> Sequence[Location]:
     if looks_like_url(spec):
         return _expand_url(spec)
-    path = Path(spec).expanduser()
+    path = expand_home(Path(spec))
     names = [path] if path.exists() else [Path(name) for name in _expand_braces(str(path))]
     paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
