@@ -37,6 +37,8 @@ _PATH_ERRORS = frozenset(
         errno.EISDIR,
         errno.EEXIST,
         errno.ENAMETOOLONG,
+        errno.EFBIG,
+        errno.EIO,
         errno.ENOSPC,
         errno.EDQUOT,
     )
@@ -141,7 +143,7 @@ class LazyGroup(click.Group):
         except OSError as error:
             if error.errno not in _PATH_ERRORS:
                 raise
-            place = "a file" if error.filename is None else str(error.filename)
+            place = "the output or a file" if error.filename is None else str(error.filename)
             raise click.ClickException(
                 f"{place} cannot be read or written: {error.strerror}. Give another path, or free space and check its "
                 "permissions. What was stored stays."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,7 +13,15 @@ from pathlib import Path
 
 from atcache.errors import ConfigError, DiskFullError, SourceError
 from atcache.fields import JsonFields
-from atcache.files.durable import encode_json, fsync_path, only_writer, write_file
+from atcache.files.durable import (
+    check_can_write,
+    disk_errors_explained,
+    encode_json,
+    fsync_path,
+    make_folder,
+    only_writer,
+    write_file,
+)
 from atcache.images.decode import IMAGE_EXTENSIONS
 from atcache.images.tars import PACK_RECORD, pack_folder
 
@@ -208,8 +215,9 @@ def pack(config: PackConfig) -> PackSummary:
     out = config.out
     _make_out(out, config.data.resolve())
     partial = pack_folder(out, config.tar_name)
-    partial.mkdir(exist_ok=True)
-    with only_writer(partial, where_possible=True):
+    with disk_errors_explained(out):
+        partial.mkdir(exist_ok=True)
+    with disk_errors_explained(out), only_writer(partial, where_possible=True):
         partial.mkdir(exist_ok=True)  # another pack may have ended, and removed it, while this one waited
         _undo(partial, out)
         try:
@@ -221,12 +229,6 @@ def pack(config: PackConfig) -> PackSummary:
             (partial / CLASSES_FILE).write_bytes(_classes_text(plan))
             nbytes = sum((partial / name).stat().st_size for name in names)
             _put_in_place(partial, out, names)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise DiskFullError(
-                    f"no space left in {out} for {plan.nbytes} bytes. Nothing was kept; free some space."
-                ) from error
-            raise
         finally:
             _undo(partial, out)
             partial.rmdir()
@@ -278,7 +280,8 @@ def _make_out(out: Path, root: Path) -> None:
         raise SourceError(f"{out} is a file, expected a folder for the tars. Give another --out.")
     if out.resolve().is_relative_to(root):
         raise SourceError(f"{out} lies inside the image folder, where it would become a class. Give another --out.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    check_can_write(out)
 
 
 def _check_out(out: Path, tar_name: str, plan: PackPlan) -> None:

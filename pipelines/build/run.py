@@ -21,7 +21,7 @@ from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
-from atcache.files.durable import only_writer, sweep_partials
+from atcache.files.durable import check_can_write, only_writer, sweep_partials
 from atcache.images.source import SampleIndex, Source, index_source, relocate
 from atcache.machine import num_processors
 from atcache.store.layout import StoreLayout, Task
@@ -74,6 +74,8 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     start_s = time.monotonic()
     # First, so that a cache that cannot be continued is refused before the teacher is loaded.
     existing = _open_existing(config.out)
+    if not config.dry_run and not (existing is not None and existing.is_complete):
+        check_can_write(config.out)
     given = _read_given_codec(config, existing)
     index = index_source(config.data, on_bad=config.on_bad_image)
     wanted = _Wanted.of(config, index, None if given is None else given.codec)

@@ -16,6 +16,7 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture
 from atcache.attention.geometry import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
+from atcache.files.durable import existing_folder
 from atcache.images.source import SampleIndex
 from atcache.machine import num_processors
 from atcache.store.chunks import decompress_into
@@ -29,7 +30,7 @@ from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_has_values
-from ..build.plan import existing_folder, plan_layout
+from ..build.plan import plan_layout
 from ..running.stages import StageProgress
 from .config import PlanConfig
 from .images import ImageCost, measure_images

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atcache.fields import JsonFields
+from atcache.files.durable import disk_errors_explained, existing_folder
 from atcache.images.source import SampleIndex, index_source
 from atcache.machine import memory_nbytes
 
-from ..build.plan import existing_folder
 from .config import PlanConfig
 from .disk import DiskProbe
 from .images import ImageCost, say_image_cost
@@ -112,7 +112,7 @@ def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures,
         return found, []
     folder = existing_folder(config.out)
     say(f"measuring the disk of {folder}")
-    with DiskProbe(folder) as probe:
+    with disk_errors_explained(folder), DiskProbe(folder) as probe:
         if assumed.write_nbytes_per_s is None:
             found = found._replace(machine=replace(found.machine, write_nbytes_per_s=probe.write_nbytes_per_s))
         if assumed.read_nbytes_per_s is not None:

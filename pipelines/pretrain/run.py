@@ -21,6 +21,7 @@ from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
 from atcache.fields import JsonFields
+from atcache.files.durable import check_can_write
 from atcache.images.source import Source, index_source
 from atcache.machine import kept_nbytes
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
@@ -78,6 +79,8 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     device = resolve_device(config.device)
     begun = read_record(config.out / CONFIG_FILE)
     config = replace(config, precision=settle_precision(config.precision, begun, device))
+    if not (config.out / WEIGHTS_FILE).exists():
+        check_can_write(config.out)
     index = index_source(config.data, labels="optional")
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
