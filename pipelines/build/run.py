@@ -101,6 +101,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             batch_size=config.batch_size,
             state=_fitted_state(existing, given),
             with_values=config.with_values,
+            name_of=views.names.__getitem__,
             progress=progress.show,
         )
     new_layout, view_nbytes = plan_layout(

@@ -194,6 +194,7 @@ def _measure_codec(
             heads=geometry.heads,
             batch_size=config.batch_size,
             with_values=config.store == "v",
+            name_of=bench.views.names.__getitem__,
             progress=progress.show,
         )
     layout, nbytes_per_view = plan_layout(
