@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..pipelines.pack import PackConfig, pack as run_pack
+from ..pipelines.pack.config import PackConfig
 from . import options
 from .fields import options_from
 
@@ -25,4 +25,6 @@ def pack(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PackCo
         atcache pack --data imagenet/train --out tars
         atcache build --teacher mae-vit-l --data tars --out train.zarr
     """
+    from ..pipelines.pack.run import pack as run_pack
+
     options.print_json(run_pack(PackConfig(**config)).to_json())

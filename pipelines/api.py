@@ -17,7 +17,8 @@ from .build.run import build as run_build
 from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
 from .options import options_of
-from .pack import PackConfig, pack as run_pack
+from .pack.config import PackConfig
+from .pack.run import pack as run_pack
 from .plan.config import PlanConfig
 from .plan.run import plan as run_plan
 from .pretrain.config import PretrainConfig

@@ -17,7 +17,7 @@ from atcache.errors import ConfigError
 from atcache.files.location import parse_location
 from atcache.images.tars import expand_tars
 from atcache.pipelines.evaluate.config import EvaluateConfig
-from atcache.pipelines.pack import PackConfig
+from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.train.recipes import recipe_path
 
 
