@@ -190,7 +190,7 @@ plan = _function(
 pack = _function(
     PackConfig,
     run_pack,
-    """Pack folders of images, one folder per class, into WebDataset tars.
+    """Pack folders of images, or Hugging Face image datasets, into WebDataset tars.
 
     Returns:
         How many images, classes and tars there are, and what was left out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +62,17 @@ def find_not_finite(numbers: Sequence[int], layers: Sequence[LayerAttention]) ->
             is_bad_B = is_bad.flatten(1).any(dim=1).expand(layer.shape_BHT[0])
             return NotFinite(
                 where=f"from layer {number} on ({name})",
-                views=tuple(is_bad_B.nonzero().flatten().tolist()),
+                views=positions(is_bad_B),
                 num_views=len(is_bad_B),
                 precision=precision_of(tensor),
             )
     return None
+
+
+def positions(is_bad_B: Tensor) -> tuple[int, ...]:
+    """Where a vector of bools is true."""
+    found: Any = is_bad_B.nonzero().flatten().tolist()  # torch has no type for it
+    return tuple(found)
 
 
 def _parts(layer: LayerAttention) -> list[tuple[str, Tensor, Tensor]]:

@@ -19,6 +19,7 @@ PACK_RECORD = "moving.json"
 """A file in the folder of an unfinished pack. It names the files that are being moved to their place."""
 _MAX_TARS = 1_000_000
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
+_TABLES = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 
 
@@ -56,6 +57,11 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
 
 
 def _expand(spec: str) -> Sequence[Location]:
+    if spec.startswith("hf:"):
+        raise SourceError(
+            f"{spec} names a dataset on the hub. Run `atcache pack --data {spec} --out TARS` and give the folder it "
+            "makes."
+        )
     if looks_like_url(spec):
         return _expand_url(spec)
     path = expand_home(Path(spec))
@@ -157,9 +163,12 @@ def _tars_in(folder: Path) -> list[Path]:
     for path in entries:
         if path.name.lower().endswith(_COMPRESSED):
             _check_suffix(path)
-    if any(path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS for path in entries):
+    if any(path.is_dir() or path.suffix.lower() in (*IMAGE_EXTENSIONS, *_TABLES) for path in entries):
+        kind = (
+            "a Hugging Face dataset" if any(path.suffix.lower() in _TABLES for path in entries) else "an image folder"
+        )
         raise SourceError(
-            f"{folder} holds no tars; it looks like an image folder. Run `atcache pack --data {folder} --out TARS` and "
+            f"{folder} holds no tars; it looks like {kind}. Run `atcache pack --data {folder} --out TARS` and "
             "give the folder it makes."
         )
     raise SourceError(f"{folder} holds no tars. Name WebDataset tars, or a folder of tars.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import LayerAttention
-from atcache.attention.finite import NotFiniteError
+from atcache.attention.finite import NotFiniteError, positions
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
 from atcache.codecs.base import Codec, Coder, FitProgress, State
@@ -194,7 +194,7 @@ def calibrate(
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
     held_back = run.factors(capture, held_back_NHWC)
-    held_back_N = is_held_back_N.nonzero().flatten().tolist()
+    held_back_N = positions(is_held_back_N)
     run.check_finite(capture, held_back, name_of and (lambda view: name_of(held_back_N[view])))
     if state is None:
         with _not_finite_explained(run, capture, pixels_NHWC, batch_size, name_of):

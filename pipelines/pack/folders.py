@@ -29,7 +29,10 @@ def plan_folder(config: PackConfig) -> PackPlan:
     """
     root = config.data.resolve()
     if not root.is_dir():
-        raise SourceError(f"{config.data} is not a folder. Give an image folder with one folder per class.")
+        raise SourceError(
+            f"{config.data} is not a folder. Give an image folder with one folder per class, or a folder of "
+            "parquet or arrow files."
+        )
     classes = None if config.classes is None else read_classes(config.classes)
     ignored: Counter[str] = Counter()
     if config.labels_file is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from atcache.errors import SourceError
+from atcache.errors import AtcacheError, SourceError
 from atcache.files.durable import disk_errors_explained
 
 from ..running.progress import Progress
@@ -58,7 +58,7 @@ def fetch_dataset(name: str, split: str | None, revision: str | None) -> HubFile
                         Path(huggingface_hub.hf_hub_download(name, str(file), repo_type="dataset", revision=commit))
                     )
                 progress.advance(1)
-    except SourceError:
+    except AtcacheError:
         raise
     except GatedRepoError as error:
         raise SourceError(
@@ -73,7 +73,7 @@ def fetch_dataset(name: str, split: str | None, revision: str | None) -> HubFile
     except HfHubHTTPError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise SourceError(f"hf:{name}: the hub refused ({reason}).") from error
-    except OSError as error:
+    except Exception as error:  # the errors of whichever HTTP client huggingface_hub uses
         raise SourceError(
             f"hf:{name}: the Hugging Face hub cannot be reached ({type(error).__name__}). Fetch the parquet files on a "
             "machine with a connection, and pack the folder with them."

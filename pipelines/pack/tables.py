@@ -258,7 +258,7 @@ def _explained(file: Path) -> Generator[None]:
 def _pyarrow() -> Any:  # noqa: ANN401 - untyped
     try:
         import pyarrow
-        import pyarrow.parquet
+        import pyarrow.parquet  # pyright: ignore[reportUnusedImport] - makes pyarrow.parquet
     except ImportError as error:
         raise ConfigError(
             "parquet and arrow files are read with pyarrow, which is not installed: pip install 'atcache[hf]'."

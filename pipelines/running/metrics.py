@@ -79,10 +79,10 @@ class _Board:
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._new_event: Any = Event
+        self._protocol: Any = event_pb2
         # TensorBoard wants this name. The time in it orders the files of a run that was continued.
         name = (
             f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
@@ -90,7 +90,7 @@ class _Board:
         self._file = (folder / name).open("wb")
         self._records: Any = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
-        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=purge_step, session_log={"status": self._protocol.SessionLog.START})
 
     def add(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step."""
@@ -100,7 +100,7 @@ class _Board:
         )
 
     def _write(self, **event: Any) -> None:  # noqa: ANN401 - members of TensorBoard's Event
-        self._records.write(self._new_event(wall_time=time.time(), **event).SerializeToString())
+        self._records.write(self._protocol.Event(wall_time=time.time(), **event).SerializeToString())
         self._file.flush()
 
     def close(self) -> None:

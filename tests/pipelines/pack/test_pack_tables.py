@@ -14,6 +14,7 @@ from PIL import Image
 
 from atcache.errors import ConfigError, SourceError
 from atcache.images.source import Source, index_source
+from atcache.images.tars import expand_tars
 from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.pack.run import pack
 from atcache.pipelines.pack.tables import choose_split, find_tables
@@ -227,6 +228,18 @@ def test_damaged_files_and_options_without_a_meaning_are_refused(tmp_path):
         pack(PackConfig(data=tmp_path / "folder", out=tmp_path / "out", split="train"))
     with pytest.raises(ConfigError, match="revision=v1 is of a dataset on the hub"):
         PackConfig(data=root, out=tmp_path / "out", revision="v1")
+
+
+def test_other_commands_say_that_a_dataset_is_packed_first(tmp_path):
+    data = write_parquet(tmp_path / "animals", "x.parquet", table_of(ROWS))
+    with pytest.raises(
+        SourceError, match="looks like a Hugging Face dataset. Run `atcache pack --data .*animals --out"
+    ):
+        expand_tars(data)
+    with pytest.raises(
+        SourceError, match="hf:org/animals names a dataset on the hub. Run `atcache pack --data hf:org/an"
+    ):
+        expand_tars("hf:org/animals")
 
 
 def test_a_folder_of_images_with_a_table_beside_them_is_an_image_folder(tmp_path):
