@@ -233,11 +233,11 @@ def test_damaged_files_and_options_without_a_meaning_are_refused(tmp_path):
 def test_other_commands_say_that_a_dataset_is_packed_first(tmp_path):
     data = write_parquet(tmp_path / "animals", "x.parquet", table_of(ROWS))
     with pytest.raises(
-        SourceError, match="looks like a Hugging Face dataset. Run `atcache pack --data .*animals --out"
+        SourceError, match=r"looks like a Hugging Face dataset. Run `atcache pack --data .*animals --out"
     ):
         expand_tars(data)
     with pytest.raises(
-        SourceError, match="hf:org/animals names a dataset on the hub. Run `atcache pack --data hf:org/an"
+        SourceError, match=r"hf:org/animals names a dataset on the hub. Run `atcache pack --data hf:org/an"
     ):
         expand_tars("hf:org/animals")
 
