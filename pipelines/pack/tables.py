@@ -30,7 +30,7 @@ from .plan import PackedSample, PackPlan, plan_tars, unique_key
 PARQUET, ARROW = ".parquet", ".arrow"
 _PART = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}.*")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-_ROWS_AT_A_TIME = 64
+_ROWS_AT_A_TIME = 16
 # What begins the files of each kind; the name in a dataset may have no extension, or a wrong one.
 _MAGIC = (
     (b"\xff\xd8\xff", "jpg"),
@@ -288,9 +288,13 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[Any]:
     """The rows of a file, a few at a time."""
     arrow = _pyarrow()
     if file.suffix.lower() == PARQUET:
-        with arrow.parquet.ParquetFile(file, buffer_size=2**20) as table:
+        with arrow.parquet.ParquetFile(file) as table:
             _check_row_groups(table, file, columns)
-            yield from table.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=columns, use_threads=False)
+            # One group after the other: asked for all at once, pyarrow keeps those that it has read.
+            for group in range(table.num_row_groups):
+                yield from table.iter_batches(
+                    batch_size=_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False
+                )
         return
     with arrow.memory_map(str(file)) as source:
         reader = _open_arrow(source)
