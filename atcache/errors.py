@@ -58,6 +58,10 @@ class DiskFullError(AtcacheError, OSError):
     """The disk is full, or would become full. What was stored before stays valid."""
 
 
+class NotWritableError(AtcacheError, OSError):
+    """A file or folder cannot be written: the disk is read-only or fails, or permission is missing."""
+
+
 class RemoteError(AtcacheError):
     """A server cannot be read, or a file on it has changed since it was opened. The message names the URL.
 

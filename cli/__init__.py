@@ -12,6 +12,7 @@
 - `pack`: `atcache pack`
 - `demo`: `atcache demo`
 - `fields`: click options made from the fields of a config
+- `paths`: the click types of paths, which expand `~`
 - `options`: options that several commands share
 - `defaults`: defaults for options, from a TOML file
 - `sweep`: the file that lists the students of a sweep

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atcache.files.durable import disk_errors_explained, make_folder
+
 from ..pipelines.demo.config import DemoConfig
 from .fields import options_from
+from .paths import OUT
 
 if TYPE_CHECKING:
     from ..pipelines.demo.run import DemoSummary
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @options_from(DemoConfig)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
+@click.option("--json", "json_file", type=OUT, help="Also write the numbers here, as JSON.")
 def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one keyword a field of DemoConfig
     """Show attention transfer end to end on a small dataset, without a download.
 
@@ -29,10 +32,11 @@ def demo(json_file: Path | None, **config: Any) -> None:  # noqa: ANN401 - one k
     from ..pipelines.demo.run import demo as run_demo
 
     if json_file is not None:  # a folder that cannot be made is an error now, not after minutes
-        json_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(json_file.absolute().parent)
     summary = run_demo(DemoConfig(**config), say=lambda command: click.echo(f"$ {command}", err=True))
     if json_file is not None:
-        json_file.write_text(json.dumps(summary.to_json(), indent=2) + "\n")
+        with disk_errors_explained(json_file):
+            json_file.write_text(json.dumps(summary.to_json(), indent=2) + "\n")
     _print_table(summary)
 
 

@@ -10,16 +10,16 @@ import click
 from ..pipelines.evaluate.config import EvaluateConfig
 from . import options
 from .fields import options_from
+from .paths import PATH
 
 if TYPE_CHECKING:
     from ..pipelines.train.validation import ClassScore
 
-_PATH = click.Path(path_type=Path)
 
 
 @click.command("eval")
 @options_from(EvaluateConfig)
-@click.option("--ensemble", multiple=True, type=_PATH, metavar="RUN", help="Another run to average; repeat for more.")
+@click.option("--ensemble", multiple=True, type=PATH, metavar="RUN", help="Another run to average; repeat for more.")
 def evaluate(runs: tuple[Path, ...], ensemble: tuple[Path, ...], **config: Any) -> None:  # noqa: ANN401 - EvaluateConfig's
     """Measure a student's accuracy.
 

@@ -9,39 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from atcache.errors import ConfigError
-from atcache.files.location import Location, looks_like_url, parse_location
-
 from ..pipelines.options import Option, OptionType, options_of
+from .paths import LOCATION, OUT, PATH
 
 _Command = TypeVar("_Command", bound=Callable[..., Any] | click.Command)
-
-
-class LocationType(click.ParamType[Location]):
-    """A path, or a URL of a server that is read."""
-
-    name = "path or URL"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Location:  # noqa: ANN401 - click's
-        try:
-            return parse_location(value)
-        except ConfigError as error:
-            self.fail(str(error), param, ctx)
-
-
-class OutType(click.Path):
-    """A path to write to. URLs are refused: atcache only reads from servers."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
-        if isinstance(value, str) and looks_like_url(value):
-            self.fail(
-                f"{value!r} is a URL, but servers are only read. Write to a folder and copy it there.", param, ctx
-            )
-        return super().convert(value, param, ctx)
-
-
-LOCATION = LocationType()
-OUT = OutType(path_type=Path)
 
 
 def options_from(
@@ -102,7 +73,7 @@ def _click_type(about: Option, kind: OptionType) -> click.ParamType[Any]:
     if kind.choices:
         return click.Choice(kind.choices)
     if kind.base is Path:
-        return LOCATION if kind.takes_urls else OUT if about.is_written else click.Path(path_type=Path)
+        return LOCATION if kind.takes_urls else OUT if about.is_written else PATH
     if kind.base in (int, float) and about.limits:
         low = about.at_least if about.above is None else about.above
         high = about.at_most if about.below is None else about.below

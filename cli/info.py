@@ -11,7 +11,7 @@ import atcache
 from atcache.files.location import Location
 
 from . import options
-from .fields import LOCATION
+from .paths import LOCATION
 
 
 @click.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import select
 import sys
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ import click
 
 from atcache import __version__
 from atcache.errors import AtcacheError
+from atcache.machine import limit_threads
 
 from .defaults import DEFAULT_FILE, read_defaults
+from .paths import EXISTING_FILE
 
 # Errors that are due to a path, not to our code: no permission, a file in place of a folder, a long name, no space.
 _PATH_ERRORS = frozenset(
@@ -34,6 +37,8 @@ _PATH_ERRORS = frozenset(
         errno.EISDIR,
         errno.EEXIST,
         errno.ENAMETOOLONG,
+        errno.EFBIG,
+        errno.EIO,
         errno.ENOSPC,
         errno.EDQUOT,
     )
@@ -139,7 +144,7 @@ class LazyGroup(click.Group):
         except OSError as error:
             if error.errno not in _PATH_ERRORS:
                 raise
-            place = "a file" if error.filename is None else str(error.filename)
+            place = "the output or a file" if error.filename is None else str(error.filename)
             raise click.ClickException(
                 f"{place} cannot be read or written: {error.strerror}. Give another path, or free space and check its "
                 "permissions. What was stored stays."
@@ -160,7 +165,7 @@ def _stdout_reader_has_gone() -> bool:
 @click.version_option(__version__, prog_name="atcache")
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     help=f"TOML file with defaults for any option of any command.  [default: {DEFAULT_FILE}, if there is one]",
 )
 @click.pass_context
@@ -190,6 +195,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    limit_threads(os.environ)
     cli(prog_name="atcache")
 
 

@@ -13,6 +13,7 @@ from atcache.errors import ConfigError
 from ..pipelines.train.config import TrainConfig
 from . import options
 from .fields import options_from
+from .paths import EXISTING_FILE
 from .sweep import read_sweep
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @options.recipe
 @click.option(
     "--sweep",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=EXISTING_FILE,
     help="TOML file: a list of students, [[student]], trained from one stream of batches.",
 )
 @click.pass_context

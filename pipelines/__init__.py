@@ -1,6 +1,6 @@
 """What the commands do. Each has a config and a function that runs it, which Python can call as well.
 
-- `pack`: make tars from a folder of images
+- `pack/`: make tars from a folder of images
 - `plan/`: what a cache would cost, and whether it would pay
 - `build/`: run the teacher once and store its attention
 - `merge`: make one cache of several

@@ -18,7 +18,8 @@ from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
 from .merge import MergeConfig, merge as run_merge
 from .options import options_of
-from .pack import PackConfig, pack as run_pack
+from .pack.config import PackConfig
+from .pack.run import pack as run_pack
 from .plan.config import PlanConfig
 from .plan.run import plan as run_plan
 from .pretrain.config import PretrainConfig
@@ -210,7 +211,7 @@ plan = _function(
 pack = _function(
     PackConfig,
     run_pack,
-    """Pack folders of images, one folder per class, into WebDataset tars.
+    """Pack folders of images, or Hugging Face image datasets, into WebDataset tars.
 
     Returns:
         How many images, classes and tars there are, and what was left out.

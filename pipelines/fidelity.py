@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atcache.attention.blocks import find_blocks
 from atcache.attention.factors import LayerAttention
+from atcache.attention.finite import NotFinite, NotFiniteError, positions
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
 from atcache.codecs.base import Codec, Coder
@@ -144,6 +145,10 @@ def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometr
     model: Any = run.teacher.model
     with torch.inference_mode(), autocast(run.device, run.dtype):
         features: Tensor = model.forward_features(images).float()
+        if views := positions(~features.isfinite().flatten(1).all(dim=1)):
+            where = "in its final features, after all of its attention"
+            precision = str(run.dtype).removeprefix("torch.")
+            raise NotFiniteError(NotFinite(where=where, views=views, num_views=len(features), precision=precision))
         with AttentionIntercept(find_blocks(model), attend_with_decoded):
             injected: Tensor = model.forward_features(images).float()
     return float(((injected - features).square().sum() / features.square().sum()).sqrt())

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_
 from atcache.choices import MAX_SEED, Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.fields import Misfit, Range, fit
-from atcache.files.location import Url, parse_location
+from atcache.files.location import Url, expand_home, parse_location
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config")
@@ -161,9 +161,10 @@ def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
 
 
 def _as_path(value: object, kind: OptionType) -> object:
-    if not isinstance(value, str):
+    """The path or URL that a text names; paths may begin with `~`, whoever gives them."""
+    if not isinstance(value, (str, Path)):
         return value
-    return parse_location(value) if kind.takes_urls else Path(value)
+    return parse_location(value) if kind.takes_urls else expand_home(Path(value))
 
 
 # Options that several commands have. Each is written once, here.
@@ -287,7 +288,8 @@ def calibration_samples_option(what: str) -> int:
 def decoding_workers_option() -> int | None:
     """Processes that decode images."""
     return option(
-        "Worker processes that decode and augment images; 0 uses the main process.  [default: processors minus 1]",
+        "Worker processes that decode and augment images; 0 uses the main process.  [default: processors that "
+        "it may use, minus 1]",
         default=None,
         at_least=0,
     )

@@ -24,6 +24,7 @@ ORDER = [
     "atcache.errors",
     "atcache.choices",
     "atcache.fields",
+    "atcache.machine",
     "atcache.files",
     "atcache.images",
     "atcache.attention",

@@ -6,6 +6,7 @@
 - `indices`: the layers or heads that a text such as "0-5,11" names
 - `blocks`: find the blocks of a ViT, and how each of them attends
 - `capture`: capture the factors or maps of a model's layers, and check that they are right
+- `finite`: whether attention is finite, and where it first is not
 - `recorder`: observe one forward pass and keep its factors or maps
 - `intercept`: pass each block's attention call to a function of ours, which answers it
 - `kernels`: attend with given factors, slice by slice, so that no whole map is in memory

@@ -16,9 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from atcache.errors import ConfigError, DiskFullError
+from atcache.errors import AtcacheError, ConfigError, DiskFullError, NotWritableError
 
 _SECONDS_TO_WAIT = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 _PARTIAL_NAME = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.partial")
 
 
@@ -98,16 +101,60 @@ def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generato
 
 @contextmanager
 def disk_errors_explained(path: Path) -> Generator[None]:
-    """Turn "no space left", "quota exceeded" and "file too large" into a `DiskFullError` that names the path."""
+    """Turn the errors of a disk into one sentence that names the path that is written.
+
+    Raises:
+        DiskFullError: no space is left, the quota is used up, or the file would be too large.
+        NotWritableError: the file system is read-only, permission is missing, or the disk fails.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFullError(
-            f"{path} cannot be written: {os.strerror(error.errno)}. What was stored before is valid. Free some space "
-            "and run the same command again to continue."
-        ) from error
+    except AtcacheError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number in _FULL:
+            raise DiskFullError(
+                f"{path} cannot be written: {os.strerror(number)}. What was stored before is valid. Free some space "
+                "and run the same command again to continue."
+            ) from error
+        if number in _NOT_WRITABLE:
+            raise NotWritableError(
+                f"{path} cannot be written: {os.strerror(number)}. What was stored before is valid. Check the "
+                "permissions and the disk, or give another path."
+            ) from error
+        raise
+
+
+def _errno(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where a library has wrapped it; None if it has none."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := _OS_ERROR.search(str(error)):
+        return int(found[1])
+    # torch's writer fails while it handles our file's error, and says only that its position is unexpected.
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__.errno
+    return None
+
+
+def existing_folder(path: Path) -> Path:
+    """`path` if it is a folder, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def check_can_write(path: Path) -> None:
+    """Refuse, before long work, an output folder in which nothing could be written.
+
+    Raises:
+        NotWritableError: the folder, or the one that it would be made in, is read-only or not this user's.
+    """
+    folder = existing_folder(path)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise NotWritableError(
+            f"{path} cannot be written: {folder} is read-only, or not yours to write to. Give another --out, or check "
+            "its permissions."
+        )
 
 
 def fsync_path(path: Path) -> None:
@@ -124,8 +171,9 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    fsync_path(path.parent)
+    with disk_errors_explained(path):
+        path.mkdir(exist_ok=True)
+        fsync_path(path.parent)
 
 
 def fsync_tree(path: Path) -> None:

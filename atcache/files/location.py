@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +84,26 @@ def looks_like_url(text: str) -> bool:
     return _LOOKS_LIKE_URL.match(text) is not None
 
 
+def expand_home(path: Path) -> Path:
+    """`path` with the home folder in place of a leading `~` or `~user`.
+
+    Shells do this only where a word begins with it, not in `--out=~/x`, and nothing does it in a TOML file.
+
+    Raises:
+        ConfigError: there is no such user, so that a folder called `~user` would be made.
+
+    >>> expand_home(Path("~/tars")) == Path.home() / "tars"
+    True
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{str(path)!r} begins with ~, but there is no user {path.parts[0][1:]!r} with a home folder. Write the "
+            "whole path, from /."
+        ) from error
+
+
 def parse_location(place: str | Path | Url) -> Location:
     """The location that a user's text names.
 
@@ -100,9 +119,9 @@ def parse_location(place: str | Path | Url) -> Location:
     if isinstance(place, Path):
         if _COLLAPSED.match(text):
             raise ConfigError(f"{text!r} was a URL before it became a Path, which drops slashes. Pass it as a str.")
-        return place
+        return expand_home(place)
     if not looks_like_url(text):
-        return Path(os.fspath(text))
+        return expand_home(Path(text))
     return _parse_url(text)
 
 

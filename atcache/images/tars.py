@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from atcache.errors import ConfigError, SourceError
-from atcache.files.location import Location, Url, looks_like_url, parse_location
+from atcache.files.location import Location, Url, expand_home, looks_like_url, parse_location
 from atcache.files.ranges import list_files
 from atcache.images.decode import IMAGE_EXTENSIONS
 
@@ -19,6 +19,7 @@ PACK_RECORD = "moving.json"
 """A file in the folder of an unfinished pack. It names the files that are being moved to their place."""
 _MAX_TARS = 1_000_000
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
+_TABLES = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 
 
@@ -56,9 +57,14 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
 
 
 def _expand(spec: str) -> Sequence[Location]:
+    if spec.startswith("hf:"):
+        raise SourceError(
+            f"{spec} names a dataset on the hub. Run `atcache pack --data {spec} --out TARS` and give the folder it "
+            "makes."
+        )
     if looks_like_url(spec):
         return _expand_url(spec)
-    path = Path(spec).expanduser()
+    path = expand_home(Path(spec))
     names = [path] if path.exists() else [Path(name) for name in _expand_braces(str(path))]
     paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
@@ -157,9 +163,12 @@ def _tars_in(folder: Path) -> list[Path]:
     for path in entries:
         if path.name.lower().endswith(_COMPRESSED):
             _check_suffix(path)
-    if any(path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS for path in entries):
+    if any(path.is_dir() or path.suffix.lower() in (*IMAGE_EXTENSIONS, *_TABLES) for path in entries):
+        kind = (
+            "a Hugging Face dataset" if any(path.suffix.lower() in _TABLES for path in entries) else "an image folder"
+        )
         raise SourceError(
-            f"{folder} holds no tars; it looks like an image folder. Run `atcache pack --data {folder} --out TARS` and "
+            f"{folder} holds no tars; it looks like {kind}. Run `atcache pack --data {folder} --out TARS` and "
             "give the folder it makes."
         )
     raise SourceError(f"{folder} holds no tars. Name WebDataset tars, or a folder of tars.")

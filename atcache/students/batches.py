@@ -25,6 +25,7 @@ from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder
 from atcache.feed.prefetch import Prefetcher
 from atcache.files.location import Location, Url, parse_location
+from atcache.machine import kept_nbytes
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import TeacherFactors, plan_pairing
 from atcache.students.teacher_side import CacheTeacher
@@ -277,7 +278,7 @@ def batches(
         readers,
         _as_text(data) if data is not None else _data_of(cache),
         code_layers=teacher.code_layers,
-        keep_nbytes=keep_mib * 2**20 // max(1, workers),
+        keep_nbytes=kept_nbytes(keep_mib, workers),
         labels=labels,
     )
     if labels != "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import LayerAttention
+from atcache.attention.finite import NotFiniteError, find_not_finite
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
@@ -76,6 +77,24 @@ class TeacherRun:
             with_block_inputs=geometry.input_width > 0,
             input_calls=input_calls,
         )
+
+    def check_finite(
+        self, capture: FactorCapture, layers: Sequence[LayerAttention], name_of: Callable[[int], str] | None = None
+    ) -> None:
+        """Refuse attention that is not finite.
+
+        Args:
+            capture: what captured it.
+            layers: the captured attention of a batch.
+            name_of: what the user calls the view at a position of the batch.
+
+        Raises:
+            NotFiniteError: some is NaN or infinite.
+        """
+        with autocast(self.device, self.dtype):  # which says what it was computed in
+            found = find_not_finite(capture.layers, layers)
+        if found is not None:
+            raise NotFiniteError(found, name_of)
 
     def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerAttention]:
         """The wanted layers' factors, or maps, of a batch of views."""

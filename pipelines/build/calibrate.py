@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from atcache.attention.capture import FactorCapture, check_capture
 from atcache.attention.factors import INPUTS, LayerAttention
+from atcache.attention.finite import NotFiniteError, positions
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.record import LayerCard
 from atcache.choices import Queries
 from atcache.codecs.base import Codec, Coder, FitProgress, State
-from atcache.errors import ConfigError
+from atcache.errors import CodecError, ConfigError
 from atcache.images.source import SampleIndex, Source
 from atcache.students.teacher_side import CachedFactors
 from atcache.teachers.devices import autocast
@@ -40,6 +42,8 @@ class CalibrationViews:
     """uint8."""
     parameters_NP: np.ndarray
     """The parameters drawn for each view, float32."""
+    names: tuple[str, ...]
+    """The tar and key of each."""
     parameter_names: tuple[str, ...]
     """What the columns of `parameters_NP` mean."""
     render_s: float
@@ -64,7 +68,9 @@ def render_calibration_views(
     good = np.flatnonzero(index.problem_S == 0)
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
     # Blocks are not known yet, so views are mixed with those of any sample. That is as good to calibrate on.
-    renderer = Renderer(Source(index), policy, skip_bad=skip_bad)
+    source = Source(index)
+    renderer = Renderer(source, policy, skip_bad=skip_bad)
+    names: list[str] = []
     seconds: list[float] = []
     pixels: list[np.ndarray] = []
     parameters: list[np.ndarray] = []
@@ -74,6 +80,7 @@ def render_calibration_views(
         if view.status == STORED:
             seconds.append(time.perf_counter() - start_s)
             pixels.append(view.pixels_HWC)
+            names.append(source.where(sample))
             parameters.append(view.parameters_P)
     if not pixels:
         folder = index.tars[0].parent if index.tars else "the data"
@@ -81,6 +88,7 @@ def render_calibration_views(
     return CalibrationViews(
         pixels_NHWC=torch.from_numpy(np.stack(pixels)),
         parameters_NP=np.stack(parameters),
+        names=tuple(names),
         parameter_names=policy.parameter_names,
         render_s=statistics.fmean(seconds[1:] or seconds),  # the first one also imports the decoder
     )
@@ -158,6 +166,7 @@ def calibrate(
     queries: Queries = "all",
     with_values: bool = False,
     with_block_inputs: bool = False,
+    name_of: Callable[[int], str] | None = None,
     progress: FitProgress | None = None,
 ) -> Calibration:
     """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
@@ -174,11 +183,13 @@ def calibrate(
         queries: the tokens whose rows of the maps are kept.
         with_values: whether v is stored too.
         with_block_inputs: whether what attention and MLP get is stored too.
+        name_of: what the user calls the view at a position, for messages.
         progress: called often with a stage and the share of it that is done: "teacher" while the teacher runs,
             "measuring" at the end, and between them the stages of the codec's own `fit`.
 
     Raises:
         UnsupportedAttentionError: the teacher's attention cannot be captured.
+        NotFiniteError: the teacher computes NaN or infinity.
         CodecError: the codec cannot hold it.
     """
     model = run.teacher.model
@@ -186,37 +197,44 @@ def calibrate(
     report("teacher", 0.0)
     with autocast(run.device, run.dtype):
         images = run.images(pixels_NHWC[:_CHECKED_VIEWS])
-        check = check_capture(
-            model,
-            images,
-            layers,
-            heads,
-            queries=queries,
-            with_values=with_values,
-            with_block_inputs=with_block_inputs,
-            with_inputs=codec.codes_inputs,
-        )
+        try:
+            check = check_capture(
+                model,
+                images,
+                layers,
+                heads,
+                queries=queries,
+                with_values=with_values,
+                with_block_inputs=with_block_inputs,
+                with_inputs=codec.codes_inputs,
+            )
+        except NotFiniteError as error:
+            raise NotFiniteError(error.found, name_of) from error
     capture = run.capture(check.geometry, check.input_calls)
     is_held_back_N = choose_held_back(len(pixels_NHWC), attention_nbytes(check.geometry))
     held_back_NHWC = pixels_NHWC[is_held_back_N]
     fitted_NHWC = pixels_NHWC[~is_held_back_N] if len(pixels_NHWC) > 1 else pixels_NHWC
     held_back = run.factors(capture, held_back_NHWC)
+    held_back_N = positions(is_held_back_N)
+    run.check_finite(capture, held_back, name_of and (lambda view: name_of(held_back_N[view])))
     if state is None:
-        state = codec.fit(
-            check.geometry,
-            _Batches(run, capture, fitted_NHWC, batch_size, partial(report, "teacher")),
-            held_back=held_back,
-            nbytes_per_view=codes_nbytes,
-            recipe=check.recipe,
-            progress=report,
-        )
+        with _not_finite_explained(run, capture, pixels_NHWC, batch_size, name_of):
+            state = codec.fit(
+                check.geometry,
+                _Batches(run, capture, fitted_NHWC, batch_size, partial(report, "teacher")),
+                held_back=held_back,
+                nbytes_per_view=codes_nbytes,
+                recipe=check.recipe,
+                progress=report,
+            )
     report("measuring", 0.0)
     coder = codec.coder(check.geometry, state, bias_LHQK=check.bias_LHQK, device=str(run.device))
     codes_BLTC = coder.encode(held_back)
     layer_kl = layer_row_kl(coder, held_back, codes_BLTC)
     few = slice(0, _INJECTED_VIEWS)
     decoded = CachedFactors(coder, codes_BLTC[few])
-    more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC, report)
+    with _not_finite_explained(run, capture, pixels_NHWC, batch_size, name_of):
+        more, views_per_s = _time_encoding(run, capture, coder, fitted_NHWC, batch_size, codes_BLTC, report)
     return Calibration(
         geometry=check.geometry,
         state=state,
@@ -233,6 +251,37 @@ def calibrate(
         teacher_views_per_s=views_per_s,
         decode_cost=measure_decode_cost(run, coder, held_back_NHWC, codes_BLTC),
     )
+
+
+@contextmanager
+def _not_finite_explained(
+    run: TeacherRun,
+    capture: FactorCapture,
+    pixels_NHWC: Tensor,
+    batch_size: int,
+    name_of: Callable[[int], str] | None = None,
+) -> Generator[None]:
+    """If the codec fails, run the teacher again on the views, to name the image and the layer if it computes NaN.
+
+    Nothing is looked at before, so that the device need not wait for each batch.
+
+    Args:
+        run: the teacher.
+        capture: what the codec was given.
+        pixels_NHWC: the views, uint8.
+        batch_size: views in a forward.
+        name_of: what the user calls the view at a position of `pixels_NHWC`.
+
+    Raises:
+        NotFiniteError: in place of a `CodecError`.
+    """
+    try:
+        yield
+    except CodecError:
+        for start in range(0, len(pixels_NHWC), batch_size):
+            layers = run.factors(capture, pixels_NHWC[start : start + batch_size])
+            run.check_finite(capture, layers, name_of and (lambda view, start=start: name_of(start + view)))
+        raise
 
 
 def _no_report(_stage: str, _share: float) -> None:

@@ -5,7 +5,7 @@ Nothing waits for the device but the thread that takes its results.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
@@ -17,6 +17,7 @@ from torch import Tensor
 from atcache.attention.capture import FactorCapture
 from atcache.attention.factors import LayerAttention
 from atcache.codecs.base import Coder, Queued
+from atcache.errors import CodecError
 from atcache.store.layout import StoreLayout
 from atcache.store.writer import encode_pixels, encode_view
 from atcache.teachers.run import TeacherRun
@@ -74,6 +75,8 @@ class _Codes(NamedTuple):
     pixels_BHWC: Tensor
     queued: Queued
     fetched: Fetched
+    layers: list[LayerAttention]
+    """The teacher's attention, which `queued` keeps alive anyway; looked at if it does not fit in the codes."""
     few: list[LayerAttention] | None
     """The teacher's attention of the first views, if the batch is one to check."""
 
@@ -96,6 +99,8 @@ class BatchEncoder:
     capture: FactorCapture
     transfers: Transfers
     batch_size: int
+    name_of: Callable[[int], str]
+    """What the user calls a sample."""
     compressors: ThreadPoolExecutor
     """Threads that compress."""
     checker: ThreadPoolExecutor
@@ -128,12 +133,13 @@ class BatchEncoder:
             # A copy, or the whole batch would be kept until they are checked.
             few = [_copied(layer.select(slice(0, _CHECKED_VIEWS))) for layer in layers]
         fetched = self.transfers.fetch([*queued.parts, queued.is_fine_N])
-        return QueuedBatch(batch, _Codes(pixels.on_host_BHWC, queued, fetched, few))
+        return QueuedBatch(batch, _Codes(pixels.on_host_BHWC, queued, fetched, layers, few))
 
     def finish(self, given: QueuedBatch) -> EncodedBatch:
         """Wait for the codes of a batch, and begin to compress and to check them.
 
         Raises:
+            NotFiniteError: the teacher computed NaN or infinity.
             CodecError: the factors do not fit in the codes.
         """
         batch, codes = given
@@ -141,7 +147,14 @@ class BatchEncoder:
             return EncodedBatch(batch, [], None)
         with self.transfers.aside():
             *parts, is_fine_N = codes.fetched.wait()
-            whole = codes.queued.settle(parts, is_fine_N)
+            try:
+                whole = codes.queued.settle(parts, is_fine_N)
+            except CodecError:
+                stored = np.flatnonzero(batch.status_B == STORED)
+                self.run.check_finite(
+                    self.capture, codes.layers, lambda view: self.name_of(batch.start + int(stored[view]))
+                )
+                raise
         checked = None if codes.few is None else self.checker.submit(self._check, codes.few, whole)
         return EncodedBatch(
             batch,

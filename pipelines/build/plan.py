@@ -16,6 +16,7 @@ from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
+from atcache.files.durable import existing_folder
 from atcache.store.chunks import ChunkEncoder
 from atcache.store.layout import MAX_SAMPLES_PER_SHARD, StoreLayout, plan_samples_per_shard
 from atcache.store.manifest import check_commit, read_commits
@@ -248,8 +249,3 @@ def plan_build(
         decode_operations=calibration.decode_cost.operations,
         decode_seconds=calibration.decode_cost.seconds,
     )
-
-
-def existing_folder(path: Path) -> Path:
-    """`path` if it is a folder, or the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -9,7 +9,6 @@ the cache that the leader has created.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +20,10 @@ from atcache.cache.identity import CacheIdentity, Selection
 from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
-from atcache.files.durable import only_writer, sweep_partials
+from atcache.files.durable import check_can_write, only_writer, sweep_partials
 from atcache.images.class_names import same_classes
 from atcache.images.source import SampleIndex, Source, relocate
+from atcache.machine import num_processors
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
@@ -79,6 +79,8 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     existing = _open_existing(config)
     if existing is not None and config.grow:
         config = replace(config, views=max(config.views, existing.layout.num_views))
+    if not config.dry_run and not (existing is not None and existing.is_complete):
+        check_can_write(config.out)
     given = _read_given_codec(config, existing)
     named = index_samples(config.data, config, on_bad=config.on_bad_image)
     index = named if existing is None else arrange_samples(existing, named, grows=config.grow)
@@ -110,6 +112,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             queries=config.queries,
             with_values=config.with_values,
             with_block_inputs=config.with_block_inputs,
+            name_of=views.names.__getitem__,
             progress=progress.show,
         )
     new_layout, view_nbytes = plan_layout(
@@ -235,7 +238,7 @@ class _Wanted:
 
 
 def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheReader, index: SampleIndex) -> TaskRunner:
-    num_processors = max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+    own_processors = max(1, num_processors() // ranks.local_world_size)
     record = CacheRecord.of(cache)
     return TaskRunner(
         out=config.out,
@@ -245,8 +248,8 @@ def _runner(config: BuildConfig, ranks: Ranks, wanted: _Wanted, cache: CacheRead
         run=wanted.run,
         coder=stored_coder(cache, wanted.codec, record.geometry, str(wanted.run.device)),
         batch_size=config.batch_size,
-        workers=num_processors - 1 if config.workers is None else config.workers,
-        threads=num_processors,
+        workers=own_processors - 1 if config.workers is None else config.workers,
+        threads=own_processors,
         skip_bad=config.on_bad_image == "skip",
         expectation=wanted.expectation(record),
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atcache.errors import ConfigError
-from atcache.files.durable import partial_path
+from atcache.files.durable import disk_errors_explained, partial_path
 from atcache.store.layout import StoreLayout
 from atcache.store.manifest import list_commits
 
@@ -26,7 +26,8 @@ def marked(folder: Path) -> Generator[str]:
     It is named like a temp file, so that the next build removes it if this one is killed.
     """
     mark = partial_path(folder / "mark")
-    mark.touch()
+    with disk_errors_explained(mark):
+        mark.touch()
     try:
         yield mark.name
     finally:

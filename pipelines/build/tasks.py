@@ -140,6 +140,7 @@ class TaskRunner:
                 capture=self.run.capture(self.coder.geometry, self.coder.input_calls),
                 transfers=transfers,
                 batch_size=self.batch_size,
+                name_of=self.source.where,
                 compressors=compressors,
                 checker=checker,
             )

@@ -15,7 +15,7 @@ def as_command(name: str, config: object) -> str:
         name: the sub-command.
         config: its config, made with `pipelines.options.config`.
 
-    >>> from atcache.pipelines.pack import PackConfig
+    >>> from atcache.pipelines.pack.config import PackConfig
     >>> as_command("pack", PackConfig(data=Path("my images"), out=Path("tars"), name="pets"))
     "atcache pack --data 'my images' --out tars --name pets"
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import atcache
+from atcache.files.durable import disk_errors_explained
 from atcache.views.rendering import STORED
 
 
@@ -53,4 +54,5 @@ def draw_maps(cache_path: Path, out: Path, *, num_samples: int = 6, data: str | 
                 column += 1
     for axis in axes.flat:
         axis.set_axis_off()
-    figure.savefig(out, dpi=110)
+    with disk_errors_explained(out):
+        figure.savefig(out, dpi=110)

@@ -22,7 +22,7 @@ import torch
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields
-from atcache.files.durable import encode_json, make_folder, write_file
+from atcache.files.durable import disk_errors_explained, encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
 from ..build.run import build
@@ -146,7 +146,7 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
         seconds=time.monotonic() - start_s,
         commands=tuple(commands),
     )
-    (config.out / "commands.sh").write_text("".join(f"{command}\n" for command in commands))
+    write_file(config.out / "commands.sh", "".join(f"{command}\n" for command in commands).encode())
     write_file(config.out / "demo.json", encode_json(summary.to_json()))
     return summary
 
@@ -160,9 +160,9 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
     digits = cast("Any", load_digits())
     order = np.random.RandomState(0).permutation(len(digits.target))
     tars = _digit_tars(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for tar, chosen in zip(tars, (order[:NUM_TRAIN], order[NUM_TRAIN:]), strict=True):
-        with TarWriter(str(tar), mtime=0) as writer:
+        with disk_errors_explained(tar), TarWriter(str(tar), mtime=0) as writer:
             for sample in chosen:
                 buffer = io.BytesIO()
                 grey_HW = (digits.images[sample] * (255 / 16)).round().astype(np.uint8)  # pixels are 0 to 16
@@ -184,7 +184,7 @@ def _make_room(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not marker.is_file():
         raise ConfigError(f"{out} exists and was not made by `atcache demo`. Give another --out.")
     make_folder(out)
-    marker.touch()
+    write_file(marker, b"")
     # Only files with a demo's names are removed: the user may have put other files there since.
     digits, runs = out / "digits", out / "runs"
     of_modes = [path for mode in MODES for path in runs.glob(f"{mode}-*") if path.name[len(mode) + 1 :].isdecimal()]

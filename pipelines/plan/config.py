@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
+from atcache.machine import num_processors
 
 from ..build.config import check_queries
 from ..options import (
@@ -192,4 +192,4 @@ class PlanConfig:
     @property
     def num_workers(self) -> int:
         """Processes that load images, at least one: if `workers` is 0, the main process loads them."""
-        return max(1, (os.cpu_count() or 1) - 1 if self.workers is None else self.workers)
+        return max(1, num_processors() - 1 if self.workers is None else self.workers)

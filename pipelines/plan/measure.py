@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import time
@@ -18,7 +17,9 @@ from atcache.attention.capture import FactorCapture
 from atcache.attention.geometry import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
 from atcache.feed.classes import count_classes
+from atcache.files.durable import existing_folder
 from atcache.images.source import SampleIndex
+from atcache.machine import num_processors
 from atcache.store.chunks import decompress_into
 from atcache.store.layout import ZSTD, StoreLayout
 from atcache.store.writer import encode_pixels, encode_view
@@ -30,7 +31,7 @@ from atcache.views.policy import ViewPolicy
 
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_can_store
-from ..build.plan import existing_folder, plan_layout
+from ..build.plan import plan_layout
 from ..running.stages import StageProgress
 from .config import PlanConfig
 from .images import ImageCost, measure_images
@@ -110,7 +111,7 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
         machine = replace(
             machine,
             teacher_img_per_s=len(bench.pixels_BHWC) / forward_s,
-            shares_processors=run.device.type == "cpu" and threads > (os.cpu_count() or 1),
+            shares_processors=run.device.type == "cpu" and threads > num_processors(),
         )
     steps = scratch_img_per_s = images = None
     if known.machine.load_img_per_s is None and timed:
@@ -204,6 +205,7 @@ def _measure_codec(
             queries=config.queries,
             with_values=config.store == "v",
             with_block_inputs=config.store == "x",
+            name_of=bench.views.names.__getitem__,
             progress=progress.show,
         )
     layout, nbytes_per_view = plan_layout(
@@ -259,5 +261,4 @@ def _packing_img_per_s(config: PlanConfig, layout: StoreLayout, calibration: Cal
             decompress_into(pixels_chunk, ZSTD, np.empty(pixels_HWC.nbytes, np.uint8))
         compress_s.append(middle_s - start_s)
         unpack_s.append(time.perf_counter() - middle_s)
-    num_threads = os.cpu_count() or 1
-    return num_threads / statistics.median(compress_s), config.num_workers / statistics.median(unpack_s)
+    return num_processors() / statistics.median(compress_s), config.num_workers / statistics.median(unpack_s)

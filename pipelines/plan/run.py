@@ -6,7 +6,6 @@ teacher is needed for is assumed, it is not loaded.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atcache.fields import JsonFields
+from atcache.files.durable import disk_errors_explained, existing_folder
 from atcache.images.source import SampleIndex
+from atcache.machine import memory_nbytes
 
-from ..build.plan import existing_folder
 from ..build.samples import index_samples
 from .config import PlanConfig
 from .disk import DiskProbe
@@ -113,7 +113,7 @@ def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures,
         return found, []
     folder = existing_folder(config.out)
     say(f"measuring the disk of {folder}")
-    with DiskProbe(folder) as probe:
+    with disk_errors_explained(folder), DiskProbe(folder) as probe:
         if assumed.write_nbytes_per_s is None:
             found = found._replace(machine=replace(found.machine, write_nbytes_per_s=probe.write_nbytes_per_s))
         if assumed.read_nbytes_per_s is not None:
@@ -159,12 +159,11 @@ def _notes(
     if found.machine.shares_processors:
         yield "The models run on the processors that also load and compress, so these times are added up."
     yield from disk_notes
-    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for one in assessments:
         # The disk is the limit only at first. A speed that is assumed may be that of another machine.
-        if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes / 2:
+        if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes() / 2:
             yield (
-                f"A cache of {size(one.total_nbytes)} fits in this machine's {size(memory_nbytes)} of memory: only the "
+                f"A cache of {size(one.total_nbytes)} fits in the {size(memory_nbytes())} of memory here: only the "
                 "first epoch would wait for the disk."
             )
     for one in assessments:

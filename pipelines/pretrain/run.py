@@ -21,7 +21,9 @@ from atcache.feed.loader import BatchStream
 from atcache.feed.order import SampleOrder, step_seed
 from atcache.feed.sample_views import FreshViews
 from atcache.fields import JsonFields
+from atcache.files.durable import check_can_write
 from atcache.images.source import Source, index_source
+from atcache.machine import kept_nbytes
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config, normalise_images
 from atcache.teachers.load import create_student
@@ -73,9 +75,12 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
         ConfigError: a value does not fit the model or the data, or the loss is NaN or infinite.
         CacheMismatchError: the folder holds a run of another config; the message names each difference.
     """
+    kept_nbytes(config.keep_mib, config.workers)  # raises here, before anything takes long
     device = resolve_device(config.device)
     begun = read_record(config.out / CONFIG_FILE)
     config = replace(config, precision=settle_precision(config.precision, begun, device))
+    if not (config.out / WEIGHTS_FILE).exists():
+        check_can_write(config.out)
     index = index_source(config.data, labels="optional")
     record = {**config.recorded(), "source_fingerprint": index.fingerprint, "num_samples": index.num_samples}
     # What is drawn from torch's global generator (initial weights, dropout) must not disturb the caller's.
@@ -140,7 +145,7 @@ class _Run:
 
     def _batches(self) -> Iterable[Batch]:
         config, index = self.config, self.source.index
-        keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps images of its own
+        keep_nbytes = kept_nbytes(config.keep_mib, config.workers)
         return BatchStream(
             FreshViews(self.source, self.input.view_policy(config.policy, config.seed), keep_nbytes=keep_nbytes),
             index.label_S,

@@ -22,8 +22,9 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
         contents: tensors, numbers, text, and lists and dicts of them. The states of random generators are not needed,
             because each step seeds its own.
     """
-    with replaced_whole(path) as temp:
-        torch.save(dict(contents), temp)
+    # Given a path, torch opens the file itself, and its error would not say that the disk is full.
+    with replaced_whole(path) as temp, temp.open("wb") as file:
+        torch.save(dict(contents), file)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from atcache.errors import CorruptCacheError
 from atcache.feed.batch import Batch
-from atcache.files.durable import write_file
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from atcache.files.durable import disk_errors_explained, write_file
 
 METRICS_FILE = "metrics.jsonl"
+_numbers = itertools.count()  # of TensorBoard's files that this process has made
 
 
 class MetricsLog:
@@ -41,36 +42,70 @@ class MetricsLog:
             rewritten = [row for row in kept if row["step"] == first_step and row["kind"] == "train"]
             kept = [row for row in kept if row["step"] < first_step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a")
-        self._board = _open_board(folder, purge_step=first_step + (not validates_first_step))
+        self._folder = folder
+        with disk_errors_explained(folder):
+            self._file = path.open("a")
+            purge_step = first_step + (not validates_first_step)
+            self._board = _Board(folder, purge_step=purge_step) if _has_tensorboard() else None
         for row in rewritten:
             values = {name: value for name, value in row.items() if name not in ("kind", "step")}
             self.write("train", first_step, values)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step; `kind` is "train" or "validation"."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        with disk_errors_explained(self._folder / METRICS_FILE):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            with disk_errors_explained(self._folder):
+                self._board.add(kind, step, values)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with disk_errors_explained(self._folder):
+            try:
+                self._file.close()  # tries again to write what a full disk did not take
+            finally:
+                if self._board is not None:
+                    self._board.close()
+
+
+class _Board:
+    """A file of TensorBoard's, which forgets what earlier files of the folder say from `purge_step` on.
+
+    It is written at once: torch's own writer has a thread, which prints a traceback of its own when the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._protocol: Any = event_pb2
+        # TensorBoard wants this name. The time in it orders the files of a run that was continued.
+        name = (
+            f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        )
+        self._file = (folder / name).open("wb")
+        self._records: Any = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log={"status": self._protocol.SessionLog.START})
+
+    def add(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of one step."""
+        self._write(
+            step=step,
+            summary={"value": [{"tag": f"{kind}/{name}", "simple_value": value} for name, value in values.items()]},
+        )
+
+    def _write(self, **event: Any) -> None:  # noqa: ANN401 - members of TensorBoard's Event
+        self._records.write(self._protocol.Event(wall_time=time.time(), **event).SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def _open_board(folder: Path, *, purge_step: int) -> SummaryWriter | None:
-    """A TensorBoard writer that forgets what it has from `purge_step` on; None if TensorBoard is not installed."""
-    if not _has_tensorboard():
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 @cache

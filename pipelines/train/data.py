@@ -20,6 +20,7 @@ from atcache.feed.sample_views import FreshViews, Views
 from atcache.files.location import listed
 from atcache.images.class_names import ClassNames, same_classes
 from atcache.images.source import SampleIndex, Source, index_source
+from atcache.machine import kept_nbytes
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
 from atcache.students.student import Student, check_views_fit, new_student
@@ -251,7 +252,7 @@ def _open_views(
     name: ModelName,
 ) -> _OpenedViews:
     config = configs[0]
-    keep_nbytes = config.keep_mib * 2**20 // max(1, config.workers)  # each worker keeps views of its own
+    keep_nbytes = kept_nbytes(config.keep_mib, config.workers)
     if not readers:
         assert config.data, "checked by TrainConfig"
         index = index_source(config.data, label_key=config.label_key)

@@ -13,6 +13,7 @@ from typing import Any
 
 import atcache
 from atcache.errors import ConfigError
+from atcache.files.location import expand_home
 
 FOLDER = Path(atcache.__file__).parent / "data" / "recipes"
 TABLES = ("train", "build")
@@ -33,7 +34,7 @@ def recipe_path(name: str) -> Path:
     """
     if name in recipe_names():
         return FOLDER / f"{name}.toml"
-    path = Path(name)
+    path = expand_home(Path(name))
     if path.is_file():
         return path
     raise ConfigError(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from atcache.errors import ConfigError
+from atcache.files.durable import check_can_write
 from atcache.teachers.devices import resolve_device
 
 from ..running.ranks import Ranks
@@ -99,6 +100,7 @@ def _train_connected(
 ) -> dict[Path, SweepResult]:
     """Train while the ranks are connected. All that is made here is gone when they disconnect."""
     configs = ranks.on_leader(lambda: [_settled(config, device) for config in configs])
+    ranks.on_leader(lambda: _check_can_write(configs))
     opened = ranks.on_all(lambda: open_training_data(configs, device))
     ranks.check_equal(
         [
@@ -117,6 +119,12 @@ def _train_connected(
         if runs:
             results |= train_to_the_end(runs, opened[0], alone=alone)
     return results
+
+
+def _check_can_write(configs: Sequence[TrainConfig]) -> None:
+    for config in configs:
+        if not (config.out / WEIGHTS_FILE).exists():  # of a finished run, only the result is read
+            check_can_write(config.out)
 
 
 def _check_parts(config: TrainConfig, ranks: Ranks) -> None:

@@ -27,7 +27,9 @@ class VerifyConfig:
     )
     all: bool = option("Compare the pixels of all views, instead of --sample.", default=False)
     workers: int | None = option(
-        "Threads that read and decompress.  [default: one per processor]", default=None, at_least=1
+        "Threads that read and decompress.  [default: one per processor that the command may use]",
+        default=None,
+        at_least=1,
     )
     repair: bool = option(
         "Delete the commit records of damaged tasks, so that the next `atcache build` redoes just these.", default=False

@@ -6,7 +6,6 @@ Nothing is written, except that `repair` deletes the commit records of damaged t
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from atcache.cache.cache import Cache
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields
 from atcache.files.durable import only_writer
+from atcache.machine import num_processors
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
 
@@ -80,7 +80,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
         run = open_teacher(cache, config.teacher, config.weights, resolve_device(config.device))
     report = Report(on_finding)
     repaired: list[str] = []
-    num_threads = config.workers or os.cpu_count() or 1
+    num_threads = config.workers or num_processors()
     # Locked from the first check to the deletion, so that no build changes in between what is deleted.
     with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
         metadata = check_all_metadata(cache, report)

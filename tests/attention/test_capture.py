@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.capture import FactorCapture, check_capture
+from atcache.attention.finite import NotFiniteError
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.errors import ConfigError, UnsupportedAttentionError
@@ -373,7 +374,7 @@ def test_weights_that_are_not_finite_are_noticed():
     model = make("vit")
     with torch.no_grad():
         model.blocks[1].attn.qkv.bias[0] = float("nan")
-    with pytest.raises(UnsupportedAttentionError, match="layer 1"):
+    with pytest.raises(NotFiniteError, match=r"not finite: from layer 1 on \(q\), for (\d) of \1 images, .*in float32"):
         check_capture(model, some_images(model))
 
 

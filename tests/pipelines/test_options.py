@@ -23,7 +23,7 @@ from atcache.pipelines.demo.config import DemoConfig
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.merge import MergeConfig
 from atcache.pipelines.options import config, option, options_of
-from atcache.pipelines.pack import PackConfig
+from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
 from atcache.pipelines.train.config import TrainConfig

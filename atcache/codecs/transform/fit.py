@@ -34,10 +34,11 @@ from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import before_projection, input_metric, kl_metric
 from atcache.codecs.transform.packing import choose_buckets
 from atcache.errors import CodecError
+from atcache.machine import memory_nbytes
 
 MAX_INPUT_NBYTES = 8 * 2**30
-"""Bytes of inputs that are kept in memory while fitting: 256 views of a ViT-L with 257 tokens take 6.5 GB. Of larger
-ones fewer views are used."""
+"""Bytes of inputs that are kept while fitting, or half the memory if that is less: 256 views of a ViT-L with 257 tokens
+take 6.5 GB. Of larger ones fewer views are used."""
 _METRIC_VIEWS = 48
 """Views whose maps are formed to measure what errors cost."""
 _COARSE_VIEWS, _COARSE_HELD_BACK = 32, 8
@@ -136,7 +137,9 @@ class TransformFit:
                 metrics = sums if not metrics else [one + other for one, other in zip(metrics, sums, strict=True)]
                 num_metric_views += len(factors[0].q_BHTD[few])
             num_views += len(factors[0].q_BHTD)
-            if num_views and nbytes * (1 + len(factors[0].q_BHTD) / num_views) > MAX_INPUT_NBYTES:
+            if num_views and nbytes * (1 + len(factors[0].q_BHTD) / num_views) > min(
+                MAX_INPUT_NBYTES, memory_nbytes() // 2
+            ):
                 break
         if not num_views:
             raise _no_views()

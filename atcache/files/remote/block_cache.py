@@ -23,6 +23,7 @@ from typing import Any, cast
 import google_crc32c
 
 from atcache.errors import ConfigError
+from atcache.files.location import expand_home
 
 BLOCK_NBYTES = 2**16
 """Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): larger blocks fetch bytes that nobody reads."""
@@ -208,7 +209,7 @@ def shared_blocks() -> BlockCache:
 def _folder() -> Path:
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return expand_home(Path(named))
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "atcache" / "blocks"
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from builds import CHILDREN, MIXED, differences, files
+from disks import largest_file, mounted
 
 import atcache
 from atcache.errors import CacheMismatchError, CorruptCacheError, DiskFullError
@@ -208,12 +207,8 @@ def test_a_full_disk_loses_nothing_that_was_stored(config, small_disk, tmp_path)
 def small_disk(tmp_path):
     """A file system of 2 MiB."""
     folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(folder, "size=2m"):
+        yield folder
 
 
 def test_a_write_that_is_refused_loses_nothing_that_was_stored(config, tmp_path):
@@ -227,17 +222,6 @@ def test_a_write_that_is_refused_loses_nothing_that_was_stored(config, tmp_path)
     assert len(list_commits(config.out)) == 3
     build(config)
     assert differences(config.out, tmp_path / "before.zarr") == []
-
-
-@contextmanager
-def largest_file(*, nbytes: int):
-    """The operating system refuses longer files: what a full disk does, without privileges."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(config, small_disk):

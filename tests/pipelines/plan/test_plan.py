@@ -470,7 +470,7 @@ def test_where_a_cache_fits_in_memory_the_disk_is_not_blamed_for_all_epochs(tmp_
     assume = ["samples=10", "nbytes-per-view=1000", "teacher-img-per-s=2e9", "student-img-per-s=1e9"]
     made = plan(PlanConfig(out=tmp_path, assume=tuple([*assume, "disk-write-gb-per-s=1"])))
     assert made.assessments[0].epoch_limit == "the disk"
-    assert made.notes[-1].startswith("A cache of 10 kB fits in this machine's ")
+    assert made.notes[-1].startswith("A cache of 10 kB fits in the ")
 
 
 def test_the_probe_leaves_nothing_after_an_error(tmp_path):

@@ -1,0 +1,357 @@
+"""The images of Hugging Face datasets: parquet files, and the arrow files that `datasets` writes.
+
+An image is a struct of its bytes and its path. The names of the classes are in the schema's metadata.
+"""
+
+# pyarrow is untyped, and need not be installed.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+from atcache.errors import ConfigError, SourceError
+from atcache.images.decode import IMAGE_EXTENSIONS
+from atcache.machine import memory_nbytes
+
+from ..running.progress import Progress
+from .classes import Classes, in_order, read_classes
+from .config import PackConfig
+from .plan import PackedSample, PackPlan, plan_tars, unique_key
+
+PARQUET, ARROW = ".parquet", ".arrow"
+_PART = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}.*")
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+_ROWS_AT_A_TIME = 16
+# What begins the files of each kind; the name in a dataset may have no extension, or a wrong one.
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"BM", "bmp"),
+    (b"P5", "pgm"),
+    (b"P6", "ppm"),
+)
+
+
+def find_tables(root: Path) -> list[Path]:
+    """The parquet or arrow files of a dataset; none if the folder begins with images.
+
+    Only as much is listed as is needed to tell the two apart.
+    """
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        suffixes = {Path(name).suffix.lower() for name in files}
+        if suffixes.intersection(IMAGE_EXTENSIONS):
+            return []
+        if suffix := next((suffix for suffix in (PARQUET, ARROW) if suffix in suffixes), None):
+            found = chain(Path(folder).glob(f"*{suffix}"), root.rglob(f"*{suffix}"))
+            return sorted({path for path in found if _is_data(path.relative_to(root))})
+    return []
+
+
+def _is_data(path: PurePath) -> bool:
+    # `datasets` keeps results of its own beside the data, in cache-0123abcd.arrow.
+    return not any(part.startswith(".") for part in path.parts) and not path.name.startswith(("cache-", "tmp"))
+
+
+def choose_split(files: Sequence[PurePath], split: str | None, where: str) -> list[PurePath]:
+    """The files of one split, from their names: train-00000-of-00002.parquet, train/0000.parquet or name-train.arrow.
+
+    Args:
+        files: relative to the dataset.
+        split: None if there is only one.
+        where: what the dataset is called, for messages.
+
+    Raises:
+        SourceError: there is no such split, or several and none is asked for.
+    """
+    split_of = {file: _split_of(file) for file in files}
+    splits = sorted({name for name in split_of.values() if name is not None})
+    if split is None and len(splits) <= 1:
+        return list(files)
+    if split not in splits:
+        have = f"it has {', '.join(splits)}" if splits else "its files name no splits"
+        said = "there is more than one split" if split is None else f"there is no split {split!r}"
+        raise SourceError(f"{where}: {said}; {have}. {'Give one with --split' if splits else 'Leave --split out'}.")
+    return [file for file, name in split_of.items() if name == split]
+
+
+def _split_of(file: PurePath) -> str | None:
+    stem = file.stem
+    if part := _PART.fullmatch(stem):
+        stem = part["stem"]
+    if stem == "data" or stem.isdecimal() or stem.startswith("part"):
+        return file.parent.name or None
+    last = stem.rpartition("-")[2]  # `load_dataset` names files dataset-train.arrow
+    if file.suffix == ARROW or last in _SPLITS:
+        return last
+    return stem if part else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tables:
+    """Files with the same columns, and what their columns are."""
+
+    files: tuple[Path, ...]
+    image: str
+    label: str | None
+    """The column of labels; None if samples get none."""
+    names: tuple[str, ...] | None
+    """What the numbers in the column of labels stand for, if it says so."""
+
+    @classmethod
+    def open(cls, files: Sequence[Path], config: PackConfig) -> Tables:
+        """Find the columns of images and labels.
+
+        Raises:
+            SourceError: a file cannot be read, or its columns are not those of images.
+            ConfigError: pyarrow is not installed.
+        """
+        schema = _schema(files[0])
+        features = _features(schema)
+        image = _only(
+            [field.name for field in schema if _is_image(field, features)], config.image_column, "image", files[0]
+        )
+        if not config.has_labels:
+            return cls(files=tuple(files), image=image, label=None, names=None)
+        classed = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+        plain = [field.name for field in schema if field.name in ("label", "labels") and _is_label(field)]
+        asked = config.label_column
+        if asked is not None:
+            plain, classed = [field.name for field in schema if _is_label(field)], []
+        label = _only(classed or plain, asked, "label", files[0])
+        names = features.get(label, {}).get("names")
+        is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return cls(files=tuple(files), image=image, label=label, names=tuple(names) if is_names and names else None)
+
+    def plan(self, config: PackConfig, spool: Path) -> PackPlan:
+        """Copy the images to one file, from which they can be read in any order, and plan their tars.
+
+        Only a few rows are in memory at a time.
+
+        Args:
+            config: the labels, keys and order that are wanted.
+            spool: the file to write. It lives as long as the plan.
+
+        Raises:
+            SourceError: a row has no image or no label.
+        """
+        keys: set[str] = set()
+        seen: set[str] = set()
+        samples: list[PackedSample] = []
+        labels: list[int | str | None] = []
+        with spool.open("xb") as file, Progress("read", total=len(self.files), unit="files") as progress:
+            for row, (data, path, label) in enumerate(self._rows(progress)):
+                where = f"row {row} of {self.files[0].parent}"
+                if not data:
+                    raise SourceError(
+                        f"{where}: the image has no bytes{f', only the path {path!r}' if path else ''}. Save the "
+                        "dataset again with the images in it: `datasets` does so with save_to_disk or push_to_hub."
+                    )
+                name = PurePosixPath(path or "").name
+                stem = re.sub(r"[^\w-]", "_", PurePath(name).stem) or f"{row:08d}"
+                offset = file.tell()
+                file.write(data)
+                samples.append(
+                    PackedSample(
+                        path=spool,
+                        offset=offset,
+                        nbytes=len(data),
+                        # In some datasets all images have the same name.
+                        key=unique_key(PurePath(f"{stem}-{row:08d}" if stem in seen else stem), keys),
+                        extension=_extension(data, name, where),
+                        label=None,
+                    )
+                )
+                seen.add(stem)
+                labels.append(label)
+        if not samples:
+            raise SourceError(f"{self.files[0].parent} has no rows.")
+        if self.label is None:
+            return plan_tars(config, samples, None, {})
+        numbers, classes = self._numbered(labels, None if config.classes is None else read_classes(config.classes))
+        labelled = [replace(sample, label=number) for sample, number in zip(samples, numbers, strict=True)]
+        return plan_tars(config, labelled, classes, {})
+
+    def _numbered(
+        self, labels: Sequence[int | str | None], wanted: Classes | None
+    ) -> tuple[Sequence[int], Classes | None]:
+        """The label of each row by the wanted list of classes, or by the dataset's own."""
+        bad = [row for row, label in enumerate(labels) if label is None or (isinstance(label, int) and label < 0)]
+        if bad:
+            raise SourceError(
+                f"{len(bad)} of {len(labels)} rows have no label in the column {self.label!r}, the first is row "
+                f"{bad[0]} ({labels[bad[0]]}). Hidden labels are often -1: pack such a split with --labels none."
+            )
+        if self.names is None and all(isinstance(label, int) for label in labels):
+            highest = max(int(label or 0) for label in labels)
+            if wanted is not None and highest >= len(wanted.names):
+                raise SourceError(
+                    f"the column {self.label!r} has the label {highest}, and {wanted.file} names {len(wanted.names)} "
+                    "classes. Give the list that belongs to the data."
+                )
+            return [int(label or 0) for label in labels], wanted
+        texts = [self._name_of(label) for label in labels]
+        classes = wanted or (in_order(texts) if self.names is None else Classes(self.names))
+        return [classes.label_of(text, f"row {row}") for row, text in enumerate(texts)], classes
+
+    def _name_of(self, label: int | str | None) -> str:
+        if isinstance(label, str):
+            return label
+        assert self.names is not None
+        assert label is not None, "refused before"
+        if label >= len(self.names):
+            raise SourceError(f"the column {self.label!r} has the label {label}, but names {len(self.names)} classes.")
+        return self.names[label]
+
+    def _rows(self, progress: Progress) -> Iterator[tuple[bytes | None, str | None, int | str | None]]:
+        """Bytes, path and label of each row."""
+        columns = [self.image, *([self.label] if self.label is not None else [])]
+        for file in self.files:
+            with _explained(file):
+                for batch in _batches(file, columns):
+                    labels = batch.column(self.label).to_pylist() if self.label is not None else [None] * len(batch)
+                    for image, label in zip(batch.column(self.image).to_pylist(), labels, strict=True):
+                        if isinstance(image, dict):
+                            yield image.get("bytes"), image.get("path"), label
+                        else:
+                            yield image, None, label
+            progress.advance(1)
+
+
+def _extension(data: bytes, name: str, where: str) -> str:
+    """The extension of a kind of image that atcache reads, by the first bytes."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    for magic, extension in _MAGIC:
+        if data.startswith(magic):
+            own = PurePath(name).suffix.lower()
+            return "jpeg" if (extension, own) == ("jpg", ".jpeg") else extension
+    raise SourceError(
+        f"{where} ({name or 'without a name'}) is no image that atcache reads ({', '.join(IMAGE_EXTENSIONS)}): it "
+        f"begins with {data[:8]!r}."
+    )
+
+
+# Reading with pyarrow
+
+
+@contextmanager
+def _explained(file: Path) -> Generator[None]:
+    """Turn pyarrow's errors into one sentence that names the file."""
+    arrow = _pyarrow()
+    try:
+        yield
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise SourceError(f"{file} cannot be read as {file.suffix[1:]} ({reason}). Fetch it again.") from error
+
+
+def _pyarrow() -> Any:  # noqa: ANN401 - untyped
+    try:
+        import pyarrow
+        import pyarrow.parquet  # pyright: ignore[reportUnusedImport] - makes pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            "parquet and arrow files are read with pyarrow, which is not installed: pip install 'atcache[hf]'."
+        ) from error
+    return pyarrow
+
+
+def _schema(file: Path) -> Any:  # noqa: ANN401 - a pyarrow.Schema
+    arrow = _pyarrow()
+    with _explained(file):
+        if file.suffix.lower() == PARQUET:
+            return arrow.parquet.read_schema(file)
+        with arrow.memory_map(str(file)) as source:
+            return _open_arrow(source).schema
+
+
+def _open_arrow(source: Any) -> Any:  # noqa: ANN401 - a reader of pyarrow
+    arrow = _pyarrow()
+    try:
+        return arrow.ipc.open_stream(source)  # what `datasets` writes
+    except arrow.ArrowInvalid:
+        source.seek(0)
+        return arrow.ipc.open_file(source)
+
+
+def _batches(file: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The rows of a file, a few at a time."""
+    arrow = _pyarrow()
+    if file.suffix.lower() == PARQUET:
+        with arrow.parquet.ParquetFile(file) as table:
+            _check_row_groups(table, file, columns)
+            # One group after the other: asked for all at once, pyarrow keeps those that it has read.
+            for group in range(table.num_row_groups):
+                yield from table.iter_batches(
+                    batch_size=_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False
+                )
+        return
+    with arrow.memory_map(str(file)) as source:
+        reader = _open_arrow(source)
+        batches = reader if hasattr(reader, "__iter__") else map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            chosen = batch.select(columns)
+            for start in range(0, len(chosen), _ROWS_AT_A_TIME):
+                yield chosen.slice(start, _ROWS_AT_A_TIME)
+
+
+def _check_row_groups(table: Any, file: Path, columns: Sequence[str]) -> None:  # noqa: ANN401 - a ParquetFile
+    """Refuse a group of rows that says it would fill the memory."""
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        parts = map(group.column, range(group.num_columns))
+        nbytes = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
+        if nbytes > memory_nbytes() // 2:
+            raise SourceError(f"{file}: row group {number} takes {nbytes} bytes of memory, more than there is.")
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 - a pyarrow.Schema
+    """What `datasets` says about each column, if it says anything."""
+    try:
+        found: Any = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {name: about for name, about in found.items() if isinstance(about, dict)} if isinstance(found, dict) else {}
+
+
+def _is_image(field: Any, features: dict[str, dict[str, Any]]) -> bool:  # noqa: ANN401 - a pyarrow.Field
+    types = _pyarrow().types
+    kind = field.type
+    if types.is_struct(kind):
+        names = [kind.field(position).name for position in range(kind.num_fields)]
+        return "bytes" in names and _is_bytes(kind.field(names.index("bytes")).type)
+    return _is_bytes(kind) and (features.get(field.name, {}).get("_type") == "Image" or field.name in ("image", "img"))
+
+
+def _is_bytes(kind: Any) -> bool:  # noqa: ANN401 - a pyarrow.DataType
+    types = _pyarrow().types
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_label(field: Any) -> bool:  # noqa: ANN401 - a pyarrow.Field
+    types = _pyarrow().types
+    return types.is_integer(field.type) or types.is_string(field.type) or types.is_large_string(field.type)
+
+
+def _only(columns: Sequence[str], asked: str | None, what: str, file: Path) -> str:
+    """The column to take."""
+    if asked is not None and asked in columns:
+        return asked
+    if asked is None and len(columns) == 1:
+        return columns[0]
+    have = ", ".join(columns) or "none"
+    advice = " For images without labels, give --labels none." if what == "label" and not columns else ""
+    raise SourceError(
+        f"{file}: expected one column of {what}s{f' called {asked!r}' if asked else ''}, found {have}. Choose it with "
+        f"--{what}-column.{advice}"
+    )
