@@ -191,7 +191,7 @@ class Cache:
         return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
 
     def inputs(self, layer: int, of: Literal["attention", "mlp"]) -> da.Array:
-        """What attention or MLP of one layer got, after the norm before it: lazy x_VSTC, float32, if built with --store x.
+        """What attention or MLP of one layer got, after its norm: lazy x_VSTC float32, if built with --store x.
 
         Args:
             layer: block index of the teacher.
