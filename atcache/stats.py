@@ -1,8 +1,7 @@
 """Statistics of maps: what a head attends to, in a few numbers.
 
 All functions accept numpy arrays, and dask arrays (lazily). The last two axes are (query, key); any axes may come
-before them. Views that are not stored are NaN, and give NaN. Maps may have the rows of some tokens only, as those of a
-cache that was built with --queries have.
+before them. Views that are not stored are NaN, and give NaN. Maps may have the rows of some tokens only.
 
 Example:
     cache = atcache.open("in1k.zarr")
@@ -67,8 +66,7 @@ def patch_grid(attn_QK: Any, tokens: TokenLayout) -> Any:  # noqa: ANN401 - nump
         tokens: prefix count and patch grid.
 
     Returns:
-        Shape (..., query, grid height, grid width); a view for numpy arrays where possible. The sum of a grid is 1 less
-        `prefix_mass`.
+        Shape (..., query, grid height, grid width). The sum of a grid is 1 less `prefix_mass`.
 
     >>> patch_grid(np.array([[0.4, 0.1, 0.2, 0.3]]), TokenLayout(num_prefix_tokens=1, grid_height=1, grid_width=3))
     array([[[0.1, 0.2, 0.3]]])

@@ -238,8 +238,8 @@ def store_option() -> Literal["v", "x"] | None:
     """What a cache keeps beside q and k."""
     return option(
         "v also stores the teacher's values (v), for students that are given them (`train --what v`). x also stores "
-        "what attention and MLP of each layer get, after the norms before them. Only the codecs int8, which is then the "
-        "default, and exact can store either.",
+        "what attention and MLP of each layer get, after the norms before them. Only the codecs int8, the default "
+        "then, and exact can store either.",
         default=None,
     )
 

@@ -103,11 +103,7 @@ class Cache:
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """The tokens whose rows of the maps are stored, ascending: all, or the first ones (built with --queries).
-
-        Example:
-            attn_VSHK = cache.maps(layer=0)[:, :, :, cache.queries.index(0)]  # what the first token attends to
-        """
+        """The tokens whose rows of the maps are stored, ascending: all, or the first ones (built with --queries)."""
         return tuple(range(self.geometry.num_queries))
 
     @cached_property
@@ -211,19 +207,11 @@ class Cache:
         return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
 
     def inputs(self, layer: int, of: Literal["attention", "mlp"]) -> da.Array:
-        """What attention or MLP of one layer got, after the norm before it, lazy: x_VSTC float32.
-
-        It is NaN for views that are not stored.
+        """What attention or MLP of one layer got, after its norm: lazy x_VSTC float32, if built with --store x.
 
         Args:
             layer: block index of the teacher.
             of: which of the two.
-
-        Raises:
-            CacheMissError: the cache does not store it.
-
-        Example:
-            x_VSTC = cache.inputs(layer=0, of="mlp") if cache.geometry.input_width else None
         """
         from atcache.attention.factors import INPUTS
 
@@ -234,7 +222,8 @@ class Cache:
             raise CacheMissError(f"{self.path} holds no inputs of attention and MLP. Build it with --store x.")
         views = tuple(range(self.reader.layout.num_views))
         tail = (self.geometry.tokens.num_tokens, width)
-        return as_dask(self._lazy_layer("inputs", position, (INPUTS.index(of),), tail, views))[:, :, 0]
+        x_VS1TC = as_dask(self._lazy_layer("inputs", position, (INPUTS.index(of),), tail, views))
+        return cast("Any", x_VS1TC)[:, :, 0]
 
     def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
         """`maps` with named axes (view, sample, head, query, key) and coordinates head, query, sample_key and label.

@@ -290,15 +290,17 @@ class Coder(ABC):
 
     def _split(self, position: int, *parts_BTND: Tensor) -> LayerFactors:
         """The inverse of `_parts_BTND`, with the geometry's scale and this layer's bias."""
-        vectors_BNTD, *others_BNTD = (part.transpose(1, 2) for part in parts_BTND)
+        of_maps_BTND, *more_BTND = parts_BTND
+        vectors_BNTD = of_maps_BTND.transpose(1, 2)
+        others = (part.transpose(1, 2) for part in more_BTND)
         num_heads = len(self.geometry.heads)
         return LayerFactors(
             q_BHTD=vectors_BNTD[:, :num_heads],
             k_BHTD=vectors_BNTD[:, num_heads:],
             scale=self.geometry.scale,
             bias=self.bias(position),
-            v_BHTD=others_BNTD.pop(0) if self.geometry.v_head_dim else None,
-            inputs_BNTC=others_BNTD.pop(0) if self.geometry.input_width else None,
+            v_BHTD=next(others, None) if self.geometry.v_head_dim else None,
+            inputs_BNTC=next(others, None) if self.geometry.input_width else None,
         )
 
 
