@@ -343,6 +343,15 @@ def test_tars_that_change_after_they_were_indexed_are_noticed(server, digits_tar
         index_source(urls)
 
 
+def test_names_of_classes_are_read_beside_tars_on_a_server(server, digits_tars):
+    url = serve(server, digits_tars[0])
+    assert index_source(url).classes.names == ()
+    (server.folder / "classes.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
+    named = index_source(url).classes
+    assert named.name(9) == "digit 9"
+    assert named.where == url.rpartition("/")[0] + "/classes.txt"
+
+
 def test_what_a_server_damaged_once_is_fetched_again_and_then_raised(server, tiny_cache):
     url = serve(server, tiny_cache(codec="int8"))
     expected = CacheReader(tiny_cache(codec="int8")).read_codes(0, 5)
