@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ..pipelines.train.validation import ClassScore
 
 
-
 @click.command("eval")
 @options_from(EvaluateConfig)
 @click.option("--ensemble", multiple=True, type=PATH, metavar="RUN", help="Another run to average; repeat for more.")

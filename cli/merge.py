@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..pipelines.merge import MergeConfig, merge as run_merge
+from ..pipelines.merge.config import MergeConfig
 from . import options
 from .fields import options_from
 
@@ -24,6 +24,8 @@ def merge(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Merge
     \b
         atcache merge part-0.zarr part-1.zarr part-2.zarr --out in1k.zarr
     """
+    from ..pipelines.merge.run import merge as run_merge
+
     summary = run_merge(MergeConfig(**config))
     for note in summary.notes:
         click.echo(note, err=True)

@@ -3,7 +3,7 @@
 - `pack/`: make tars from a folder of images
 - `plan/`: what a cache would cost, and whether it would pay
 - `build/`: run the teacher once and store its attention
-- `merge`: make one cache of several
+- `merge/`: make one cache of several
 - `verify/`: check that a cache is what its build wrote
 - `train/`: train students
 - `evaluate/`: accuracy and loss of finished runs

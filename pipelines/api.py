@@ -16,7 +16,8 @@ from .build.config import BuildConfig
 from .build.run import build as run_build
 from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
-from .merge import MergeConfig, merge as run_merge
+from .merge.config import MergeConfig
+from .merge.run import merge as run_merge
 from .options import options_of
 from .pack.config import PackConfig
 from .pack.run import pack as run_pack
@@ -187,7 +188,7 @@ merge = _function(
 
     Example:
 
-        atcache.merge(caches=("part-0.zarr", "part-1.zarr"), out="in1k.zarr")
+        atcache.merge(caches=("part-0.zarr", "part-1.zarr"), out="merged.zarr")
     """,
 )
 

@@ -15,7 +15,7 @@ from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMissError
 from atcache.files.location import Location
-from atcache.store.growth import read_growth
+from atcache.store.growth import describe_growth
 from atcache.store.layout import FORMAT, Status, describe_status
 from atcache.store.manifest import read_commits, summarise_quality
 from atcache.store.reader import CacheReader
@@ -60,19 +60,15 @@ class Cache:
         self._hold(CacheReader(path), data)
 
     def _hold(self, reader: CacheReader, data: str | Path | Sequence[str | Path] | None) -> None:
-        self.reader = reader
+        self.reader, self._data = reader, data
         self.record = CacheRecord.of(reader)
         """What the cache records about itself."""
-        self._data = data
 
-    @classmethod
-    def _of(cls, reader: CacheReader, data: str | Path | Sequence[str | Path] | None) -> Cache:
-        cache = cls.__new__(cls)
-        cache._hold(reader, data)
-        return cache
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.reader, self._data  # so that a copy of a cache that has grown meanwhile is as it was
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Cache._of, (self.reader, self._data)  # the copy of a cache that has grown meanwhile is as it was
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._hold(*state)
 
     def __repr__(self) -> str:
         layout = self.reader.layout
@@ -351,20 +347,7 @@ class Cache:
             "map_nbytes_per_view": map_nbytes,
             "times_smaller_than_float16_maps": round(map_nbytes / code_nbytes, 2) if code_nbytes else None,
             "is_complete": reader.is_complete,
-            "growth": self._growth(),
-        }
-
-    def _growth(self) -> dict[str, int] | None:
-        """What the cache is growing to, and how far it is; None if it is not growing, or is on a server."""
-        growth = read_growth(self.path) if isinstance(self.path, Path) else None
-        if growth is None:
-            return None
-        layout, committed = growth[1], self.reader.committed_tasks()
-        return {
-            "num_samples": layout.num_real_samples,
-            "num_views": layout.num_views,
-            "num_tasks": layout.num_tasks,
-            "num_tasks_done": sum(task.name in committed for task in layout.tasks()),
+            "growth": describe_growth(self.path, reader.committed_tasks()) if isinstance(self.path, Path) else None,
         }
 
     def _totals(self) -> dict[str, Any]:

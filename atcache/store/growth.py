@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,20 @@ def read_growth(path: Path) -> tuple[dict[str, Any], StoreLayout] | None:
     ours, _ = split_root(path, load_root(path))
     # A kill just after the root was replaced leaves the file behind.
     return None if _are_same(growth, ours) else split_root(path, {"attributes": {ATTRIBUTES: growth}})
+
+
+def describe_growth(path: Path, committed: Set[str]) -> dict[str, int] | None:
+    """What a cache is growing to, and how many of its tasks are among those committed; None if it is not growing."""
+    growth = read_growth(path)
+    if growth is None:
+        return None
+    layout = growth[1]
+    return {
+        "num_samples": layout.num_real_samples,
+        "num_views": layout.num_views,
+        "num_tasks": layout.num_tasks,
+        "num_tasks_done": sum(task.name in committed for task in layout.tasks()),
+    }
 
 
 def _are_same(growth: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:

@@ -313,11 +313,14 @@ class TaskWriter:
             shard.discard()
 
 
-def finish_cache(path: Path | str) -> dict[str, Any]:
+def finish_cache(path: Path | str, *, grows: bool = False) -> dict[str, Any]:
     """Declare a cache complete: write its totals and consolidated metadata, so that it opens with one read.
 
-    A cache that was growing becomes what it has grown to, at the moment when its root is replaced. Calling it again
-    changes nothing.
+    Calling it again changes nothing.
+
+    Args:
+        path: the cache.
+        grows: whether a growth is finished: the cache becomes what it has grown to when its root is replaced.
 
     Returns:
         The record in `attributes["atcache"]["complete"]`.
@@ -331,7 +334,8 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     ours, layout = split_root(path, root)
     if not seal_holds(ours):
         raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy.")
-    ours, layout = read_growth(path) or (ours, layout)
+    if grows:
+        ours, layout = read_growth(path) or (ours, layout)
     commits = read_commits(path)
     names = [task.name for task in layout.tasks()]
     missing = [name for name in names if name not in commits]
@@ -354,5 +358,6 @@ def finish_cache(path: Path | str) -> dict[str, Any]:
     copies = {name: copy for name, copy in collect_metadata(path).items() if not is_old_table(name, layout)}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": copies}
     write_file(path / "zarr.json", encode_json(root))
-    end_growth(path)
+    if read_growth(path) is None:
+        end_growth(path)
     return complete

@@ -159,7 +159,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
             board.publish("job", {"mark": mark, "to_do": to_do, "attributes": cache.attributes})
             _runner(config, ranks, wanted, cache, index).run_tasks(_tasks(layout, to_do), board)
         wait_for_commits(config.out, layout)
-        complete = finish_cache(config.out)
+        complete = finish_cache(config.out, grows=growth is not None)
     return BuildSummary(
         out=str(config.out),
         plan=plan,

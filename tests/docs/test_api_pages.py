@@ -54,7 +54,7 @@ def test_the_examples_run(page, num_blocks, names):
         exec(COMMAND.sub("", example).replace("layer=5", "layer=1"), dict(names))
 
 
-def test_the_examples_of_commands_run(tiny_vit, tiny_weights, digits_tars, tmp_path, monkeypatch):
+def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits_tars, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [tmp_path / "imagenet" / "train" / str(label) for label in range(2)]
     for number, folder in enumerate(folders):
@@ -68,11 +68,13 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, digits_tars, tmp_p
         '"vit_small_patch16_224"': f"{tiny_vit!r}, steps=2, batch_size=8",
         "workers=8": "workers=0",
         ", views=2)": f", views=2, {small})",
+        '"part-0.zarr"': repr(str(tiny_cache(data=str(digits_tars[0])))),
+        '"part-1.zarr"': repr(str(tiny_cache(data=str(digits_tars[1])))),
         'out="runs/copy")': f'out="runs/copy", steps=2, batch_size=8, {small})',
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
     examples = blocks("api/caches.md", "python") + blocks("api/runs.md", "python")
-    assert len(examples) == 8
+    assert len(examples) == 9
     scope = {"atcache": atcache}
     # In the order in which one needs another's result; the page's is that of the commands.
     for name in ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"):

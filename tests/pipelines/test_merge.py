@@ -17,7 +17,8 @@ import atcache
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, DiskFullError
 from atcache.pipelines.build.run import build
-from atcache.pipelines.merge import MergeConfig, merge
+from atcache.pipelines.merge.config import MergeConfig
+from atcache.pipelines.merge.run import merge
 
 
 @pytest.fixture

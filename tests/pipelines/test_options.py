@@ -21,7 +21,7 @@ from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.demo.commands import as_command
 from atcache.pipelines.demo.config import DemoConfig
 from atcache.pipelines.evaluate.config import EvaluateConfig
-from atcache.pipelines.merge import MergeConfig
+from atcache.pipelines.merge.config import MergeConfig
 from atcache.pipelines.options import config, option, options_of
 from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig

@@ -47,7 +47,7 @@ def grow(path, layout):
     for task in layout.tasks():
         if task.name not in read_commits(path):
             write_task(path, layout, task)
-    return finish_cache(path)
+    return finish_cache(path, grows=True)
 
 
 # The arithmetic

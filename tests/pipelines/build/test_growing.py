@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import zarr
 from builds import CHILDREN, MIXED, differences, files, picture, write_tar
+from click.testing import CliRunner
 
 import atcache
 from atcache.cache.cache import Cache
+from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, SourceError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
@@ -251,7 +253,20 @@ def test_a_growing_cache_trains_and_its_old_command_is_content(half_grown, confi
     assert np.isfinite(atcache.train(mode="copy", out=tmp_path / "run", epochs=1, **common).loss)
     summary = atcache.verify(cache=config.out)
     assert not summary.problems
+    shown = CliRunner().invoke(cli, ["info", str(config.out)])
+    assert re.search(r"growing +to 48 x 4 views: \d+ tasks missing. Type the same `atcache build --grow`", shown.output)
     assert re.search(r"is growing: \d+ of 57 new tasks are not built yet", " ".join(summary.notes))
+
+
+def test_a_growing_cache_is_repaired_as_it_was_before(half_grown, config):
+    (config.out / "commits/v0000-b000002.json").unlink()
+    num_done = len(list_commits(config.out))
+    assert not atcache.open(config.out).reader.is_complete
+    assert build(replace(config, batch_size=1)).num_built_views == 3
+    assert atcache.open(config.out).reader.is_complete
+    assert len(list_commits(config.out)) == num_done + 1
+    build(half_grown)
+    assert atcache.open(config.out).describe()["num_stored"] == 192
 
 
 def test_a_growth_is_not_turned_into_another(half_grown, digits_tars, config):
@@ -269,6 +284,22 @@ def test_a_growth_is_not_turned_into_another(half_grown, digits_tars, config):
     assert len(list_commits(config.out)) == 17
     assert {name for name in before if name.startswith("commits/v0001")} & shards(config.out).keys() == set()
     assert not atcache.verify(cache=config.out, all=True).problems
+
+
+def test_a_cache_that_is_not_finished_may_grow_too(config, digits_tars, tmp_path):
+    config = replace(config, batch_size=1)
+    child = CHILDREN.Process(target=build, args=(config,))
+    child.start()
+    while not config.out.exists() or len(list_commits(config.out)) < 2:
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    assert not atcache.open(config.out).reader.is_complete
+    wanted = replace(config, data=str(digits_tars[0].parent), views=2, grow=True)
+    build(wanted)
+    build(replace(config, out=tmp_path / "other.zarr"))
+    build(replace(wanted, out=tmp_path / "other.zarr"))
+    assert differences(config.out, tmp_path / "other.zarr") == []
 
 
 # What is refused

@@ -14,7 +14,7 @@ import numpy as np
 
 from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
-from atcache.errors import CacheMismatchError, ConfigError, DiskFullError
+from atcache.errors import CacheMismatchError, DiskFullError
 from atcache.fields import JsonFields
 from atcache.files.durable import sweep_partials
 from atcache.store.joining import can_link, join_layouts, join_samples, write_joined
@@ -22,29 +22,13 @@ from atcache.store.manifest import read_commits
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
 
-from .options import config, option
-from .running.progress import Progress
+from ..running.progress import Progress
+from .config import MergeConfig
 
 _ADVICE = (
     "Parts that are to be merged have the same options, --samples-per-shard included, and all but the first "
     "--codec-from the first."
 )
-
-
-@config
-class MergeConfig:
-    """The options of `atcache merge`."""
-
-    caches: tuple[Path, ...] = option(
-        "Complete caches of different samples, in the order that their samples are to have.",
-        metavar="CACHE...",
-        is_argument=True,
-    )
-    out: Path = option("Folder of the merged cache.", is_written=True)
-
-    def __post_init__(self) -> None:
-        if len(self.caches) < 2:
-            raise ConfigError(f"caches={[str(path) for path in self.caches]}: name two or more to merge.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
