@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from atcache.errors import SourceError
+from atcache.images.class_names import CLASSES_FILE
 
-CLASSES_FILE = "classes.txt"
 _SYNSET = re.compile(r"n\d{8}(\s.*)?")
 _MAX_NBYTES = 2**26
 

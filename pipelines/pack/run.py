@@ -19,10 +19,11 @@ from atcache.files.durable import (
     only_writer,
     write_file,
 )
+from atcache.images.class_names import CLASSES_FILE
 from atcache.images.tars import PACK_RECORD, pack_folder
 
 from ..running.progress import Progress
-from .classes import CLASSES_FILE, Classes
+from .classes import Classes
 from .config import PackConfig
 from .folders import plan_folder
 from .hub import fetch_dataset
