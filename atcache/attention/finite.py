@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,8 +71,7 @@ def find_not_finite(numbers: Sequence[int], layers: Sequence[LayerAttention]) ->
 
 def positions(is_bad_B: Tensor) -> tuple[int, ...]:
     """Where a vector of bools is true."""
-    found: Any = is_bad_B.nonzero().flatten().tolist()  # torch has no type for it
-    return tuple(found)
+    return tuple(cast("list[int]", is_bad_B.nonzero().flatten().tolist()))
 
 
 def _parts(layer: LayerAttention) -> list[tuple[str, Tensor, Tensor]]:
