@@ -187,7 +187,7 @@ def test_caches_of_different_rows_do_not_teach_one_student(path, digits_build, t
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"store": "v"}, ConfigError, "queries=cls and store=v: v is of use only with whole maps"),
+        ({"store": "v"}, ConfigError, "queries=cls and store=v: v is stored beside q and k only"),
         ({"codec": "int8"}, CodecError, "codec int8 stores what whole maps are made from.* Use --codec logmap"),
         ({"codec": "transform"}, CodecError, "codec transform stores what whole maps are made from"),
     ],
