@@ -12,7 +12,8 @@ from torch import Tensor
 from atcache.attention.blocks import find_blocks
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.calls import AttentionCall, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.codecs.base import Codec, Coder
 from atcache.codecs.fidelity import mean_row_kl, value_error
 from atcache.codecs.transform.codec import TransformCodec

@@ -1,4 +1,4 @@
-"""A ViT's blocks and tokens, and why the attention of some models is not a token x token softmax of q and k."""
+"""A model's blocks and tokens, and why the attention of some models is not a token x token softmax of q and k."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from atcache.attention.described import DescribedModel
 from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
@@ -59,6 +60,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         UnsupportedAttentionError: the model has no `.blocks`, or their attention class is known not to compute one
             softmax of q k^T over all tokens. The message names model, class and reason.
     """
+    if isinstance(model, DescribedModel):
+        return nn.ModuleList(model.blocks_in_order)
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
         for module in model.modules():
@@ -80,6 +83,8 @@ def token_layout(model: nn.Module) -> TokenLayout:
     Raises:
         UnsupportedAttentionError: the model has no patch grid of a fixed size.
     """
+    if isinstance(model, DescribedModel):
+        return model.tokens
     grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
         find_blocks(model)  # may raise with a better reason
@@ -100,11 +105,15 @@ def map_attention(block: nn.Module) -> nn.Module | None:
 
 def attention_kind(model: nn.Module) -> AttentionKind:
     """Whether a model that `find_blocks` accepts gives factors or maps."""
+    if isinstance(model, DescribedModel):
+        return "factors"
     return "maps" if any(map_attention(block) is not None for block in find_blocks(model)) else "factors"
 
 
 def model_label(model: nn.Module) -> str:
-    """The model's name in messages: its timm name, or its class."""
+    """The model's name in messages: its timm name, its description's label, or its class."""
+    if isinstance(model, DescribedModel):
+        return model.label
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
 

@@ -15,7 +15,8 @@ from atcache.attention.distillation import (
 )
 from atcache.attention.factors import LayerFactors
 from atcache.attention.flash import availability
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.calls import AttentionCall, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 
 
