@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atcache.attention.blocks import find_blocks
+from atcache.attention.blocks import attention_way, find_blocks
+from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.intercept import AttentionIntercept
 from atcache.codecs.base import Codec, Coder
 from atcache.codecs.fidelity import mean_row_kl, value_error
@@ -139,6 +139,6 @@ def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometr
     model: Any = run.teacher.model
     with torch.inference_mode(), autocast(run.device, run.dtype):
         features: Tensor = model.forward_features(images).float()
-        with AttentionIntercept(find_blocks(model), attend_with_decoded):
+        with AttentionIntercept(find_blocks(model), attend_with_decoded, way=attention_way(model)):
             injected: Tensor = model.forward_features(images).float()
     return float(((injected - features).square().sum() / features.square().sum()).sqrt())

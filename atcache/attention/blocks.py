@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from atcache.attention.described import DescribedModel
+from atcache.attention.described import AttentionWay, DescribedModel
 from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
@@ -108,6 +108,11 @@ def attention_kind(model: nn.Module) -> AttentionKind:
     if isinstance(model, DescribedModel):
         return "factors"
     return "maps" if any(map_attention(block) is not None for block in find_blocks(model)) else "factors"
+
+
+def attention_way(model: nn.Module) -> AttentionWay:
+    """How the model's blocks attend; timm's make calls, but for those that `map_attention` finds."""
+    return model.way if isinstance(model, DescribedModel) else "call"
 
 
 def model_label(model: nn.Module) -> str:

@@ -32,7 +32,7 @@ class Product(NamedTuple):
     def scale_to(self, logits_BHQK: Tensor) -> float | None:
         """What multiplies q k^T to give these logits; None if nothing does, apart from rounding.
 
-        Only the first image is looked at. What a row's logits have in common does not count: its softmax does not see it.
+        Only the first image is looked at. What a row's logits have in common does not count, as for its softmax.
         """
         with torch.no_grad(), torch.autocast(logits_BHQK.device.type, enabled=False):
             q_HQD, k_HKD = self.q_BHTD[0].float(), self.k_BHTD[0].float()

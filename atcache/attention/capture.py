@@ -273,7 +273,7 @@ def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[
 
 
 def _check_against_model(model: nn.Module, seen: SeenAttention) -> None:
-    """The output of the model's own attention must equal what the maps give. This finds a wrong scale, bias or order."""
+    """The output of the model's own attention must equal what its maps give: this finds a wrong scale or bias."""
     attn_BHQK = seen.factors.maps()
     _check_rows(model, seen.layer, attn_BHQK)
     _check_output(model, seen.layer, seen.formula, seen.expected(attn_BHQK), seen.output)

@@ -130,7 +130,9 @@ class _Watch(TorchFunctionMode):
             call = attention_call(0, args, kwargs)
             self._note("call", call.query.shape[0], call.query.shape[-2], call.key.shape[-2])
         elif func is MULTI_HEAD:
-            query, key = ({**dict(zip(("query", "key"), args, strict=False)), **kwargs}[name] for name in ("query", "key"))
+            query, key = (
+                {**dict(zip(("query", "key"), args, strict=False)), **kwargs}[name] for name in ("query", "key")
+            )
             self._note("call", query.shape[-2], query.shape[0], key.shape[0])
         elif (softmax := map_call(0, func, args, kwargs)) is not None:
             num_batch, _, num_queries, num_keys = softmax.logits_BHQK.shape

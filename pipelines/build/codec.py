@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import nn
 
-from atcache.attention.blocks import attention_kind
+from atcache.attention.blocks import attention_kind, attention_way
 from atcache.codecs.base import Codec
 from atcache.codecs.registry import parse_codec
 from atcache.codecs.transform.codec import TransformCodec
@@ -19,8 +19,13 @@ def check_has_values(model: nn.Module) -> None:
     """Refuse a teacher whose v cannot be captured.
 
     Raises:
-        ConfigError: the teacher hands over maps.
+        ConfigError: the teacher hands over maps, or multiplies them with v by hand.
     """
+    if attention_way(model) == "softmax":
+        raise ConfigError(
+            "store=v: this teacher forms its maps by hand, so its v is not seen. Let it call "
+            "scaled_dot_product_attention, or leave --store out."
+        )
     if attention_kind(model) == "maps":
         raise ConfigError(
             "store=v: this teacher hands over maps, which are not a softmax of one q k^T, and no v. Leave --store out."
