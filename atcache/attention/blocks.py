@@ -126,9 +126,11 @@ def model_label(model: nn.Module) -> str:
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
     """The error that `model` cannot be cached; `attention` is its attention, or a module that contains it."""
     found = _attention_in(attention)
+    sentence = f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}."
+    if isinstance(model, DescribedModel):
+        return UnsupportedAttentionError(sentence)
     return UnsupportedAttentionError(
-        f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}. "
-        "Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
+        f"{sentence} Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
     )
 
 

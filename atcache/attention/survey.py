@@ -130,10 +130,8 @@ class _Watch(TorchFunctionMode):
             call = attention_call(0, args, kwargs)
             self._note("call", call.query.shape[0], call.query.shape[-2], call.key.shape[-2])
         elif func is MULTI_HEAD:
-            query, key = (
-                {**dict(zip(("query", "key"), args, strict=False)), **kwargs}[name] for name in ("query", "key")
-            )
-            self._note("call", query.shape[-2], query.shape[0], key.shape[0])
+            given = {**dict(zip(("query", "key"), args, strict=False)), **kwargs}
+            self._note("call", given["query"].shape[-2], given["query"].shape[0], given["key"].shape[0])
         elif (softmax := map_call(0, func, args, kwargs)) is not None:
             num_batch, _, num_queries, num_keys = softmax.logits_BHQK.shape
             self._note("softmax", num_batch, num_queries, num_keys)
@@ -168,8 +166,8 @@ def _count_tokens(label: str, seen: Sequence[_Attention], num_patches: int, num_
             "modules, cannot be seen into: let the module use scaled_dot_product_attention."
         )
     raise UnsupportedAttentionError(
-        f"{label}: its maps are {', '.join(found)}, expected square ones over {expected} of each image. Are image_size, "
-        "patch_size and num_prefix_tokens right? Attention in windows, or between other tokens, cannot be cached."
+        f"{label}: its maps are {', '.join(found)}, expected square ones over {expected} of each image. Are the sizes "
+        "of image and patches and the number of prefix tokens right? Attention in windows cannot be cached."
     )
 
 
@@ -182,8 +180,8 @@ def _blocks(label: str, layers: Sequence[_Attention], seen: Sequence[_Attention]
         if not alone:
             inner = type(layer.running[-1]).__name__
             raise UnsupportedAttentionError(
-                f"{label}: layer {number} attends in a {inner} that attends {times[id(layer.running[-1])]} times in one "
-                "forward pass. Each layer needs a module of its own, which attends once."
+                f"{label}: layer {number} attends in a {inner} that attends {times[id(layer.running[-1])]} times in "
+                "one forward pass. Each layer needs a module of its own, which attends once."
             )
         blocks.append(alone[0])
     return blocks

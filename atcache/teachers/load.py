@@ -37,7 +37,7 @@ class Teacher:
     source: str
     """Where the weights came from: a file's name, or "hub:" and a repository."""
     weights_sha256: str
-    """sha256 of all that the maps depend on: for timm, the state dict without norm, pooling and head after the blocks."""
+    """sha256 of all that the maps depend on: for timm the state dict without norm, pooling and head at the end."""
     licence: str | None
     """Licence of the weights, as timm records it; None if unknown, as for your own file."""
     input: InputConfig

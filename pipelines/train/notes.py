@@ -100,8 +100,8 @@ def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator
     """A warning if the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
     if is_foreign(teacher.name):
         yield (
-            f"NOTE: the teacher {teacher.name} is not of timm, so nothing can be said about components that the student "
-            "may lack, such as LayerScale or registers. Attention transfer is known to fail without them."
+            f"NOTE: the teacher {teacher.name} is not of timm, so its components are not compared with the student's. "
+            "Attention transfer is known to fail if the student lacks one, such as LayerScale or registers."
         )
         return
     with torch.device("meta"):

@@ -207,9 +207,7 @@ def _told_plainly(text: str, place: str) -> Generator[None]:
         elif "RevisionNotFoundError" in classes:
             reason = f"{page} has no such revision"
         elif "trust_remote_code" in str(error):
-            reason = (
-                "it needs code from its repository, which atcache never runs. Hand it over with atcache.own_teacher"
-            )
+            reason = "it needs code of its repository, which is never run. Hand it over with atcache.own_teacher"
         elif "UnpicklingError" in classes:
             reason = "its weights hold pickled Python objects beside tensors, which could run code; they were not read"
         else:

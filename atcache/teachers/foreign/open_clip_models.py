@@ -116,6 +116,6 @@ def _told_plainly(text: str) -> Generator[None]:
         if "weights_only" in words or "Unpickling" in type(error).__name__:
             words = "the file holds pickled Python objects beside tensors, which could run code; it was not read"
         raise TeacherError(
-            f"model {text}: OpenCLIP cannot load it ({type(error).__name__}: {words[:300]}). Without a connection, fetch "
-            "the weights elsewhere and give --weights FILE."
+            f"model {text}: OpenCLIP cannot load it ({type(error).__name__}: {words[:300]}). Without a connection, "
+            "fetch the weights elsewhere and give --weights FILE."
         ) from error

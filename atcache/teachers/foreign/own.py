@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from atcache.errors import ConfigError
 from atcache.teachers.foreign.names import OWN
-from atcache.teachers.inputs import InputConfig
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from atcache.attention.described import QueryKey
     from atcache.teachers.foreign.loaded import ForeignModel
+    from atcache.teachers.inputs import InputConfig
 
 _LIBRARY = "torch"
 """The library whose classes are named by its version, which caches record, and not by their source."""
@@ -90,6 +90,8 @@ def own_teacher(
         teacher = atcache.own_teacher(my_vit, image_size=224, patch_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
         atcache.build(teacher=teacher, data="train-{0000..0099}.tar", out="mine.zarr")
     """
+    from atcache.teachers.inputs import InputConfig
+
     height, width = _sides(image_size, "image_size")
     patch_height, patch_width = _sides(patch_size, "patch_size")
     if height % patch_height or width % patch_width:
@@ -97,9 +99,7 @@ def own_teacher(
             f"image_size={image_size} cannot be cut into patches of patch_size={patch_size}: give a multiple of it."
         )
     if (attention is None) != (query_key is None):
-        raise ConfigError(
-            "attention and query_key go together: the class of the modules, and what gives their q and k."
-        )
+        raise ConfigError("attention and query_key go together: a class of modules, and what gives their q and k.")
     if num_prefix_tokens is not None and num_prefix_tokens < 0:
         raise ConfigError(f"num_prefix_tokens={num_prefix_tokens}: expected 0 or more.")
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper, whose graph cannot be seen into
