@@ -54,6 +54,7 @@ class DescribedModel(nn.Module):
         self.way: AttentionWay = way
         self.query_key = query_key
         self._forward = forward
+        self.train(module.training)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The first tensor that the module returns for normalised images (batch, 3, height, width)."""

@@ -5,5 +5,6 @@
 - `hugging_face`: models of the library transformers
 - `image_processor`: the input that a transformers model was made for
 - `open_clip_models`: models of the library OpenCLIP
+- `reach`: whether the Hugging Face hub can be reached
 - `own`: a module of one's own, and what identifies it
 """

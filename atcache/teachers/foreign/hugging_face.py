@@ -19,6 +19,7 @@ from atcache.errors import TeacherError
 from atcache.teachers.foreign.image_processor import processor_input
 from atcache.teachers.foreign.loaded import ForeignModel
 from atcache.teachers.foreign.names import TRANSFORMERS, ForeignName
+from atcache.teachers.foreign.reach import check_reach
 from atcache.teachers.weights import weights_sha256
 
 MODEL_CLASSES = {
@@ -54,12 +55,12 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
     transformers = _import_transformers(text)
     place, _, revision = text.removeprefix(TRANSFORMERS).partition("@")
     folder = Path(place).expanduser()
-    is_local = folder.is_dir()
+    is_local = bool(place) and folder.is_dir()
     if not is_local and (place.count("/") != 1 or place[:1] in "./~"):
         raise TeacherError(f"model {text}: there is no folder {place}, and a name on the hub is ORG/MODEL.")
     where = str(folder) if is_local else place
     with _quiet(transformers), _told_plainly(text, place):
-        config, settings, revision = _read_configs(transformers, where, revision or None)
+        config, settings, revision = _read_configs(transformers, text, where, revision or None)
         model_type: str = config.model_type
         if model_type not in MODEL_CLASSES:
             raise TeacherError(
@@ -100,7 +101,12 @@ def _import_transformers(text: str) -> Any:  # noqa: ANN401 - a module
     return transformers
 
 
-def _read_configs(transformers: Any, where: str, revision: str | None) -> tuple[Any, dict[str, Any], str | None]:  # noqa: ANN401
+def _read_configs(
+    transformers: Any,  # noqa: ANN401 - a module
+    text: str,
+    where: str,
+    revision: str | None,
+) -> tuple[Any, dict[str, Any], str | None]:
     """The model's config, the image processor's settings, and the commit they are of. Copies on this machine first."""
 
     def read(*, local_files_only: bool) -> tuple[Any, dict[str, Any], str | None]:
@@ -116,6 +122,8 @@ def _read_configs(transformers: Any, where: str, revision: str | None) -> tuple[
     except OSError:
         if Path(where).is_dir():
             raise
+        by_hand = f"Download https://huggingface.co/{where} elsewhere, and give the folder: {TRANSFORMERS}FOLDER."
+        check_reach(text, where, by_hand)
         return read(local_files_only=False)
 
 
@@ -206,6 +214,8 @@ def _told_plainly(text: str, place: str) -> Generator[None]:
             reason = f"there is no public repository {page}, or it needs your token: hf auth login"
         elif "RevisionNotFoundError" in classes:
             reason = f"{page} has no such revision"
+        elif "Can't load image processor" in str(error):
+            reason = "it has no preprocessor_config.json, which says the size, mean and std of its images"
         elif "trust_remote_code" in str(error):
             reason = "it needs code of its repository, which is never run. Hand it over with atcache.own_teacher"
         elif "UnpicklingError" in classes:

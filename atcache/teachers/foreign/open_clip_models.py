@@ -17,6 +17,7 @@ from atcache.attention.survey import describe
 from atcache.errors import TeacherError
 from atcache.teachers.foreign.loaded import ForeignModel
 from atcache.teachers.foreign.names import OPEN_CLIP, ForeignName
+from atcache.teachers.foreign.reach import check_reach
 from atcache.teachers.inputs import InputConfig
 from atcache.teachers.weights import weights_sha256
 
@@ -42,6 +43,10 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
     architecture, _, tag = text.removeprefix(OPEN_CLIP).partition("/")
     _check_name(open_clip, text, architecture, tag, weights)
     chosen = tag if weights is None else str(weights)
+    repository = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "").strip("/")
+    if repository:
+        # Some entries have a file's name behind the repository's.
+        check_reach(text, "/".join(repository.split("/")[:2]), "Give weights fetched elsewhere with --weights FILE.")
     # Initial weights are replaced; drawing them must not change the random numbers of a student made later.
     with torch.random.fork_rng(devices=[]), _quiet(), _told_plainly(text):
         model: Any = open_clip.create_model(architecture, pretrained=chosen, precision="fp32", require_pretrained=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import hashlib
 import inspect
@@ -183,4 +184,6 @@ def _name(code: Any) -> str:  # noqa: ANN401 - a class or a function
 
 
 def _is_of_library(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in (_LIBRARY, "builtins", "typing", "abc")
+    return (
+        cls.__module__.partition(".")[0] in (_LIBRARY, "typing", "abc") or getattr(builtins, cls.__name__, None) is cls
+    )
