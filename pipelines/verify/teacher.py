@@ -16,7 +16,7 @@ from atcache.cache.differences import name_differences
 from atcache.errors import AtcacheError, CacheMismatchError
 from atcache.files.location import Location
 from atcache.students.teacher_side import CachedFactors
-from atcache.teachers.foreign.names import is_foreign
+from atcache.teachers.foreign.names import OWN, is_foreign
 from atcache.teachers.foreign.own import OwnTeacher
 from atcache.teachers.load import load_teacher
 from atcache.teachers.names import parse_model_name
@@ -101,7 +101,8 @@ def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any
 
 def _describe(text: str) -> dict[str, Any]:
     if is_foreign(text):
-        return {"name": text}
+        # Folders move and revisions get names: what was loaded is told by its weights. Only code is told by the name.
+        return {"name": text if text.startswith(OWN) else text.partition(":")[0]}
     name = parse_model_name(text)
     return {"name": name.architecture, **name.arguments}
 

@@ -145,10 +145,11 @@ def _load_model(model_class: Any, text: str, where: str, revision: str | None) -
             attn_implementation="sdpa",
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     lacking = sorted(name for name in report["missing_keys"] if not name.startswith(_WITHOUT_EFFECT))
-    misfits = sorted(str(one) for one in report["mismatched_keys"])
+    misfits = sorted(name for name, *_ in report["mismatched_keys"])
     for names, what in ((lacking, "are missing in"), (misfits, "have another shape in")):
         if names:
             raise TeacherError(
