@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,9 +64,9 @@ def factors_by_hand(products: Sequence[Product], logits_BHQK: Tensor, *, scale: 
 
 def product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
     """The factors, if `func` multiplies two tensors as q k^T is made: by `matmul` or by `einsum`."""
-    given = [*args, *kwargs.values()]
+    given: list[Any] = [*args, *kwargs.values()]
     if func is torch.einsum and isinstance(given[0], str):
-        operands = given[1] if isinstance(given[1], tuple | list) else given[1:]
+        operands = cast("Sequence[Tensor]", given[1] if isinstance(given[1], tuple | list) else given[1:])
         return _einsum_product(given[0], *operands) if len(operands) == 2 else None
     if func not in _MATRIX_PRODUCTS or len(given) != 2 or not all(_has_heads(one) for one in given):
         return None

@@ -87,7 +87,7 @@ def multi_head_call(
         inputs = (query, key, value)
         projected = [linear(x.transpose(0, 1), w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
     num_heads = given["num_heads"]
-    q_BHTD, k_BHTD, v_BHTD = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in projected)
+    q_BHTD, k_BHTD, v_BHTD = (_split_heads(part, num_heads) for part in projected)
     return MultiHeadCall(
         attention=AttentionCall(
             block=block,
@@ -107,10 +107,15 @@ def multi_head_call(
     )
 
 
+def _split_heads(x_BTC: Tensor, num_heads: int) -> Tensor:
+    return x_BTC.view(*x_BTC.shape[:2], num_heads, -1).transpose(1, 2)
+
+
 def _float_mask(mask: Tensor | None, q_BHTD: Tensor) -> Tensor | None:
     """The mask as a bias on the logits. Here, unlike in `scaled_dot_product_attention`, True leaves a key out."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q_BHTD.dtype).masked_fill_(mask, float("-inf"))
-    return mask.to(q_BHTD.dtype) if mask.ndim == 2 else mask.to(q_BHTD.dtype).unflatten(0, (len(q_BHTD), -1))
+    mask = mask.to(q_BHTD.dtype)
+    return mask if mask.ndim == 2 else mask.view(*q_BHTD.shape[:2], *mask.shape[1:])

@@ -60,16 +60,16 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
         raise TeacherError(f"model {text}: there is no folder {place}, and a name on the hub is ORG/MODEL.")
     where = str(folder) if is_local else place
     with _quiet(transformers), _told_plainly(text, place):
-        config, settings, revision = _read_configs(transformers, text, where, revision or None)
-        model_type: str = config.model_type
+        found, settings, revision = _read_configs(transformers, text, where, revision or None)
+        model_type: str = found.model_type
         if model_type not in MODEL_CLASSES:
             raise TeacherError(
                 f"model {text}: its model_type is {model_type!r}, expected one of {', '.join(MODEL_CLASSES)}. Other "
                 "ViTs can be handed over from Python with atcache.own_teacher."
             )
         model = _load_model(getattr(transformers, MODEL_CLASSES[model_type]), text, where, revision)
-    config = model.config
-    patch = config.patch_size
+    config: Any = model.config
+    patch: int | tuple[int, int] = config.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     inputs = processor_input(text, settings, _model_size(config))
     model = model.to(device).eval().requires_grad_(False)

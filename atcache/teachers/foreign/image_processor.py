@@ -77,7 +77,7 @@ def _shortest_edge(size: Any) -> int | None:  # noqa: ANN401 - JSON
     return cast("Mapping[str, int]", size).get("shortest_edge") if isinstance(size, Mapping) else None
 
 
-def _checked(sides: tuple[int, int] | None) -> tuple[int, int]:
+def _checked(sides: Any) -> tuple[int, int]:  # noqa: ANN401 - JSON
     if sides is None or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"the size of its images is {sides}, expected height and width in pixels")
     return sides

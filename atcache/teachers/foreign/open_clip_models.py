@@ -6,10 +6,10 @@ The image tower is the teacher. Torch files are read with `weights_only=True`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -43,7 +43,8 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
     architecture, _, tag = text.removeprefix(OPEN_CLIP).partition("/")
     _check_name(open_clip, text, architecture, tag, weights)
     chosen = tag if weights is None else str(weights)
-    repository = (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("hf_hub", "").strip("/")
+    entry = cast("Mapping[str, Any]", open_clip.get_pretrained_cfg(architecture, tag))
+    repository = str(entry.get("hf_hub", "")).strip("/")
     if repository:
         # Some entries have a file's name behind the repository's.
         check_reach(text, "/".join(repository.split("/")[:2]), "Give weights fetched elsewhere with --weights FILE.")
