@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from atcache.students.batches import Batches as Batches, TrainingBatch as TrainingBatch, batches as batches
     from atcache.students.make import make_student as make_student
     from atcache.students.pairing import Pairing as Pairing
-    from atcache.teachers.foreign.own import OwnTeacher as OwnTeacher, own_teacher as own_teacher
+    from atcache.teachers.foreign.own import own_teacher as own_teacher
 
 __version__ = "0.1.0"
 
@@ -75,7 +75,7 @@ _MODULE_OF = {
     **dict.fromkeys(("batches", "Batches", "TrainingBatch"), "atcache.students.batches"),
     "make_student": "atcache.students.make",
     "Pairing": "atcache.students.pairing",
-    **dict.fromkeys(("OwnTeacher", "own_teacher"), "atcache.teachers.foreign.own"),
+    "own_teacher": "atcache.teachers.foreign.own",
 }
 
 __all__ = [
@@ -90,7 +90,6 @@ __all__ = [
     "ConfigError",
     "CorruptCacheError",
     "DiskFullError",
-    "OwnTeacher",
     "Pairing",
     "RemoteError",
     "SourceError",

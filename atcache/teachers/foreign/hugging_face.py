@@ -109,22 +109,33 @@ def _read_configs(
 ) -> tuple[Any, dict[str, Any], str | None]:
     """The model's config, the image processor's settings, and the commit they are of. Copies on this machine first."""
 
+    is_folder = Path(where).is_dir()
+
     def read(*, local_files_only: bool) -> tuple[Any, dict[str, Any], str | None]:
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        commit = None if is_folder else _commit(where, revision, local_files_only=local_files_only)
+        options: dict[str, Any] = {"revision": commit, "local_files_only": local_files_only}
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-        commit: str | None = getattr(config, "_commit_hash", None)
-        options["revision"] = commit or revision
         settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(where, **options)
         return config, settings, commit
 
     try:
         return read(local_files_only=True)
     except OSError:
-        if Path(where).is_dir():
+        if is_folder:
             raise
         by_hand = f"Download https://huggingface.co/{where} elsewhere, and give the folder: {TRANSFORMERS}FOLDER."
         check_reach(text, where, by_hand)
         return read(local_files_only=False)
+
+
+def _commit(repository: str, revision: str | None, *, local_files_only: bool) -> str:
+    """The commit that a revision is now; all files are then taken from it."""
+    import huggingface_hub
+
+    config = huggingface_hub.hf_hub_download(
+        repository, "config.json", revision=revision, local_files_only=local_files_only
+    )
+    return Path(config).parent.name  # snapshots/COMMIT/config.json
 
 
 def _load_model(model_class: Any, text: str, where: str, revision: str | None) -> nn.Module:  # noqa: ANN401

@@ -30,11 +30,17 @@ class OwnTeacher:
     """A module with what a teacher must tell; `own_teacher` makes and checks it."""
 
     module: nn.Module
+    """The user's own; copies of it are run."""
     input: InputConfig
+    """Size and normalisation of its images."""
     grid: tuple[int, int]
+    """Rows and columns of its patches."""
     num_prefix_tokens: int | None
+    """Tokens before the patches; None to count them."""
     attention: type[nn.Module] | None
+    """The class of its attention modules, if that is given."""
     query_key: QueryKey | None
+    """What gives their q and k."""
     name: str
     """ "own:", the module's class, and the beginning of the sha256 of its code."""
 
