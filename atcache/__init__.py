@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from atcache.students.batches import Batches as Batches, TrainingBatch as TrainingBatch, batches as batches
     from atcache.students.make import make_student as make_student
     from atcache.students.pairing import Pairing as Pairing
+    from atcache.teachers.foreign.own import own_teacher as own_teacher
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ _MODULE_OF = {
     "make_student": "atcache.students.make",
     "regrid_maps": "atcache.attention.regrid",
     "Pairing": "atcache.students.pairing",
+    "own_teacher": "atcache.teachers.foreign.own",
 }
 
 __all__ = [
@@ -111,6 +113,7 @@ __all__ = [
     "make_student",
     "merge",
     "open",
+    "own_teacher",
     "pack",
     "plan",
     "pretrain",

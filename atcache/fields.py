@@ -47,6 +47,7 @@ _WORDS = {
     "str": "text",
     "Path": "a path",
     "Url": "a URL",
+    "OwnTeacher": "atcache.own_teacher(...)",
 }
 
 

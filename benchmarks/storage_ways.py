@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from atcache.attention.blocks import find_blocks
+from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.capture import CaptureCheck
 from atcache.attention.factors import LayerAttention, LayerMaps
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.codecs.base import Codec
 from atcache.codecs.fidelity import row_kl
 from atcache.pipelines.build.calibrate import calibrate

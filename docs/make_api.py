@@ -21,7 +21,7 @@ WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
 LOOKING = ("open", "Cache", "View")
 LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing", "regrid_maps")
-MAKING = ("pack", "pretrain", "plan", "build", "merge", "verify")
+MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "merge", "verify")
 TRAINING = ("train", "train_sweep", "evaluate")
 
 # A part of a docstring that begins with a word and a colon, and is indented.

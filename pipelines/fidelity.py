@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atcache.attention.blocks import find_blocks
+from atcache.attention.blocks import attention_way, find_blocks
+from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.factors import LayerAttention
 from atcache.attention.finite import NotFinite, NotFiniteError, positions
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.codecs.base import Codec, Coder
 from atcache.codecs.fidelity import mean_row_kl, relative_error
 from atcache.codecs.transform.codec import TransformCodec
@@ -149,6 +150,6 @@ def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometr
             where = "in its final features, after all of its attention"
             precision = str(run.dtype).removeprefix("torch.")
             raise NotFiniteError(NotFinite(where=where, views=views, num_views=len(features), precision=precision))
-        with AttentionIntercept(find_blocks(model), attend_with_decoded):
+        with AttentionIntercept(find_blocks(model), attend_with_decoded, way=attention_way(model)):
             injected: Tensor = model.forward_features(images).float()
     return float(((injected - features).square().sum() / features.square().sum()).sqrt())

@@ -11,6 +11,7 @@ arguments (`pipelines/api.py`). The config itself checks types, ranges and choic
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -157,7 +158,9 @@ def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
         try:
             object.__setattr__(settings, name, fit(value, hints[name], name, about))
         except Misfit as misfit:
-            raise ConfigError(f"{misfit.place}={misfit.found!r}: expected {misfit.expected}.") from misfit
+            # The text of a model passed by mistake fills pages.
+            found = textwrap.shorten(repr(misfit.found), 200) if len(repr(misfit.found)) > 200 else repr(misfit.found)
+            raise ConfigError(f"{misfit.place}={found}: expected {misfit.expected}.") from misfit
 
 
 def _as_path(value: object, kind: OptionType) -> object:

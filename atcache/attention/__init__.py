@@ -5,6 +5,12 @@
 - `tokens`: which tokens are patches, and which come before them
 - `indices`: the layers or heads that a text such as "0-5,11" names
 - `blocks`: find the blocks of a ViT, and how each of them attends
+- `described`: a model that timm did not make, with what capture must know of it
+- `survey`: find the blocks of such a model by watching it run
+- `calls`: the calls that a forward pass makes where it attends
+- `chosen`: the part of a call's factors that is wanted
+- `multi_head`: the attention inside `torch.nn.MultiheadAttention`
+- `by_hand`: the q and k of a model that forms its logits itself
 - `capture`: capture the factors or maps of a model's layers, and check that they are right
 - `finite`: whether attention is finite, and where it first is not
 - `recorder`: observe one forward pass and keep its factors or maps

@@ -1,4 +1,4 @@
-"""A ViT's blocks and tokens, and why the attention of some models is not a token x token softmax of q and k."""
+"""A model's blocks and tokens, and why the attention of some models is not a token x token softmax of q and k."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from atcache.attention.described import AttentionWay, DescribedModel
 from atcache.attention.geometry import AttentionKind
 from atcache.attention.tokens import TokenLayout
 from atcache.choices import Queries
@@ -63,6 +64,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
         UnsupportedAttentionError: the model has no `.blocks`, or their attention class is known not to compute one
             softmax of q k^T over all tokens. The message names model, class and reason.
     """
+    if isinstance(model, DescribedModel):
+        return nn.ModuleList(model.blocks_in_order)
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) == 0:
         for module in model.modules():
@@ -84,6 +87,8 @@ def token_layout(model: nn.Module) -> TokenLayout:
     Raises:
         UnsupportedAttentionError: the model has no patch grid of a fixed size.
     """
+    if isinstance(model, DescribedModel):
+        return model.tokens
     grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
         find_blocks(model)  # may raise with a better reason
@@ -140,11 +145,20 @@ def map_attention(block: nn.Module) -> nn.Module | None:
 
 def attention_kind(model: nn.Module) -> AttentionKind:
     """Whether a model that `find_blocks` accepts gives factors or maps."""
+    if isinstance(model, DescribedModel):
+        return "factors"
     return "maps" if any(map_attention(block) is not None for block in find_blocks(model)) else "factors"
 
 
+def attention_way(model: nn.Module) -> AttentionWay:
+    """How the model's blocks attend; timm's make calls, but for those that `map_attention` finds."""
+    return model.way if isinstance(model, DescribedModel) else "call"
+
+
 def model_label(model: nn.Module) -> str:
-    """The model's name in messages: its timm name, or its class."""
+    """The model's name in messages: its timm name, its description's label, or its class."""
+    if isinstance(model, DescribedModel):
+        return model.label
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
 
@@ -152,9 +166,11 @@ def model_label(model: nn.Module) -> str:
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
     """The error that `model` cannot be cached; `attention` is its attention, or a module that contains it."""
     found = _attention_in(attention)
+    sentence = f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}."
+    if isinstance(model, DescribedModel):
+        return UnsupportedAttentionError(sentence)
     return UnsupportedAttentionError(
-        f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}. "
-        "Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
+        f"{sentence} Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
     )
 
 

@@ -25,11 +25,11 @@ from atcache.attention.blocks import (
     token_layout,
     unsupported,
 )
+from atcache.attention.calls import SeenAttention
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.finite import NotFiniteError, find_not_finite
 from atcache.attention.geometry import FactorGeometry, num_query_rows
 from atcache.attention.indices import checked_indices
-from atcache.attention.intercept import LinearCall
 from atcache.attention.kernels import mixed_attention
 from atcache.attention.projection import HeadProjection, InputRecipe
 from atcache.attention.projection_search import FoundProjection, find_projection, reproduces
@@ -237,12 +237,10 @@ def check_capture(
     capture = FactorCapture(model, layers, heads, **wanted)
     found: list[FoundProjection | None] = []
 
-    def check(
-        model: nn.Module, layer: int, factors: LayerFactors, output: Tensor, linear_calls: Sequence[LinearCall]
-    ) -> None:
-        _check_against_model(model, layer, factors, output)
+    def check(seen: SeenAttention) -> None:
+        _check_against_model(model, seen)
         if with_inputs:
-            found.append(find_projection(linear_calls, factors, capture.request.blocks[layer]))
+            found.append(find_projection(seen.linear_calls, seen.factors, capture.request.blocks[seen.layer]))
 
     layers_seen = capture.run(images, Recorder(capture.request, stop_at_call=False, on_call=check))
     if capture.geometry.kind == "maps":
@@ -306,14 +304,12 @@ def _check_mixed_maps(model: nn.Module, blocks: nn.ModuleList, layers: Sequence[
         )
 
 
-def _check_against_model(model: nn.Module, layer: int, factors: LayerFactors, output: Tensor) -> None:
-    """The output of the model's own attention must equal maps @ v. This finds a wrong scale, bias or head order."""
-    _check_finite(layer, factors)
-    attn_BHQK = factors.maps()
-    _check_rows(model, layer, attn_BHQK)
-    with torch.autocast(attn_BHQK.device.type, enabled=False):
-        expected = attn_BHQK @ factors.repeated_v_BHTD().float()
-    _check_output(model, layer, "softmax(scale q k^T + bias) v", expected, output)
+def _check_against_model(model: nn.Module, seen: SeenAttention) -> None:
+    """The output of the model's own attention must equal what its maps give: this finds a wrong scale or bias."""
+    _check_finite(seen.layer, seen.factors)
+    attn_BHQK = seen.factors.maps()
+    _check_rows(model, seen.layer, attn_BHQK)
+    _check_output(model, seen.layer, seen.formula, seen.expected(attn_BHQK), seen.output)
 
 
 def _check_rows(model: nn.Module, layer: int, attn_BHQK: Tensor) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atcache.attention.calls import LinearCall
 from atcache.attention.factors import LayerFactors
-from atcache.attention.intercept import LinearCall
 from atcache.attention.projection import HeadNorm, HeadProjection, HeadRotation, split_pairs
 
 _RMS_NORMS = ("RmsNorm", "RmsNormFp32", "RMSNorm")  # timm's two, and torch's

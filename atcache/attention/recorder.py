@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,9 +13,22 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from atcache.attention.blocks import input_modules, map_attention, model_label, unsupported
+from atcache.attention.by_hand import Product, factors_by_hand, product
+from atcache.attention.calls import (
+    SDPA,
+    AttentionCall,
+    LinearCall,
+    MapCall,
+    SeenAttention,
+    attention_call,
+    linear_call,
+    map_call,
+)
+from atcache.attention.chosen import chosen_factors, factors_of, head_index, owning
+from atcache.attention.described import DescribedModel, QueryKey
 from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
 from atcache.attention.indices import checked_indices
-from atcache.attention.intercept import AttentionCall, LinearCall, MapCall, attention_call, linear_call, map_call
+from atcache.attention.multi_head import MULTI_HEAD, MultiHeadCall, multi_head_call
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import UnsupportedAttentionError
 
@@ -25,7 +37,7 @@ class LastLayerSeen(Exception):
     """Ends a forward pass once the last wanted layer is captured. `FactorCapture` catches it."""
 
 
-OnCall = Callable[[nn.Module, int, LayerFactors, Tensor, Sequence[LinearCall]], None]
+OnCall = Callable[[SeenAttention], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,8 +75,7 @@ class Recorder(TorchFunctionMode):
             request: the model, and what to capture from it.
             stop_at_call: whether to end at the last block's attention call. False lets that block finish, so that a
                 second attention call in it is noticed.
-            on_call: called with model, layer, the factors of all heads with v, the attention's output, and the calls
-                of `linear` that the block made before; not called for maps.
+            on_call: called with each wanted layer's attention; not for maps.
         """
         super().__init__()
         self.request = request
@@ -72,7 +83,14 @@ class Recorder(TorchFunctionMode):
         self.on_call = on_call
         self.attention: dict[int, LayerAttention] = {}
         self.num_model_heads = 0
-        self._running: tuple[int, int] | None = None
+        self._running: tuple[int, int | None] | None = None
+        """The block and its tokens; None for those of a described model, which may take anything as input."""
+        described = request.model if isinstance(request.model, DescribedModel) else None
+        self._is_described = described is not None
+        self._by_hand = described is not None and described.way == "softmax"
+        self._query_key: QueryKey | None = None if described is None else described.query_key
+        # Of the running block, if it forms its logits itself: what the softmax may have come from.
+        self._products: list[Product] = []
         # What the running block's attention got, until its MLP runs.
         self._attention_input_BTC: Tensor | None = None
         self._input_calls = dict(zip(request.layers, request.input_calls or (), strict=request.input_calls is not None))
@@ -90,7 +108,7 @@ class Recorder(TorchFunctionMode):
         handles: list[Any] = []
         try:
             for layer, block in enumerate(self.request.blocks):
-                handles.append(block.register_forward_pre_hook(self._entering(layer)))
+                handles.append(block.register_forward_pre_hook(self._entering(layer), with_kwargs=True))
                 handles.append(block.register_forward_hook(self._leaving(layer)))
                 if self.request.with_block_inputs and layer in self.request.layers:
                     attention, mlp = input_modules(self.request.model, block)
@@ -101,12 +119,14 @@ class Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _entering(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def enter(_block: nn.Module, args: tuple[Any, ...]) -> None:
+    def _entering(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer in self.attention:
                 raise self._refusal(layer, f"block {layer} runs twice in one forward pass")
-            self._running = (layer, args[0].shape[1])
-            self._forget_linear_calls()
+            self._forget_calls()
+            if self._query_key is not None and layer in self.request.layers:
+                self._products.append(Product(*self._query_key(block, *args, **kwargs)))
+            self._running = (layer, None if self._is_described else args[0].shape[1])
 
         return enter
 
@@ -129,9 +149,11 @@ class Recorder(TorchFunctionMode):
     def _leaving(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def leave(_block: nn.Module, _args: tuple[Any, ...], _output: object) -> None:
             self._running = None
-            self._forget_linear_calls()
+            self._forget_calls()
             if layer in self.request.layers and layer not in self.attention:
-                expected = "a softmax over keys" if layer in self._forming_maps else "scaled_dot_product_attention"
+                expected = "scaled_dot_product_attention"
+                if layer in self._forming_maps or self._by_hand:
+                    expected = "a softmax over keys"
                 raise self._refusal(
                     layer,
                     f"block {layer} never calls {expected}. If it has an attribute `fused_attn`, set that to True",
@@ -163,20 +185,117 @@ class Recorder(TorchFunctionMode):
             return func(*args, **arguments) if softmax is None else self._record_maps(softmax, num_tokens)
         if func is functional.linear and layer not in self.attention and self._observes_linear(layer):
             return self._run_linear(layer, args, arguments)
-        if func is not functional.scaled_dot_product_attention:
+        if self._by_hand:
+            return self._run_by_hand(layer, func, args, arguments)
+        if func is MULTI_HEAD:
+            return self._run_multi_head(layer, num_tokens, args, arguments)
+        if func is not SDPA:
             return func(*args, **arguments)
         call = attention_call(layer, args, arguments)
-        self._check_call(layer, num_tokens, call)
-        factors = _factors_of(call, self.request.heads, self.request.num_queries, with_values=self.request.with_values)
-        if layer in self._input_calls:
-            factors = replace(factors, input_BTC=self._wanted_input(layer))
-        self._record(layer, call.query.shape[1], factors)
+        self._record_call(layer, num_tokens, call)
         output = func(*args, **arguments)
         if self.on_call is not None:
-            all_factors = _factors_of(call, None, with_values=True)
-            self.on_call(self.request.model, layer, all_factors, output, self._linear_calls)
-        self._forget_linear_calls()
+            self._show(call, output, lambda attended_BHTD: attended_BHTD, "softmax(scale q k^T + bias) v")
+        self._forget_calls()
         return output
+
+    def _record_call(self, layer: int, num_tokens: int | None, call: AttentionCall) -> None:
+        self._check_call(layer, num_tokens, call)
+        factors = factors_of(call, self.request.heads, self.request.num_queries, with_values=self.request.with_values)
+        self._record_factors(layer, call.query.shape[1], factors)
+
+    def _record_factors(self, layer: int, num_heads: int, factors: LayerFactors) -> None:
+        if layer in self._input_calls:
+            factors = replace(factors, input_BTC=self._wanted_input(layer))
+        self._record(layer, num_heads, factors)
+
+    def _show(self, call: AttentionCall, output: Tensor, finish: Callable[[Tensor], Tensor], formula: str) -> None:
+        assert self.on_call is not None
+        factors = factors_of(call, None, with_values=True)
+
+        def expected(attn_BHQK: Tensor) -> Tensor:
+            with torch.autocast(attn_BHQK.device.type, enabled=False):
+                attended_BHTD = attn_BHQK @ factors.repeated_v_BHTD().float()
+            return finish(attended_BHTD)
+
+        self.on_call(
+            SeenAttention(
+                layer=call.block,
+                factors=factors,
+                linear_calls=self._linear_calls,
+                output=output,
+                expected=expected,
+                formula=formula,
+            )
+        )
+
+    def _run_multi_head(
+        self, layer: int, num_tokens: int | None, args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `nn.MultiheadAttention` returns; if it is to be checked, what torch's own function makes of it."""
+        call: MultiHeadCall = multi_head_call(layer, args, arguments, self._linear_in(layer))
+        self._record_call(layer, num_tokens, call.attention)
+        if self.on_call is None:
+            output = call.finish(call.attention.run())
+        else:
+            output = MULTI_HEAD(*args, **arguments)
+            self._show(
+                call.attention,
+                output[0],
+                lambda attended_BHTD: call.finish(attended_BHTD)[0],
+                "softmax(scale q k^T + bias) v, projected,",
+            )
+        self._forget_calls()
+        return output
+
+    def _linear_in(self, layer: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """`linear`, observed if that is wanted."""
+        if not self._observes_linear(layer):
+            return functional.linear
+        return lambda x, weight, bias: self._run_linear(layer, (x, weight, bias), {})
+
+    def _run_by_hand(
+        self, layer: int, func: Callable[..., Any], args: tuple[Any, ...], arguments: dict[str, Any]
+    ) -> Any:  # noqa: ANN401 - what the model's own call returns
+        output = func(*args, **arguments)
+        call = map_call(layer, func, args, arguments)
+        if call is None:
+            if self._query_key is None and (found := product(func, args, arguments)) is not None:
+                self._products.append(found)
+            return output
+        num_heads, *sides = call.logits_BHQK.shape[1:]
+        if sides != [self.request.tokens.num_tokens] * 2:
+            return output
+        self._check_heads(num_heads)
+        factors = self._factors_by_hand(call)
+        self._record_factors(layer, num_heads, chosen_factors(factors, self.request.heads, self.request.num_queries))
+        if self.on_call is not None:
+            self.on_call(
+                SeenAttention(
+                    layer=layer,
+                    factors=factors,
+                    linear_calls=self._linear_calls,
+                    output=output,
+                    expected=lambda attn_BHQK: attn_BHQK,
+                    formula="softmax(scale q k^T)",
+                )
+            )
+        self._forget_calls()
+        return output
+
+    def _factors_by_hand(self, call: MapCall) -> LayerFactors:
+        """The factors that this softmax came from."""
+        if self.request.with_values:
+            raise self._refusal(call.block, "it multiplies its maps with v by hand, so v is not seen")
+        found = factors_by_hand(self._products, call.logits_BHQK, scale=1.0 if self._query_key is not None else None)
+        if found is not None:
+            return found
+        shape = tuple(call.logits_BHQK.shape)
+        raise self._refusal(
+            call.block,
+            f"block {call.block} takes the softmax of logits {shape} that are not scale * q k^T of one product. Give "
+            "`attention` and `query_key`, which returns q and k of softmax(q k^T)",
+        )
 
     def _observes_linear(self, layer: int) -> bool:
         return layer in self._input_calls or self.on_call is not None
@@ -197,12 +316,13 @@ class Recorder(TorchFunctionMode):
                 f"block {layer} made {self._num_linear_calls} calls of linear before it attended, and the input of "
                 f"call {self._input_calls[layer]} (from 0) is wanted",
             )
-        return _owning(self._input_BTC)
+        return owning(self._input_BTC)
 
-    def _forget_linear_calls(self) -> None:
+    def _forget_calls(self) -> None:
         self._num_linear_calls, self._linear_calls, self._input_BTC = 0, [], None
+        self._products = []
 
-    def _record_maps(self, call: MapCall, num_tokens: int) -> Tensor:
+    def _record_maps(self, call: MapCall, num_tokens: int | None) -> Tensor:
         logits_BHQK = call.logits_BHQK
         self._check_tokens(call.block, num_tokens, logits_BHQK.shape[2], logits_BHQK.shape[3])
         num_heads = logits_BHQK.shape[1]
@@ -212,10 +332,10 @@ class Recorder(TorchFunctionMode):
         chosen = (
             attn_BHQK
             if self.request.heads is None
-            else attn_BHQK.index_select(1, _indices(self.request.heads, attn_BHQK.device))
+            else attn_BHQK.index_select(1, head_index(self.request.heads, attn_BHQK.device))
         )
         if self.request.num_queries is not None:
-            chosen = _owning(chosen[:, :, : self.request.num_queries])
+            chosen = owning(chosen[:, :, : self.request.num_queries])
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))
         return attn_BHQK if logits_BHQK.dtype == torch.float32 else call.run()
 
@@ -227,7 +347,7 @@ class Recorder(TorchFunctionMode):
         if self.stop_at_call and layer == self.request.layers[-1] and not self.request.with_block_inputs:
             raise LastLayerSeen
 
-    def _check_call(self, layer: int, num_tokens: int, call: AttentionCall) -> None:
+    def _check_call(self, layer: int, num_tokens: int | None, call: AttentionCall) -> None:
         query, key = call.query, call.key
         if query.ndim != 4 or key.ndim != 4:
             raise self._refusal(layer, f"q of block {layer} has {query.ndim} axes, so attention is windowed or grouped")
@@ -239,9 +359,10 @@ class Recorder(TorchFunctionMode):
             )
         self._check_heads(query.shape[1])
 
-    def _check_tokens(self, layer: int, num_tokens: int, num_queries: int, num_keys: int) -> None:
+    def _check_tokens(self, layer: int, num_tokens: int | None, num_queries: int, num_keys: int) -> None:
         if num_queries != num_keys:
             raise self._refusal(layer, f"the map of block {layer} is {num_queries} x {num_keys}, not square")
+        num_tokens = num_queries if num_tokens is None else num_tokens
         if num_queries != num_tokens:
             raise self._refusal(layer, f"block {layer} has {num_tokens} tokens but a map of {num_queries} x {num_keys}")
         if num_tokens != self.request.tokens.num_tokens:
@@ -271,55 +392,3 @@ class Recorder(TorchFunctionMode):
                 f"{self.request.layers} in this order. Choose other layers or another model."
             )
         return list(self.attention.values())
-
-
-def _factors_of(
-    call: AttentionCall, heads: tuple[int, ...] | None, num_queries: int | None = None, *, with_values: bool
-) -> LayerFactors:
-    query, key = call.query.detach(), call.key.detach()
-    value = call.value.detach() if with_values else None
-    if query.dtype != call.value.dtype:
-        # Only autocast allows this: a q/k norm returns float32, and the call then casts q and k to v's dtype.
-        query, key = query.to(call.value.dtype), key.to(call.value.dtype)
-    bias = _whole_bias(call)
-    if num_queries is not None:  # before anything is copied: the other rows are never made
-        query = query[:, :, :num_queries]
-        bias = None if bias is None else bias[:, :, :num_queries]
-    if heads is not None:
-        groups = query.shape[1] // key.shape[1]
-        index = _indices(heads, query.device)
-        whole_groups = len(heads) == query.shape[1]
-        query = query.index_select(1, index)
-        if not whole_groups:
-            key = key.index_select(1, index // groups)
-            value = None if value is None else value.index_select(1, index // groups)
-        if bias is not None and bias.shape[1] > 1:
-            bias = bias.index_select(1, index)
-    return LayerFactors(
-        q_BHTD=_owning(query),
-        k_BHTD=_owning(key),
-        scale=float(call.scale),
-        bias=bias,
-        v_BHTD=None if value is None else _owning(value),
-    )
-
-
-@lru_cache(maxsize=16)
-def _indices(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The heads as an index; cached, since the copy of a list to a GPU makes the host wait for it."""
-    with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
-        return torch.tensor(heads, device=device)
-
-
-def _owning(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if its storage holds more: q, k and v are often views of one tensor with all three."""
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
-        return tensor
-    # Keep the order in memory, mostly token by token: it is faster to copy, and codecs read this order.
-    return tensor.clone(memory_format=torch.preserve_format)
-
-
-def _whole_bias(call: AttentionCall) -> Tensor | None:
-    """The call's bias for every query and key: shape (1 or batch, 1 or head, token, token)."""
-    bias, num_tokens = call.bias(), call.query.shape[2]
-    return None if bias is None else bias.detach().expand(-1, -1, num_tokens, num_tokens)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.factors import LayerAttention, LayerFactors
-from atcache.attention.intercept import AttentionCall, MapCall
 from atcache.attention.kernels import copy_attention
 from atcache.choices import What
 

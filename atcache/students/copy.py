@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.calls import AttentionCall, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.choices import What
 from atcache.students.attend import attend_with_given, attend_with_one_factor
 from atcache.students.given import TakesGiven, ValueOnlyAttention, can_give_values, give_values

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from atcache.attention.calls import AttentionCall, MapCall
 from atcache.attention.distillation import (
     attention_distillation_loss,
     distilled_attention,
@@ -15,7 +16,7 @@ from atcache.attention.distillation import (
 )
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.flash import availability
-from atcache.attention.intercept import AttentionCall, AttentionIntercept, MapCall
+from atcache.attention.intercept import AttentionIntercept
 from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
 
 

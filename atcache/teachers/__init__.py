@@ -1,4 +1,4 @@
-"""Teachers: timm models by name, their weights and input, and the device and precision they run in.
+"""Teachers: models by name, their weights and input, and the device and precision they run in.
 
 - `load`: from a name to a model with its weights
 - `names`: the names by which a user may call a model
@@ -8,5 +8,6 @@
 - `devices`: which device and which float type a model runs in
 - `run`: a loaded teacher, on its device and in its precision
 - `record`: what a cache or a run remembers of its teacher
+- `foreign/`: teachers that timm does not make
 - `components`: the components of a teacher's architecture that its student lacks
 """

@@ -1,4 +1,4 @@
-"""From a name to a timm model with its weights and licence."""
+"""From a name to a model with its weights and licence; `foreign/` makes those that timm does not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from atcache.attention.blocks import find_blocks, token_layout
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import TeacherError
+from atcache.teachers.foreign.names import OPEN_CLIP, OWN, ForeignName, is_foreign
+from atcache.teachers.foreign.own import OwnTeacher, load_own
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.names import ModelName, parse_model_name, pretrained_config
 from atcache.teachers.weights import AFTER_BLOCKS, load_weights, read_weights, weights_sha256
@@ -29,13 +31,13 @@ class Teacher:
     """A model whose attention is cached, ready to run: eval mode, no gradients."""
 
     model: nn.Module
-    """The timm model."""
-    name: ModelName
+    """The timm model, or a `DescribedModel`."""
+    name: ModelName | ForeignName
     """What it was made from; aliases are resolved."""
     source: str
     """Where the weights came from: a file's name, or "hub:" and a repository."""
     weights_sha256: str
-    """sha256 of all that the maps depend on: the state dict without norm, pooling and head after the blocks."""
+    """sha256 of all that the maps depend on: for timm the state dict without norm, pooling and head at the end."""
     licence: str | None
     """Licence of the weights, as timm records it; None if unknown, as for your own file."""
     input: InputConfig
@@ -46,11 +48,12 @@ class Teacher:
     """How many blocks it has."""
 
 
-def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device: str | torch.device = "cpu") -> Teacher:
     """The teacher `name` with its trained weights, in eval mode and without gradients.
 
     Args:
-        name: an alias ("mae-vit-l") or a timm name with arguments, see `parse_model_name`.
+        name: an alias ("mae-vit-l"), a timm name with arguments, see `parse_model_name`, or the name or module of a
+            foreign model.
         weights: a safetensors or torch file; None takes the weights timm names, from the hub or its local cache.
         device: where to put the model.
 
@@ -59,7 +62,9 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
             file to download.
         UnsupportedAttentionError: the model's attention is known not to be one softmax over all tokens.
     """
-    model_name = parse_model_name(name)
+    if is_foreign(name):
+        return _load_foreign(name, weights, torch.device(device))
+    model_name = parse_model_name(str(name))
     licence: str | None = pretrained_config(model_name.timm_name).get("license")
     if weights is None and model_name == parse_model_name("demo-mae"):
         weights, licence = DEMO_WEIGHTS, "apache-2.0"
@@ -84,6 +89,37 @@ def load_teacher(name: str, *, weights: Path | None = None, device: str | torch.
         input=input_config(model),
         tokens=tokens,
         depth=len(blocks),
+    )
+
+
+def _load_foreign(name: str | OwnTeacher, weights: Path | None, device: torch.device) -> Teacher:
+    """A teacher that timm does not make. The libraries that make them are imported here, and only the one needed."""
+    if weights is not None and not str(name).startswith(OPEN_CLIP):
+        raise TeacherError(f"model {name}: it comes with its weights. Leave out --weights {weights}.")
+    if isinstance(name, OwnTeacher):
+        loaded = load_own(name, device)
+    elif name.startswith(OWN):
+        raise TeacherError(
+            f"model {name}: a module of one's own has no name to load it by. Hand it over from Python: "
+            "teacher=atcache.own_teacher(module, ...)."
+        )
+    elif name.startswith(OPEN_CLIP):
+        from atcache.teachers.foreign.open_clip_models import load_open_clip
+
+        loaded = load_open_clip(name, weights, device)
+    else:
+        from atcache.teachers.foreign.hugging_face import load_transformers
+
+        loaded = load_transformers(name, device)
+    return Teacher(
+        model=loaded.model,
+        name=loaded.name,
+        source=loaded.source,
+        weights_sha256=loaded.weights_sha256,
+        licence=None,
+        input=loaded.input,
+        tokens=loaded.model.tokens,
+        depth=len(loaded.model.blocks_in_order),
     )
 
 

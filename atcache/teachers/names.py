@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from atcache.errors import TeacherError
+from atcache.teachers.foreign.names import refuse_as_student
 
 DEMO_MODEL = (
     "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg,"
@@ -94,6 +95,7 @@ def parse_model_name(text: str) -> ModelName:
     """
     from timm.models import is_model
 
+    refuse_as_student(text)
     base, colon, arguments_text = text.strip().partition(":")
     if base in ("hf-hub", "hf_hub", "local-dir"):
         raise TeacherError(

@@ -16,6 +16,7 @@ from atcache.attention.finite import NotFiniteError, find_not_finite
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
 from atcache.teachers.devices import autocast, resolve_device, resolve_precision
+from atcache.teachers.foreign.own import OwnTeacher
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.load import Teacher, load_teacher
 
@@ -29,8 +30,8 @@ class TeacherRun:
     dtype: torch.dtype
 
     @classmethod
-    def load(cls, name: str, weights: Path | None, *, device: str, precision: str) -> Self:
-        """The teacher that a command's options name.
+    def load(cls, name: str | OwnTeacher, weights: Path | None, *, device: str, precision: str) -> Self:
+        """The teacher that a command's options name, or that a Python call hands over.
 
         Raises:
             ConfigError: there is no such device or precision.

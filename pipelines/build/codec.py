@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from atcache.attention.blocks import attention_kind, check_has_queries, find_blocks, input_modules
+from atcache.attention.blocks import attention_kind, attention_way, check_has_queries, find_blocks, input_modules
 from atcache.choices import Queries
 from atcache.codecs.base import Codec
 from atcache.codecs.registry import parse_codec
@@ -21,8 +21,14 @@ def check_can_store(model: nn.Module, store: Literal["v", "x"]) -> None:
     """Refuse a teacher whose v, or whose blocks' inputs, cannot be captured.
 
     Raises:
-        ConfigError: the teacher hands over maps, or its blocks have no attention and MLP of their own.
+        ConfigError: the teacher hands over maps, or multiplies them with v by hand, or its blocks have no attention and
+            MLP of their own.
     """
+    if store == "v" and attention_way(model) == "softmax":
+        raise ConfigError(
+            "store=v: this teacher forms its maps by hand, so its v is not seen. Let it call "
+            "scaled_dot_product_attention, or leave --store out."
+        )
     if attention_kind(model) == "maps":
         raise ConfigError(
             f"store={store}: this teacher hands over maps, which are not a softmax of one q k^T, and no {store}. Leave "

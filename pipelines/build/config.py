@@ -10,6 +10,7 @@ from typing import Literal
 from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.files.location import Location
+from atcache.teachers.foreign.own import OwnTeacher
 
 from ..options import (
     calibration_samples_option,
@@ -105,7 +106,10 @@ def check_queries(queries: Queries, store: str | None, codecs: Sequence[str]) ->
 class BuildConfig:
     """The options of `atcache build`."""
 
-    teacher: str = option("The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments.")
+    teacher: str | OwnTeacher = option(
+        "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments; or "
+        "transformers:ORG/MODEL, open-clip:MODEL/TAG. Python also takes atcache.own_teacher(module, ...)."
+    )
     data: str = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
         "URLs of any of these (http, https, s3, gs, az).",

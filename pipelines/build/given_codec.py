@@ -19,6 +19,7 @@ from atcache.errors import CacheMismatchError
 from atcache.files.location import Location
 from atcache.store.reader import CacheReader
 from atcache.teachers.devices import resolve_device, resolve_precision
+from atcache.teachers.foreign.names import is_foreign
 from atcache.teachers.names import parse_model_name
 
 from .config import BuildConfig
@@ -118,7 +119,9 @@ class GivenCodec:
 
 def _full_name(config: BuildConfig, known: str) -> str:
     """The teacher's name in the form that caches record. `known` completes a name whose tag timm would choose."""
-    name = parse_model_name(config.teacher)
+    if is_foreign(config.teacher) or is_foreign(known):
+        return str(config.teacher)
+    name = parse_model_name(str(config.teacher))
     full = parse_model_name(known)
     tag_is_left_out = config.weights is None and "." not in name.timm_name
     if tag_is_left_out and (name.architecture, name.arguments) == (full.architecture, full.arguments):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.machine import num_processors
+from atcache.teachers.foreign.own import OwnTeacher
 
 from ..build.config import check_queries
 from ..options import (
@@ -104,9 +105,8 @@ def parse_assumptions(texts: Sequence[str]) -> Assumptions:
 class PlanConfig:
     """The options of `atcache plan`. Those that build and train have too mean the same here."""
 
-    teacher: str | None = option(
-        "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments. Not needed if "
-        "all that is measured with it is assumed.",
+    teacher: str | OwnTeacher | None = option(
+        "The teacher, named as for build. Not needed if all that is measured with it is assumed.",
         default=None,
     )
     data: str | None = option(

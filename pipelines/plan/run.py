@@ -85,7 +85,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
     found, disk_notes = _with_disk(config, found, say)
     assessments = tuple(assess(workload, found.machine, cost) for cost in found.costs)
     return Plan(
-        teacher=config.teacher,
+        teacher=None if config.teacher is None else str(config.teacher),
         out=str(config.out),
         device=found.device,
         mode=config.mode,

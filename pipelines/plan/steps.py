@@ -51,7 +51,7 @@ class StudentSteps:
         self, config: PlanConfig, run: TeacherRun, geometry: FactorGeometry, num_classes: int, pixels_BHWC: Tensor
     ) -> None:
         self._run, self._geometry, self._num_classes = run, geometry, num_classes
-        self._name = parse_model_name(config.student) if config.student is not None else run.teacher.name
+        self._name = parse_model_name(config.student or str(run.teacher.name))
         self.mode: Mode = config.mode
         self._pixels_BHWC = pixels_BHWC
         self._students: dict[Mode, tuple[Student, torch.optim.Optimizer]] = {}

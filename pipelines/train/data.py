@@ -25,6 +25,7 @@ from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing, plan_pairing
 from atcache.students.student import Student, check_views_fit, new_student
 from atcache.students.teacher_side import CacheTeacher, LiveTeacher, SharedTeacher, start_teacher
+from atcache.teachers.foreign.names import is_foreign
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import ModelName, parse_model_name
@@ -316,6 +317,11 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
         return read_weights(config.weights)
     name = config.student if teacher is None else teacher.name
     assert name is not None, "checked by TrainConfig"
+    if is_foreign(name):
+        raise ConfigError(
+            f"mode finetune begins with the weights of the teacher, {name}, which do not fit a model of timm. Choose "
+            "another mode, or finetune from a file: --student with --weights, without --cache."
+        )
     loaded = load_teacher(name, weights=config.weights)
     if teacher is not None and loaded.weights_sha256 != teacher.weights_sha256:
         raise CacheMismatchError(

@@ -13,6 +13,7 @@ from atcache.feed.caches import usable_samples
 from atcache.feed.sample_views import Views
 from atcache.store.reader import CacheReader
 from atcache.teachers.components import component_differences
+from atcache.teachers.foreign.names import is_foreign
 from atcache.teachers.load import create_student
 from atcache.teachers.names import ModelName, parse_model_name
 from atcache.teachers.record import TeacherRecord
@@ -112,6 +113,12 @@ def _sources(identity: dict[str, Any]) -> set[str]:
 
 def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:
     """A warning if the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
+    if is_foreign(teacher.name):
+        yield (
+            f"NOTE: the teacher {teacher.name} is not of timm, so its components are not compared with the student's. "
+            "Attention transfer is known to fail if the student lacks one, such as LayerScale or registers."
+        )
+        return
     with torch.device("meta"):
         models = [create_student(parse_model_name(teacher.name), 1), create_student(student, 1)]
     if differences := component_differences(*models):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atcache.errors import ConfigError
 from atcache.files.location import Location, Url
+from atcache.teachers.foreign.own import OwnTeacher
 
 from ..options import config, device_option, option, options_of, weights_option
 
@@ -34,8 +35,8 @@ class VerifyConfig:
     repair: bool = option(
         "Delete the commit records of damaged tasks, so that the next `atcache build` redoes just these.", default=False
     )
-    teacher: str | None = option(
-        "Recompute some views with this teacher, an alias or timm name. It must be the one of the build.", default=None
+    teacher: str | OwnTeacher | None = option(
+        "Recompute some views with this teacher, named as for build. It must be the one of the build.", default=None
     )
     weights: Path | None = weights_option()
     teacher_sample: int = option("Number of views, spread evenly, that the teacher recomputes.", default=32, at_least=1)

@@ -16,8 +16,10 @@ from atcache.cache.differences import name_differences
 from atcache.errors import AtcacheError, CacheMismatchError
 from atcache.files.location import Location
 from atcache.students.teacher_side import CachedFactors
+from atcache.teachers.foreign.names import OWN, is_foreign
+from atcache.teachers.foreign.own import OwnTeacher
 from atcache.teachers.load import load_teacher
-from atcache.teachers.names import ModelName, parse_model_name
+from atcache.teachers.names import parse_model_name
 from atcache.teachers.run import TeacherRun
 from atcache.views.rendering import STORED
 
@@ -74,12 +76,12 @@ class Fidelity:
     worst_x_error: float | None
 
 
-def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.device) -> TeacherRun:
+def open_teacher(cache: Cache, name: str | OwnTeacher, weights: Path | None, device: torch.device) -> TeacherRun:
     """The cache's own teacher, which computes as it did at build time.
 
     Args:
         cache: the cache, which records its teacher.
-        name: an alias or timm name. The tag of its weights is not compared, the weights themselves are.
+        name: as for a build. The tag of its weights is not compared, the weights themselves are.
         weights: a file; None takes timm's.
         device: where it runs.
 
@@ -88,7 +90,7 @@ def open_teacher(cache: Cache, name: str, weights: Path | None, device: torch.de
         TeacherError: it cannot be loaded.
     """
     record = cache.record.teacher_record
-    _refuse_another(cache, _describe(parse_model_name(record.name)), _describe(parse_model_name(name)))
+    _refuse_another(cache, _describe(record.name), _describe(str(name)))
     teacher = load_teacher(name, weights=weights, device=device)
     _refuse_another(cache, cache.record.identity.input.to_json(), teacher.input.to_json())
     return record.run(teacher, device)
@@ -102,7 +104,11 @@ def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any
         )
 
 
-def _describe(name: ModelName) -> dict[str, Any]:
+def _describe(text: str) -> dict[str, Any]:
+    if is_foreign(text):
+        # Folders move and revisions get names: what was loaded is told by its weights. Only code is told by the name.
+        return {"name": text if text.startswith(OWN) else text.partition(":")[0]}
+    name = parse_model_name(text)
     return {"name": name.architecture, **name.arguments}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_models import HandWrittenViT, PackedFused
 from PIL import Image
 
 import atcache
@@ -67,6 +68,8 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         '"mae-vit-l"': f"{tiny_vit!r}, weights={str(tiny_weights)!r}",
         '"vit_small_patch16_224"': f"{tiny_vit!r}, steps=2, batch_size=8",
         "workers=8": "workers=0",
+        "image_size=224, patch_size=16": "image_size=32, patch_size=8",
+        'out="mine.zarr")': f'out="mine.zarr", {small})',
         ", views=2)": f", views=2, {small})",
         '"part-0.zarr"': repr(str(tiny_cache(data=str(digits_tars[0])))),
         '"part-1.zarr"': repr(str(tiny_cache(data=str(digits_tars[1])))),
@@ -74,11 +77,22 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
     examples = blocks("api/caches.md", "python") + blocks("api/runs.md", "python")
-    assert len(examples) == 9
-    scope = {"atcache": atcache}
+    assert len(examples) == 10
+    scope = {"atcache": atcache, "my_vit": HandWrittenViT(PackedFused)}
     # In the order in which one needs another's result; the page's is that of the commands.
-    for name in ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"):
-        (example,) = [text for text in examples if f"atcache.{name}(" in text]
+    for name in (
+        "pack",
+        "pretrain",
+        "plan",
+        "build",
+        "merge",
+        "own_teacher",
+        "verify",
+        "train",
+        "train_sweep",
+        "evaluate",
+    ):
+        (example,) = [text for text in examples if f"atcache.{name}(" in text.partition("\n")[0]]
         for printed, stand_in in stand_ins.items():
             example = example.replace(printed, stand_in)
         if name == "train":

@@ -30,6 +30,7 @@ ORDER = [
     "guide.md",
     "guide/images.md",
     "guide/teachers.md",
+    "guide/foreign.md",
     "guide/plan.md",
     "guide/build.md",
     "guide/grow.md",

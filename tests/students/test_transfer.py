@@ -14,9 +14,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 
+from atcache.attention.calls import AttentionCall
 from atcache.attention.factors import LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.intercept import AttentionCall, AttentionIntercept
+from atcache.attention.intercept import AttentionIntercept
 from atcache.attention.tokens import TokenLayout
 from atcache.errors import TeacherError
 from atcache.students import distil as transfer

@@ -1,0 +1,244 @@
+"""Teachers of Hugging Face transformers: `transformers:ORG/MODEL`, with `@REVISION` or not, or `transformers:FOLDER`.
+
+Weights are read from safetensors, or from torch files with `weights_only=True`, and no code of a repository is run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atcache.attention.survey import describe
+from atcache.errors import TeacherError
+from atcache.teachers.foreign.image_processor import processor_input
+from atcache.teachers.foreign.loaded import ForeignModel
+from atcache.teachers.foreign.names import TRANSFORMERS, ForeignName
+from atcache.teachers.foreign.reach import check_reach
+from atcache.teachers.weights import weights_sha256
+
+MODEL_CLASSES = {
+    "beit": "BeitModel",
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "deit": "DeiTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "vit": "ViTModel",
+    "vit_mae": "ViTMAEModel",
+    "vit_msn": "ViTMSNModel",
+}
+"""transformers' class of each `model_type` that can be a teacher."""
+_WITHOUT_EFFECT = ("pooler.", "embeddings.mask_token")
+"""Parameters that no map depends on, which files may therefore lack."""
+
+
+def load_transformers(text: str, device: torch.device) -> ForeignModel:
+    """The model that a name beginning with "transformers:" stands for.
+
+    Args:
+        text: the whole name.
+        device: where it runs.
+
+    Raises:
+        TeacherError: transformers is not installed, or the model cannot be found, read or used; the message says why.
+        UnsupportedAttentionError: its attention cannot be cached.
+    """
+    transformers = _import_transformers(text)
+    place, _, revision = text.removeprefix(TRANSFORMERS).partition("@")
+    folder = Path(place).expanduser()
+    is_local = bool(place) and folder.is_dir()
+    if not is_local and (place.count("/") != 1 or place[:1] in "./~"):
+        raise TeacherError(f"model {text}: there is no folder {place}, and a name on the hub is ORG/MODEL.")
+    where = str(folder) if is_local else place
+    with _quiet(transformers), _told_plainly(text, place):
+        found, settings, revision = _read_configs(transformers, text, where, revision or None)
+        model_type: str = found.model_type
+        if model_type not in MODEL_CLASSES:
+            raise TeacherError(
+                f"model {text}: its model_type is {model_type!r}, expected one of {', '.join(MODEL_CLASSES)}. Other "
+                "ViTs can be handed over from Python with atcache.own_teacher."
+            )
+        model = _load_model(getattr(transformers, MODEL_CLASSES[model_type]), text, where, revision)
+    config: Any = model.config
+    patch: int | tuple[int, int] = config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    inputs = processor_input(text, settings, _model_size(config))
+    model = model.to(device).eval().requires_grad_(False)
+    grid = inputs.height // patch_height, inputs.width // patch_width
+    resizes = (inputs.height, inputs.width) != _model_size(config)
+    return ForeignModel(
+        model=describe(
+            model,
+            label=text,
+            image_size=(inputs.height, inputs.width),
+            grid=grid,
+            forward=_forward(model, grid[0] * grid[1], resizes=resizes),
+        ),
+        name=ForeignName(text),
+        source=folder.name if is_local else f"hub:{place}@{revision}",
+        weights_sha256=weights_sha256(model, without=_WITHOUT_EFFECT),
+        input=inputs,
+    )
+
+
+def _import_transformers(text: str) -> Any:  # noqa: ANN401 - a module
+    try:
+        import transformers
+    except ImportError as error:
+        raise TeacherError(
+            f"model {text}: the library transformers is not installed. Install it with: pip install "
+            "'atcache[transformers]'."
+        ) from error
+    return transformers
+
+
+def _read_configs(
+    transformers: Any,  # noqa: ANN401 - a module
+    text: str,
+    where: str,
+    revision: str | None,
+) -> tuple[Any, dict[str, Any], str | None]:
+    """The model's config, the image processor's settings, and the commit they are of. Copies on this machine first."""
+
+    is_folder = Path(where).is_dir()
+
+    def read(*, local_files_only: bool) -> tuple[Any, dict[str, Any], str | None]:
+        commit = None if is_folder else _commit(where, revision, local_files_only=local_files_only)
+        options: dict[str, Any] = {"revision": commit, "local_files_only": local_files_only}
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(where, **options)
+        return config, settings, commit
+
+    try:
+        return read(local_files_only=True)
+    except OSError:
+        if is_folder:
+            raise
+        by_hand = f"Download https://huggingface.co/{where} elsewhere, and give the folder: {TRANSFORMERS}FOLDER."
+        check_reach(text, where, by_hand)
+        return read(local_files_only=False)
+
+
+def _commit(repository: str, revision: str | None, *, local_files_only: bool) -> str:
+    """The commit that a revision is now; all files are then taken from it."""
+    import huggingface_hub
+
+    config = huggingface_hub.hf_hub_download(
+        repository, "config.json", revision=revision, local_files_only=local_files_only
+    )
+    return Path(config).parent.name  # snapshots/COMMIT/config.json
+
+
+def _load_model(model_class: Any, text: str, where: str, revision: str | None) -> nn.Module:  # noqa: ANN401
+    """The model with all its weights in float32.
+
+    Raises:
+        TeacherError: weights that its maps depend on are missing, or have another shape.
+    """
+    options: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(model_class).parameters:
+        options["add_pooling_layer"] = False  # many files lack it, and no map depends on it
+    # transformers fills what a file lacks with random numbers; drawing them must not change those of a later student.
+    with torch.random.fork_rng(devices=[]):
+        model, report = model_class.from_pretrained(
+            where,
+            revision=revision,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    lacking = sorted(name for name in report["missing_keys"] if not name.startswith(_WITHOUT_EFFECT))
+    misfits = sorted(name for name, *_ in report["mismatched_keys"])
+    for names, what in ((lacking, "are missing in"), (misfits, "have another shape in")):
+        if names:
+            raise TeacherError(
+                f"model {text}: {len(names)} tensors {what} its weights, the first {names[0]}. The weights are of "
+                "another model than its config.json."
+            )
+    return model
+
+
+def _model_size(config: Any) -> tuple[int, int] | None:  # noqa: ANN401 - a transformers config
+    size = getattr(config, "image_size", None)
+    return (size, size) if isinstance(size, int) else None if size is None else (int(size[0]), int(size[1]))
+
+
+def _forward(model: nn.Module, num_patches: int, *, resizes: bool) -> Callable[[nn.Module, Tensor], Any]:
+    """What runs the model on images, with all patches in their order."""
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"interpolate_pos_encoding": True} if resizes and _INTERPOLATES in accepted else {}
+    if "noise" not in accepted:
+        return lambda module, images: module(pixel_values=images, **options)
+    # ViTMAE drops patches and shuffles the others, in the order of this noise.
+    config: Any = model.config
+    config.mask_ratio = 0.0
+
+    def forward(module: nn.Module, images: Tensor) -> Any:  # noqa: ANN401 - transformers' output
+        noise_BT = torch.arange(num_patches, dtype=torch.float32, device=images.device).expand(len(images), -1)
+        return module(pixel_values=images, noise=noise_BT, **options)
+
+    return forward
+
+
+_INTERPOLATES = "interpolate_pos_encoding"
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Generator[None]:  # noqa: ANN401 - a module
+    """A context in which transformers shows no bars and reports; what matters of them is checked and said by us."""
+    log = transformers.utils.logging
+    level, shows_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if shows_bars:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _told_plainly(text: str, place: str) -> Generator[None]:
+    """A context that makes one sentence of what transformers and the hub raise."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except Exception as error:  # transformers raises anything on folders it was not written for
+        classes = {type(cause).__name__ for cause in _causes(error)}
+        page = f"https://huggingface.co/{place}"
+        if "GatedRepoError" in classes:
+            reason = f"its authors ask you to agree to a licence. Do so at {page}, and give your token: hf auth login"
+        elif "RepositoryNotFoundError" in classes:
+            reason = f"there is no public repository {page}, or it needs your token: hf auth login"
+        elif "RevisionNotFoundError" in classes:
+            reason = f"{page} has no such revision"
+        elif "Can't load image processor" in str(error):
+            reason = "it has no preprocessor_config.json, which says the size, mean and std of its images"
+        elif "trust_remote_code" in str(error):
+            reason = "it needs code of its repository, which is never run. Hand it over with atcache.own_teacher"
+        elif "UnpicklingError" in classes:
+            reason = "its weights hold pickled Python objects beside tensors, which could run code; they were not read"
+        else:
+            words = " ".join(str(error).split())
+            reason = f"transformers cannot load it ({type(error).__name__}: {words[:300]})"
+        raise TeacherError(f"model {text}: {reason}.") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,127 @@
+"""Teachers of OpenCLIP: `open-clip:MODEL/TAG` with a tag of trained weights, or `open-clip:MODEL` with a file of them.
+
+The image tower is the teacher. Torch files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from atcache.attention.survey import describe
+from atcache.errors import TeacherError
+from atcache.teachers.foreign.loaded import ForeignModel
+from atcache.teachers.foreign.names import OPEN_CLIP, ForeignName
+from atcache.teachers.foreign.reach import check_reach
+from atcache.teachers.inputs import InputConfig
+from atcache.teachers.weights import weights_sha256
+
+
+def load_open_clip(text: str, weights: Path | None, device: torch.device) -> ForeignModel:
+    """The image tower of the model that a name beginning with "open-clip:" stands for.
+
+    Args:
+        text: the whole name.
+        weights: a file, for a name without a tag.
+        device: where it runs.
+
+    Raises:
+        TeacherError: OpenCLIP is not installed, knows no such model or tag, or cannot load the weights.
+        UnsupportedAttentionError: its attention cannot be cached.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise TeacherError(
+            f"model {text}: the library OpenCLIP is not installed. Install it with: pip install 'atcache[open-clip]'."
+        ) from error
+    architecture, _, tag = text.removeprefix(OPEN_CLIP).partition("/")
+    _check_name(open_clip, text, architecture, tag, weights)
+    chosen = tag if weights is None else str(weights)
+    entry = cast("Mapping[str, Any]", open_clip.get_pretrained_cfg(architecture, tag))
+    repository = str(entry.get("hf_hub", "")).strip("/")
+    if repository:
+        # Some entries have a file's name behind the repository's.
+        check_reach(text, "/".join(repository.split("/")[:2]), "Give weights fetched elsewhere with --weights FILE.")
+    # Initial weights are replaced; drawing them must not change the random numbers of a student made later.
+    with torch.random.fork_rng(devices=[]), _quiet(), _told_plainly(text):
+        model: Any = open_clip.create_model(architecture, pretrained=chosen, precision="fp32", require_pretrained=True)
+    visual = model.visual.to(device).eval().requires_grad_(False)
+    grid = getattr(visual, "grid_size", None)
+    if grid is None:
+        grid = getattr(getattr(getattr(visual, "trunk", None), "patch_embed", None), "grid_size", None)
+    if grid is None:
+        raise TeacherError(f"model {text}: its image tower, {type(visual).__name__}, is not a ViT with a patch grid.")
+    inputs = _input(visual.preprocess_cfg)
+    return ForeignModel(
+        model=describe(visual, label=text, image_size=(inputs.height, inputs.width), grid=(int(grid[0]), int(grid[1]))),
+        name=ForeignName(text),
+        source=Path(weights).name if weights is not None else f"open-clip:{tag}",
+        weights_sha256=weights_sha256(visual),
+        input=inputs,
+    )
+
+
+def _check_name(open_clip: Any, text: str, architecture: str, tag: str, weights: Path | None) -> None:  # noqa: ANN401
+    known: list[str] = open_clip.list_models()
+    if architecture not in known:
+        close = [name for name in known if name.lower().startswith(architecture.lower()[:5])][:6]
+        raise TeacherError(f"model {text}: OpenCLIP has no model {architecture!r}. Known: {', '.join(close or known)}.")
+    tags: list[str] = open_clip.list_pretrained_tags_by_model(architecture)
+    if weights is not None:
+        if tag:
+            raise TeacherError(f"model {text}: its weights are named twice, by {tag!r} and --weights. Leave out one.")
+        if not weights.is_file():
+            raise TeacherError(f"weights {weights}: no such file.")
+    elif tag not in tags:
+        raise TeacherError(
+            f"model {text}: OpenCLIP has no weights {tag!r} for it. Known: {', '.join(tags) or 'none'}. Give one of "
+            f"them as {OPEN_CLIP}{architecture}/TAG, or a file with --weights."
+        )
+
+
+def _input(settings: dict[str, Any]) -> InputConfig:
+    size = settings["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    red, green, blue = settings["mean"]
+    std_red, std_green, std_blue = settings["std"]
+    return InputConfig(
+        height=int(height),
+        width=int(width),
+        mean=(float(red), float(green), float(blue)),
+        std=(float(std_red), float(std_green), float(std_blue)),
+        # "random" is what OpenCLIP writes for training with either of two.
+        interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",
+        crop_pct=1.0,
+    )
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """A context without OpenCLIP's messages, which go to the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _told_plainly(text: str) -> Generator[None]:
+    """A context that makes one sentence of what OpenCLIP raises."""
+    try:
+        yield
+    except Exception as error:  # OpenCLIP and torch raise anything on files they were not written for
+        words = " ".join(str(error).split())
+        if "weights_only" in words or "Unpickling" in type(error).__name__:
+            words = "the file holds pickled Python objects beside tensors, which could run code; it was not read"
+        raise TeacherError(
+            f"model {text}: OpenCLIP cannot load it ({type(error).__name__}: {words[:300]}). Without a connection, "
+            "fetch the weights elsewhere and give --weights FILE."
+        ) from error
