@@ -26,7 +26,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 # Their tensors are as large as the weights and are never weights.
 _NOT_WEIGHTS = {"optimizer", "optimizers", "optimizer_states", "optim", "scaler", "lr_scheduler", "lr_schedulers"}
-_DEEPEST = 16  # dicts within dicts; a file made to harm may hold one that contains itself
+_DEEPEST = 16  # dicts within dicts
 # What torch and pickle raise for files that are cut short or made to harm.
 _DAMAGE = (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError, MemoryError)
 _INDEX_NBYTES_LIMIT = 64 * 2**20
@@ -102,7 +102,7 @@ def read_weights(path: str | Path) -> Weights:
         return Weights(_read_shards(path))
     checkpoint, grid = _read_file(path)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _tensors_within(checkpoint, ()):
+    for name, tensor in _tensors_within(checkpoint):
         if name in tensors:
             raise TeacherError(f"weights {path}: two tensors are called {name}. Save the state dict alone.")
         tensors[name] = tensor
@@ -150,7 +150,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for file, names in sorted(names_of_file.items()):
-        held = dict(_tensors_within(_read_file(index.parent / file)[0], ()))
+        held = dict(_tensors_within(_read_file(index.parent / file)[0]))
         if lacking := [name for name in names if name not in held]:
             raise TeacherError(f"weights {index.parent / file}: lacks {lacking[0]}, which {index.name} says it holds.")
         tensors |= {name: held[name] for name in names}
@@ -231,17 +231,22 @@ def _refuse_pickle(path: Path, error: pickle.UnpicklingError) -> NoReturn:
     ) from error
 
 
-def _tensors_within(entries: object, parents: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(entries, Mapping) or len(parents) > _DEEPEST:
-        return
-    for key, value in cast("Mapping[object, object]", entries).items():
-        if not parents and key in _NOT_WEIGHTS:
-            continue
-        path = (*parents, str(key))
-        if isinstance(value, Tensor):
-            yield ".".join(path), value.detach()
-        else:
-            yield from _tensors_within(value, path)
+def _tensors_within(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of dicts within dicts, by dotted names."""
+    seen: set[int] = set()  # a file made to harm may hold a dict that contains itself, several times
+
+    def walk(entries: object, parents: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        if not isinstance(entries, Mapping) or len(parents) > _DEEPEST or id(entries) in seen:
+            return
+        seen.add(id(entries))
+        for key, value in cast("Mapping[object, object]", entries).items():
+            path = (*parents, str(key))
+            if isinstance(value, Tensor):
+                yield ".".join(path), value.detach()
+            elif parents or key not in _NOT_WEIGHTS:
+                yield from walk(value, path)
+
+    return walk(checkpoint, ())
 
 
 def _outline(checkpoint: object, limit: int = 8) -> str:
