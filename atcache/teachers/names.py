@@ -112,9 +112,8 @@ def parse_model_name(text: str) -> ModelName:
     arguments_text, at, weights_at = arguments_text.partition(_WEIGHTS_AT)
     if at:
         if not weights_at.startswith(tuple(f"{source}:" for source in SOURCES)):
-            raise TeacherError(
-                f"model {text!r}: {_WEIGHTS_AT}{weights_at}: expected hf-hub:ORG/MODEL or local-dir:FOLDER."
-            )
+            expected = "hf-hub:ORG/MODEL or local-dir:FOLDER"
+            raise TeacherError(f"model {text!r}: expected {expected} as its last argument, {_WEIGHTS_AT}.")
         arguments = _parse_arguments(base, arguments_text.rstrip(", "))
         return ModelName(_known(base), arguments, weights_at)
     if colon and not arguments_text.strip():

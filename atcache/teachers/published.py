@@ -24,8 +24,7 @@ SOURCES = ("hf-hub", "local-dir")
 INPUT_ARGUMENTS = ("mean", "std", "interpolation", "crop_pct")
 """Arguments of a model's name that describe its input, not the model."""
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_REVISION = re.compile(r"[\w./-]+")
+_REVISION = re.compile(r"\w[\w./-]*")
 _LARGEST = 65536  # no published size is near it, and one far over it would fill the memory
 _CONFIG_NBYTES_LIMIT = 8 * 2**20  # some list the names of 21000 classes
 
@@ -93,11 +92,15 @@ def published_weights(weights_at: str) -> tuple[Path, str]:
 
 
 def _split(source: str) -> tuple[str, str | None]:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     repository, at, revision = source.partition(":")[2].partition("@")
-    if not _REPOSITORY.fullmatch(repository) or (at and not _REVISION.fullmatch(revision)):
-        raise TeacherError(
-            f"model {source!r}: expected hf-hub:ORGANISATION/MODEL or hf-hub:ORGANISATION/MODEL@REVISION."
-        )
+    try:
+        validate_repo_id(repository)
+        if "/" not in repository or (at and not _REVISION.fullmatch(revision)):
+            raise HFValidationError(source)
+    except HFValidationError as error:
+        raise TeacherError(f"model {source!r}: expected hf-hub:ORG/MODEL or hf-hub:ORG/MODEL@REVISION.") from error
     return repository, revision or None
 
 
