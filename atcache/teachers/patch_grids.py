@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -84,13 +84,14 @@ def fit_tables(model: nn.Module, weights: Mapping[str, Tensor], grid: Grid | Non
     Raises:
         TeacherError: the weights may be of several grids, or of none.
     """
-    from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+    from timm.layers import pos_embed_rel
 
-    modules = dict(model.named_modules())
+    resize: Any = cast("Any", pos_embed_rel).resize_rel_pos_bias_table
+    modules: dict[str, Any] = dict(cast("Any", model).named_modules())
     fitted: dict[str, Tensor] = {}
     for name, table_PH in weights.items():
         place, _, last = name.rpartition(".")
-        module: Any = modules.get(place)
+        module = modules.get(place)
         own: Any = getattr(module, _TABLE, None)
         if last != _TABLE or own is None or table_PH.ndim != 2 or table_PH.shape[1] != own.shape[1]:
             continue
@@ -102,13 +103,13 @@ def fit_tables(model: nn.Module, weights: Mapping[str, Tensor], grid: Grid | Non
         if theirs != ours:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of torch, about a copy within timm's interpolation
-                table_PH = resize_rel_pos_bias_table(table_PH, new_window_size=ours, new_bias_shape=own.shape, **source)
+                table_PH = resize(table_PH, new_window_size=ours, new_bias_shape=own.shape, **source)
         fitted[name] = table_PH
     return fitted
 
 
 @contextmanager
-def positions_are_fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def positions_are_fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     """Meanwhile timm's conversions take position embeddings of as many tokens as the model's to be of its grid.
 
     They would otherwise guess the grid from the image size that timm records, which may be of other weights.

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from atcache.errors import TeacherError
 
@@ -52,7 +53,7 @@ _HARMLESS: list[Any] = [
     # Plain containers; torch knows dict, list and tuple by themselves, and these for a default or a cast.
     (_plain_dict, "collections.defaultdict"),
     *((kind, f"builtins.{kind.__name__}") for kind in (int, float, str, bool, list, dict, tuple, frozenset, slice)),
-    torch.torch_version.TorchVersion,  # a string
+    TorchVersion,  # a string
     # Scores, losses and states of random generators: numbers in numpy's types. Both names of numpy's core module.
     np.ndarray,
     np.dtype,
@@ -195,8 +196,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | 
     from safetensors import SafetensorError, safe_open, torch as safetensors_torch
 
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = cast("dict[str, str]", file.metadata() or {})
+        with cast("Any", safe_open)(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
         return safetensors_torch.load_file(path), _grid(metadata.get(GRID_KEY, ""))
     except SafetensorError as error:
         raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Download it again.") from error
@@ -236,10 +237,13 @@ def _tensors_within(checkpoint: object) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()  # a file made to harm may hold a dict that contains itself, several times
 
     def walk(entries: object, parents: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        if not isinstance(entries, Mapping) or len(parents) > _DEEPEST or id(entries) in seen:
+        if not isinstance(entries, Mapping) or len(parents) > _DEEPEST:
             return
-        seen.add(id(entries))
-        for key, value in cast("Mapping[object, object]", entries).items():
+        held = cast("Mapping[object, object]", entries)
+        if id(held) in seen:
+            return
+        seen.add(id(held))
+        for key, value in held.items():
             path = (*parents, str(key))
             if isinstance(value, Tensor):
                 yield ".".join(path), value.detach()
