@@ -110,7 +110,8 @@ def create_student(
     """A model to train: the architecture of `name` with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: the architecture and its arguments; a `num_classes` among them is ignored.
+        name: the architecture and its arguments; a `num_classes` among them is ignored, and a student of a teacher
+            without pooling (`global_pool=''`) takes its class token, or the mean if it has none.
         num_classes: outputs of the head.
         weights: for fine-tuning: a file, or a state dict such as a teacher's (`weights_of` knows its grid), for all but
             the head.
@@ -122,6 +123,11 @@ def create_student(
     arguments: dict[str, Any] = {"num_classes": num_classes}
     if drop_path > 0:
         arguments["drop_path_rate"] = drop_path
+    if num_classes > 0 and name.arguments.get("global_pool") == "":
+        # Published teachers often give all tokens, unpooled. A classifier needs one vector.
+        with torch.device("meta"):
+            has_prefix = getattr(_create(name, arguments), "num_prefix_tokens", 0) > 0
+        arguments["global_pool"] = "token" if has_prefix else "avg"
     model = _create(name, arguments)
     if weights is not None:
         tensors = weights if isinstance(weights, Mapping) else _read(name, weights)

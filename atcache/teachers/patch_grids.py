@@ -91,11 +91,11 @@ def fit_tables(model: nn.Module, weights: Mapping[str, Tensor], grid: Grid | Non
     fitted: dict[str, Tensor] = {}
     for name, table_PH in weights.items():
         place, _, last = name.rpartition(".")
-        module = modules.get(place)
+        module: Any = modules.get(place)
         own: Any = getattr(module, _TABLE, None)
-        if last != _TABLE or own is None or table_PH.ndim != 2 or table_PH.shape[1] != own.shape[1]:
+        if last != _TABLE or module is None or own is None or table_PH.ndim != 2 or table_PH.shape[1] != own.shape[1]:
             continue
-        ours: Grid = (int(module.window_size[0]), int(module.window_size[1]))
+        ours = (int(module.window_size[0]), int(module.window_size[1]))
         num_extra = own.shape[0] - _num_offsets(ours)
         owner = f"{model_label(model)}: the weights' {name}"
         theirs = _grid_of(table_PH.shape[0] - num_extra, ours, grid, _num_offsets, owner)

@@ -259,6 +259,17 @@ def test_a_student_needs_neither_folder_nor_hub(tmp_path):
     assert load_teacher(recorded, weights=weights).name.weights_at is None, "the file given is not what is published"
 
 
+@pytest.mark.parametrize(("more", "num_prefix_tokens"), [("", 5), (",class_token=False,reg_tokens=0", 0)])
+def test_a_student_of_a_teacher_without_pooling_has_class_logits(more, num_prefix_tokens, tmp_path):
+    name = parse_model_name(f"local-dir:{publish(tmp_path / 'uni')}:depth=2{more}")
+    assert name.arguments["global_pool"] == ""
+    student = create_student(name, 3)
+    assert student.num_prefix_tokens == num_prefix_tokens
+    assert student(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    fine_tuned = create_student(parse_model_name(f"local-dir:{tmp_path / 'uni'}"), 3, weights=tmp_path / "uni")
+    assert torch.equal(fine_tuned.norm.weight, own_model().norm.weight)
+
+
 def test_the_users_arguments_overrule_the_configs(tmp_path):
     folder = publish(tmp_path / "a:b=c")  # a folder may have a colon; arguments are behind the last that begins some
     name = parse_model_name(f"local-dir:{folder}:init_values=0.5,mean=(0.1,0.2,0.3)")
