@@ -40,7 +40,7 @@ from atcache.images.source import Source, index_source
 from atcache.teachers.devices import autocast, resolve_precision
 from atcache.teachers.load import Teacher, load_teacher
 from atcache.teachers.run import TeacherRun
-from atcache.teachers.weights import read_weights
+from atcache.teachers.weight_files import read_weights
 from atcache.views.apply import apply_view
 from atcache.views.draw import draw_view
 

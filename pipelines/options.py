@@ -279,8 +279,8 @@ def recipe_option() -> str | None:
 
 
 def weights_option(whose: str = "The teacher's") -> Path | None:
-    """A file of weights."""
-    return option(f"{whose} weights, a file.  [default: timm's pretrained weights, from the hub]", default=None)
+    """Where weights are."""
+    return option(f"{whose} weights, a file or a folder.  [default: those of the name, from the hub]", default=None)
 
 
 def calibration_samples_option(what: str) -> int:

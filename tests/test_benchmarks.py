@@ -126,7 +126,7 @@ class TestRateDistortion:
         from rate_distortion import _has_trained_head
 
         from atcache.teachers.load import load_teacher
-        from atcache.teachers.weights import read_weights
+        from atcache.teachers.weight_files import read_weights
 
         headless = {name: tensor for name, tensor in read_weights(tiny_weights).items() if "head." not in name}
         torch.save(headless, tmp_path / "headless.pt")

@@ -2,8 +2,12 @@
 
 - `load`: from a name to a model with its weights
 - `names`: the names by which a user may call a model
-- `weights`: read files of weights without running code in them, and fit them into a model
-- `hub`: download weights from the Hugging Face hub
+- `published`: timm models as a repository of the hub or a folder holds them, with a config
+- `weights`: fit weights into a model, and name them by their sha256
+- `weight_files`: read files of weights without running code in them
+- `weight_sets`: find a model's weights among a file's tensors, whatever stands before their names
+- `patch_grids`: position embeddings and tables of another grid of patches
+- `hub`: download files from the Hugging Face hub
 - `inputs`: how an image becomes the input of a model
 - `devices`: which device and which float type a model runs in
 - `run`: a loaded teacher, on its device and in its precision

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from atcache.teachers.foreign.names import OPEN_CLIP, OWN, ForeignName, is_forei
 from atcache.teachers.foreign.own import OwnTeacher, load_own
 from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.names import ModelName, parse_model_name, pretrained_config
-from atcache.teachers.weights import AFTER_BLOCKS, load_weights, read_weights, weights_sha256
+from atcache.teachers.patch_grids import Grid, model_grid
+from atcache.teachers.published import INPUT_ARGUMENTS, published_weights, read_published
+from atcache.teachers.weight_files import Weights, read_weights
+from atcache.teachers.weight_sets import AFTER_BLOCKS
+from atcache.teachers.weights import load_weights, weights_sha256
 
 DEMO_WEIGHTS = Path(__file__).parent.parent / "data" / "demo-mae.safetensors"
 """The weights of "demo-mae", which ship with the package."""
-_INPUT_ARGUMENTS = ("mean", "std", "interpolation", "crop_pct")
+_MLPS = ("Mlp", "GluMlp", "SwiGLU", "SwiGLUPacked", "GatedMlp", "GlobalResponseNormMlp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,7 +39,7 @@ class Teacher:
     name: ModelName | ForeignName
     """What it was made from; aliases are resolved."""
     source: str
-    """Where the weights came from: a file's name, or "hub:" and a repository."""
+    """Where the weights came from: a file's name, or "hub:" and a repository, with the commit if it is not timm's."""
     weights_sha256: str
     """sha256 of all that the maps depend on: for timm the state dict without norm, pooling and head at the end."""
     licence: str | None
@@ -52,9 +56,10 @@ def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device:
     """The teacher `name` with its trained weights, in eval mode and without gradients.
 
     Args:
-        name: an alias ("mae-vit-l"), a timm name with arguments, see `parse_model_name`, or the name or module of a
-            foreign model.
-        weights: a safetensors or torch file; None takes the weights timm names, from the hub or its local cache.
+        name: an alias ("mae-vit-l"), a timm name with arguments, or what is published on the hub or in a folder, see
+            `parse_model_name`; or the name or module of a foreign model.
+        weights: a safetensors or torch file, an index of shards, or a folder with one of these; None takes the weights
+            that timm names or that are published under the name, from the hub or its local cache.
         device: where to put the model.
 
     Raises:
@@ -66,6 +71,8 @@ def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device:
         return _load_foreign(name, weights, torch.device(device))
     model_name = parse_model_name(str(name))
     licence: str | None = pretrained_config(model_name.timm_name).get("license")
+    if weights is not None:
+        model_name = replace(model_name, weights_at=None)
     if weights is None and model_name == parse_model_name("demo-mae"):
         weights, licence = DEMO_WEIGHTS, "apache-2.0"
     elif weights is not None and "." not in model_name.timm_name:
@@ -77,7 +84,12 @@ def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device:
     tokens = token_layout(model)
     if weights is not None:
         source = Path(weights).name
-        load_weights(model, read_weights(weights))
+        load_weights(model, _read(model_name, weights))
+    elif model_name.weights_at is not None:
+        licence = read_published(model_name.weights_at).licence
+        place, source = published_weights(model_name.weights_at)
+        size = read_published(model_name.weights_at).arguments.get("img_size")
+        load_weights(model, _with_grid(_read(model_name, place), model, size))
     else:
         model_name, source = _load_from_hub(model, model_name)
     return Teacher(
@@ -133,9 +145,11 @@ def create_student(
     """A model to train: the architecture of `name` with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: the architecture and its arguments; a `num_classes` among them is ignored.
+        name: the architecture and its arguments; a `num_classes` among them is ignored, and a student of a teacher
+            without pooling (`global_pool=''`) takes its class token, or the mean if it has none.
         num_classes: outputs of the head.
-        weights: for fine-tuning: a file, or a state dict such as a teacher's, for all but the head.
+        weights: for fine-tuning: a file, or a state dict such as a teacher's (`weights_of` knows its grid), for all but
+            the head.
         drop_path: probability of skipping the last block (stochastic depth); earlier ones are skipped less, linearly.
 
     Raises:
@@ -144,11 +158,46 @@ def create_student(
     arguments: dict[str, Any] = {"num_classes": num_classes}
     if drop_path > 0:
         arguments["drop_path_rate"] = drop_path
+    if num_classes > 0 and name.arguments.get("global_pool") == "":
+        # Published teachers often give all tokens, unpooled. A classifier needs one vector.
+        with torch.device("meta"):
+            has_prefix = getattr(_create(name, arguments), "num_prefix_tokens", 0) > 0
+        arguments["global_pool"] = "token" if has_prefix else "avg"
     model = _create(name, arguments)
     if weights is not None:
-        tensors = weights if isinstance(weights, Mapping) else read_weights(weights)
+        tensors = weights if isinstance(weights, Mapping) else _read(name, weights)
+        if not isinstance(tensors, Weights) or tensors.grid is None:
+            tensors = Weights(tensors, grid=_weights_grid(name))
         load_weights(model, tensors, keep_head=False)
     return model
+
+
+def _read(name: ModelName, path: Path) -> Weights:
+    """The weights in a file, with the grid that the user says they are of."""
+    weights = read_weights(path)
+    grid = _weights_grid(name)
+    return weights if grid is None else Weights(weights, grid=grid)
+
+
+def _with_grid(weights: Weights, model: nn.Module, image_size: Any) -> Weights:  # noqa: ANN401 - from a config
+    """Weights made for images of a size, with their grid. It matters to models of another than a square grid."""
+    ours = model_grid(model)
+    patches = [tensor.shape[2:] for name, tensor in weights.items() if name.endswith("patch_embed.proj.weight")]
+    if weights.grid or not image_size or not patches or len(patches[0]) != 2 or ours is None or ours[0] == ours[1]:
+        return weights
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return Weights(weights, grid=(height // patches[0][0], width // patches[0][1]))
+
+
+def _weights_grid(name: ModelName) -> Grid | None:
+    given: Any = name.arguments.get("weights_grid")
+    if given is None:
+        return None
+    if not isinstance(given, tuple) or [type(side) for side in cast("tuple[Any, ...]", given)] != [int, int]:
+        raise TeacherError(f"model {name}: weights_grid={given!r}, expected patches down and across, such as (14,14).")
+    if min(cast("Grid", given)) < 1:
+        raise TeacherError(f"model {name}: weights_grid={given!r}, expected at least one patch down and across.")
+    return cast("Grid", given)
 
 
 def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
@@ -158,7 +207,11 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
     arguments = {**name.arguments, **overrides}
     if arguments.get("in_chans", 3) != 3:
         raise TeacherError(f"model {name}: images have three colours (in_chans=3). Leave in_chans out.")
-    overlay = {key: arguments.pop(key) for key in _INPUT_ARGUMENTS if key in arguments}
+    _weights_grid(name)  # refuses what is none; it says nothing about the model
+    arguments.pop("weights_grid", None)
+    if isinstance(mlp := arguments.get("mlp_layer"), str):
+        arguments["mlp_layer"] = _mlp_class(name, mlp)
+    overlay = {key: arguments.pop(key) for key in INPUT_ARGUMENTS if key in arguments}
     try:
         model = create_model(name.timm_name, pretrained_cfg_overlay=overlay, **arguments)
     except TypeError as error:
@@ -170,6 +223,15 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
         raise TeacherError(f"model {name}: timm cannot make it with these arguments ({error}).") from error
     _check_patches_fit(name, model)
     return model
+
+
+def _mlp_class(name: ModelName, mlp: str) -> Any:  # noqa: ANN401 - timm's layers are untyped
+    """A kind of MLP by its name in timm, which takes names only for activations and norms."""
+    from timm import layers
+
+    if mlp not in _MLPS:
+        raise TeacherError(f"model {name}: mlp_layer={mlp}: expected one of {', '.join(_MLPS)}.")
+    return getattr(layers, mlp)
 
 
 def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
@@ -191,7 +253,7 @@ def _check_patches_fit(name: ModelName, model: nn.Module) -> None:
 def _close_arguments(unknown: str) -> str:
     from timm.models.vision_transformer import VisionTransformer
 
-    known = [*inspect.signature(VisionTransformer).parameters, *_INPUT_ARGUMENTS]
+    known = [*inspect.signature(VisionTransformer).parameters, *INPUT_ARGUMENTS]
     close = difflib.get_close_matches(unknown, known, n=2)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -210,6 +272,6 @@ def _load_from_hub(model: nn.Module, name: ModelName) -> tuple[ModelName, str]:
             f"{name.timm_name}.{config.get('tag') or 'TAG'}."
         )
     path, source = fetch_weights(name.timm_name, config)
-    load_weights(model, read_weights(path))
+    load_weights(model, _with_grid(_read(name, path), model, config.get("input_size", ())[-2:]))
     tagged = name.timm_name if "." in name.timm_name else f"{name.timm_name}.{config['tag']}"
-    return ModelName(tagged, name.arguments), source
+    return replace(name, timm_name=tagged), source

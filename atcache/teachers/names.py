@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from atcache.errors import TeacherError
 from atcache.teachers.foreign.names import refuse_as_student
+from atcache.teachers.published import SOURCES, read_published
 
 DEMO_MODEL = (
     "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=64,depth=4,num_heads=4,class_token=False,global_pool=avg,"
@@ -64,6 +66,8 @@ _REFUSED_ARGUMENTS = (
     "scriptable",
     "exportable",
 )
+_WEIGHTS_AT = "weights_at="  # always the last argument, and never quoted: folders may have commas
+_BEGINS_ARGUMENTS = re.compile(r"\s*[A-Za-z_]\w*\s*=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,11 @@ class ModelName:
     timm_name: str
     """As timm writes it, with or without the tag of its weights: "vit_large_patch16_224.mae"."""
     arguments: dict[str, Any] = field(default_factory=dict[str, Any], hash=False)
-    """Arguments of timm's `create_model`, and `mean`, `std`, `interpolation`, `crop_pct` of the model's input."""
+    """Arguments of timm's `create_model`; `mean`, `std`, `interpolation`, `crop_pct` of the model's input; and
+    `weights_grid`, the patches down and across of the weights if the model's own are others."""
+    weights_at: str | None = None
+    """Where its weights are published, if it is not timm that names them: "hf-hub:REPOSITORY@COMMIT" or
+    "local-dir:FOLDER"."""
 
     @property
     def architecture(self) -> str:
@@ -81,35 +89,63 @@ class ModelName:
         return self.timm_name.partition(".")[0]
 
     def __str__(self) -> str:
-        arguments = ",".join(f"{name}={_argument_text(value)}" for name, value in self.arguments.items())
-        return f"{self.timm_name}:{arguments}" if arguments else self.timm_name
+        parts = [f"{name}={_argument_text(value)}" for name, value in self.arguments.items()]
+        if self.weights_at is not None:
+            parts.append(f"{_WEIGHTS_AT}{self.weights_at}")
+        return f"{self.timm_name}:{','.join(parts)}" if parts else self.timm_name
 
 
 def parse_model_name(text: str) -> ModelName:
-    """The model that `text` names: an alias, or a timm name, with arguments after a colon.
+    """The model that `text` names: an alias, a timm name, or what is published, with arguments after a colon.
 
-    Arguments are Python literals; text may stay unquoted: "vit_tiny_patch16_224:img_size=32,global_pool=avg".
+    Arguments are Python literals; text may stay unquoted: "vit_tiny_patch16_224:img_size=32,global_pool=avg". What is
+    published, "hf-hub:ORG/MODEL", "hf-hub:ORG/MODEL@REVISION" or "local-dir:FOLDER", becomes the timm name and the
+    arguments that its config.json says, and the commit that the revision is now. It is looked up where it was
+    downloaded before, then in the network.
 
     Raises:
         TeacherError: there is no such model (the message gives close names), or the arguments cannot be read.
     """
-    from timm.models import is_model
-
     refuse_as_student(text)
     base, colon, arguments_text = text.strip().partition(":")
-    if base in ("hf-hub", "hf_hub", "local-dir"):
-        raise TeacherError(
-            f"model {text!r}: {base}: names are not supported. Give timm's own name, and a file of weights."
-        )
+    base = base.replace("hf_hub", "hf-hub")  # as timm wrote it before
+    if base in SOURCES:
+        return _published_name(base, arguments_text)
+    arguments_text, at, weights_at = arguments_text.partition(_WEIGHTS_AT)
+    if at:
+        if not weights_at.startswith(tuple(f"{source}:" for source in SOURCES)):
+            expected = "hf-hub:ORG/MODEL or local-dir:FOLDER"
+            raise TeacherError(f"model {text!r}: expected {expected} as its last argument, {_WEIGHTS_AT}.")
+        arguments = _parse_arguments(base, arguments_text.rstrip(", "))
+        return ModelName(_known(base), arguments, weights_at)
     if colon and not arguments_text.strip():
         raise TeacherError(f"model {text!r}: nothing follows the colon; expected arguments such as img_size=224.")
     if base in ALIASES:
         meant = parse_model_name(ALIASES[base])
         return ModelName(meant.timm_name, {**meant.arguments, **_parse_arguments(base, arguments_text)})
-    if not is_model(base.partition(".")[0]):
-        raise TeacherError(f"model {base!r} is unknown.{_close_models(base)}")
-    pretrained_config(base)
-    return ModelName(base, _parse_arguments(base, arguments_text))
+    return ModelName(_known(base), _parse_arguments(base, arguments_text))
+
+
+def _known(timm_name: str) -> str:
+    from timm.models import is_model
+
+    if not is_model(timm_name.partition(".")[0]):
+        raise TeacherError(f"model {timm_name!r} is unknown.{_close_models(timm_name)}")
+    pretrained_config(timm_name)
+    return timm_name
+
+
+def _published_name(source: str, rest: str) -> ModelName:
+    """The plain name of what is published at `rest`, which may have arguments of the user's own behind a colon."""
+    place, arguments_text = rest, ""
+    # A repository has no colon. A folder may have some, so the last one must begin arguments.
+    before, _, behind = rest.partition(":") if source == "hf-hub" else rest.rpartition(":")
+    if before and (source == "hf-hub" or _BEGINS_ARGUMENTS.match(behind)):
+        place, arguments_text = before, behind
+    published = read_published(f"{source}:{place}")
+    _refuse_arguments(f"{source}:{place}", published.arguments)
+    arguments = published.arguments | _parse_arguments(f"{source}:{place}", arguments_text)
+    return ModelName(published.architecture, arguments, published.weights_at)
 
 
 def _argument_text(value: object) -> str:
@@ -136,10 +172,14 @@ def _parse_arguments(model: str, text: str) -> dict[str, Any]:
             f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by "
             "commas, such as img_size=224,patch_size=16."
         ) from error
+    _refuse_arguments(model, arguments)
+    return arguments
+
+
+def _refuse_arguments(model: str, arguments: dict[str, Any]) -> None:
     refused = [name for name in arguments if name in _REFUSED_ARGUMENTS]
     if refused:
         raise TeacherError(f"model {model}: the argument {refused[0]} cannot be given in a model's name.")
-    return arguments
 
 
 def pretrained_config(timm_name: str) -> dict[str, Any]:

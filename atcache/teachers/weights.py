@@ -1,76 +1,53 @@
-"""Weight files: read without running what is in them, fitted into a timm model, and named by their sha256."""
+"""Weights of timm models: fitted into a model, whatever file they come from, and named by their sha256."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import inspect
 import logging
-import pickle
-import sys
-import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from atcache.attention.blocks import model_label
 from atcache.errors import TeacherError
+from atcache.teachers.patch_grids import model_grid
+from atcache.teachers.weight_files import Weights
+from atcache.teachers.weight_sets import AFTER_BLOCKS, choose_set, describe_set
 
-WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
-"""Keys under which a checkpoint may hold its weights, the preferred first: averaged weights before the last ones."""
-PREFIXES = ("_orig_mod.", "module.", "backbone.", "encoder.")
-"""Prefixes that wrappers and training code add to a parameter's name."""
-AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
-"""Parameters that run after the last block. No map depends on them, so a file may lack them."""
 _HEADS = ("head.", "head_dist.")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file by parameter name, on the CPU, without wrappers and prefixes.
-
-    Torch files are read with `weights_only=True`, so nothing in them can run. Of several sets of weights in one file,
-    the first of `WRAPPERS` is taken.
-
-    Raises:
-        TeacherError: the file is missing, of another format, or holds pickled objects.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise TeacherError(f"weights {path}: no such file.")
-    # A safetensors file begins with the length of its header, 8 bytes; the header is JSON.
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    checkpoint: Any = _read_safetensors(path) if is_safetensors else _read_torch(path)
-    weights = _tensors(_unwrapped(checkpoint))
-    if not weights:
-        raise TeacherError(f"weights {path}: no tensors found, neither at the top nor under {', '.join(WRAPPERS)}.")
-    for prefix in PREFIXES:
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        others = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
-        weights = {**others, **stripped}
-    return weights
+def weights_of(model: nn.Module) -> Weights:
+    """A model's own weights, with its grid of patches; not copied."""
+    return Weights(model.state_dict(), grid=model_grid(model))
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: bool = True) -> None:
     """Put `weights` into `model`, in place, through timm's own conversion for its family.
 
-    timm interpolates position and patch embeddings of another size. All that the maps depend on must be there. If
-    anything else that matters was not used or is missing, a note in the log says what.
+    The prefix of their names is found by matching names and shapes against the model; of several sets the averaged one
+    is taken (see `weight_sets`). Position and patch embeddings of another size are interpolated. All that the maps
+    depend on must be there. Notes in the log say which set was taken, and what of it was not used or is missing.
 
     Args:
         model: a timm model.
-        weights: as from `read_weights`; not changed.
+        weights: all tensors of a file, as from `read_weights`, or a state dict; not changed.
         keep_head: False leaves the model's classifier as it is, for a student. One of another shape is never loaded.
 
     Raises:
         TeacherError: a tensor before or in the blocks is missing or has another shape, or the weights have tensors in
-            their blocks that the model lacks; the message names it. The model is then unchanged.
+            their blocks that the model lacks; the message names it and says what the file holds. Or their grid of
+            patches is not known. The model is then unchanged.
     """
-    weights = _without_decoder(weights)
-    fitted = _converted(model, weights)
+    label = model_label(model)
+    best = choose_set(model, weights, weights.grid if isinstance(weights, Weights) else None)
+    if best.problem is not None:
+        raise TeacherError(
+            f"{label}: timm cannot convert these weights ({best.problem}). Choose the model these weights are of. "
+            f"{describe_set(model, weights, best)}"
+        )
+    fitted = dict(best.fitted)
     wanted = model.state_dict()
     for name in list(fitted):
         is_head = name.startswith(_HEADS)
@@ -79,24 +56,27 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
     missing = [name for name in wanted if name not in fitted and not name.startswith(AFTER_BLOCKS)]
     if missing:
         raise TeacherError(
-            f"{model_label(model)}: {len(missing)} of {len(wanted)} tensors are missing in the weights, the first "
-            f"{_first(missing)}. The weights are of another model, or under names this model does not know."
+            f"{label}: {len(missing)} of {len(wanted)} tensors are missing in the weights, the first "
+            f"{_first(missing)}. The weights are of another model, or under names this model does not know. "
+            f"{describe_set(model, weights, best)}"
         )
     known = {name: tensor for name, tensor in fitted.items() if name in wanted}
     misfits = [name for name, tensor in known.items() if tensor.shape != wanted[name].shape]
     if misfits:
         name = misfits[0]
         raise TeacherError(
-            f"{model_label(model)}: {len(misfits)} tensors have another shape in the weights, the first {name}: "
-            f"{tuple(known[name].shape)}, expected {tuple(wanted[name].shape)}. Choose the model these weights are of."
+            f"{label}: {len(misfits)} tensors have another shape in the weights, the first {name}: "
+            f"{tuple(known[name].shape)}, expected {tuple(wanted[name].shape)}. Choose the model these weights are of. "
+            f"{describe_set(model, weights, best)}"
         )
     unused = [name for name in fitted if name not in wanted and _matters(name, fitted[name])]
     if unplaced := [name for name in unused if name.startswith("blocks.")]:
         raise TeacherError(
-            f"{model_label(model)}: {len(unplaced)} tensors of the weights' blocks have no place in the model, the "
-            f"first {_first(unplaced)}. The weights are of another model, such as one with more blocks."
+            f"{label}: {len(unplaced)} tensors of the weights' blocks have no place in the model, the first "
+            f"{_first(unplaced)}. The weights are of another model, such as one with more blocks. "
+            f"{describe_set(model, weights, best)}"
         )
-    _warn_of_another_patch_size(model, weights)
+    _warn_of_another_patch_size(model, best.given)
     model.load_state_dict(known, strict=False)
     # No map depends on what comes after the blocks, so it only matters to a student, whose head is fresh on purpose.
     without = _HEADS if not keep_head else AFTER_BLOCKS
@@ -126,81 +106,6 @@ def tensors_sha256(tensors: Mapping[str, Tensor], *, without: tuple[str, ...] = 
         # As bytes, because numpy has no bfloat16. Flattened first, because a scalar has no axis to view as bytes.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, torch as safetensors_torch
-
-    try:
-        return safetensors_torch.load_file(path)
-    except SafetensorError as error:
-        raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Download it again.") from error
-
-
-def _read_torch(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
-    try:
-        # Training scripts keep their argparse.Namespace beside the weights; setting its attributes runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        detail = str(error)
-        if "GLOBAL" in detail:
-            raise TeacherError(
-                f"weights {path}: the file holds pickled Python objects beside tensors, which could run code when "
-                "read; it was not read. If you trust it, save its state dict alone (as safetensors, or with "
-                "torch.save(model.state_dict(), ...))."
-            ) from error
-        raise TeacherError(f"weights {path}: neither a safetensors nor a torch file.") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise TeacherError(f"weights {path}: neither a safetensors nor a torch file, or damaged.") from error
-
-
-def _unwrapped(checkpoint: object) -> dict[str, Any]:
-    if not isinstance(checkpoint, dict):
-        return {}
-    entries = cast("dict[str, Any]", checkpoint)
-    for wrapper in WRAPPERS:
-        if isinstance(entries.get(wrapper), dict) and (inner := _unwrapped(entries[wrapper])):
-            return inner
-    return entries
-
-
-def _tensors(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-
-
-def _without_decoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without MAE's decoder."""
-    decoder = [name for name in weights if name.startswith("decoder")]
-    if decoder:
-        # The mask token is part of the decoder. timm would take a file that has one for a file of DINOv2.
-        decoder.append("mask_token")
-    return {name: tensor for name, tensor in weights.items() if name not in decoder}
-
-
-def _converted(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's own names, resized to it."""
-    convert = _timm_filter(model)
-    if convert is None:
-        return weights
-    options: dict[str, Any] = {}
-    if "adapt_layer_scale" in inspect.signature(convert).parameters:
-        options["adapt_layer_scale"] = True
-    try:
-        return dict(convert(weights, model, **options))
-    except Exception as error:  # timm's conversions raise anything on files they were not written for
-        raise TeacherError(
-            f"{model_label(model)}: timm cannot convert these weights ({type(error).__name__}: {error}). "
-            "Choose the model these weights are of."
-        ) from error
-
-
-def _timm_filter(model: nn.Module) -> Any:  # noqa: ANN401 - timm's functions are untyped
-    from timm.models import is_model, model_entrypoint
-
-    name = model_label(model)
-    module = model_entrypoint(name).__module__ if is_model(name) else type(model).__module__
-    return getattr(sys.modules[module], "checkpoint_filter_fn", None)
 
 
 def _matters(name: str, tensor: Tensor) -> bool:

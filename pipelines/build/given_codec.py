@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -122,6 +122,8 @@ def _full_name(config: BuildConfig, known: str) -> str:
     if is_foreign(config.teacher) or is_foreign(known):
         return str(config.teacher)
     name = parse_model_name(str(config.teacher))
+    if config.weights is not None:
+        name = replace(name, weights_at=None)  # as load_teacher has it: the file is not what is published
     full = parse_model_name(known)
     tag_is_left_out = config.weights is None and "." not in name.timm_name
     if tag_is_left_out and (name.architecture, name.arguments) == (full.architecture, full.arguments):

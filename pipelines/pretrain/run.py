@@ -28,7 +28,8 @@ from atcache.teachers.devices import autocast, resolve_device, resolve_precision
 from atcache.teachers.inputs import input_config, normalise_images
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
-from atcache.teachers.weights import read_weights, tensors_sha256
+from atcache.teachers.weight_files import read_weights
+from atcache.teachers.weights import tensors_sha256
 
 from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from ..running.interrupts import Interrupts

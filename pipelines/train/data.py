@@ -30,7 +30,8 @@ from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import ModelName, parse_model_name
 from atcache.teachers.record import TeacherRecord
-from atcache.teachers.weights import read_weights, tensors_sha256
+from atcache.teachers.weight_files import read_weights
+from atcache.teachers.weights import tensors_sha256, weights_of
 from atcache.views.mixing import mix_policy
 
 from .config import TrainConfig
@@ -328,7 +329,7 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
             f"finetune would start from {loaded.source} (sha256 {loaded.weights_sha256[:12]}...), but the cache's "
             f"teacher has {teacher.weights_sha256[:12]}.... Give the --weights that the cache was built with."
         )
-    return loaded.model.state_dict()
+    return weights_of(loaded.model)
 
 
 def _validation(config: TrainConfig, student: Student, stream: _Stream) -> ValidationSet | None:

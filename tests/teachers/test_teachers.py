@@ -21,7 +21,8 @@ from atcache.teachers.devices import rounded_products
 from atcache.teachers.inputs import input_config
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import ALIASES, ModelName, parse_model_name
-from atcache.teachers.weights import load_weights, read_weights, weights_sha256
+from atcache.teachers.weight_files import read_weights
+from atcache.teachers.weights import load_weights, weights_sha256
 
 TINY = "vit_tiny_patch16_224:img_size=32,embed_dim=48,depth=2,num_heads=3"
 
@@ -94,7 +95,7 @@ def test_arguments_after_an_alias_overrule_its_own():
         ("vit_tiny_patch16_224:img_size=32,img_size=16", "cannot read its arguments"),
         ("vit_tiny_patch16_224:**{}", "cannot read its arguments"),
         ("vit_tiny_patch16_224:checkpoint_path='x'", "the argument checkpoint_path cannot be given"),
-        ("hf-hub:timm/vit", "hf-hub: names are not supported"),
+        ("hf-hub:vit", "expected hf-hub:ORG/MODEL or hf-hub:ORG/MODEL@REVISION"),
     ],
 )
 def test_names_that_cannot_be_used_say_why(text, message):
