@@ -52,6 +52,7 @@ ORDER = [
     "design.md",
     "design/data-and-training.md",
     "design/growth.md",
+    "design/any-teacher.md",
     "benchmarks.md",
     "benchmarks/gpu.md",
     "benchmarks/does-it-work.md",
