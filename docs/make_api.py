@@ -33,14 +33,15 @@ ENTRY = re.compile(r"^(\w+): ", re.MULTILINE)
 def make_pages() -> dict[str, str]:
     """The text of each page, by file name."""
     below = {
-        "api/training.md": ("A training loop of your own", LOOP),
-        "api/caches.md": ("Making and verifying caches", MAKING),
-        "api/runs.md": ("Training and evaluating", TRAINING),
+        "api/statistics.md": ("Statistics", statistics()),
+        "api/training.md": ("A training loop of your own", render_names(LOOP)),
+        "api/caches.md": ("Making and verifying caches", render_names(MAKING)),
+        "api/runs.md": ("Training and evaluating", render_names(TRAINING)),
     }
     links = "\n".join(f"- [{title}]({page})" for page, (title, _) in below.items())
     parts = {"api.md": ["# The API", *render_text(documented(atcache)), MADE, links, *api_parts()]}
-    for page, (title, names) in below.items():
-        parts[page] = [f"# {title}", "A part of [the API](../api.md).", MADE, *render_names(names)]
+    for page, (title, texts) in below.items():
+        parts[page] = [f"# {title}", "A part of [the API](../api.md).", MADE, *texts]
     titles = {**{page: title for page, (title, _) in below.items()}, "format.md": "The format"}
     return {
         page: joined([*texts, f"Next: [{title}]({os.path.relpath(following, Path(page).parent)})"])
@@ -50,18 +51,21 @@ def make_pages() -> dict[str, str]:
 
 def api_parts() -> list[str]:
     """What api.md holds below its introduction."""
-    functions = [value for name, value in vars(atcache.stats).items() if not name.startswith("_")]
-    functions = [value for value in functions if inspect.isfunction(value) and value.__module__ == "atcache.stats"]
     errors = [name for name in atcache.__all__ if name.endswith("Error")]
     return [
         "## Looking into a cache",
         *render_names(LOOKING),
-        "## Statistics",
-        *render_text(documented(atcache.stats)),
-        *(part for value in functions for part in render_function(value, f"atcache.stats.{value.__name__}", "###")),
         "## Errors",
         "\n".join(bullet(name, documented(getattr(atcache, name))) for name in errors),
     ]
+
+
+def statistics() -> list[str]:
+    """The text of `atcache.stats` and of each of its functions."""
+    functions = [value for name, value in vars(atcache.stats).items() if not name.startswith("_")]
+    functions = [value for value in functions if inspect.isfunction(value) and value.__module__ == "atcache.stats"]
+    parts = (render_function(value, f"atcache.stats.{value.__name__}", "###") for value in functions)
+    return [*render_text(documented(atcache.stats)), *itertools.chain.from_iterable(parts)]
 
 
 def render_names(names: tuple[str, ...]) -> list[str]:

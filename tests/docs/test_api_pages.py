@@ -47,7 +47,7 @@ def test_the_pages_are_what_the_docstrings_say(make_api):
     assert {"api.md", *(f"api/{path.name}" for path in DOCS.glob("api/*"))} == set(made)
 
 
-@pytest.mark.parametrize(("page", "num_blocks"), [("api.md", 11), ("api/training.md", 7)])
+@pytest.mark.parametrize(("page", "num_blocks"), [("api.md", 10), ("api/statistics.md", 1), ("api/training.md", 7)])
 def test_the_examples_run(page, num_blocks, names):
     examples = blocks(page, "python")
     assert len(examples) == num_blocks
@@ -103,7 +103,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
 
 def test_the_examples_of_statistics_give_what_they_say():
     runner = doctest.DocTestRunner(verbose=False)
-    for number, example in enumerate(blocks("api.md", "pycon")):
+    for number, example in enumerate(blocks("api/statistics.md", "pycon")):
         runner.run(doctest.DocTestParser().get_doctest(example, vars(atcache.stats).copy(), str(number), None, None))
     results = runner.summarize(verbose=False)
     assert (results.failed, results.attempted) == (0, 5)

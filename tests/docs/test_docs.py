@@ -43,6 +43,7 @@ ORDER = [
     "guide/machines.md",
     "concepts.md",
     "api.md",
+    "api/statistics.md",
     "api/training.md",
     "api/caches.md",
     "api/runs.md",
