@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atcache.errors import TeacherError
+from atcache.files.durable import disk_errors_explained
 
 _REACH_TIMEOUT_S = 10.0
 
@@ -49,7 +50,7 @@ def fetch_file(repository: str, filenames: Sequence[str], *, who: str, then: str
     """
     import huggingface_hub
     from huggingface_hub import errors
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 
     for filename in filenames:
         cached = huggingface_hub.try_to_load_from_cache(repository, filename, revision=revision)
@@ -67,7 +68,8 @@ def fetch_file(repository: str, filenames: Sequence[str], *, who: str, then: str
         except Exception as error:  # the errors of whichever HTTP client huggingface_hub uses
             raise TeacherError(unreachable) from error
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
+            with disk_errors_explained(Path(HF_HUB_CACHE)):
+                return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
         except errors.LocalEntryNotFoundError as error:
             raise TeacherError(unreachable) from error
         except errors.EntryNotFoundError:
