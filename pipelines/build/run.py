@@ -92,7 +92,7 @@ def _lead(config: BuildConfig, ranks: Ranks, board: Board, on_plan: Callable[[Bu
     if existing is not None:
         check_same_cache(existing, identity, config.samples_per_shard, grows=config.grow)
         growth = plan_growth(existing, identity, index, grows=config.grow)
-        same_classes([existing.samples.classes, index.classes])
+        same_classes([existing.samples.classes, named.classes])
         record = CacheRecord.of(existing)
         if growth is None and record.complete is not None and existing.is_complete:
             complete, seconds = record.complete.to_json(), time.monotonic() - start_s

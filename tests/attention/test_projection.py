@@ -355,7 +355,7 @@ def test_input_calls_of_another_model_are_refused():
 
 
 def test_an_input_of_other_tokens_is_refused():
-    with pytest.raises(AttentionShapeError, match=r"the input has shape \(2, 5, 8\) and q has shape \(2, 3, 4, 6\)"):
+    with pytest.raises(AttentionShapeError, match=r"the input has shape \(2, 5, 8\) and k has shape \(2, 3, 4, 6\)"):
         LayerFactors(
             q_BHTD=torch.ones(2, 3, 4, 6), k_BHTD=torch.ones(2, 3, 4, 6), scale=1.0, input_BTC=torch.ones(2, 5, 8)
         )

@@ -164,3 +164,26 @@ def test_on_another_disk_shards_are_copied_if_they_fit(parts, other_disk, tmp_pa
     summary = merge(MergeConfig(caches=tuple(paths), out=folder / "merged.zarr"))
     assert summary.copied_nbytes == summary.complete["nbytes"] > 2**16
     assert differences(folder / "merged.zarr", tmp_path / "linked.zarr") == []
+
+
+def test_names_of_classes_go_along_and_must_agree(digits_build, digits_tars, tmp_path):
+    names = {"a": "digit", "b": "digit", "c": "number"}
+    configs = {}
+    for tar, (folder, name) in zip(digits_tars, names.items(), strict=True):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tar, tmp_path / folder)
+        (tmp_path / folder / "classes.txt").write_text("".join(f"{name} {label}\n" for label in range(10)))
+        out = tmp_path / f"{folder}.zarr"
+        configs[folder] = replace(digits_build, data=str(tmp_path / folder), out=out, codec="exact")
+        build(configs[folder])
+    first, second, third = (config.out for config in configs.values())
+    merge(MergeConfig(caches=(first, second), out=tmp_path / "merged.zarr"))
+    with pytest.raises(CacheMismatchError, match=r"class 0 is '(digit|number) 0' in .* and '(digit|number) 0' in "):
+        merge(MergeConfig(caches=(first, third), out=tmp_path / "wrong.zarr"))
+    build(replace(configs["b"], out=first, grow=True))
+    with pytest.raises(CacheMismatchError, match="class 0 is"):
+        build(replace(configs["c"], out=first, grow=True))
+    for path in (first, tmp_path / "merged.zarr"):
+        samples = atcache.open(path).samples
+        assert samples.class_name.values.tolist() == [f"digit {label}" for label in samples.label.values]
+        assert len(samples.label) == 32
