@@ -198,6 +198,17 @@ def test_a_name_tells_code_apart_and_the_hash_weights():
     assert load_teacher(own(same)).weights_sha256 != hashes[0]
 
 
+def test_a_setting_of_the_same_code_and_weights_is_another_teacher():
+    module, other = HandWrittenViT(PackedFused), HandWrittenViT(PackedFused)
+    norm = next(child for child in other.modules() if isinstance(child, nn.LayerNorm))
+    norm.eps *= 10
+    assert str(own(other)) != str(own(module))
+    assert str(own(other, version="1")) == str(own(module, version="1"))
+    norm.eps /= 10
+    norm.train(False)  # how it happens to be used is no setting
+    assert str(own(other)) == str(own(module))
+
+
 def test_code_without_a_source_needs_a_version():
     space: dict = {"nn": nn, "__name__": "__main__"}
     exec("class Typed(nn.Module):\n    pass", space)  # as in some interactive sessions

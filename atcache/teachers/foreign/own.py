@@ -6,9 +6,9 @@ import builtins
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import ConfigError
 from atcache.teachers.foreign.names import OWN
@@ -71,8 +71,9 @@ def own_teacher(
     `scaled_dot_product_attention`, or `nn.MultiheadAttention`, or take the softmax of a product of q and k, shape
     (batch, head, query, key). Before anything is cached, the maps found are compared with those of the module.
 
-    The cache records a hash of its weights and of the source of its classes (not of functions that they call in other
-    files). A build is continued only with the same ones.
+    The cache records a hash of its weights, and one of the source of its classes (not of functions that they call in
+    other files) and of their attributes that are plain values, such as a number of heads. A build is continued only
+    with the same ones.
 
     Args:
         module: called with normalised images (batch, 3, height, width). A copy of it in float32 and eval mode is run.
@@ -88,7 +89,8 @@ def own_teacher(
         query_key: `q, k = query_key(attention_module, *inputs)`, each (batch, head, token, head dim), whose
             softmax(q k^T) is the module's map. For modules whose logits are not a scaled product, such as with a
             learnt temperature.
-        version: identifies the code instead of its source, which cannot be read in some interactive sessions.
+        version: identifies the code instead of its source and attributes. The source cannot be read in some
+            interactive sessions, and an attribute may count something.
 
     Raises:
         ConfigError: the values do not fit one another, or the source of a class cannot be read.
@@ -110,7 +112,7 @@ def own_teacher(
     if num_prefix_tokens is not None and num_prefix_tokens < 0:
         raise ConfigError(f"num_prefix_tokens={num_prefix_tokens}: expected 0 or more.")
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper, whose graph cannot be seen into
-    code = version if version is not None else _source(module, query_key)
+    code = version if version is not None else "\n".join([_source(module, query_key), *_settings(module)])
     return OwnTeacher(
         module=module,
         input=InputConfig.from_json(
@@ -173,6 +175,26 @@ def _source(module: nn.Module, query_key: Callable[..., Any] | None) -> str:
     classes = {base for child in module.modules() for base in type(child).__mro__ if not _is_of_library(base)}
     parts = [f"{_name(one)}\n{_source_of(one)}" for one in sorted(classes, key=_name)]
     return "\n".join([*parts, "" if query_key is None else _source_of(query_key)])
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """The plain values among the attributes of all submodules: modules of one class and weights may differ in them."""
+    from torch import nn
+
+    of_every_module = vars(nn.Module()).keys()
+    submodules: list[tuple[str, nn.Module]] = list(module.named_modules())
+    return [
+        f"{path}.{name}={value!r}"
+        for path, child in submodules
+        for name, value in sorted(vars(child).items())
+        if name not in of_every_module and _is_plain(value)
+    ]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, cast("Sequence[object]", value)))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _source_of(code: Any) -> str:  # noqa: ANN401 - a class or a function
