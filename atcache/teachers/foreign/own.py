@@ -182,7 +182,7 @@ def _settings(module: nn.Module) -> list[str]:
     from torch import nn
 
     of_every_module = vars(nn.Module()).keys()
-    submodules: list[tuple[str, nn.Module]] = list(module.named_modules())
+    submodules: Any = module.named_modules()  # torch has no whole type for it
     return [
         f"{path}.{name}={value!r}"
         for path, child in submodules
