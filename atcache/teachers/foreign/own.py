@@ -6,7 +6,7 @@ import builtins
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -182,7 +182,7 @@ def _settings(module: nn.Module) -> list[str]:
     from torch import nn
 
     of_every_module = vars(nn.Module()).keys()
-    submodules: Any = module.named_modules()  # torch has no whole type for it
+    submodules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     return [
         f"{path}.{name}={value!r}"
         for path, child in submodules
