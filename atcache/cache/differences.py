@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def name_differences(
@@ -20,9 +23,14 @@ def name_differences(
     ["codec.name is 'int8' there and 'exact' here"]
     """
     return [
-        f"{name} is {there!r} {places[0]} and {here!r} {places[1]}"
+        f"{name} is {_shown(there)} {places[0]} and {_shown(here)} {places[1]}"
         for name, (there, here) in find_differences(stored, asked).items()
     ]
+
+
+def _shown(value: object) -> str:
+    """A value as text; of a SHA-256 only the beginning, which is enough to see that two differ."""
+    return repr(f"{value[:12]}...") if isinstance(value, str) and _SHA256.fullmatch(value) else repr(value)
 
 
 def find_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

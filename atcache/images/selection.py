@@ -31,7 +31,7 @@ def select_keys(index: SampleIndex, file: Path) -> SampleIndex:
                 found[name].append(row)
     if unknown := [key for key, rows in found.items() if not rows]:
         raise ConfigError(
-            f"{file}: {len(unknown)} of its {len(keys)} keys are not in the data, the first is {unknown[0]!r}. "
+            f"{file}: the data lack {len(unknown)} of its {len(keys)} keys, the first is {unknown[0]!r}. "
             f"Expected one sample a line, such as {index.sample_key(0)} or {index.keys_S[0].decode()}."
         )
     return index.select(np.unique([_only_row(index, key, rows, file) for key, rows in found.items()]))

@@ -141,8 +141,10 @@ def check_same_cache(
     differences = name_differences(stored, asked)
     if differences:
         could_grow = find_differences(stored, asked).keys() <= added and identity.num_views >= there.num_views
+        chosen = "The samples are those of --data, --keys, --max-samples and --labels. "
         raise CacheMismatchError(
             f"{existing.path} exists and is another cache: {'; '.join(differences)}. "
+            f"{chosen if identity.fingerprint != there.fingerprint else ''}"
             "Give another --out, or the options it was begun with"
             f"{', or --grow to add the views or tars that it lacks' if could_grow else ''}."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from atcache.errors import SourceError
 from .classes import Classes, in_order
 
 _COLUMNS = ("path", "label")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]*)?", re.ASCII)
 
 
 def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[Path, int], Classes | None]:
     """The label of each image that a CSV file lists, by path, and the classes.
 
-    Labels are all numbers, or all names of classes. With a list of classes, what is among its names is a name. Without
-    one, the names that occur are the classes, and numbers stay as they are.
+    Labels are all numbers (5, or 5.0 as some tables write it), or all names of classes. With a list of classes, what is
+    among its names is a name. Without one, the names that occur are the classes, and numbers stay as they are.
 
     Args:
         file: with a header; other columns than path and label are left alone.
@@ -39,7 +41,7 @@ def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[P
     if not text_of:
         raise SourceError(f"{file} lists no images below its header.")
     if classes is None or not all(label in classes.names for _, label in text_of.values()):
-        numbers = {label: int(label) for _, label in text_of.values() if label.isascii() and label.isdecimal()}
+        numbers = {label: _number(label, file, line) for line, label in text_of.values() if _NUMBER.fullmatch(label)}
         names = {label for _, label in text_of.values()} - numbers.keys()
         if numbers and names:
             line, label = next((line, label) for line, label in text_of.values() if label in names)
@@ -59,6 +61,16 @@ def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[P
     return {
         path: known.label_of(label, f"{file}, line {line}: {path}") for path, (line, label) in text_of.items()
     }, known
+
+
+def _number(label: str, file: Path, line: int) -> int:
+    whole, _, fraction = label.partition(".")
+    if int(whole) < 0 or fraction.strip("0"):
+        raise SourceError(
+            f"{file}, line {line}: the label {label} is no class; expected a whole number of at least 0. Leave out the "
+            "lines of images without a label."
+        )
+    return int(whole)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, str, str]]:

@@ -220,7 +220,7 @@ def test_keys_choose_samples_in_the_order_of_the_tars(index, tmp_path):
 def test_keys_that_mean_no_sample_or_two_are_refused(index, tmp_path):
     keys = tmp_path / "keys.txt"
     for text, message in (
-        ("c\nx\none.tar/d\n", r"2 of its 3 keys are not in the data, the first is 'x'.*such as one\.tar/a or a"),
+        ("c\nx\none.tar/d\n", r"the data lack 2 of its 3 keys, the first is 'x'.*such as one\.tar/a or a"),
         ("a\n", r"2 samples have the key 'a', such as one\.tar/a and two\.tar/a"),
         ("\n", "is empty"),
     ):

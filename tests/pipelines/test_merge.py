@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from builds import MIXED, differences, files
 from click.testing import CliRunner
+from disks import mounted
 
 import atcache
 from atcache.cli.main import cli
@@ -137,33 +136,18 @@ def test_codecs_that_were_fitted_apart_are_refused(digits_build, digits_tars, tm
         merge(MergeConfig(caches=paths, out=tmp_path / "merged.zarr"))
 
 
-@pytest.fixture
-def other_disk(tmp_path):
-    """A function: mounts a file system of some size."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: str) -> Path:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-        if mounted.returncode:
-            pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
-
-
-def test_on_another_disk_shards_are_copied_if_they_fit(parts, other_disk, tmp_path):
+def test_on_another_disk_shards_are_copied_if_they_fit(parts, tmp_path):
     _, paths = parts(codec="exact:dtype=float32")
     merge(MergeConfig(caches=tuple(paths), out=tmp_path / "linked.zarr"))
-    folder = other_disk("64k")
-    with pytest.raises(DiskFullError, match=r"MiB of shards must be copied, 0 MiB are free. Free some space, or give"):
-        merge(MergeConfig(caches=tuple(paths), out=folder / "merged.zarr"))
-    assert list(folder.iterdir()) == []
-    folder = other_disk("8m")
-    summary = merge(MergeConfig(caches=tuple(paths), out=folder / "merged.zarr"))
-    assert summary.copied_nbytes == summary.complete["nbytes"] > 2**16
-    assert differences(folder / "merged.zarr", tmp_path / "linked.zarr") == []
+    folder = tmp_path / "disk"
+    with mounted(folder, "size=64k"):
+        with pytest.raises(DiskFullError, match=r"MiB of shards must be copied, 0 MiB are free. Free some space, or "):
+            merge(MergeConfig(caches=tuple(paths), out=folder / "merged.zarr"))
+        assert list(folder.iterdir()) == []
+    with mounted(folder, "size=8m"):
+        summary = merge(MergeConfig(caches=tuple(paths), out=folder / "merged.zarr"))
+        assert summary.copied_nbytes == summary.complete["nbytes"] > 2**16
+        assert differences(folder / "merged.zarr", tmp_path / "linked.zarr") == []
 
 
 def test_names_of_classes_go_along_and_must_agree(digits_build, digits_tars, tmp_path):

@@ -106,7 +106,7 @@ def test_a_build_and_a_plan_take_the_keys_of_a_file(config, digits_tars, tmp_pat
     plan = PlanConfig(teacher="any", data=config.data, keys=keys)
     assert index_samples(config.data, plan, on_bad="skip").num_samples == 2
     keys.write_text("nothing\n")
-    with pytest.raises(ConfigError, match="1 of its 1 keys are not in the data"):
+    with pytest.raises(ConfigError, match="the data lack 1 of its 1 keys"):
         build(config)
 
 

@@ -128,7 +128,9 @@ def test_a_csv_file_labels_images_by_name(tmp_path):
 
 def test_a_csv_file_labels_images_by_number(tmp_path):
     data = make_images(tmp_path / "data", "a.png", "b.png")
-    config = PackConfig(data=data, out=tmp_path / "out", labels=str(listed(tmp_path, "path,label\na.png,7\nb.png,0\n")))
+    config = PackConfig(
+        data=data, out=tmp_path / "out", labels=str(listed(tmp_path, "path,label\na.png,7.0\nb.png,0\n"))
+    )
     summary = pack(config)
     assert summary.num_classes == 8
     assert not (tmp_path / "out/classes.txt").exists()
@@ -152,6 +154,8 @@ def test_a_csv_file_labels_images_by_number(tmp_path):
             "path,label\na.png,1\nb.png,dog\n",
             r"line 3: the label 'dog' is a name, and others, such as '1', are numbers",
         ),
+        ("path,label\na.png,1\nb.png,-1\n", "line 3: the label -1 is no class; expected a whole number of at least 0"),
+        ("path,label\na.png,1.5\nb.png,2.0\n", r"line 2: the label 1\.5 is no class"),
         ("path,label\na.png,1\n../b.png,2\n", r"line 3: '\.\./b\.png' is not in .*data"),
         ("path,label\na.png,1\n/etc/b.png,2\n", r"line 3: '/etc/b\.png' is not in .*data"),
         ("path,label\na.png,1\nc.png,2\nd.png,2\n", r"lists 2 images that are not in .*data.*: c\.png, d\.png"),
