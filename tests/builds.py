@@ -13,6 +13,7 @@ from PIL import Image
 
 from atcache.cli.main import cli
 from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.run import build
 
 # Processes that start in no time: their server has imported everything once, and knows nothing of pytest's threads.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -54,3 +55,13 @@ def run_cli(config: BuildConfig, **options: str):
     given = {**{name: getattr(config, name) for name in names}, **options}
     arguments = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return CliRunner().invoke(cli, ["build", *arguments])
+
+
+def in_a_child(config, kill_after_s=None):
+    """Exit code of a build in a process of its own, killed after a while if it still runs."""
+    child = CHILDREN.Process(target=build, args=(config,))
+    child.start()
+    child.join(kill_after_s)
+    child.kill()
+    child.join()
+    return child.exitcode

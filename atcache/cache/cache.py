@@ -269,11 +269,12 @@ class Cache:
             maps = [layer.maps()[0] for layer in layers]
             inputs = [x[0] for layer in layers if (x := getattr(layer, "inputs_BNTC", None)) is not None]
         mix = stored_mix(self.policy, reader.parameters(view, row))
+        label = int(reader.labels_S[row])
         return View(
             sample=row,
             sample_key=reader.samples.sample_key(row),
             view=view,
-            label=(label := int(reader.labels_S[row])),
+            label=label,
             class_name=reader.samples.classes.name(label),
             partner=row + mix.partner if mix.partner else None,
             share=mix.share,

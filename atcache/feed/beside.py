@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class BesideViews(Views):
             CacheMismatchError: another cache's view is not the same image.
         """
         found = self._views.read(sample, epoch)
-        part = int(self._views.part_of(np.array([sample]))[0])
+        part = bisect_right(self._starts, sample) - 1
         reader, row = self._readers[part], sample - self._starts[part]
         view = epoch % reader.layout.num_views
         pixel_hash = reader.pixel_hash(view, row)

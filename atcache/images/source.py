@@ -158,7 +158,7 @@ def index_source(
 def _check_labels(index: SampleIndex, rule: LabelRule) -> None:
     """Refuse labels that are all missing, or that are beyond the names of classes."""
     largest = int(index.label_S.max())
-    if rule.mode == "required" and largest < 0 and not (index.problem_S != Problem.NO_LABEL).all():
+    if rule.mode == "required" and largest < 0 and (index.problem_S == Problem.NO_LABEL).any():
         folder = index.tars[0].parent
         raise SourceError(
             f"{folder}: none of the {index.num_samples} samples has a label ({rule.place}). {rule.advice}"

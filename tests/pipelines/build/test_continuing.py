@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builds import CHILDREN, MIXED, differences, files
+from builds import MIXED, differences, files, in_a_child
 from disks import largest_file, mounted
 
 import atcache
@@ -49,16 +49,6 @@ def test_a_build_killed_at_20_moments_equals_one_in_one_go(config, tmp_path):
     for path in (tmp_path / "killed").iterdir():
         assert path.suffix == ".zarr", "temp folders are left"
         assert differences(path, config.out) == []
-
-
-def in_a_child(config, kill_after_s=None):
-    """Exit code of a build in a process of its own, killed after a while if it still runs."""
-    child = CHILDREN.Process(target=build, args=(config,))
-    child.start()
-    child.join(kill_after_s)
-    child.kill()
-    child.join()
-    return child.exitcode
 
 
 def test_ctrl_c_says_one_sentence_and_the_next_build_continues(config, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from builds import CHILDREN, MIXED, differences, files, picture, write_tar
+from builds import CHILDREN, MIXED, differences, files, in_a_child, picture, write_tar
 from click.testing import CliRunner
 
 import atcache
@@ -200,16 +200,6 @@ def test_a_growth_killed_at_many_moments_equals_one_in_one_go(config, digits_tar
     for path in tmp_path.glob("killed-*.zarr"):
         assert before.items() <= shards(path).items()
         assert differences(path, whole.out) == []
-
-
-def in_a_child(config, kill_after_s=None):
-    """Exit code of a build in a process of its own, killed after a while if it still runs."""
-    child = CHILDREN.Process(target=build, args=(config,))
-    child.start()
-    child.join(kill_after_s)
-    child.kill()
-    child.join()
-    return child.exitcode
 
 
 # While it grows
