@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint types check clean
+.PHONY: help setup demo test test-gpu lint types check page clean
 
 help:
-	@echo "make setup | demo | test | test-gpu | lint | types | check (lint, types and test) | clean"
+	@echo "make setup | demo | test | test-gpu | lint | types | check (lint, types and test) | page | clean"
 
 setup: $(INSTALLED)
 
@@ -41,6 +41,11 @@ types: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test
+
+# The page of `atcache view`, from its source in pipelines/view/page to pipelines/view/built, which is committed and
+# shipped: only who changes the page needs Node 20 or newer.
+page:
+	cd pipelines/view/page && npm ci --no-fund --no-audit && npm run build
 
 clean:
 	rm -rf $(VENV) build dist atcache.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -12,9 +12,10 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `verify`, `train` and `evaluate` do what the commands of the
-same names do. A user's mistake and damaged data raise an `AtcacheError`. `import atcache` is fast: it imports torch,
-timm, zarr and dask only when a function that needs them is first used.
+The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`, `maps`,
+`compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
+`AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is
+first used.
 """
 
 # In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.
@@ -47,18 +48,23 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from atcache import stats as stats
+    from atcache import pictures as pictures, stats as stats
     from atcache.attention.regrid import regrid_maps as regrid_maps
     from atcache.cache.cache import Cache as Cache
     from atcache.cache.decoded import View as View
     from atcache.files.location import Location
     from atcache.pipelines.api import (
         build as build,
+        compare as compare,
         evaluate as evaluate,
+        maps as maps,
         merge as merge,
         pack as pack,
         plan as plan,
         pretrain as pretrain,
+        pull as pull,
+        push as push,
+        show as show,
         train as train,
         train_sweep as train_sweep,
         verify as verify,
@@ -73,7 +79,22 @@ __version__ = "0.1.0"
 # Names that are imported on first use, and the modules they come from.
 _MODULE_OF = {
     **dict.fromkeys(
-        ("pack", "pretrain", "plan", "build", "merge", "verify", "train", "train_sweep", "evaluate"),
+        (
+            "pack",
+            "pretrain",
+            "plan",
+            "build",
+            "merge",
+            "push",
+            "pull",
+            "verify",
+            "train",
+            "train_sweep",
+            "evaluate",
+            "maps",
+            "compare",
+            "show",
+        ),
         "atcache.pipelines.api",
     ),
     "Cache": "atcache.cache.cache",
@@ -109,15 +130,21 @@ __all__ = [
     "__version__",
     "batches",
     "build",
+    "compare",
     "evaluate",
     "make_student",
+    "maps",
     "merge",
     "open",
     "own_teacher",
     "pack",
+    "pictures",
     "plan",
     "pretrain",
+    "pull",
+    "push",
     "regrid_maps",
+    "show",
     "stats",
     "train",
     "train_sweep",
@@ -149,8 +176,8 @@ def open(path: str | Location, *, data: str | Path | Sequence[str | Path] | None
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of all public names
-    if name == "stats":
-        value = importlib.import_module("atcache.stats")
+    if name in ("pictures", "stats"):
+        value = importlib.import_module(f"atcache.{name}")
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     else:

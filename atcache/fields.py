@@ -188,6 +188,8 @@ def fit(value: Any, kind: Any, place: str = "", limits: Range = Range()) -> Any:
     Raises:
         Misfit: the annotation does not allow it.
     """
+    if kind in (int, float, str):  # the most common by far, as in the records of 40,000 tasks
+        return _fit_plain(value, kind, place, limits)
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
         return _checked(place, value, object, "a value")

@@ -35,10 +35,9 @@ from atcache.store.layout import (
     ArraySpec,
     Status,
     StoreLayout,
-    plan_layers_per_chunk,
-    plan_samples_per_shard,
 )
 from atcache.store.reader import CacheReader
+from atcache.store.shard_size import plan_layers_per_chunk, plan_samples_per_shard
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
 from atcache.views.policy import PARAMETER_NAMES
 
@@ -67,13 +66,15 @@ def int8_codes(rng: np.random.Generator, num_layers: int, num_components: int) -
     return np.clip(rng.normal(0, 45, (num_layers, TOKENS, num_components)), -127, 127).astype(np.int8)
 
 
-def make_cache(path: Path, num_samples: int, draw: Callable[[np.random.Generator], np.ndarray], how: str) -> None:
+def make_cache(
+    path: Path, num_samples: int, draw: Callable[[np.random.Generator], np.ndarray], how: str, num_views: int = VIEWS
+) -> None:
     """Write a finished cache of codes from `draw` and of smooth, slightly noisy images."""
     rng = np.random.default_rng(0)
     codes = [draw(rng) for _ in range(DISTINCT)]
     num_layers, num_tokens, num_components = codes[0].shape
     layout = StoreLayout(
-        num_views=VIEWS,
+        num_views=num_views,
         num_samples=num_samples,
         num_layers=num_layers,
         num_tokens=num_tokens,

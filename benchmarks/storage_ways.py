@@ -25,7 +25,7 @@ from atcache.codecs.fidelity import row_kl
 from atcache.pipelines.build.calibrate import calibrate
 from atcache.pipelines.build.sizes import plan_codes
 from atcache.store.chunks import decompress_into
-from atcache.store.layout import plan_layers_per_chunk
+from atcache.store.shard_size import plan_layers_per_chunk
 from atcache.store.writer import encode_view
 from atcache.students.attend import attend_with_given
 from atcache.students.teacher_side import CachedFactors

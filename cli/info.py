@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import click
 
 import atcache
+from atcache.attention.indices import format_indices
 from atcache.files.location import Location
 
 from . import options
@@ -61,12 +61,14 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
     lines = [
         ("cache", f"{about['path']} (format {about['format']})"),
         ("teacher", f"{teacher.get('name')}, weights {str(teacher.get('weights_sha256'))[:12]}"),
+        *([("trained", _trained(trained))] if (trained := _part(teacher, "trained")) else []),
         ("licence", str(teacher.get("licence") or "not known: see where the teacher's weights come from")),
         ("samples", f"{about['num_samples']} x {_count(about['num_views'], 'view')}"),
         ("views", f"{policy.get('name')}{_mixing(policy)}, seed {policy.get('seed')}, {size}, {pixels}"),
         (
             "attention",
-            f"{_count(len(layers), 'layer')} ({_ranges(layers)}) x {_count(len(heads), 'head')} ({_ranges(heads)}) "
+            f"{_count(len(layers), 'layer')} ({format_indices(layers)}) x "
+            f"{_count(len(heads), 'head')} ({format_indices(heads)}) "
             f"x {options.name_tokens(about['num_tokens'], about['num_queries'])}"
             f"{', with v' if about['stores_v'] else ''}{', with x' if about['stores_x'] else ''}",
         ),
@@ -100,6 +102,14 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
 def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
     """An object that `atcache build` writes; empty in a cache from elsewhere that has none."""
     return about.get(name) or {}
+
+
+def _trained(trained: dict[str, Any]) -> str:
+    """Which training made the teacher's weights, of a cache that `atcache maps` made."""
+    num_classes, teacher = trained["num_classes"], trained["teacher"]
+    labels = f"on labels of {num_classes} classes" if num_classes else "without labels"
+    given = "" if teacher is None else f" by {teacher}, weights {str(trained['teacher_weights_sha256'])[:12]},"
+    return f"{trained['mode']}{given} {labels}, by the run {trained['run']}"
 
 
 def _held_back(calibration: dict[str, Any], codec: dict[str, Any]) -> str:
@@ -153,8 +163,9 @@ def _state(about: dict[str, Any]) -> str:
 
 def _growing(growth: dict[str, int]) -> str:
     missing = growth["num_tasks"] - growth["num_tasks_done"]
+    what = f"{_count(missing, 'task')} missing" if missing else "all tasks done, the last step missing"
     return (
-        f"to {growth['num_samples']} x {_count(growth['num_views'], 'view')}: {_count(missing, 'task')} missing. Type "
+        f"to {growth['num_samples']} x {_count(growth['num_views'], 'view')}: {what}. Type "
         "the same `atcache build --grow` command again to continue."
     )
 
@@ -166,16 +177,6 @@ def _bad(bad: dict[str, int]) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Ascending numbers as `atcache build --layers` takes them.
-
-    >>> _ranges([0, 1, 2, 5])
-    '0-2,5'
-    """
-    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _size(nbytes: int) -> str:

@@ -1,9 +1,9 @@
-"""What several commands share: the option `--recipe`, and how results are printed."""
+"""What several commands share: the option `--recipe`, and how plans and results are printed."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -12,6 +12,10 @@ from atcache.errors import ConfigError
 from ..pipelines.options import options_of
 from ..pipelines.train.config import TrainConfig
 from .defaults import read_defaults
+
+if TYPE_CHECKING:
+    from ..pipelines.build.plan import BuildPlan
+    from ..pipelines.build.summary import BuildSummary
 
 
 def _use_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> str | None:
@@ -57,3 +61,40 @@ def name_tokens(num_tokens: int, num_queries: int) -> str:
 def print_json(record: dict[str, Any]) -> None:
     """Print one result, as one line of JSON on stdout."""
     click.echo(json.dumps(record))
+
+
+def tell_plan(plan: BuildPlan) -> None:
+    """Say what a build will do and cost."""
+    from ..pipelines.build.decode_cost import DecodeCost
+
+    ratio = plan.map_nbytes_per_view / plan.nbytes_per_view
+    click.echo(
+        f"teacher {plan.teacher}; licence of its weights: {plan.licence or 'not known'}\n"
+        f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
+        f"{name_tokens(plan.num_tokens, plan.num_queries)}\n"
+        f"{plan.nbytes_per_view} bytes a view ({compare_sizes(ratio)} than float16 maps) and "
+        f"{plan.state_nbytes / 2**20:.1f} MiB once; "
+        f"{plan.remaining_nbytes / 2**20:.1f} MiB to write"
+        f"{'' if plan.free_nbytes is None else f', {plan.free_nbytes / 2**20:.0f} MiB free'}\n"
+        f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps"
+        f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}"
+        f"{'' if plan.x_error is None else f'; decoded x off by {plan.x_error:.2g}'}\n"
+        f"{DecodeCost(operations=plan.decode_operations, seconds=plan.decode_seconds)}\n"
+        f"teacher: {plan.teacher_views_per_s:.1f} views/s; "
+        f"{plan.num_tasks - plan.num_done_tasks} of {plan.num_tasks} tasks to do"
+        f"{'' if plan.note is None else f'{chr(10)}note: {plan.note}'}",
+        err=True,
+    )
+
+
+def tell_built(summary: BuildSummary) -> None:
+    """Say in words what a build did."""
+    if summary.complete is not None:
+        click.echo(
+            f"{summary.out} is complete: {summary.complete['num_stored']} views stored, "
+            f"{summary.complete['num_bad']} bad, {summary.complete['nbytes'] / 2**20:.1f} MiB; "
+            f"{summary.num_built_views} views in {summary.seconds:.1f} s now",
+            err=True,
+        )
+    if summary.warning is not None:
+        click.echo(summary.warning, err=True)

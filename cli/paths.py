@@ -25,12 +25,15 @@ class PathType(click.Path):
 
 
 class OutType(PathType):
-    """A path to write to. URLs are refused: atcache only reads from servers."""
+    """A path to write to. URLs are refused: of what commands make, only caches are written to servers."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
         if isinstance(value, str) and looks_like_url(value):
             self.fail(
-                f"{value!r} is a URL, but servers are only read. Write to a folder and copy it there.", param, ctx
+                f"{value!r} is a URL, but of all commands only build, push and verify --repair write to servers. "
+                "Give a folder of this machine, and copy it to the server when the command has ended.",
+                param,
+                ctx,
             )
         return super().convert(value, param, ctx)
 

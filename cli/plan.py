@@ -69,7 +69,8 @@ def _facts(plan: Plan) -> list[str]:
         f"{runs} of {number(workload.epochs)} epochs, mode {plan.mode}",
         f"teacher {plan.teacher or 'not named'}: {number(machine.teacher_img_per_s)} img/s"
         f"{'' if plan.device is None else f' ({plan.device})'}{loads}",
-        f"disk of {plan.out}: writes {size(machine.write_nbytes_per_s)}/s, {size(machine.free_nbytes)} free",
+        f"disk of {plan.out}: writes {size(machine.write_nbytes_per_s)}/s"
+        f"{'' if machine.free_nbytes is None else f', {size(machine.free_nbytes)} free'}",
         *([f"assumed: {', '.join(plan.assumed)}"] if plan.assumed else []),
     ]
 

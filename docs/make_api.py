@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import atcache
 
@@ -21,8 +22,12 @@ WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
 LOOKING = ("open", "Cache", "View")
 LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing", "regrid_maps")
-MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "merge", "verify")
-TRAINING = ("train", "train_sweep", "evaluate")
+MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "verify")
+MOVING = ("merge", "push", "pull")
+OF_A_MAP = ("rows", "places", "whole_maps")
+OF_SEVERAL_MAPS = ("between_heads", "layers", "agreement")
+TRAINING = ("train", "train_sweep", "evaluate", "maps", "compare")
+SHOWING = ("show",)
 
 # A part of a docstring that begins with a word and a colon, and is indented.
 SECTION = re.compile(r"^(Args|Returns|Raises|Example):\n((?:    .*\n|\n)+)", re.MULTILINE)
@@ -33,9 +38,12 @@ ENTRY = re.compile(r"^(\w+): ", re.MULTILINE)
 def make_pages() -> dict[str, str]:
     """The text of each page, by file name."""
     below = {
-        "api/statistics.md": ("Statistics", statistics()),
+        "api/statistics.md": ("Statistics", [*render_text(documented(atcache.stats)), *statistics(OF_A_MAP)]),
+        "api/agreement.md": ("Statistics of several maps", statistics(OF_SEVERAL_MAPS)),
+        "api/pictures.md": ("Pictures", [*functions_of(atcache.pictures), *render_names(SHOWING)]),
         "api/training.md": ("A training loop of your own", render_names(LOOP)),
         "api/caches.md": ("Making and verifying caches", render_names(MAKING)),
+        "api/moving.md": ("Merging, publishing and fetching caches", render_names(MOVING)),
         "api/runs.md": ("Training and evaluating", render_names(TRAINING)),
     }
     links = "\n".join(f"- [{title}]({page})" for page, (title, _) in below.items())
@@ -60,12 +68,22 @@ def api_parts() -> list[str]:
     ]
 
 
-def statistics() -> list[str]:
-    """The text of `atcache.stats` and of each of its functions."""
-    functions = [value for name, value in vars(atcache.stats).items() if not name.startswith("_")]
-    functions = [value for value in functions if inspect.isfunction(value) and value.__module__ == "atcache.stats"]
+def statistics(modules: tuple[str, ...]) -> list[str]:
+    """The text of those functions of `atcache.stats` that come from these modules, in their order."""
+    functions = [value for value in vars(atcache.stats).values() if inspect.isfunction(value)]
+    places = {f"atcache.statistics.{module}": number for number, module in enumerate(modules)}
+    functions = [value for value in functions if value.__module__ in places]
+    functions.sort(key=lambda value: (places[value.__module__], value.__code__.co_firstlineno))
     parts = (render_function(value, f"atcache.stats.{value.__name__}", "###") for value in functions)
-    return [*render_text(documented(atcache.stats)), *itertools.chain.from_iterable(parts)]
+    return [*itertools.chain.from_iterable(parts)]
+
+
+def functions_of(module: ModuleType) -> list[str]:
+    """The text of a public module and of each of its functions."""
+    values = [value for name, value in vars(module).items() if not name.startswith("_")]
+    functions = [value for value in values if inspect.isfunction(value) and value.__module__ == module.__name__]
+    parts = (render_function(value, f"{module.__name__}.{value.__name__}", "###") for value in functions)
+    return [*render_text(documented(module)), *itertools.chain.from_iterable(parts)]
 
 
 def render_names(names: tuple[str, ...]) -> list[str]:
@@ -81,7 +99,7 @@ def render_function(function: Callable[..., object], title: str, heading: str) -
     """Heading, text, arguments with their defaults, results, errors and example."""
     signature = inspect.signature(function)
     returned = signature.return_annotation
-    is_told = isinstance(returned, str) and returned not in ("None", "Any")
+    is_told = isinstance(returned, str) and returned not in ("None", "Any", "Array")
     arguments = {
         name: name if parameter.default is parameter.empty else f"{name}={_as_typed(parameter.default)}"
         for name, parameter in signature.parameters.items()

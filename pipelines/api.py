@@ -14,8 +14,12 @@ from atcache.errors import ConfigError
 
 from .build.config import BuildConfig
 from .build.run import build as run_build
+from .compare.config import CompareConfig
+from .compare.run import compare as run_compare
 from .evaluate.config import EvaluateConfig
 from .evaluate.run import evaluate as run_evaluate
+from .maps.config import MapsConfig
+from .maps.run import maps as run_maps
 from .merge.config import MergeConfig
 from .merge.run import merge as run_merge
 from .options import options_of
@@ -25,6 +29,11 @@ from .plan.config import PlanConfig
 from .plan.run import plan as run_plan
 from .pretrain.config import PretrainConfig
 from .pretrain.run import pretrain as run_pretrain
+from .publish.config import PullConfig, PushConfig
+from .publish.pull import pull as run_pull
+from .publish.push import push as run_push
+from .show.config import ShowConfig
+from .show.run import show as run_show
 from .train.config import TrainConfig
 from .train.recipes import read_recipe, views_to_draw
 from .train.run import train as run_train, train_sweep as run_train_sweep
@@ -102,7 +111,8 @@ build = _function(
     run_build,
     """Run the teacher once over a dataset and keep its attention in a cache.
 
-    The same call continues a build that was stopped, and ends with the same bytes.
+    The same call continues a build that was stopped, and ends with the same bytes. Instead of `scheduler`, `client`
+    may be a `distributed.Client`.
 
     Returns:
         What was planned and done. A dry run writes nothing.
@@ -154,10 +164,33 @@ evaluate = _function(
     """,
 )
 
+maps = _function(
+    MapsConfig,
+    run_maps,
+    """Store a trained student's own attention in a cache, in the form of a teacher's.
+
+    By default it has the samples and views of the cache that the student was trained from. Instead of `scheduler`,
+    `client` may be a `distributed.Client`.
+
+    Returns:
+        What was planned and done. A dry run writes nothing.
+
+    Raises:
+        ConfigError: the run is not finished, or its student copies attention and so has none of its own.
+        AtcacheError: a child of it names what does not fit. What was stored before stays.
+
+    Example:
+
+        atcache.maps(run="runs/distill", out="distill.zarr")
+    """,
+)
+
 verify = _function(
     VerifyConfig,
     run_verify,
     """Prove that a cache is whole and, if its teacher is given, that it is faithful.
+
+    Instead of `scheduler`, `client` may be a `distributed.Client`.
 
     Returns:
         All problems, and what was checked. After a repair, these are the problems found before it.
@@ -169,6 +202,42 @@ verify = _function(
     Example:
 
         assert not atcache.verify(cache="in1k.zarr").problems
+    """,
+)
+
+compare = _function(
+    CompareConfig,
+    run_compare,
+    """Say how near the maps of two caches are to each other, on the views that both have.
+
+    Returns:
+        Tables of layers x heads, means, and the views where the maps are furthest apart.
+
+    Raises:
+        CacheMissError: there is no cache, or it does not store the layers and heads that are asked for.
+        CacheMismatchError: the caches have no views in common, or their maps cannot be compared.
+
+    Example:
+
+        atcache.compare(a="in1k.zarr", b="distill.zarr", sample=32).mean["kl_nats"]
+    """,
+)
+
+show = _function(
+    ShowConfig,
+    run_show,
+    """Draw the maps of one view: over it, carried back to the clean image, and side by side.
+
+    Returns:
+        What was drawn, and the top of its scale.
+
+    Raises:
+        CacheMissError: there is no such sample, view or layer in the cache.
+        ConfigError: there is no such query, or pictures of that kind cannot be written.
+
+    Example:
+
+        atcache.show(cache="in1k.zarr", sample="0", layer="8", query="5,7", out="maps.png")
     """,
 )
 
@@ -189,6 +258,48 @@ merge = _function(
     Example:
 
         atcache.merge(caches=("part-0.zarr", "part-1.zarr"), out="merged.zarr")
+    """,
+)
+
+push = _function(
+    PushConfig,
+    run_push,
+    """Publish a cache: send it to a dataset repository of a Hugging Face hub.
+
+    The same call continues a push that was stopped, or sends what has changed since.
+
+    Returns:
+        What was sent, and the commit that has it.
+
+    Raises:
+        CacheMismatchError: the cache is not complete, or another cache is there.
+        RemoteError: the hub cannot be reached, or refuses.
+
+    Example:
+
+        atcache.push(cache="in1k.zarr", to="hf://datasets/ORG/NAME", create="private")
+    """,
+)
+
+pull = _function(
+    PullConfig,
+    run_pull,
+    """Fetch a cache from a hub or another server, or some of its views and tars.
+
+    The same call continues a pull that was stopped.
+
+    Returns:
+        What was fetched.
+
+    Raises:
+        CacheMissError: there is no cache at that place.
+        CacheMismatchError: it is not complete, or `out` holds another cache.
+        CorruptCacheError: a file there is not what its commit record says.
+        RemoteError: the server cannot be read.
+
+    Example:
+
+        atcache.pull(cache="hf://datasets/ORG/NAME", out="in1k.zarr", views=1)
     """,
 )
 

@@ -15,9 +15,11 @@ from atcache.attention.factors import LayerAttention
 from atcache.attention.finite import NotFinite, NotFiniteError, positions
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.intercept import AttentionIntercept
+from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec, Coder
 from atcache.codecs.fidelity import mean_row_kl, relative_error
 from atcache.codecs.transform.codec import TransformCodec
+from atcache.files.location import Location
 from atcache.students.attend import attend_with_given
 from atcache.students.pairing import TeacherFactors
 from atcache.teachers.devices import autocast
@@ -64,6 +66,12 @@ class Expectation:
         limit = max(TIMES_THE_TARGET * expected, ROW_KL_FLOOR_NATS[dtype])
         return cls(row_kl_nats=expected, is_target=target is not None, limit_nats=limit)
 
+    @classmethod
+    def of_cache(cls, path: Location, record: CacheRecord) -> Expectation:
+        """The row KL that a cache's views should have, by what was measured when it was begun."""
+        dtype = torch.bfloat16 if record.identity.precision == "bfloat16" else torch.float32
+        return cls.of(record.make_codec(path), record.calibration.row_kl_nats, dtype)
+
     def warn(self, row_kl_nats: float, num_views: int) -> str | None:
         """The warning for views with this mean row KL; None if it is within the limit, or the views are too few."""
         # Not `row_kl_nats > limit_nats`: that would let NaN pass.
@@ -72,8 +80,9 @@ class Expectation:
         expected = "of the codec's target" if self.is_target else "measured in calibration"
         return (
             f"Warning: decoded maps have a row KL of {row_kl_nats:.2g} nats on average, over {TIMES_THE_TARGET} times "
-            f"the {self.row_kl_nats:.2g} {expected}: these images differ from the calibration images. Build again with "
-            "more --calibration-samples and without --codec-from, or keep the cache if that KL is good enough."
+            f"the {self.row_kl_nats:.2g} {expected}: the codec was calibrated on other images, or on too few. Keep the "
+            "cache if that KL is good enough; a new one with more --calibration-samples and without --codec-from would "
+            "be nearer."
         )
 
 

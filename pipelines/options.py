@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, cast, dataclass_transform, get_
 from atcache.choices import MAX_SEED, Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
 from atcache.fields import Misfit, Range, fit
-from atcache.files.location import Url, expand_home, parse_location
+from atcache.files.location import Url, expand_home, looks_like_url, parse_location
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config")
@@ -40,7 +40,7 @@ class Option(Range):
     is_argument: bool = False
     """Whether the command line takes it by position, without the option's name."""
     is_written: bool = False
-    """Whether the command writes to the path. URLs are then refused."""
+    """Whether the command writes to the path."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +167,11 @@ def _as_path(value: object, kind: OptionType) -> object:
     """The path or URL that a text names; paths may begin with `~`, whoever gives them."""
     if not isinstance(value, (str, Path)):
         return value
-    return parse_location(value) if kind.takes_urls else expand_home(Path(value))
+    if kind.takes_urls:
+        return parse_location(value)
+    if isinstance(value, str) and looks_like_url(value):
+        raise ConfigError(f"{value!r} is a URL, but a path of this machine was expected.")
+    return expand_home(Path(value))
 
 
 # Options that several commands have. Each is written once, here.
@@ -176,6 +180,16 @@ def _as_path(value: object, kind: OptionType) -> object:
 def device_option() -> str:
     """The device that models run on."""
     return option("Where the models run: auto (a GPU if there is one), cpu, cuda or cuda:N.", default="auto")
+
+
+def scheduler_option() -> str | None:
+    """A dask cluster."""
+    return option(
+        "Work on a dask cluster: the address of its scheduler (tcp://HOST:8786), its scheduler file, or local for one "
+        "worker process a GPU of this machine.",
+        default=None,
+        metavar="ADDRESS",
+    )
 
 
 def precision_option() -> Precision:

@@ -14,6 +14,7 @@ from PIL import Image
 from atcache.cli.main import cli
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
+from atcache.store.manifest import list_commits
 
 # Processes that start in no time: their server has imported everything once, and knows nothing of pytest's threads.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -57,11 +58,13 @@ def run_cli(config: BuildConfig, **options: str):
     return CliRunner().invoke(cli, ["build", *arguments])
 
 
-def in_a_child(config, kill_after_s=None):
-    """Exit code of a build in a process of its own, killed after a while if it still runs."""
+def in_a_child(config, after_s=None, after_commits=None):
+    """Exit code of a build in a process of its own, killed after a while or so many commits if it still runs."""
     child = CHILDREN.Process(target=build, args=(config,))
     child.start()
-    child.join(kill_after_s)
+    while after_commits is not None and child.is_alive() and len(list_commits(config.out)) < after_commits:
+        child.join(0.002)
+    child.join(0 if after_commits is not None else after_s)
     child.kill()
     child.join()
     return child.exitcode

@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from time import sleep
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+
+class Asked(NamedTuple):
+    """One request."""
+
+    method: str
+    path: str
+    range: str
+    authorization: str | None
+    when_s: float
 
 
 class FolderServer(ThreadingHTTPServer):
     """Serves a folder on a free port of this machine, from a thread, until it is closed."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.num_requests = 0
+        self.log: list[Asked] = []
         self.num_bytes = 0
         self.delay_s = 0.0
         self.fault = ""
         """ignore-ranges, truncate, garbage or fail."""
+        self.refusals: list[tuple[int, str]] = []
+        """Status and Retry-After of the next answers; the last comes first."""
+        self.redirects_to: FolderServer | None = None
+        """Where the bytes of the files are, at addresses that are signed for `link_life_s`."""
+        self.link_life_s = 600.0
+        self.says_linked = True
+        """Whether a redirect says what the file is, as Hugging Face's hub does."""
+        self.signed_only = False
+        """Whether only signed addresses are answered, and only GET, as an object store does."""
+        self.tag = ""
+        """Makes its entity tags different from those of other servers."""
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests came."""
+        return len(self.log)
+
+    def entity_tag(self, file: Path) -> str:
+        """Changes when the file does."""
+        return f'"{self.tag}{file.stat().st_mtime_ns:x}-{file.stat().st_size:x}"'
 
     def __exit__(self, *error: Any) -> None:
         self.shutdown()
@@ -43,15 +74,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server, fault = self.server, self.server.fault
-        server.num_requests += 1
-        sleep(server.delay_s)
-        path, query = unquote(urlsplit(self.path).path).strip("/"), parse_qs(urlsplit(self.path).query)
+        found = urlsplit(self.path)
+        path, query = unquote(found.path).strip("/"), parse_qs(found.query)
+        authorization, range_ = self.headers.get("Authorization"), self.headers.get("Range", "")
+        server.log.append(Asked(self.command, path, range_, authorization, time.monotonic()))
+        time.sleep(server.delay_s)
+        if server.refusals:
+            self._answer_shortly(*server.refusals.pop())
+            return
         if "list-type" in query:
             self._list(path, query["prefix"][0])
             return
         file = server.folder / path
         if fault == "fail" or not file.is_file():
             self.send_error(500 if fault == "fail" else 404)
+            return
+        if server.redirects_to is not None:
+            self._redirect(file, path, server.redirects_to)
+            return
+        if server.signed_only and (self.command == "HEAD" or float(query.get("Expires", ["0"])[0]) < time.time()):
+            self._answer_shortly(403, "")
             return
         with file.open("rb") as opened:
             size, start = file.stat().st_size, 0
@@ -65,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_response(200)
             opened.seek(start)
             data = opened.read(stop - start) if self.command == "GET" else b""
-        self.send_header("ETag", f'"{file.stat().st_mtime_ns:x}-{size:x}"')
+        self.send_header("ETag", server.entity_tag(file))
         self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         server.num_bytes += len(data)
@@ -74,6 +116,23 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             data, self.close_connection = data[: len(data) // 2], True
         self.wfile.write(data)
+
+    def _answer_shortly(self, status: int, retry_after: str) -> None:
+        self.send_response(status)
+        if retry_after:
+            self.send_header("Retry-After", retry_after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _redirect(self, file: Path, path: str, other: FolderServer) -> None:
+        self.send_response(302)
+        expires = time.time() + self.server.link_life_s
+        self.send_header("Location", f"{other.url}/{quote(path)}?Expires={expires:.0f}&Signature=s%2Fg")
+        if self.server.says_linked:
+            self.send_header("X-Linked-Size", str(file.stat().st_size))
+            self.send_header("X-Linked-ETag", self.server.entity_tag(file))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _list(self, bucket: str, prefix: str) -> None:
         """S3's ListObjectsV2, in one page."""

@@ -99,6 +99,15 @@ def test_wheel_has_the_type_marker_the_licence_and_every_data_file(wheel: Path):
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
+def test_wheel_has_the_page_of_the_viewer_and_not_its_source(wheel: Path):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("atcache/pipelines/view/")}
+    built = {f"atcache/{name}" for name in _source_files() if name.startswith("pipelines/view/built/")}
+    assert {"index.html", "assets/page.js", "assets/page.css", "THIRD_PARTY.md"} <= {
+        name.removeprefix("atcache/pipelines/view/built/") for name in built
+    }
+    assert {name for name in names if not name.endswith(".py")} == built
+
+
 def test_every_module_imports_from_the_installed_wheel(installed: Path):
     files: dict[str, str] = json.loads(_run_installed([sys.executable, "-c", IMPORT_EVERYTHING], installed))
     assert set(files) == _modules_of_the_tree()

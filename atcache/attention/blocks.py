@@ -166,9 +166,10 @@ def model_label(model: nn.Module) -> str:
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
     """The error that `model` cannot be cached; `attention` is its attention, or a module that contains it."""
     found = _attention_in(attention)
+    if isinstance(model, DescribedModel):  # whose attention may be anywhere in the block
+        where = f"in modules of class {type(found).__name__}"
+        return UnsupportedAttentionError(f"{model_label(model)}: the attention {where} cannot be cached: {reason}.")
     sentence = f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}."
-    if isinstance(model, DescribedModel):
-        return UnsupportedAttentionError(sentence)
     return UnsupportedAttentionError(
         f"{sentence} Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
     )

@@ -156,13 +156,15 @@ class LayerFactors:
             inputs_BNTC=self.inputs_BNTC,
         )
 
-    def select_queries(self, num_queries: int) -> LayerFactors:
-        """The factors of the maps' first rows: q and bias are cut. Views, not copies."""
-        return replace(
-            self,
-            q_BHTD=self.q_BHTD[:, :, :num_queries],
-            bias=None if self.bias is None else self.bias[:, :, :num_queries],
-        )
+    def select_queries(self, queries: int | Sequence[int]) -> LayerFactors:
+        """The factors of some rows of the maps: q and bias are cut. Keys stay whole, so rows still sum to 1.
+
+        Args:
+            queries: so many first rows, which are views; or the rows of these tokens in the order given, copies.
+        """
+        rows = slice(queries) if isinstance(queries, int) else list(queries)
+        bias = None if self.bias is None else self.bias[:, :, rows]
+        return replace(self, q_BHTD=self.q_BHTD[:, :, rows], bias=bias)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -206,9 +208,9 @@ class LayerMaps:
         """The maps of some heads, by position and in the order given."""
         return LayerMaps(attn_BHQK=self.attn_BHQK[:, list(heads)])
 
-    def select_queries(self, num_queries: int) -> LayerMaps:
-        """The maps' first rows; views, not copies."""
-        return LayerMaps(attn_BHQK=self.attn_BHQK[:, :, :num_queries])
+    def select_queries(self, queries: int | Sequence[int]) -> LayerMaps:
+        """Some rows of the maps, as `LayerFactors.select_queries`."""
+        return LayerMaps(attn_BHQK=self.attn_BHQK[:, :, slice(queries) if isinstance(queries, int) else list(queries)])
 
 
 LayerAttention = LayerFactors | LayerMaps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class NotFiniteError(TeacherError):
             f"the teacher's output is not finite: {found.where}, for {len(found.views)} of "
             f"{found.num_views} images, the first is {first}; it was computed in {found.precision}. {advice}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (str(self), self.found)
+
+
+def _made_again(message: str, found: NotFinite) -> NotFiniteError:
+    """The error in another process, which has no `name_of`."""
+    error = NotFiniteError(found)
+    error.args = (message,)
+    return error
 
 
 def find_not_finite(numbers: Sequence[int], layers: Sequence[LayerAttention]) -> NotFinite | None:

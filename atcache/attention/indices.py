@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from atcache.errors import ConfigError
 
@@ -53,3 +53,13 @@ def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int,
     if not chosen or any(a >= b for a, b in pairwise(chosen)):
         raise ConfigError(f"{what}s {chosen}: expected at least one, ascending, without repeats.")
     return chosen
+
+
+def format_indices(indices: Sequence[int]) -> str:
+    """Ascending indices as `parse_indices` reads them.
+
+    >>> format_indices([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -19,7 +19,7 @@ from atcache.attention.calls import SDPA, attention_call, map_call
 from atcache.attention.described import AttentionWay, DescribedModel, QueryKey, run_module
 from atcache.attention.multi_head import MULTI_HEAD
 from atcache.attention.tokens import TokenLayout
-from atcache.errors import UnsupportedAttentionError
+from atcache.errors import AtcacheError, TeacherError, UnsupportedAttentionError
 
 _NUM_IMAGES = 2  # more than one, so that windows, which become part of the batch axis, are told from images
 
@@ -63,7 +63,7 @@ def describe(
     Raises:
         UnsupportedAttentionError: it does not attend, or not over prefix tokens and patches, or not once in each block.
     """
-    seen = _watch(module, image_size, forward)
+    seen = _watch(label, module, image_size, forward)
     ways = {one.way for one in seen}
     # A softmax beside calls of torch's own attention is something else, such as a pooling head.
     way: AttentionWay = "call" if "call" in ways and query_key is None else "softmax"
@@ -84,12 +84,21 @@ def describe(
 
 
 def _watch(
-    module: nn.Module, image_size: tuple[int, int], forward: Callable[[nn.Module, Tensor], Any] | None
+    label: str, module: nn.Module, image_size: tuple[int, int], forward: Callable[[nn.Module, Tensor], Any] | None
 ) -> list[_Attention]:
     parameter = next(module.parameters(), torch.empty(0))
     noise = torch.randn(_NUM_IMAGES, 3, *image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _Watch().over(module) as watch:
-        run_module(module, noise.to(parameter), forward)
+        try:
+            run_module(module, noise.to(parameter), forward)
+        except AtcacheError:
+            raise
+        except Exception as error:  # a foreign module raises anything
+            words = " ".join(str(error).split())
+            raise TeacherError(
+                f"{label}: it does not run on images of {image_size[0]} x {image_size[1]} pixels "
+                f"({type(error).__name__}: {words[:300]}). Is that the size that it was made for?"
+            ) from error
     return watch.seen
 
 

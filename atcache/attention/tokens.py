@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields, Range
 
 MOST_VALUES = 2**20
 """More than any count of heads, of tokens or of a head's components comes near."""
+
+TokenKind = Literal["cls", "register", "patch"]
+"""A class token, another token before the patches, or a patch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,3 +47,25 @@ class TokenLayout(JsonFields):
     def num_tokens(self) -> int:
         """Prefix tokens and patches together: the side of a map."""
         return self.num_prefix_tokens + self.num_patches
+
+
+def token_kinds(tokens: TokenLayout, teacher: str) -> list[TokenKind]:
+    """What each token of a teacher is.
+
+    Caches record how many tokens come before the patches, not which. A class token is always the first of them, and
+    timm's names say where there is none.
+
+    Args:
+        tokens: the teacher's.
+        teacher: its name, as the cache records it.
+
+    >>> token_kinds(TokenLayout(num_prefix_tokens=2, grid_height=1, grid_width=1), "vit_base_patch16_dinov3")
+    ['cls', 'register', 'patch']
+    >>> token_kinds(TokenLayout(num_prefix_tokens=1, grid_height=1, grid_width=1), "vit_little_patch16_reg1_gap_256")
+    ['register', 'patch']
+    """
+    kinds: list[TokenKind] = ["register"] * tokens.num_prefix_tokens
+    if kinds and "_gap" not in teacher and "class_token=False" not in teacher:
+        kinds[0] = "cls"
+    patches: list[TokenKind] = ["patch"] * tokens.num_patches
+    return kinds + patches

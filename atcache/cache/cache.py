@@ -11,8 +11,9 @@ import numpy as np
 
 from atcache.cache.coders import stored_coder
 from atcache.cache.decoded import Factors, View
-from atcache.cache.lazy_layers import Kind, LazyLayer, OpenCache, as_dask
+from atcache.cache.lazy_layers import Kind, LazyLayers, OpenCache, lazy_maps
 from atcache.cache.record import CacheRecord
+from atcache.cache.shown import cache_html
 from atcache.errors import CacheMissError
 from atcache.files.location import Location
 from atcache.store.growth import describe_growth
@@ -77,6 +78,8 @@ class Cache:
             f"{len(self.geometry.layers)} layers>"
         )
 
+    _repr_html_ = cache_html
+
     @property
     def path(self) -> Location:
         """The cache's folder or URL."""
@@ -140,11 +143,10 @@ class Cache:
         import xarray as xr
 
         index = self.reader.samples
-        names_C = np.array([*index.classes.names, ""])
         columns = {
-            "sample_key": ("sample", self._sample_keys()),
+            "sample_key": ("sample", index.sample_keys()),
             "label": ("sample", index.label_S),
-            "class_name": ("sample", names_C[np.where(index.label_S < len(names_C), index.label_S, -1)]),
+            "class_name": ("sample", index.class_names()),
             "tar": ("sample", index.tar_S),
             "status": (("view", "sample"), self.reader.status_VS),
         }
@@ -170,7 +172,8 @@ class Cache:
         from atcache.attention.factors import LayerMaps
 
         position = self._layer_position(layer)
-        views = tuple(range(self.reader.layout.num_views)) if view is None else (self._check_view(view),)
+        first = 0 if view is None else self._check_view(view)
+        views = range(first, self.reader.layout.num_views if view is None else first + 1)
         example = self._example(position)
         if isinstance(example, LayerMaps):
             raise CacheMissError(
@@ -179,8 +182,8 @@ class Cache:
         bias_HQK = None if example.bias is None else example.bias[0].numpy()
 
         def lazy(kind: Kind, decoded_BHTD: Tensor) -> da.Array:
-            heads, tail = tuple(range(decoded_BHTD.shape[1])), tuple(decoded_BHTD.shape[2:])
-            return as_dask(self._lazy_layer(kind, position, heads, tail, views))
+            _, num_heads, *tail = decoded_BHTD.shape
+            return self._lazy_factor(kind, views, position, range(num_heads), *tail)
 
         v_VSHTD = None if example.v_BHTD is None else lazy("v", example.v_BHTD)
         return Factors(lazy("q", example.q_BHTD), lazy("k", example.k_BHTD), example.scale, bias_HQK, v_VSHTD)
@@ -188,7 +191,8 @@ class Cache:
     def maps(self, layer: int, heads: Sequence[int] | None = None) -> da.Array:
         """The maps of one layer, lazy: attn_VSHQK float32, NaN for views that are not stored. Q is `queries`.
 
-        A dask chunk is a shard or an equal part of one, at most about 64 MiB. Slicing reads only the samples it picks.
+        A dask chunk is a shard or an equal part of one, at most about 64 MiB. Indexing, also in several steps, reads
+        and decodes only the samples, heads and rows that are picked.
 
         Args:
             layer: block index of the teacher.
@@ -197,10 +201,9 @@ class Cache:
         Example:
             attn_SHQK = cache.maps(layer=0, heads=[1])[0, :8].compute()  # of 8 samples, in view 0
         """
-        position, sides = self._layer_position(layer), (self.geometry.num_queries, self.geometry.tokens.num_tokens)
-        views = tuple(range(self.reader.layout.num_views))
-        chosen = self._head_positions(heads)
-        return as_dask(self._lazy_layer("maps", position, chosen, sides, views))
+        from atcache.cache.lazy_array import LazyArray
+
+        return cast("da.Array", LazyArray(self._lazy_maps(layer, heads)))
 
     def inputs(self, layer: int, of: Literal["attention", "mlp"]) -> da.Array:
         """What attention or MLP of one layer got, after its norm: lazy x_VSTC float32, if built with --store x.
@@ -216,29 +219,37 @@ class Cache:
         position, width = self._layer_position(layer), self.geometry.input_width
         if not width:
             raise CacheMissError(f"{self.path} holds no inputs of attention and MLP. Build it with --store x.")
-        views = tuple(range(self.reader.layout.num_views))
-        tail = (self.geometry.tokens.num_tokens, width)
-        x_VS1TC = as_dask(self._lazy_layer("inputs", position, (INPUTS.index(of),), tail, views))
-        return cast("Any", x_VS1TC)[:, :, 0]
+        views, num_tokens = range(self.reader.layout.num_views), self.geometry.tokens.num_tokens
+        return self._lazy_factor("inputs", views, position, INPUTS.index(of), num_tokens, width)
 
-    def to_xarray(self, layer: int, heads: Sequence[int] | None = None) -> xr.DataArray:
-        """`maps` with named axes (view, sample, head, query, key) and coordinates head, query, sample_key and label.
+    def to_xarray(self, layer: int | None = None, heads: Sequence[int] | None = None) -> xr.DataArray:
+        """The maps with named axes and coordinates: (view, sample, layer, head, query, key), lazy as `maps`.
+
+        Without a layer it is the `attention` of `xr.open_dataset(path, engine="atcache", chunks={})`. `sample` is an
+        index of keys. The other coordinates are label, class_name, status and the view's box and flip, and the kind,
+        row and column of the tokens along query and key.
+
+        Args:
+            layer: block index of the teacher: only this layer, without an axis. None for all that are stored.
+            heads: head indices of the teacher, in the order wanted; None for all that are stored.
 
         Example:
+            attn = cache.to_xarray()
+            key = cache.view(sample=3).sample_key
+            attn.sel(sample=key, layer=0, query=0).isel(view=0)  # (head, key)
             attn = cache.to_xarray(layer=0).isel(view=0)
             mean_of_class_3 = attn[(attn.label == 3).values].mean("sample").compute()
         """
         import xarray as xr
 
-        coordinates = {
-            "head": list(self.geometry.heads if heads is None else heads),
-            "query": list(self.queries),
-            "sample_key": ("sample", self._sample_keys()),
-            "label": ("sample", self.reader.labels_S),
-        }
-        axes = ("view", "sample", "head", "query", "key")
-        name = f"attention_layer_{layer}"
-        return xr.DataArray(self.maps(layer, heads), coords=coordinates, dims=axes, name=name)
+        from atcache.cache.lazy_array import LazyArray
+        from atcache.cache.xarray_engine import AtcacheBackend
+
+        maps = self._lazy_maps(layer, heads)
+        labelled = xr.open_dataset(cast("Any", maps), engine=AtcacheBackend)["attention"]
+        # Only the maps become a dask array: one computes with coordinates at once.
+        labelled = labelled.copy(deep=False, data=LazyArray(maps))
+        return labelled if layer is None else labelled.rename(f"attention_layer_{layer}")
 
     def view(self, sample: int | str, view: int = 0) -> View:
         """One view of one sample: image, and maps of all stored layers.
@@ -282,6 +293,7 @@ class Cache:
             image=self.image(row, view),
             maps_LHQK=torch.stack(maps).numpy(),
             inputs_LNTC=torch.stack(inputs).numpy() if inputs else None,
+            geometry=self.geometry,
         )
 
     def image(self, sample: int, view: int = 0) -> np.ndarray:
@@ -370,6 +382,10 @@ class Cache:
             )
         return self.geometry.layers.index(layer)
 
+    def _lazy_maps(self, layer: int | None, heads: Sequence[int] | None) -> LazyLayers:
+        position = None if layer is None else self._layer_position(layer)
+        return lazy_maps(cast("OpenCache", self), position, self._head_positions(heads))
+
     def _head_positions(self, heads: Sequence[int] | None) -> tuple[int, ...]:
         stored = self.geometry.heads
         missing = [head for head in heads or () if head not in stored]
@@ -385,13 +401,13 @@ class Cache:
             raise CacheMissError(f"view {view} is not in {self.path}: it has {self.reader.layout.num_views} views.")
         return view
 
-    def _lazy_layer(
-        self, kind: Kind, position: int, heads: tuple[int, ...], tail: tuple[int, ...], views: tuple[int, ...]
-    ) -> LazyLayer:
-        shape = (len(views), self.reader.layout.num_samples, len(heads), *tail)
-        return LazyLayer(
-            cache=cast("OpenCache", self), position=position, kind=kind, heads=heads, shape=shape, views=views
-        )
+    def _lazy_factor(
+        self, kind: Kind, views: range, position: int, heads: int | range, num_tokens: int, width: int
+    ) -> da.Array:
+        from atcache.cache.lazy_array import LazyArray
+
+        axes = (views, range(self.reader.layout.num_samples), position, heads, range(num_tokens), range(width))
+        return cast("da.Array", LazyArray(LazyLayers(cache=cast("OpenCache", self), kind=kind, axes=axes)))
 
     def _example(self, position: int) -> LayerAttention:
         """This layer's attention decoded from zeros, which shows its kind, shapes and scale."""
@@ -400,9 +416,3 @@ class Cache:
         layout = self.reader.layout
         shape = (1, layout.num_layers, layout.num_tokens, layout.num_components)
         return self.coder.decode(torch.from_numpy(np.zeros(shape, layout.codes_dtype))).layer(position)
-
-    def _sample_keys(self) -> np.ndarray:
-        """All sample_keys as numpy text."""
-        index = self.reader.samples
-        tar_names = np.array([tar.name + "/" for tar in index.tars])
-        return np.char.add(tar_names[index.tar_S], np.char.decode(index.keys_S, "utf-8"))

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from atcache.cache.shown import view_html
+
 if TYPE_CHECKING:
     import dask.array as da
+
+    from atcache.attention.geometry import FactorGeometry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,6 +47,10 @@ class View:
     `Cache.queries` names."""
     inputs_LNTC: np.ndarray | None = None
     """What attention (N = 0) and MLP (N = 1) of each stored layer got, float32; None if that is not stored."""
+    geometry: FactorGeometry | None = None
+    """The layers, heads and tokens of the maps."""
+
+    _repr_html_ = view_html
 
 
 class Factors(NamedTuple):

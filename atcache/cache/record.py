@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from atcache.attention.geometry import FactorGeometry
 from atcache.cache.identity import CacheIdentity
+from atcache.choices import Labels
 from atcache.errors import CodecError, CorruptCacheError
 from atcache.fields import At, JsonFields, Misfit, Omitted, Range, fit
 from atcache.files.location import Location
 from atcache.store.layout import StoreLayout
+from atcache.teachers.trained import Trained
 
 if TYPE_CHECKING:
     from atcache.codecs.base import Codec
@@ -116,6 +118,18 @@ class _ShownOfCodec(JsonFields):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampleChoice(JsonFields):
+    """The options that say which samples of tars are taken and what their labels are; a cache grows by the same ones.
+
+    Not the file of keys: samples that are added have other keys.
+    """
+
+    labels: Labels
+    label_key: str | None
+    max_samples: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRecord(JsonFields):
     """What a cache records about itself."""
 
@@ -127,10 +141,14 @@ class CacheRecord(JsonFields):
     """Licence of the teacher's weights; None if it is not known."""
     depth: Annotated[int, At("teacher.depth"), Range(at_least=1, at_most=4096)]
     """Number of the teacher's blocks."""
+    trained: Annotated[Trained | None, At("teacher.trained"), Omitted] = None
+    """The training that made the teacher's weights, if that was `atcache train`."""
     geometry: FactorGeometry
     """Layers, heads and shapes of what is stored."""
     calibration: CalibrationRecord
     created_by: CreatedBy
+    choice: Annotated[SampleChoice | None, At("source.choice"), Omitted] = None
+    """How samples were chosen; None in caches from before that was recorded, and merged of parts that differ in it."""
     complete: Annotated[Completion | None, Omitted] = None
     """None while the build is not finished."""
 

@@ -80,6 +80,13 @@ class BesideViews(Views):
             codes.append(other.reader.read_codes(view, its_row, other.code_layers))
         return found._replace(beside=tuple(codes))
 
+    def plan(self, sample_S: np.ndarray) -> None:
+        """See `Views.plan`."""
+        self._views.plan(sample_S)
+        for other in self._others:
+            rows = other.row_S[sample_S]
+            other.reader.plan(rows[rows >= 0])
+
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`."""
         self._views.expect(sample_S, epoch)

@@ -26,9 +26,13 @@ class _Batches(Dataset[Batch]):
     def __init__(self, views: Views, label_S: np.ndarray, order: SampleOrder | Sequence[list[tuple[int, int]]]) -> None:
         self._views, self._label_S, self._order = views, label_S, order
         self._expected: list[tuple[int, int]] = []
+        self._has_planned = False
 
     def __getitem__(self, number: int) -> Batch:
         order = self._order
+        if self._views.is_remote and not self._has_planned:
+            self._has_planned = True  # in each process that reads
+            self._views.plan(self._all_samples())
         if isinstance(order, SampleOrder):
             self._expect(order, number)
         pairs = order.batch(number) if isinstance(order, SampleOrder) else order[number]
@@ -67,6 +71,11 @@ class _Batches(Dataset[Batch]):
             beside=tuple(Codes(0, np.arange(len(pairs)), stack.tensor) for stack in beside if stack.tensor is not None),
             is_mixed=any(mix.share != 1 for mix in mixes),
         )
+
+    def _all_samples(self) -> np.ndarray:
+        if isinstance(self._order, SampleOrder):
+            return np.unique(self._order.sample_S)
+        return np.unique([sample for pairs in self._order for sample, _ in pairs])
 
     def _expect(self, order: SampleOrder, step: int) -> None:
         """Start to read this step's windows and the next ones ahead, each only once."""

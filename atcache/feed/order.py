@@ -54,7 +54,7 @@ class SampleOrder:
         """What another order must have in common with this one to be the same, as JSON."""
         samples = np.ascontiguousarray(self.sample_S, "<i8")
         return {
-            "samples": hashlib.blake2b(samples.tobytes(), digest_size=16).hexdigest(),
+            "samples": hashlib.blake2b(samples.view(np.uint8).data, digest_size=16).hexdigest(),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
@@ -114,12 +114,19 @@ class SampleOrder:
         return _block_order(self, epoch)[0]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _block_order(order: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch's samples, and where each window of it ends; int64, read-only."""
-    blocks, block_S = np.unique(order.sample_S // BLOCK_SAMPLES, return_inverse=True)
-    place_of_block = np.argsort(epoch_permutation(len(blocks), order.seed, epoch, purpose="blocks"), kind="stable")
-    window_S = place_of_block[block_S] // WINDOW_BLOCKS
+    """The order of an epoch's samples, and where each window of it ends; read-only."""
+    block_S = order.sample_S // BLOCK_SAMPLES
+    is_block_there = np.zeros(block_S.max() + 1, bool)
+    is_block_there[block_S] = True
+    num_blocks = int(np.count_nonzero(is_block_there))
+    place_of_block = np.argsort(epoch_permutation(num_blocks, order.seed, epoch, purpose="blocks"), kind="stable")
+    window_of_block = np.zeros(len(is_block_there), np.int64)
+    window_of_block[is_block_there] = place_of_block // WINDOW_BLOCKS
+    window_S = window_of_block[block_S]
+    if num_blocks <= 2**16 * WINDOW_BLOCKS:
+        window_S = window_S.astype(np.uint16)  # sorted six times as fast
     # A permutation of all samples, stably sorted by window, permutes each window.
     shuffled = epoch_permutation(len(block_S), order.seed, epoch)
     places = shuffled[np.argsort(window_S[shuffled], kind="stable")]
@@ -129,14 +136,15 @@ def _block_order(order: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarray
     return places, ends_W
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def epoch_permutation(num_samples: int, seed: int, epoch: int, *, purpose: str = "order") -> np.ndarray:
-    """The order of `num_samples` things in an epoch, int64, read-only.
+    """The order of `num_samples` things in an epoch, int32 if that is enough, else int64; read-only.
 
-    The last few orders are remembered, since every step of an epoch asks for the same one.
+    The last two orders are remembered, since every step of an epoch asks for the same one. Each process that reads has
+    its own, so they are as small as can be.
     """
     words = np.random.Philox(key=_hash(purpose, seed, epoch)).random_raw(num_samples)
-    order = np.argsort(words, kind="stable")
+    order = np.argsort(words, kind="stable").astype(np.int32 if num_samples < 2**31 else np.int64, copy=False)
     order.flags.writeable = False
     return order
 

@@ -63,6 +63,10 @@ class Views(Protocol):
         """Whether samples are read from a server: it is best to request those of a batch together."""
         ...
 
+    def plan(self, sample_S: np.ndarray) -> None:
+        """Take note of all samples, ascending, that an epoch will read: how they are fetched may depend on it."""
+        ...
+
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """Take note of the samples, ascending, that will be read soon; may read or fetch them ahead."""
         ...
@@ -113,6 +117,12 @@ class CachedViews(Views):
         """See `Views.read`."""
         view = epoch % self._reader.layout.num_views
         return self._kept.get((view, sample), lambda: self._read(view, sample), _count_nbytes)
+
+    def plan(self, sample_S: np.ndarray) -> None:
+        """See `Views.plan`."""
+        self._reader.plan(sample_S)
+        if self._source is not None:
+            self._source.plan(sample_S)
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`."""
@@ -190,6 +200,10 @@ class FreshViews(Views):
             partner = sample + mix.partner
             pixels_HWC = mix_pixels(pixels_HWC, self._draw(partner, epoch), mix)
         return SampleView(pixels_HWC, None, mix)
+
+    def plan(self, sample_S: np.ndarray) -> None:
+        """See `Views.plan`."""
+        self._source.plan(sample_S)
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`."""
@@ -270,6 +284,12 @@ class JoinedViews(Views):
     def is_remote(self) -> bool:
         """See `Views.is_remote`."""
         return any(part.is_remote for part in self._parts)
+
+    def plan(self, sample_S: np.ndarray) -> None:
+        """See `Views.plan`."""
+        part_S = self.part_of(sample_S)
+        for part in np.unique(part_S).tolist():
+            self._parts[part].plan(sample_S[part_S == part] - self._starts[part])
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`; each part is told of its own samples."""

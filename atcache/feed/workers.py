@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import DefaultContext, ForkServerContext
 from multiprocessing.reduction import recv_handle, send_handle
 from threading import Event
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ class _Worker:
     """A process, as its parent sees it."""
 
     def __init__(self, batches: Dataset[Any], others: Sequence[Connection]) -> None:
-        context = multiprocessing.get_context()
+        context = _context(type(batches).__module__)
         self.connection, theirs = context.Pipe()
         # A forked process has the parent's ends of all pipes. Left open, they would hide that the parent has ended.
         inherited = [*others, self.connection] if context.get_start_method() == "fork" else []
@@ -169,6 +170,18 @@ class _Worker:
             self._process.join()
         for slot in self._slots.values():
             slot.close()
+
+
+def _context(module: str) -> DefaultContext | ForkServerContext:
+    """How this process starts others, which need `module`.
+
+    A process that was itself spawned, as dask's workers are, would spawn. That takes seconds for each, to import torch.
+    A server that has imported it once, and forks, is as safe.
+    """
+    if multiprocessing.get_start_method() != "spawn":
+        return multiprocessing.get_context()
+    multiprocessing.set_forkserver_preload(["__main__", module])
+    return multiprocessing.get_context("forkserver")
 
 
 def _work(connection: Connection, inherited: Sequence[Connection], batches: Dataset[Any]) -> None:

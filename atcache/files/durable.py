@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atcache.errors import AtcacheError, ConfigError, DiskFullError, NotWritableError
+from atcache.files.location import Location
 
 _SECONDS_TO_WAIT = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -141,6 +142,11 @@ def _errno(error: BaseException) -> int | None:
 def existing_folder(path: Path) -> Path:
     """`path` if it is a folder, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def free_nbytes(place: Location) -> int | None:
+    """Bytes free on the disk of a file or folder, which need not exist yet; None for one on a server."""
+    return shutil.disk_usage(existing_folder(place)).free if isinstance(place, Path) else None
 
 
 def check_can_write(path: Path) -> None:

@@ -12,8 +12,13 @@ from atcache.errors import ConfigError
 
 _WEB_SCHEMES = ("http", "https")
 _STORE_SCHEMES = ("s3", "gs", "az")
+_HUB_ROOT = "hf://datasets/"
+_SCHEMES = (*_WEB_SCHEMES, *_STORE_SCHEMES, "hf")
+_HUB_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOOKS_LIKE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
-_COLLAPSED = re.compile(rf"({'|'.join(_WEB_SCHEMES + _STORE_SCHEMES)}):/[^/]")
+_COLLAPSED = re.compile(rf"({'|'.join(_SCHEMES)}):/[^/]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,8 @@ class Url:
     """
 
     root: str
-    """Scheme and host or bucket, such as "https://data.example.org" or "s3://bucket"."""
+    """Scheme and host or bucket, such as "https://data.example.org" or "s3://bucket"; on a hub "hf://datasets/ORG/NAME",
+    with "@REVISION" behind it if one was named."""
     parts: tuple[str, ...]
     """Names of the folders and the file, with the percent encoding of a web address decoded."""
 
@@ -61,8 +67,32 @@ class Url:
 
     @property
     def can_list(self) -> bool:
-        """Whether its server can list a folder. Object stores can; web servers cannot."""
-        return not self.root.startswith(_WEB_SCHEMES)
+        """Whether its server can list a folder. Object stores can; web servers cannot, and hubs are read as such."""
+        return not self.root.startswith((*_WEB_SCHEMES, _HUB_ROOT))
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it is in a dataset repository of a Hugging Face hub."""
+        return self.root.startswith(_HUB_ROOT)
+
+    @property
+    def repository(self) -> str:
+        """ORG/NAME of its repository; only on a hub."""
+        return self.root.removeprefix(_HUB_ROOT).partition("@")[0]
+
+    @property
+    def revision(self) -> str:
+        """The branch, tag or commit of its repository; only on a hub."""
+        return unquote(self.root.partition("@")[2]) or "main"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its revision is a commit, whose files never change; only on a hub."""
+        return _COMMIT.fullmatch(self.revision) is not None
+
+    def at_revision(self, revision: str) -> Url:
+        """The same place in another revision of its repository."""
+        return Url(f"{_HUB_ROOT}{self.repository}@{quote(revision, safe='')}", self.parts)
 
 
 Location: TypeAlias = Path | Url
@@ -131,10 +161,10 @@ def _parse_url(text: str) -> Url:
         found.port  # noqa: B018 - raises if it is not a number
     except ValueError as error:
         raise ConfigError(f"{text!r} is not a URL ({error}). Check how it is written.") from None
-    if found.scheme not in _WEB_SCHEMES + _STORE_SCHEMES:
+    if found.scheme not in _SCHEMES:
         raise ConfigError(
             f"{text!r} cannot be read: expected a path, or a URL that begins with "
-            f"{', '.join(f'{scheme}://' for scheme in _WEB_SCHEMES + _STORE_SCHEMES)}."
+            f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)}."
         )
     if "@" in found.netloc or found.query or found.fragment:
         # They are often secret, and would appear in caches and messages.
@@ -142,11 +172,29 @@ def _parse_url(text: str) -> Url:
             f"{found.scheme}://{found.netloc.rpartition('@')[2]}{found.path}: a URL must have no password, query or "
             "fragment. Give credentials in the environment variables of the store."
         )
+    if found.scheme == "hf":
+        return _parse_hub(text)
     if not found.netloc or not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", found.netloc):
         raise ConfigError(f"{text!r} does not name a host or bucket; expected a URL such as s3://bucket/folder.")
     root = f"{found.scheme}://{found.netloc}"
     path = found.path.strip("/")
     return Url(root, _split(path, text, encoded=found.scheme in _WEB_SCHEMES))
+
+
+def _parse_hub(text: str) -> Url:
+    """Of "hf://datasets/ORG/NAME@REVISION/FOLDER", where a slash in the revision is written %2F."""
+    org, _, rest = text.removeprefix(_HUB_ROOT).partition("/")
+    repository, _, path = rest.partition("/")
+    name, at, revision = repository.partition("@")
+    revision = unquote(revision)
+    names_repository = text.startswith(_HUB_ROOT) and all(_HUB_PART.fullmatch(part) for part in (org, name))
+    names_revision = not at or (_HUB_REVISION.fullmatch(revision) and ".." not in revision)
+    if not names_repository or not names_revision:
+        raise ConfigError(
+            f"{text!r} does not name a dataset on a hub; expected hf://datasets/ORG/NAME/FOLDER, with @REVISION behind "
+            "NAME for a branch, tag or commit other than main."
+        )
+    return Url(f"{_HUB_ROOT}{org}/{name}{at}{quote(revision, safe='')}", _split(path.strip("/"), text))
 
 
 def _split(path: str, shown: str, *, encoded: bool = False) -> tuple[str, ...]:

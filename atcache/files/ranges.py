@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from atcache.files.location import Location
 
@@ -28,6 +29,10 @@ class RangeFile(Protocol):
 
     def expect(self, nbytes: int, offset: int) -> None:
         """Start to fetch these bytes before they are read. Returns at once, and may do nothing."""
+        ...
+
+    def will_read(self, nbytes: int) -> None:
+        """Say how many of its bytes will be read within an epoch: it may be worth fetching it whole."""
         ...
 
     def forget(self, nbytes: int, offset: int) -> bool:
@@ -65,10 +70,40 @@ class LocalFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
+    def will_read(self, nbytes: int) -> None:
+        """See `RangeFile.will_read`. The operating system decides."""
+        del nbytes
+
     def forget(self, nbytes: int, offset: int) -> bool:
         """See `RangeFile.forget`. There is nothing to drop: the operating system keeps its copies up to date."""
         del nbytes, offset
         return False
+
+
+def expect_together(wanted: Sequence[tuple[RangeFile, int, int]]) -> None:
+    """`expect` ranges of several files, each as (file, bytes, offset), of which the first is needed first."""
+    remote: list[Any] = []
+    for file, nbytes, offset in wanted:
+        if isinstance(file, LocalFile):
+            file.expect(nbytes, offset)
+        else:
+            remote.append((file, nbytes, offset))
+    if remote:
+        from atcache.files.remote import remote_file
+
+        remote_file.expect_together(remote)
+
+
+def promise(reader: object, name: str, nbytes: int) -> None:
+    """Say how many bytes of servers' files a reader will read within an epoch, under a name for these files.
+
+    It holds until the reader says something else under this name, or is gone.
+
+    Files are fetched whole, see `RangeFile.will_read`, only if all that was promised fits into the local block cache.
+    """
+    from atcache.files.remote.block_cache import shared_blocks
+
+    shared_blocks().promise(reader, name, nbytes)
 
 
 def open_file(location: Location) -> RangeFile:

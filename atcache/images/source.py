@@ -17,7 +17,7 @@ import numpy as np
 from atcache.choices import Labels
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
-from atcache.files.ranges import RangeFile, open_file
+from atcache.files.ranges import RangeFile, expect_together, open_file, promise
 from atcache.images.class_names import UNNAMED, ClassNames, find_class_names
 from atcache.images.decode import EncodedImage
 from atcache.images.labels import LabelRule
@@ -76,12 +76,22 @@ class SampleIndex:
             (self.problem_S, np.dtype("u1")),
         ):
             digest.update(f"{dtype.str} {len(column)}\n".encode())
-            digest.update(np.ascontiguousarray(column, dtype=dtype).tobytes())
+            digest.update(np.ascontiguousarray(column, dtype=dtype).view(np.uint8).data)
         return digest.hexdigest()
 
     def sample_key(self, sample: int) -> str:
         """The sample's name, "TAR_BASENAME/KEY". It does not depend on the tars' folders."""
         return f"{self.tars[int(self.tar_S[sample])].name}/{self.keys_S[sample].decode()}"
+
+    def sample_keys(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """`sample_key` of some rows, or of all: numpy text, 4 bytes a letter."""
+        tar_names = np.array([(tar.name + "/").encode() for tar in self.tars])
+        return _decode_texts(np.char.add(tar_names[self.tar_S[rows]], self.keys_S[rows]))
+
+    def class_names(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The name of the class of some rows, or of all: numpy text, empty where it is not known."""
+        names_C, label_S = np.array([*self.classes.names, ""]), self.label_S[rows]
+        return names_C[np.where(label_S < len(names_C), label_S, -1)]
 
     def select(self, rows: np.ndarray) -> SampleIndex:
         """The index of these rows only, ascending, and of the tars that they are in."""
@@ -96,6 +106,14 @@ class SampleIndex:
             tar_S=tar_S.astype(self.tar_S.dtype),
             **{name: getattr(self, name)[rows] for name in columns},
         )
+
+
+def _decode_texts(bytes_S: np.ndarray) -> np.ndarray:
+    """UTF-8 texts, dtype S, as numpy text."""
+    octets_SN = np.ascontiguousarray(bytes_S).view(np.uint8).reshape(len(bytes_S), bytes_S.dtype.itemsize)
+    if (octets_SN < 128).all():  # numpy would decode millions of texts one by one
+        return octets_SN.astype(np.uint32).view(f"U{octets_SN.shape[1]}").reshape(len(bytes_S))
+    return np.char.decode(bytes_S, "utf-8")
 
 
 def index_source(
@@ -234,22 +252,26 @@ def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
 class Source:
     """Reads the samples of an index in any order, each with one `pread`.
 
-    Threads may share one object. A pickled or forked copy opens its own files. At most 64 tars are open at once.
+    Threads may share one object. A pickled or forked copy opens its own files. At most 64 local tars are open at once.
     """
 
     def __init__(self, index: SampleIndex) -> None:
         self.index = index
+        self._planned_T: np.ndarray | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._open = lru_cache(_MAX_OPEN_TARS)(partial(_open_tar, self.index))
+        # A remote file holds no descriptor, and opening it again would ask the server.
+        is_all_remote = all(isinstance(tar, Url) for tar in self.index.tars)
+        self._open = lru_cache(None if is_all_remote else _MAX_OPEN_TARS)(partial(_open_tar, self.index))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"index": self.index}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.index = state["index"]
+        self._planned_T = None
         self._reset()
 
     def where(self, sample: int) -> str:
@@ -283,12 +305,33 @@ class Source:
         """Whether any tar is on a server."""
         return any(isinstance(tar, Url) for tar in self.index.tars)
 
+    def plan(self, sample_S: np.ndarray) -> None:
+        """Say which samples an epoch will read; remote tars that are read nearly whole then come in large requests."""
+        if self.is_remote:
+            index = self.index
+            nbytes_T = np.bincount(index.tar_S[sample_S], index.nbytes_S[sample_S].clip(0), len(index.tars))
+            self._planned_T = nbytes_T.astype(np.int64)
+            promise(self, "tars", sum(index.tar_nbytes[tar] for tar in np.flatnonzero(nbytes_T).tolist()))
+
     def expect(self, sample_S: np.ndarray) -> None:
         """Start to fetch these samples (positions in the index) if their tars are remote, without waiting for them."""
+        if not self.is_remote:
+            return
         index = self.index
-        if self.is_remote:
-            for sample in sample_S[index.nbytes_S[sample_S] > 0].tolist():
-                self._tar(int(index.tar_S[sample])).expect(int(index.nbytes_S[sample]), int(index.offset_S[sample]))
+        sample_S = sample_S[index.nbytes_S[sample_S] > 0]
+        tars = self._open_together(index.tar_S[sample_S])
+        ranges = zip(index.tar_S[sample_S], index.nbytes_S[sample_S], index.offset_S[sample_S], strict=True)
+        expect_together([(tars[int(tar)], int(nbytes), int(offset)) for tar, nbytes, offset in ranges])
+
+    def _open_together(self, tar_S: np.ndarray) -> dict[int, RangeFile]:
+        """These tars. Those of servers are opened several at a time, as each waits for an answer."""
+        tars = np.unique(tar_S).tolist()
+        with ThreadPoolExecutor(_NUM_REQUESTS) as pool:
+            files = dict(zip(tars, pool.map(self._tar, tars), strict=True))
+        if self._planned_T is not None:
+            for tar, file in files.items():
+                file.will_read(int(self._planned_T[tar]))
+        return files
 
     def read_image(self, sample: int) -> Image:
         """The image, decoded to RGB; see `EncodedImage.decode`.

@@ -57,7 +57,7 @@ def expand_tars(data: str | Path | Sequence[str | Path]) -> tuple[Location, ...]
 
 
 def _expand(spec: str) -> Sequence[Location]:
-    if spec.startswith("hf:"):
+    if spec.startswith("hf:") and not spec.startswith("hf://"):
         raise SourceError(
             f"{spec} names a dataset on the hub. Run `atcache pack --data {spec} --out TARS` and give the folder it "
             "makes."
@@ -65,7 +65,7 @@ def _expand(spec: str) -> Sequence[Location]:
     if looks_like_url(spec):
         return _expand_url(spec)
     path = expand_home(Path(spec))
-    names = [path] if path.exists() else [Path(name) for name in _expand_braces(str(path))]
+    names = [path] if path.exists() else [Path(name) for name in expand_braces(str(path))]
     paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
     if len(missing) == len(paths):
@@ -98,7 +98,7 @@ def _find(path: Path) -> list[Path]:
 def _expand_url(spec: str) -> list[Url]:
     """The tars that a URL names. Whether they exist is not checked here; opening a missing one fails."""
     tars: list[Url] = []
-    for name in _expand_braces(spec):
+    for name in expand_braces(spec):
         try:
             url = parse_location(name)
         except ConfigError as error:
@@ -124,7 +124,12 @@ def _list_tars(url: Url) -> list[Url]:
     return [folder / name for name in names]
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a brace pattern stands for, in order.
+
+    Raises:
+        SourceError: its braces do not match, or it stands for too many names.
+    """
     from braceexpand import braceexpand
 
     if "{" not in pattern and "}" not in pattern:

@@ -1,9 +1,13 @@
 """The format on disk, and the only part of atcache that knows Zarr: writing, reading and checking a cache.
 
 - `layout`: which arrays a cache has, how they are cut into shards and chunks, and which task writes what
+- `shard_size`: how many samples a shard should have, and how many layers a chunk
 - `writer`: create a cache, write one task at a time, finish it
+- `bucket`: put a task or a new cache on an object store, safely without renames and locks
+- `committed`: all commit records, each checked
 - `reader`: read the codes and pixels of one sample
 - `manifest`: commit records, which say which tasks are done
+- `records`: the files that hold commit records, one or many of them
 - `metadata`: the zarr.json files of a cache, and the checksum over what they say
 - `parts`: sample tables of caches in several parts
 - `growth`: more views or samples for a cache that exists

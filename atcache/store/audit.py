@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from atcache.files.location import Location, Url
 from atcache.files.ranges import file_exists, list_files, read_file
 from atcache.store.growth import GROWTH, read_growth
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
-from atcache.store.manifest import COMMIT_NAME, COMMITS
 from atcache.store.metadata import consolidated_copies, is_old_table, list_arrays, load_root, seal_holds, split_root
+from atcache.store.records import COMMITS, RecordFile
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
+_SHARD = re.compile(r"([a-z_]+/[a-z_]+)/c/([0-9]{1,9})/([0-9]{1,9})(?:/0)*")
 _SAMPLE_COLUMNS = ("key", *SAMPLE_DTYPES)
 
 
@@ -175,7 +177,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         layout: its layout.
         committed: names of the tasks that have a commit record.
     """
-    known = _known_files(path, layout)
+    known = known_files(path, layout)
     growth = read_growth(path) if isinstance(path, Path) else None
     if growth is not None:
         known.add(GROWTH)
@@ -187,7 +189,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         ]
     for relative in list_files(path):
         folder, _, name = relative.rpartition("/")
-        if relative in known or (folder == COMMITS and COMMIT_NAME.fullmatch(name)):
+        if relative in known or (folder == COMMITS and RecordFile.parse(name) is not None):
             continue
         if is_old_table(relative, layout):  # of before the cache grew, for readers that were open then
             continue
@@ -206,7 +208,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
     return strays
 
 
-def _known_files(path: Location, layout: StoreLayout) -> set[str]:
+def known_files(path: Location, layout: StoreLayout) -> set[str]:
     """The files of a cache except shards and commit records, by their paths in it."""
     known = {"zarr.json", *(f"{name}/zarr.json" for name in _group_names(layout))}
     known |= {f"{spec.name}/zarr.json" for spec in layout.arrays()}
@@ -220,9 +222,14 @@ def _known_files(path: Location, layout: StoreLayout) -> set[str]:
 
 def _task_of_shard(relative: str, layout: StoreLayout) -> Task | None:
     """The task whose shard is at a path in the cache; None for other files."""
-    for spec in layout.arrays():
-        match = re.fullmatch(f"{spec.name}/c/([0-9]+)/([0-9]+)" + "/0" * (len(spec.shape) - 2), relative)
-        if match and int(match[1]) < layout.num_views and int(match[2]) < layout.num_blocks:
-            task = layout.task(int(match[1]), int(match[2]))
-            return task if spec.shard_file(task) == relative else None
+    match = _SHARD.fullmatch(relative)
+    if match and int(match[2]) < layout.num_views and int(match[3]) < layout.num_blocks:
+        task = layout.task(int(match[2]), int(match[3]))
+        spec = _specs_by_name(layout).get(match[1])
+        return task if spec is not None and spec.shard_file(task) == relative else None
     return None
+
+
+@lru_cache(maxsize=2)
+def _specs_by_name(layout: StoreLayout) -> dict[str, ArraySpec]:
+    return {spec.name: spec for spec in layout.arrays()}

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import disk_errors_explained, encode_json, fsync_path, fsync_tree, write_file
 from atcache.store.layout import StoreLayout
-from atcache.store.manifest import COMMITS, delete_commits, list_commits
+from atcache.store.manifest import delete_commits, list_commits
 from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, seal, seal_holds, split_root
+from atcache.store.records import COMMITS
 from atcache.store.tables import write_samples
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import encode_json, partial_path
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import Commit, check_commit, commit_path, read_commit
+from atcache.store.manifest import Commit, check_commit, commit_path, read_commits
 from atcache.store.metadata import seal
 from atcache.store.parts import append_part
 from atcache.store.reader import CacheReader
@@ -28,7 +28,7 @@ def join_layouts(layouts: Sequence[StoreLayout]) -> StoreLayout:
     joined = layouts[0]
     for layout in layouts[1:]:
         joined = joined.with_part(layout.part_stops or (layout.num_samples,))
-    return joined
+    return joined.with_joined_records()
 
 
 def join_samples(readers: Sequence[CacheReader]) -> SampleIndex:
@@ -82,8 +82,10 @@ def write_joined(
     with new_cache_folder(path) as temp:
         write_empty_cache(temp, layout, attributes, index, first.state, first.bias_LHQK)
         for reader, first_block in zip(readers, _first_blocks(readers), strict=True):
+            commits = read_commits(reader.path)
             for task in reader.layout.tasks():
-                on_task(_join_task(temp, layout, reader, task, layout.task(task.view, first_block + task.block)))
+                new_task = layout.task(task.view, first_block + task.block)
+                on_task(_join_task(temp, layout, reader, commits[task.name], new_task))
         return finish_cache(temp)
 
 
@@ -95,11 +97,10 @@ def _first_blocks(readers: Sequence[CacheReader]) -> list[int]:
     return starts
 
 
-def _join_task(path: Path, layout: StoreLayout, reader: CacheReader, task: Task, new_task: Task) -> int:
+def _join_task(path: Path, layout: StoreLayout, reader: CacheReader, commit: Commit, new_task: Task) -> int:
     """Take over the shards of one task and its record. Returns the bytes of the shards."""
-    source = reader.path
+    source, task = reader.path, commit.task
     assert isinstance(source, Path), "caches on servers are refused"
-    commit = read_commit(source, task.name)
     if problems := check_commit(source, commit, reader.layout):
         raise CorruptCacheError(
             f"{problems[0]} Repair it with `atcache verify --repair` and its `atcache build` command, then merge again."

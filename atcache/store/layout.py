@@ -54,8 +54,12 @@ MAX_NUM_TASKS = 10**7
 MAX_NUM_SAMPLES = 2**31 - 1
 MAX_NUM_VIEWS = 10_000
 
-MAX_SAMPLES_PER_SHARD = 8192
-"""The most that a plan gives a shard: it bounds the index of a shard, and the work lost, if views are tiny."""
+MAX_FOLDER_ENTRIES = 10_000
+"""The most that a folder should hold: Hugging Face's hub takes no more. All shards of a view are in one folder."""
+MAX_SINGLE_RECORDS = 9_000
+"""A cache with more tasks than this has its commit records joined; the rest of the 10,000 is room for other files."""
+RECORDS_PER_FILE = 1000
+MAX_RECORDS_PER_FILE = 10_000
 
 
 class Status(IntEnum):
@@ -85,6 +89,11 @@ def describe_status(status: int) -> str:
     return known.get(status, f"status {status}")
 
 
+def task_name(view: int, block: int) -> str:
+    """The name of the task that writes a block of a view; see `Task`."""
+    return f"v{view:04d}-b{block:06d}"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Task(JsonFields):
     """The work that writes one shard of every array: one view of the samples [start, stop)."""
@@ -101,7 +110,7 @@ class Task(JsonFields):
         >>> Task(view=0, block=3, start=300, stop=400).name
         'v0000-b000003'
         """
-        return f"v{self.view:04d}-b{self.block:06d}"
+        return task_name(self.view, self.block)
 
     @property
     def num_samples(self) -> int:
@@ -179,9 +188,9 @@ class StoreLayout(JsonFields):
     codes_dtype: str
     """One of `CODES_DTYPES`."""
     samples_per_shard: int
-    """Samples in a task, and so in a shard; see `plan_samples_per_shard`."""
+    """Samples in a task, and so in a shard; see `shard_size.plan_samples_per_shard`."""
     layers_per_chunk: int
-    """Divides `num_layers`; see `plan_layers_per_chunk`."""
+    """Divides `num_layers`; see `shard_size.plan_layers_per_chunk`."""
     parameter_names: tuple[str, ...]
     """What the components of `views/parameters` mean."""
     pixels: tuple[int, int] | None = None
@@ -194,6 +203,11 @@ class StoreLayout(JsonFields):
     A part begins a shard of its own, since shards are never rewritten. So rows between the end of a part and the next
     multiple of `samples_per_shard` belong to no sample.
     """
+    records_per_file: Annotated[int, Omitted] = 1
+    """Blocks whose commit records are joined into one file once all of them are done; 1 if records are not joined.
+
+    Versions that do not know of joined records do not know this member, and so refuse the cache.
+    """
 
     def __post_init__(self) -> None:
         limits = {
@@ -204,6 +218,7 @@ class StoreLayout(JsonFields):
             "num_components": 2**24,
             "samples_per_shard": MAX_CHUNKS_PER_SHARD,
             "layers_per_chunk": 4096,
+            "records_per_file": MAX_RECORDS_PER_FILE,
         }
         for name, limit in limits.items():
             _check_count(name, getattr(self, name), limit)
@@ -274,6 +289,12 @@ class StoreLayout(JsonFields):
         start = self.next_block(self.num_samples)
         part_stops = (*(self.part_stops or (self.num_samples,)), *(start + stop for stop in stops))
         return replace(self, num_samples=part_stops[-1], part_stops=part_stops)
+
+    def with_joined_records(self) -> StoreLayout:
+        """The layout with records joined if there are many tasks; small caches stay readable by older versions."""
+        if self.num_tasks <= MAX_SINGLE_RECORDS or self.records_per_file > 1:
+            return self
+        return replace(self, records_per_file=RECORDS_PER_FILE)
 
     def next_block(self, row: int) -> int:
         """The first row of a block from `row` on."""
@@ -377,33 +398,3 @@ class StoreLayout(JsonFields):
 def _check_count(name: str, value: object, limit: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
         raise ConfigError(f"{name}={value!r}: expected an integer from 1 to {limit}.")
-
-
-def plan_samples_per_shard(
-    nbytes_per_view: int, num_samples: int, target_nbytes: int = 256 * 2**20, max_samples: int = MAX_SAMPLES_PER_SHARD
-) -> int:
-    """How many samples a task takes, so that its shard has about `target_nbytes`.
-
-    Args:
-        nbytes_per_view: bytes of one view of one sample, on disk or before compression: the caller chooses.
-        num_samples: samples in the source; a shard is never larger.
-        target_nbytes: larger shards mean fewer files, and more work lost when a build dies.
-        max_samples: see `MAX_SAMPLES_PER_SHARD`.
-
-    >>> plan_samples_per_shard(1_500_000, 1_281_167)
-    178
-    """
-    return max(1, min(target_nbytes // max(1, nbytes_per_view), num_samples, max_samples))
-
-
-def plan_layers_per_chunk(layer_nbytes: int, num_layers: int, target_nbytes: int = 32 * 2**10) -> int:
-    """Layers in a chunk: the largest divisor of `num_layers` whose chunk stays within `target_nbytes`, or 1.
-
-    A reader decompresses at least one chunk, so a large layer has a chunk of its own. Small layers share one, because
-    compressors do badly on a few hundred bytes.
-
-    >>> plan_layers_per_chunk(4096, 12)
-    6
-    """
-    fitting = [count for count in range(1, num_layers + 1) if num_layers % count == 0]
-    return max([count for count in fitting if count * layer_nbytes <= target_nbytes], default=1)

@@ -1,29 +1,26 @@
-"""Commit records: one small JSON file per finished task, written after its shards. Only these tasks are trusted."""
+"""Commit records: what a finished task has written, recorded after its shards. Only these tasks are trusted."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, overload
+from typing import Annotated, Any, overload
 
 import numpy as np
 
 from atcache.errors import CorruptCacheError
 from atcache.fields import JsonFields, Omitted
-from atcache.files.durable import encode_json, fsync_path, write_file
-from atcache.files.location import Location, parse_location
-from atcache.files.ranges import list_files, read_file
+from atcache.files.durable import encode_json, write_file
+from atcache.files.location import Location, Url, parse_location
+from atcache.files.remote.putting import patiently
 from atcache.store.layout import ArraySpec, Status, StoreLayout, Task
 from atcache.store.metadata import seal, seal_holds
+from atcache.store.records import COMMITS, Record, delete_records, find_record, list_tasks, read_record, read_records
 from atcache.store.shard_check import ShardCheck, check_shard, name_samples
 
-COMMITS = "commits"
-COMMIT_NAME = re.compile(r"v(\d{4,})-b(\d{6,})\.json")
-"""File names of commit records."""
+_REDO = "and run the same `atcache build` command again: only this task is redone."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,16 +69,21 @@ def commit_path(path: Location, task: Task) -> Location: ...
 
 
 def commit_path(path: Location, task: Task) -> Location:
-    """The path of a task's commit record."""
+    """The path of a task's commit record, unless it has been joined with others."""
     return path / f"{COMMITS}/{task.name}.json"
+
+
+def encode_commit(commit: Commit) -> bytes:
+    """The bytes of a commit record."""
+    return encode_json(seal(commit.to_json()))
 
 
 def write_commit(path: Path | str, commit: Commit) -> None:
     """Record a task as finished, durably. Its shards must be durable already."""
-    write_file(commit_path(Path(path), commit.task), encode_json(seal(commit.to_json())))
+    write_file(commit_path(Path(path), commit.task), encode_commit(commit))
 
 
-def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
+def delete_commits(path: Location | str, names: Iterable[str]) -> list[str]:
     """Delete commit records, durably, so that the same build redoes their tasks. Nobody else may write meanwhile.
 
     Args:
@@ -89,18 +91,9 @@ def delete_commits(path: Path | str, names: Iterable[str]) -> list[str]:
         names: names of tasks; those without a record are skipped.
 
     Returns:
-        The names whose record was deleted, in order.
+        The names whose record was deleted, in order. Records that cannot be read are lost with those of their file.
     """
-    folder = Path(path) / COMMITS
-    deleted: list[str] = []
-    for name in sorted(set(names)):
-        file = folder / f"{name}.json"
-        if COMMIT_NAME.fullmatch(file.name) and file.exists():
-            file.unlink()
-            deleted.append(name)
-    if deleted:
-        fsync_path(folder)
-    return deleted
+    return delete_records(parse_location(path), names)
 
 
 def list_commits(path: Location | str) -> set[str]:
@@ -109,53 +102,82 @@ def list_commits(path: Location | str) -> set[str]:
     Raises:
         RemoteError: the cache is on a web server, which cannot list files.
     """
-    names = list_files(parse_location(path) / COMMITS)
-    return {name.removesuffix(".json") for name in names if COMMIT_NAME.fullmatch(name)}
+    return list_tasks(parse_location(path))
 
 
-def read_commit(path: Location | str, name: str) -> Commit:
-    """One commit record.
+def read_commit(path: Location | str, name: str, layout: StoreLayout | None = None) -> Commit:
+    """One commit record. To read many, use `read_commits`: many may be in one file.
+
+    Args:
+        path: the cache.
+        name: of the task.
+        layout: as `read_commits` takes it.
 
     Raises:
         CorruptCacheError: it cannot be read, or is the record of another task.
     """
-    file = parse_location(path) / f"{COMMITS}/{name}.json"
-    try:
-        commit = Commit.from_json(json.loads(read_file(file)))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(
-            f"{file} is not a commit record ({type(error).__name__}: {error}). Delete it and run the same "
-            "`atcache build` command again: only this task is redone."
-        ) from error
-    if commit.task.name != name:
-        raise CorruptCacheError(
-            f"{file} records task {commit.task.name}. Delete it and run the same `atcache build` command again."
-        )
-    return commit
+    return parse_commit(read_record(parse_location(path), name, layout))
 
 
-def read_commits(path: Location | str) -> dict[str, Commit]:
-    """All commit records by task name, in task order."""
-    commits = sorted((read_commit(path, name) for name in list_commits(path)), key=lambda commit: commit.task)
+def find_commit(path: Url, name: str) -> bytes | None:
+    """A task's record as its own file has it, or would have it if it had not been joined; None if there is none."""
+    record = patiently(lambda: find_record(path, name))
+    return None if record is None else encode_commit(parse_commit(record))
+
+
+def read_commits(path: Location | str, layout: StoreLayout | None = None) -> dict[str, Commit]:
+    """All commit records by task name, in task order.
+
+    Args:
+        path: the cache.
+        layout: of a finished cache on a server that cannot list files; None to list them.
+    """
+    commits = sorted(map(parse_commit, read_records(parse_location(path), layout)), key=lambda commit: commit.task)
     return {commit.task.name: commit for commit in commits}
+
+
+def parse_commit(record: Record) -> Commit:
+    """The commit that a record holds.
+
+    Raises:
+        CorruptCacheError: it cannot be read, or is the record of another task.
+    """
+    is_joined = record.file.name != f"{record.task}.json"
+    name = f"{record.file}, task {record.task}" if is_joined else str(record.file)
+    redo = how_to_redo(record.file.parent.parent, record.task, is_joined=True) if is_joined else f"Delete it {_REDO}"
+    problem = record.problem
+    if record.value is not None:
+        try:
+            commit = Commit.from_json(record.value)
+        except (KeyError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if commit.task.name == record.task:
+                return commit
+            raise CorruptCacheError(f"{name} records task {commit.task.name}. {redo}")
+    raise CorruptCacheError(f"{name} is not a commit record ({problem}). {redo}")
+
+
+def how_to_redo(path: Location, task: str, *, is_joined: bool) -> str:
+    """A sentence that says how to have a damaged task written again; a joined record cannot be deleted by hand."""
+    delete = f"Type `atcache verify {path} --repair`" if is_joined else f"Delete {path}/{COMMITS}/{task}.json"
+    return f"{delete} {_REDO}"
 
 
 def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: bool = False) -> list[str]:
     """What is wrong with a committed task, one sentence each; empty if it can be trusted.
 
     Checks the size and the index of every shard. With `deep` it reads every byte and also checks the checksums of the
-    record, the files and the chunks, that each chunk decompresses to its size, and that status, chunks and counts
-    agree. Memory is one chunk.
+    files and the chunks, that each chunk decompresses to its size, and that status, chunks and counts agree. Memory is
+    one chunk. The record's own checksum is checked by `check_seal`.
     """
     task = commit.task
     if not layout.has_task(task):
-        return [f"{commit_path(path, task)} is for {task}, which is not a task of this cache."]
+        return [f"{_name_record(path, task, layout)} is for {task}, which is not a task of this cache."]
     specs = {spec.shard_file(task): spec for spec in layout.arrays()}
     if set(commit.files) != set(specs):
-        return [f"{commit_path(path, task)} lists {sorted(commit.files)}, expected {sorted(specs)}."]
+        return [f"{_name_record(path, task, layout)} lists {sorted(commit.files)}, expected {sorted(specs)}."]
     problems: list[str] = []
-    if deep and not _record_seal_holds(path, task):
-        problems.append(f"{commit_path(path, task)} is damaged: its checksum does not match.")
     checks: dict[str, ShardCheck] = {}
     for name, spec in sorted(specs.items()):
         record = commit.files[name]
@@ -174,12 +196,16 @@ def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: b
     return problems
 
 
-def _record_seal_holds(path: Location, task: Task) -> bool:
-    try:
-        record: Any = json.loads(read_file(commit_path(path, task)))
-    except (OSError, ValueError):  # it was valid when `commit` was read from it, and has changed since
-        return False
-    return isinstance(record, dict) and seal_holds(cast("dict[str, Any]", record))
+def _name_record(path: Location, task: Task, layout: StoreLayout) -> str:
+    is_joined = layout.records_per_file > 1
+    return f"the record of task {task.name} in {path / COMMITS}" if is_joined else str(commit_path(path, task))
+
+
+def check_seal(record: Record) -> list[str]:
+    """A sentence if a record that could be read does not match its own checksum."""
+    if record.value is None or seal_holds(record.value):
+        return []
+    return [f"{record.file}: the record of task {record.task} is damaged: its checksum does not match."]
 
 
 def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S: np.ndarray) -> list[str]:
@@ -194,8 +220,8 @@ def _check_counts(path: Location, commit: Commit, layout: StoreLayout, status_S:
     counted, recorded = (num_stored, task.num_samples - num_stored), (commit.num_stored, commit.num_bad)
     if counted != recorded:
         problems.append(
-            f"{commit_path(path, task)} counts {recorded[0]} views with codes and {recorded[1]} without, {file} has "
-            f"{counted[0]} and {counted[1]}."
+            f"{_name_record(path, task, layout)} counts {recorded[0]} views with codes and {recorded[1]} without, "
+            f"{file} has {counted[0]} and {counted[1]}."
         )
     return problems
 
@@ -206,7 +232,7 @@ def _check_presence(
     """A sentence if a shard lacks views that the statuses say are stored, or has others; None if it is right."""
     if check.is_there_N is None:
         return None  # its damage is reported already
-    if not spec.num_chunks_per_sample:
+    if not spec.num_chunks_per_sample or spec.name.startswith("views/"):  # the latter also where a shard has one row
         return None if check.is_there_N.all() else f"{path / spec.shard_file(task)} lacks its only chunk."
     is_there_SN = check.is_there_N.reshape(-1, spec.num_chunks_per_sample)
     lacking, extra = is_stored_S & ~is_there_SN.all(axis=1), ~is_stored_S & is_there_SN.any(axis=1)

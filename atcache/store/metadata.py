@@ -125,3 +125,13 @@ def collect_metadata(folder: Path, prefix: str = "") -> dict[str, Any]:
         if nodes[name]["node_type"] == "group":
             nodes.update(collect_metadata(file.parent, f"{name}/"))
     return nodes
+
+
+def read_metadata(root: Url, layout: StoreLayout) -> dict[str, Any]:
+    """The same of a cache on an object store, by the names that it has. Folders of shards are not listed."""
+    groups = ["attention", "commits", "views", *(["pixels"] if layout.pixels else [])]
+    names = [*groups, *(spec.name for spec in layout.arrays())]
+    for folder in (layout.samples_group, "attention/state", "attention/bias"):
+        files = [f"{folder}/{name}" for name in list_files(root / folder)]
+        names += [name.removesuffix("/zarr.json") for name in files if name.endswith("/zarr.json")]
+    return {name: json.loads(read_file(root / f"{name}/zarr.json")) for name in names}

@@ -88,13 +88,14 @@ class OpenShard:
         data = self._read(nbytes, start)
         return [data[offset - start : offset - start + nbytes] for offset, nbytes in ranges]
 
-    def expect(self, first: int, stop: int) -> None:
-        """Start reading the chunks numbered `first` up to `stop` ahead of their use."""
+    def place_of(self, first: int, stop: int) -> tuple[RangeFile, int, int] | None:
+        """Where the chunks numbered `first` up to `stop` are, as (file, bytes, offset); None if none is stored."""
         index_N2 = self.index_N2[first:stop]
         index_N2 = index_N2[index_N2[:, 0] != EMPTY]
-        if len(index_N2):
-            start, end = int(index_N2[:, 0].min()), int(index_N2.sum(axis=1).max())
-            self.file.expect(end - start, start)
+        if not len(index_N2):
+            return None
+        start, end = int(index_N2[:, 0].min()), int(index_N2.sum(axis=1).max())
+        return self.file, end - start, start
 
     def _read(self, nbytes: int, offset: int) -> bytes:
         data = self.file.pread(nbytes, offset)

@@ -26,13 +26,28 @@ def count_samples(index: SampleIndex) -> int:
 
 def take_tars(index: SampleIndex, numbers: Sequence[int]) -> SampleIndex:
     """The samples of some tars, tar by tar in this order, as a table of their own."""
+    has_gaps = bool((index.problem_S == Status.NO_SAMPLE).any())
+    if not has_gaps and list(numbers) == list(range(len(index.tars))) and (np.diff(index.tar_S) >= 0).all():
+        return index  # tables of millions of rows are not copied for nothing
     rows_S = np.flatnonzero(index.problem_S != Status.NO_SAMPLE)
     rows_S = rows_S[np.argsort(index.tar_S[rows_S], kind="stable")]
     edges = np.searchsorted(index.tar_S[rows_S], np.arange(len(index.tars) + 1))
     pieces = [rows_S[edges[number] : edges[number + 1]] for number in numbers]
     chosen_S = np.concatenate([*pieces, np.empty(0, rows_S.dtype)])
     tar_S = np.repeat(np.arange(len(numbers), dtype=np.int32), [len(piece) for piece in pieces])
-    columns: dict[str, Any] = {name: getattr(index, name)[chosen_S] for name in _COLUMNS}
+    return _part(index, chosen_S, tar_S, numbers)
+
+
+def take_rows(index: SampleIndex, rows_S: np.ndarray) -> SampleIndex:
+    """The samples of some rows, in this order, as a table of their own; it lists only their tars."""
+    numbers = np.unique(index.tar_S[rows_S])
+    tar_S = np.searchsorted(numbers, index.tar_S[rows_S]).astype(np.int32)
+    return _part(index, rows_S, tar_S, numbers.tolist())
+
+
+def _part(index: SampleIndex, rows_S: np.ndarray, tar_S: np.ndarray, numbers: Sequence[int]) -> SampleIndex:
+    """A table of these rows, in which `numbers` are the tars and `tar_S` are positions in them."""
+    columns: dict[str, Any] = {name: getattr(index, name)[rows_S] for name in _COLUMNS}
     return replace(
         index,
         **{**columns, "tar_S": tar_S},

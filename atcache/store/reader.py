@@ -9,16 +9,16 @@ from __future__ import annotations
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
 from atcache.files.location import Location, Url, parse_location
-from atcache.files.ranges import file_exists
+from atcache.files.ranges import RangeFile, expect_together, file_exists, promise
 from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
-from atcache.store.manifest import commit_path, list_commits
+from atcache.store.manifest import how_to_redo, list_commits
 from atcache.store.metadata import ATTRIBUTES, load_root, split_root
 from atcache.store.open_shards import OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
@@ -52,7 +52,7 @@ class CacheReader:
         """Open a cache. Reads one small file, whatever the cache's size.
 
         Args:
-            path: its folder, or the URL of one.
+            path: its folder, or the URL of one. On a hub, `path` then names the commit that was there at this time.
             attributes: what another reader of it has, or `read_growth` gives; None to read them.
 
         Raises:
@@ -61,7 +61,7 @@ class CacheReader:
             CorruptCacheError: its metadata is damaged.
         """
         use_single_threaded_blosc()
-        self.path = parse_location(path)
+        self.path = _pinned(parse_location(path))
         self.attributes: dict[str, Any]
         self.layout: StoreLayout
         root = load_root(self.path) if attributes is None else {"attributes": {ATTRIBUTES: attributes}}
@@ -74,6 +74,8 @@ class CacheReader:
         self._codes = _SampleArray(self.layout.codes)
         self._rgb = None if self.layout.rgb is None else _SampleArray(self.layout.rgb)
         self._shards = OpenShards(self.path)
+        self._planned_S: np.ndarray | None = None
+        self._told: set[tuple[str, Task]] = set()  # shards that know how much of them will be read
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheReader, (self.path, self.attributes)
@@ -146,6 +148,17 @@ class CacheReader:
         self._read_into(pixels_HWC, array, view, sample, 0, 1)
         return pixels_HWC
 
+    def plan(self, sample_S: np.ndarray) -> None:
+        """Say which samples an epoch will read, all in one view each; further calls add to them.
+
+        On a server, shards that will be read nearly whole are then fetched in few large requests.
+        """
+        if self.is_remote:
+            planned_S = np.zeros(self.layout.num_samples, bool) if self._planned_S is None else self._planned_S.copy()
+            planned_S[sample_S] = True
+            self._planned_S = planned_S
+            self._told.clear()
+
     def expect(self, view: int, sample_S: np.ndarray, *, codes: bool = True, pixels: bool = True) -> None:
         """Start reading these samples from the disk or a server ahead of their use; do not wait for them.
 
@@ -163,18 +176,25 @@ class CacheReader:
         runs = np.split(sample_S, cuts)
         if self.is_remote:
             tasks = {self.layout.task_of(view, int(run[0])) for run in runs}
-            small = [self.layout.parameters, self.layout.pixel_hash] if self._rgb is None else []
+            small = [self.layout.parameters, self.layout.pixel_hash] if pixels and self._rgb is None else []
             self._shards.open_together([array.spec for array in wanted], small, tasks)
-        for array in wanted:
-            for run in runs:
-                self._expect_run(array, view, run)
+        places = [self._place_of(array, view, run) for array in wanted for run in runs]
+        expect_together([place for place in places if place is not None])
 
-    def _expect_run(self, array: _SampleArray, view: int, run: np.ndarray) -> None:
+    def _place_of(self, array: _SampleArray, view: int, run: np.ndarray) -> tuple[RangeFile, int, int] | None:
         task = self.layout.task_of(view, int(run[0]))
         shard = self._shard(array.spec, task)
-        if shard is not None:
-            first, stop = (int(row - task.start) * array.num_chunks_per_sample for row in (run[0], run[-1] + 1))
-            shard.expect(first, stop)
+        if shard is None:
+            return None
+        if self._planned_S is not None and (array.spec.name, task) not in self._told:
+            self._told.add((array.spec.name, task))
+            num_planned = int(np.count_nonzero(self._planned_S[task.start : task.stop]))
+            shard.file.will_read(shard.file.nbytes * num_planned // task.num_samples)
+            # All shards of an array have about as many bytes for each sample.
+            sample_nbytes = shard.file.nbytes / task.num_samples
+            promise(self, array.spec.name, int(sample_nbytes * np.count_nonzero(self._planned_S)))
+        first, stop = (int(row - task.start) * array.num_chunks_per_sample for row in (run[0], run[-1] + 1))
+        return shard.place_of(first, stop)
 
     def parameters(self, view: int, sample: int) -> np.ndarray:
         """The drawn parameters of one view of one sample: parameters_P float32."""
@@ -193,12 +213,43 @@ class CacheReader:
         block_S = self._view_block(self.layout.status, task)
         return Status.PENDING if block_S is None else int(block_S[sample % self.layout.samples_per_shard])
 
+    def statuses(self, view: int, sample_S: np.ndarray) -> np.ndarray:
+        """`status` of some samples of a view, uint8. Reads one small file for each of their tasks."""
+        return self._gather(self.layout.status, view, sample_S, Status.PENDING, Status.NO_SAMPLE)
+
+    def parameters_of(self, view: int, sample_S: np.ndarray) -> np.ndarray:
+        """`parameters` of some samples of a view: parameters_SP, NaN where a task is not done or no sample has the row.
+
+        Reads one small file for each of their tasks.
+        """
+        return self._gather(self.layout.parameters, view, sample_S, np.nan, np.nan)
+
+    def _gather(
+        self, spec: ArraySpec, view: int, sample_S: np.ndarray, not_done: float, no_sample: float
+    ) -> np.ndarray:
+        values = np.full((len(sample_S), *spec.shape[2:]), not_done, spec.dtype)
+        if not len(sample_S):
+            return values
+        block_S = sample_S // self.layout.samples_per_shard
+        tasks = [self.layout.task(view, int(block)) for block in np.unique(block_S)]
+        blocks = self._shards.map(lambda task: self._view_block(spec, task), tasks)
+        order = np.argsort(block_S, kind="stable")
+        for task, block, where in zip(tasks, blocks, np.split(order, _first_of_each(block_S[order])), strict=True):
+            if block is not None:
+                values[where] = block[sample_S[where] - task.start]
+            values[where[sample_S[where] >= task.stop]] = no_sample
+        return values
+
     @cached_property
     def status_VS(self) -> np.ndarray:
-        """All statuses, uint8 of shape (view, sample), read-only. The first use reads one small file for each task."""
+        """All statuses, uint8 of shape (view, sample), read-only.
+
+        The first use reads one small file for each task, unless the cache is complete and has codes of all samples.
+        """
         layout = self.layout
-        status_VS = np.zeros((layout.num_views, layout.num_samples), np.uint8)
-        tasks = layout.tasks()
+        is_stored = self._has_all_codes and self.is_complete
+        status_VS = np.full((layout.num_views, layout.num_samples), Status.STORED if is_stored else 0, np.uint8)
+        tasks = [] if is_stored else layout.tasks()
         blocks = self._shards.map(lambda task: self._view_block(layout.status, task, keep=False), tasks)
         for task, block_S in zip(tasks, blocks, strict=True):
             if block_S is not None:
@@ -207,6 +258,13 @@ class CacheReader:
             status_VS[:, stop:start] = Status.NO_SAMPLE
         status_VS.flags.writeable = False
         return status_VS
+
+    @property
+    def _has_all_codes(self) -> bool:
+        """Whether the totals of a finished cache say that no sample is without codes."""
+        complete: Any = self.attributes.get("complete")
+        num_views = self.layout.num_views * self.layout.num_real_samples
+        return isinstance(complete, dict) and cast("dict[str, Any]", complete).get("num_stored") == num_views
 
     @cached_property
     def samples(self) -> SampleIndex:
@@ -280,7 +338,7 @@ class CacheReader:
     def _raise_missing(self, spec: ArraySpec, task: Task, view: int, sample: int) -> NoReturn:
         """Raise an error that says why a sample is not there. If its task has a commit record, its shard is damaged."""
         status = self.status(view, sample)
-        if status in (Status.PENDING, Status.STORED) and file_exists(commit_path(self.path, task)):
+        if status in (Status.PENDING, Status.STORED) and task.name in self.committed_tasks():
             self._raise_damaged(spec, task, DamagedChunkError(f"it lacks sample {sample}, which was committed"), sample)
         advice = " Run the same `atcache build` command again to continue." if status == Status.PENDING else ""
         raise CacheMissError(
@@ -291,9 +349,27 @@ class CacheReader:
     def _raise_damaged(self, spec: ArraySpec, task: Task, error: Exception, sample: int | None = None) -> NoReturn:
         chunk = "" if sample is None else f", sample {sample}"
         advice = (
-            f"Delete {commit_path(self.path, task)} and run the same `atcache build` command again: only this task is "
-            "redone."
+            how_to_redo(self.path, task.name, is_joined=self.layout.records_per_file > 1)
             if isinstance(self.path, Path)
             else "The file on the server is damaged: copy it there again."
         )
         raise CorruptCacheError(f"{self.path / spec.shard_file(task)}{chunk} is damaged: {error}. {advice}") from error
+
+
+def _first_of_each(sorted_N: np.ndarray) -> np.ndarray:
+    """Where a run of equal numbers ends and the next begins."""
+    return np.flatnonzero(np.diff(sorted_N)) + 1
+
+
+def _pinned(path: Location) -> Location:
+    if not isinstance(path, Url) or not path.is_on_hub:
+        return path
+    from atcache.files.remote.hub import pinned
+
+    try:
+        return pinned(path)
+    except FileNotFoundError as error:
+        raise CacheMissError(
+            f"{path} is not a cache: the hub has no dataset {path.repository} with the revision {path.revision}, or it "
+            "is private. Check the name; for a private one log in with `hf auth login` or set HF_TOKEN."
+        ) from error

@@ -227,7 +227,8 @@ def read_samples(root: Location, num_samples: int, group: str = "samples") -> Sa
         names, folders = [[str(text) for text in attributes[name]] for name in ("tars", "folders")]
         tar_nbytes = tuple(int(nbytes) for nbytes in attributes["tar_nbytes"])
         classes = ClassNames(tuple(_texts(attributes.get("classes", []))), str(root))
-        tars = tuple(parse_location(folder) / name for folder, name in zip(folders, names, strict=True))
+        places = {folder: parse_location(folder) for folder in set(folders)}
+        tars = tuple(places[folder] / name for folder, name in zip(folders, names, strict=True))
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptCacheError(f"{file} does not list the tars ({type(error).__name__}: {error}).") from error
     problem = find_bad_tar_name(names)
@@ -263,7 +264,7 @@ def find_bad_tar_name(names: list[str]) -> str | None:
     """The first name that is not a plain file name (it could lead out of the tars' folder) or appears twice."""
     seen: set[str] = set()
     for name in names:
-        if name in {"", ".", "..", *seen} or any(letter in name for letter in "/\\\0"):
+        if name in {"", ".", ".."} or name in seen or any(letter in name for letter in "/\\\0"):
             return name
         seen.add(name)
     return None

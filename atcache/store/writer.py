@@ -1,17 +1,20 @@
 """Writes a cache: creates it whole, writes one task's shards at a time, finishes it.
 
-The cache on the disk is valid at every moment: after a kill or a power cut at any point, it holds all tasks that have a
-commit record, and nothing else is trusted. Equal input gives equal bytes, however often the build was interrupted.
+The cache, on the disk or on an object store, is valid at every moment: after a kill or a power cut at any point, it
+holds all tasks that have a commit record, and nothing else is trusted. Equal input gives equal bytes, however often the
+build was interrupted.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,15 +28,23 @@ from atcache.files.durable import (
     partial_path,
     write_file,
 )
+from atcache.files.location import Location, Url, parse_location
+from atcache.files.ranges import list_files
+from atcache.files.spool import Spool
+from atcache.store.bucket import Piece, put_together, replace_object
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
+from atcache.store.committed import check_commits
 from atcache.store.growth import end_growth, enlarge_arrays, read_growth
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
     COMMITS,
     Commit,
-    check_commit,
     commit_path,
-    read_commits,
+    delete_commits,
+    encode_commit,
+    find_commit,
+    how_to_redo,
+    read_commit,
     summarise_commits,
     write_commit,
 )
@@ -43,10 +54,12 @@ from atcache.store.metadata import (
     collect_metadata,
     is_old_table,
     load_root,
+    read_metadata,
     seal,
     seal_holds,
     split_root,
 )
+from atcache.store.records import join_records
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
@@ -58,7 +71,7 @@ RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
 
 
 def create_cache(
-    path: Path | str,
+    path: Location | str,
     layout: StoreLayout,
     attributes: Mapping[str, Any],
     index: SampleIndex,
@@ -67,10 +80,11 @@ def create_cache(
 ) -> None:
     """Create an empty cache: all metadata, the sample table and the codec's state, but no task yet.
 
-    The cache is built in a temp folder beside `path` and renamed, so that `path` is a whole cache or does not exist.
+    The cache is built in a temp folder beside `path` and renamed, so that `path` is a whole cache or does not exist. On
+    an object store, its zarr.json is put last.
 
     Args:
-        path: the folder to create.
+        path: the folder to create, or the URL of one on an object store.
         layout: the cache's arrays.
         attributes: members of `attributes["atcache"]` in addition to format, layout and completeness; JSON values.
         index: the samples, `layout.num_samples` of them.
@@ -80,14 +94,25 @@ def create_cache(
     Raises:
         CacheMismatchError: `path` exists.
         DiskFullError: no space is left.
+        NotWritableError: the object store refuses, or fails for minutes.
     """
+    path = parse_location(path)
     if len(index.keys_S) != layout.num_samples:
         raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
     reserved = sorted(set(attributes) & set(RESERVED_ATTRIBUTES))
     if reserved:
         raise ConfigError(f"attributes {', '.join(reserved)} are written by the store; give others.")
-    with new_cache_folder(Path(path)) as temp:
-        write_empty_cache(temp, layout, attributes, index, state, bias_LHQK)
+    if isinstance(path, Path):
+        with new_cache_folder(path) as temp:
+            write_empty_cache(temp, layout, attributes, index, state, bias_LHQK)
+        return
+    with Spool() as spool, disk_errors_explained(spool.path):
+        write_empty_cache(spool.path, layout, attributes, index, state, bias_LHQK)
+        pieces = [Piece.of(name, spool.path / name) for name in list_files(spool.path)]
+        root = next(piece for piece in pieces if piece.name == "zarr.json")
+        pieces.remove(root)
+        if put_together(path, pieces, root) != root.file.read_bytes():
+            raise _exists(path)
 
 
 @contextmanager
@@ -137,7 +162,7 @@ def write_empty_cache(
     write_state(path, state, bias_LHQK)
 
 
-def _exists(path: Path) -> CacheMismatchError:
+def _exists(path: Location) -> CacheMismatchError:
     return CacheMismatchError(
         f"{path} exists already: give another path, or run the same command again if another process is building it."
     )
@@ -196,11 +221,15 @@ class TaskWriter:
 
     Samples are added in order, each once; memory holds the index and the small views arrays, not the codes. Until
     `commit` the cache is unchanged; `abort` removes the temp files if the task is given up. One thread at a time.
+
+    On an object store, the shards are written to a temp folder of this machine, and `commit` puts them.
     """
 
-    def __init__(self, path: Path | str, layout: StoreLayout, task: Task) -> None:
+    def __init__(self, path: Location | str, layout: StoreLayout, task: Task) -> None:
         self.task = task
-        self._root = Path(path)
+        self._root = root = parse_location(path)
+        self._spool = None if isinstance(root, Path) else Spool()
+        self._folder = root if isinstance(root, Path) else cast("Spool", self._spool).path
         self._layout = layout
         self._next_sample = task.start
         self._num_stored = 0
@@ -208,10 +237,12 @@ class TaskWriter:
         self._view_specs = {spec.name: spec for spec in (layout.parameters, layout.pixel_hash, layout.status)}
         self._view_rows = {name: np.zeros(spec.chunk_shape[1:], spec.dtype) for name, spec in self._view_specs.items()}
         self._shards: dict[str, ShardFile] = {}
-        with disk_errors_explained(self._root):
+        with disk_errors_explained(self._folder):
             try:
                 for spec in layout.arrays():
-                    self._shards[spec.name] = ShardFile(self._root / spec.shard_file(task), spec)
+                    self._shards[spec.name] = ShardFile(
+                        self._folder / spec.shard_file(task), spec, is_durable=self._spool is None
+                    )
             except BaseException:
                 self.abort()
                 raise
@@ -274,20 +305,17 @@ class TaskWriter:
         """
         if self._next_sample != self.task.stop:
             raise ValueError(f"task {self.task.name} ends at sample {self.task.stop}, added up to {self._next_sample}.")
-        with disk_errors_explained(self._root):
+        with disk_errors_explained(self._folder):
             try:
                 for name, rows in self._view_rows.items():
                     self._shards[name].append(0, ChunkEncoder(self._view_specs[name]).encode(rows))
                 # All shards are on the disk before any gets its name, and the record is written last: whatever a record
                 # names is complete.
                 records = {name: shard.seal() for name, shard in self._shards.items()}
-                self._forget_old_commit()
-                for shard in self._shards.values():
-                    shard.place()
                 commit = Commit(
                     task=self.task,
                     files={
-                        shard.path.relative_to(self._root).as_posix(): records[name]
+                        shard.path.relative_to(self._folder).as_posix(): records[name]
                         for name, shard in self._shards.items()
                     },
                     num_stored=self._num_stored,
@@ -295,25 +323,44 @@ class TaskWriter:
                     quality=dict(quality or {}),
                     num_checked=num_checked,
                 )
-                write_commit(self._root, commit)
+                if isinstance(self._root, Path):
+                    self._forget_old_commit(self._root)
+                for shard in self._shards.values():
+                    shard.place()
+                if isinstance(self._root, Path):
+                    write_commit(self._root, commit)
+                elif self._spool is not None:
+                    commit = _put_task(self._root, self._spool, commit, is_joined=self._layout.records_per_file > 1)
             finally:
                 self.abort()
         return commit
 
-    def _forget_old_commit(self) -> None:
+    def _forget_old_commit(self, root: Path) -> None:
         # A task written again may have other bytes (from another device), so its old record must not cover new shards.
-        old = commit_path(self._root, self.task)
-        if old.exists():
-            old.unlink()
-            fsync_path(old.parent)
+        # A build deletes the records of its tasks before it begins: its processes must not split joined files at once.
+        if self._layout.records_per_file > 1 or commit_path(root, self.task).exists():
+            delete_commits(root, [self.task.name])
 
     def abort(self) -> None:
         """Remove the temp files; after `commit` there are none, and this does nothing."""
         for shard in self._shards.values():
             shard.discard()
+        if self._spool is not None:
+            self._spool.close()
 
 
-def finish_cache(path: Path | str, *, grows: bool = False) -> dict[str, Any]:
+def _put_task(root: Url, spool: Spool, commit: Commit, *, is_joined: bool) -> Commit:
+    """Put a task's shards and its record. Returns the record that is there: another worker may have been faster."""
+    data = encode_commit(commit)
+    name = commit_path(Path(), commit.task).as_posix()
+    pieces = [Piece(name, spool.path / name, file.nbytes, file.crc32) for name, file in commit.files.items()]
+    # Another build may have finished the cache, and joined the record of this task with others.
+    find_last = partial(find_commit, root, commit.task.name) if is_joined else None
+    there = put_together(root, pieces, Piece.of(name, spool.write(name, data)), find_last)
+    return commit if there == data else read_commit(root, commit.task.name)
+
+
+def finish_cache(path: Location | str, *, grows: bool = False) -> dict[str, Any]:
     """Declare a cache complete: write its totals and consolidated metadata, so that it opens with one read.
 
     Calling it again changes nothing.
@@ -329,35 +376,45 @@ def finish_cache(path: Path | str, *, grows: bool = False) -> dict[str, Any]:
         CacheMissError: tasks are missing.
         CorruptCacheError: a committed shard has another size or index than committed, or zarr.json has changed.
     """
-    path = Path(path)
+    path = parse_location(path)
+    if isinstance(path, Url):
+        data = replace_object(path / "zarr.json", lambda: encode_json(_finished_root(path, grows=False)))
+        return json.loads(data)["attributes"][ATTRIBUTES]["complete"]
+    root = _finished_root(path, grows=grows)
+    write_file(path / "zarr.json", encode_json(root))
+    if read_growth(path) is None:
+        end_growth(path)
+    return root["attributes"][ATTRIBUTES]["complete"]
+
+
+def _finished_root(path: Location, *, grows: bool) -> dict[str, Any]:
+    """The zarr.json of a cache that is complete, after a check that it is; see `finish_cache`."""
     root = load_root(path)
     ours, layout = split_root(path, root)
     if not seal_holds(ours):
         raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy.")
-    if grows:
+    if grows and isinstance(path, Path):
         ours, layout = read_growth(path) or (ours, layout)
-    commits = read_commits(path)
+    checked = check_commits(path, layout)
     names = [task.name for task in layout.tasks()]
-    missing = [name for name in names if name not in commits]
+    missing = [name for name in names if name not in checked]
     if missing:
         raise CacheMissError(
             f"{path} lacks {len(missing)} of {len(names)} tasks, the first is {missing[0]}. Run the same "
             "`atcache build` command again to continue."
         )
-    for name in names:
-        problems = check_commit(path, commits[name], layout)
-        if problems:
-            raise CorruptCacheError(
-                f"{problems[0]} Delete {commit_path(path, commits[name].task)} and run the same `atcache build` "
-                "command again: only this task is redone."
-            )
-    complete = summarise_commits(commits[name] for name in names)
+    commits = [checked[name].commit for name in names]
+    for commit in commits:
+        if problems := checked[commit.task.name].problems:
+            redo = how_to_redo(path, commit.task.name, is_joined=layout.records_per_file > 1)
+            raise CorruptCacheError(f"{problems[0]} {redo}")
+    join_records(path, layout)
+    complete = summarise_commits(commits)
     root["attributes"] = {**root["attributes"], ATTRIBUTES: seal({**ours, "complete": complete})}
     # As zarr.consolidate_metadata writes it, but without its warning that the key is not yet in the specification.
-    enlarge_arrays(path, layout)
-    copies = {name: copy for name, copy in collect_metadata(path).items() if not is_old_table(name, layout)}
+    if isinstance(path, Path):
+        enlarge_arrays(path, layout)
+    nodes = collect_metadata(path) if isinstance(path, Path) else read_metadata(path, layout)
+    copies = {name: copy for name, copy in nodes.items() if not is_old_table(name, layout)}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": copies}
-    write_file(path / "zarr.json", encode_json(root))
-    if read_growth(path) is None:
-        end_growth(path)
-    return complete
+    return root

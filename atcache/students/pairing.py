@@ -125,8 +125,8 @@ def check_student(geometry: FactorGeometry, student: FactorGeometry, pairing: Pa
     if differences:
         raise TeacherError(
             f"student {student_name} has {'; '.join(differences)}. Attention can only be transferred between equal "
-            "heads and tokens: leave --student out to use the teacher's own architecture, choose one that matches, or "
-            "say with --head-map and --layer-map which of the teacher's heads and layers go where."
+            "heads and tokens: leave --student out to use the teacher's own architecture (if it is of timm), choose "
+            "one that matches, or say with --head-map and --layer-map which of the teacher's heads and layers go where."
         )
     if pairing.what == "map":
         return

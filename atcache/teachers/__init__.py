@@ -12,6 +12,7 @@
 - `devices`: which device and which float type a model runs in
 - `run`: a loaded teacher, on its device and in its precision
 - `record`: what a cache or a run remembers of its teacher
+- `trained`: what a cache records of the training that made its teacher's weights
 - `foreign/`: teachers that timm does not make
 - `components`: the components of a teacher's architecture that its student lacks
 """

@@ -21,6 +21,7 @@ from atcache.teachers.inputs import InputConfig, input_config
 from atcache.teachers.names import ModelName, parse_model_name, pretrained_config
 from atcache.teachers.patch_grids import Grid, model_grid
 from atcache.teachers.published import INPUT_ARGUMENTS, published_weights, read_published
+from atcache.teachers.trained import Trained
 from atcache.teachers.weight_files import Weights, read_weights
 from atcache.teachers.weight_sets import AFTER_BLOCKS
 from atcache.teachers.weights import load_weights, weights_sha256
@@ -50,6 +51,8 @@ class Teacher:
     """Its tokens."""
     depth: int
     """How many blocks it has."""
+    trained: Trained | None = None
+    """The training that made its weights, if that was `atcache train`."""
 
 
 def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device: str | torch.device = "cpu") -> Teacher:

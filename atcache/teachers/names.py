@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from atcache.errors import TeacherError
+from atcache.files.location import expand_home
 from atcache.teachers.foreign.names import refuse_as_student
 from atcache.teachers.published import SOURCES, read_published
 
@@ -204,6 +207,11 @@ def pretrained_config(timm_name: str) -> dict[str, Any]:
 def _close_models(name: str) -> str:
     from timm.models import list_models
 
+    is_folder = False
+    with suppress(OSError):  # a name may be longer than that of any file
+        is_folder = expand_home(Path(name)).is_dir()
+    if is_folder:
+        return f" If a folder is meant, give local-dir:{name}, or transformers:{name} if it is of that library."
     known = [*ALIASES, *list_models(), *list_models(pretrained=True)]
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f" Did you mean {', '.join(close)}?" if close else " timm.list_models() lists all names."

@@ -7,6 +7,7 @@ say its grid, weights are taken to be of a square one, as timm does, unless the 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def fit_positions(model: nn.Module, weights: Mapping[str, Tensor], grid: Grid | 
     num_own_prefix = own.shape[1] - math.prod(ours)
     # DINOv2's registers come without positions, and timm folds the position of its class token itself.
     folds_later = "register_tokens" in weights and num_own_prefix == 0
-    num_prefix = 1 if folds_later else _num_prefix(model, given_1NC.shape[1], num_own_prefix, ours, grid)
+    num_prefix = 1 if folds_later else _num_prefix(model, weights, given_1NC.shape[1], num_own_prefix, ours, grid)
     theirs = _grid_of(given_1NC.shape[1] - num_prefix, ours, grid, math.prod, f"{model_label(model)}: the weights'")
     if num_prefix != num_own_prefix and not folds_later:
         given_1NC = _with_prefix(model, fitted, given_1NC, num_prefix, num_own_prefix)
@@ -108,6 +109,25 @@ def fit_tables(model: nn.Module, weights: Mapping[str, Tensor], grid: Grid | Non
     return fitted
 
 
+def refuse_registers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that have register tokens if the model has none.
+
+    Raises:
+        TeacherError: names models that have them, if timm has some of the same name.
+    """
+    from timm.models import list_models
+
+    name = next((name for name in ("reg_token", "register_tokens") if name in weights), None)
+    if name is None or getattr(model, "reg_token", None) is not None:
+        return
+    label = model_label(model)
+    close = [known for known in list_models("*_reg[0-9]*") if re.sub(r"_reg\d+", "", known) == label]
+    raise TeacherError(
+        f"{label}: the weights have {weights[name].shape[-2]} register tokens ({name}), the model has none. Choose the "
+        f"model these weights are of{f': {close[0]}' if close else ', with registers (argument reg_tokens)'}."
+    )
+
+
 @contextmanager
 def positions_are_fitted(model: nn.Module, weights: Mapping[str, Tensor]) -> Generator[None]:
     """Meanwhile timm's conversions take position embeddings of as many tokens as the model's to be of its grid.
@@ -140,7 +160,14 @@ def _name_of_positions(weights: Mapping[str, Tensor]) -> str | None:
     return next((name for name in names if name in weights), None)
 
 
-def _num_prefix(model: nn.Module, num_positions: int, num_own_prefix: int, ours: Grid, known: Grid | None) -> int:
+def _num_prefix(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    num_positions: int,
+    num_own_prefix: int,
+    ours: Grid,
+    known: Grid | None,
+) -> int:
     """How many of the positions are those of class and register tokens: as in the model, if that leaves a grid.
 
     Raises:
@@ -151,6 +178,8 @@ def _num_prefix(model: nn.Module, num_positions: int, num_own_prefix: int, ours:
         num_patches = num_positions - num_prefix
         grids = [known] if known else [ours, _square(num_patches, math.prod)]
         fitting = next((grid for grid in grids if grid and math.prod(grid) == num_patches), None)
+        if not fitting:
+            refuse_registers(model, weights)  # their positions may be others, or the class token has none
         if fitting and num_prefix == 0 < num_own_prefix and known is None:
             raise TeacherError(
                 f"{model_label(model)}: the weights have {num_positions} positions. If they are of {fitting[0]} x "

@@ -59,6 +59,8 @@ def _read_published(source: str) -> Published:
     if kind == "local-dir":
         folder = Path(place).expanduser().absolute()
         file = folder / "config.json"
+        if not folder.is_dir():
+            raise TeacherError(f"model {source}: there is no folder {folder}.")
         if not file.is_file():
             raise TeacherError(f"model {source}: {folder} has no config.json. Expected a folder as timm publishes it.")
         return _from_config(source, file, f"local-dir:{folder}")
@@ -112,8 +114,7 @@ def _from_config(source: str, file: Path, weights_at: str) -> Published:
     if not isinstance(architecture, str) or not is_model(architecture):
         what = "does not name a timm architecture" if architecture is None else f"names {architecture!r}"
         raise TeacherError(
-            f"model {source}: its config.json {what}, expected a model of timm. It may be a model of another library; "
-            "timm.list_models() lists timm's."
+            f"model {source}: its config.json {what}, expected a model of timm. {_other_library(source, config)}"
         )
     # Older configs have the fields of the weights at the top.
     about = _object(source, "pretrained_cfg", config.get("pretrained_cfg", config))
@@ -141,9 +142,16 @@ def _read_config(source: str, file: Path) -> dict[str, Any]:
     if file.stat().st_size > _CONFIG_NBYTES_LIMIT:
         raise TeacherError(f"model {source}: its config.json has {file.stat().st_size} bytes, expected a few thousand.")
     try:
-        return _object(source, "the top level", json.loads(file.read_text(encoding="utf-8")))
+        config: object = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise TeacherError(f"model {source}: its config.json is not JSON ({error}). Download it again.") from error
+    return _object(source, "the top level", config)
+
+
+def _other_library(source: str, config: dict[str, Any]) -> str:
+    if "model_type" in config:
+        return f"If it is a model of transformers, give transformers:{source.partition(':')[2]}."
+    return "It may be a model of another library; timm.list_models() lists timm's."
 
 
 def _object(source: str, what: str, value: object) -> dict[str, Any]:

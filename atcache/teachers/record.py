@@ -11,6 +11,7 @@ from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
 from atcache.teachers.devices import resolve_precision
+from atcache.teachers.foreign.names import OWN, TRANSFORMERS
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 
@@ -37,8 +38,15 @@ class TeacherRecord(JsonFields):
         """
         if teacher.weights_sha256 != self.weights_sha256:
             raise CacheMismatchError(
-                f"teacher {self.name} from {teacher.source} has weights of sha256 {teacher.weights_sha256[:12]}..., "
-                f"expected {self.weights_sha256[:12]}.... Give the --weights that the cache was built with."
+                f"teacher {teacher.name} from {teacher.source} has weights of sha256 {teacher.weights_sha256[:12]}..., "
+                f"expected {self.weights_sha256[:12]}.... {self._what_to_give()}"
             )
         dtype = resolve_precision({"float32": "fp32", "bfloat16": "bf16"}[self.precision], device)
         return TeacherRun(teacher=teacher, device=device, dtype=dtype)
+
+    def _what_to_give(self) -> str:
+        if self.name.startswith(OWN):
+            return "Hand over the module with the weights that the cache was built with."
+        if self.name.startswith(TRANSFORMERS):
+            return f"Give the teacher that the cache was built with: {self.name}."
+        return "Give the --weights that the cache was built with."

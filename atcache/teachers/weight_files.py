@@ -126,8 +126,41 @@ def _file_in(folder: Path) -> Path:
     raise TeacherError(f"weights {folder}: a folder without a file of weights ({', '.join(_SUFFIXES)}).")
 
 
+def check_weights(folder: Path) -> None:
+    """Refuse files of weights that are missing, cut short or something else, for another library that will read them.
+
+    Only the beginnings of files are read. A folder without a file of a usual name is left to that library.
+
+    Raises:
+        TeacherError: names the file, and what it is instead.
+    """
+    path = next(
+        (folder / name for name in (_WHOLE[0], _INDEXES[0], *_WHOLE[1:], _INDEXES[1]) if (folder / name).is_file()),
+        None,
+    )
+    if path is None:
+        return
+    files = [path] if path not in [folder / name for name in _INDEXES] else [folder / name for name in _shards(path)]
+    for file in files:
+        if _begins_as_safetensors(file):
+            _safetensors_metadata(file)
+
+
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names; all must lie beside it."""
+    tensors: dict[str, Tensor] = {}
+    for file, names in sorted(_shards(index).items()):
+        held = dict(_tensors_within(_read_file(index.parent / file)[0]))
+        if lacking := [name for name in names if name not in held]:
+            raise TeacherError(f"weights {index.parent / file}: lacks {lacking[0]}, which {index.name} says it holds.")
+        tensors |= {name: held[name] for name in names}
+    if not tensors:
+        raise TeacherError(f"weights {index}: the index names no tensors.")
+    return tensors
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """The files that an index names, which are there, and the names of their tensors."""
     if index.stat().st_size > _INDEX_NBYTES_LIMIT:
         raise TeacherError(f"weights {index}: an index of {index.stat().st_size} bytes, expected a few thousand.")
     try:
@@ -149,29 +182,28 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             f"weights {index}: {len(missing)} of its {len(names_of_file)} files are missing, the first {missing[0]}. "
             "Download them into the same folder."
         )
-    tensors: dict[str, Tensor] = {}
-    for file, names in sorted(names_of_file.items()):
-        held = dict(_tensors_within(_read_file(index.parent / file)[0]))
-        if lacking := [name for name in names if name not in held]:
-            raise TeacherError(f"weights {index.parent / file}: lacks {lacking[0]}, which {index.name} says it holds.")
-        tensors |= {name: held[name] for name in names}
-    if not tensors:
-        raise TeacherError(f"weights {index}: the index names no tensors.")
-    return tensors
+    return names_of_file
 
 
 def _read_file(path: Path) -> tuple[object, tuple[int, int] | None]:
     """What a file holds, and the grid of patches if it says so."""
+    return _read_safetensors(path) if _begins_as_safetensors(path) else (_read_torch(path), None)
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do. What can be neither that nor a torch file is refused."""
     with path.open("rb") as file:
         head = file.read(512)
     # A safetensors file begins with the length of its header in 8 bytes, the high ones 0; the header is JSON.
     if head[5:9] == b"\0\0\0{":
-        return _read_safetensors(path)
+        return True
     _refuse_if_no_weights(path, head)
-    return _read_torch(path), None
+    return False
 
 
 def _refuse_if_no_weights(path: Path, head: bytes) -> None:
+    if not head:
+        raise TeacherError(f"weights {path}: an empty file. Download it again.")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"version https://git-lfs"):
         raise TeacherError(
@@ -193,12 +225,19 @@ def _refuse_if_no_weights(path: Path, head: bytes) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    from safetensors import SafetensorError, safe_open, torch as safetensors_torch
+    from safetensors import torch as safetensors_torch
+
+    metadata = _safetensors_metadata(path)
+    return safetensors_torch.load_file(path), _grid(metadata.get(GRID_KEY, ""))
+
+
+def _safetensors_metadata(path: Path) -> dict[str, str]:
+    """The metadata in a file's header, which also says how long the file must be."""
+    from safetensors import SafetensorError, safe_open
 
     try:
         with cast("Any", safe_open)(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-        return safetensors_torch.load_file(path), _grid(metadata.get(GRID_KEY, ""))
+            return file.metadata() or {}
     except SafetensorError as error:
         raise TeacherError(f"weights {path}: damaged safetensors file ({error}). Download it again.") from error
 
@@ -212,8 +251,9 @@ def _grid(text: str) -> tuple[int, int] | None:
 
 def _read_torch(path: Path) -> object:
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # Opened here, since torch would read a file by the ending of its name: this one may end in .safetensors.
+        with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         _refuse_pickle(path, error)
     except _DAMAGE as error:

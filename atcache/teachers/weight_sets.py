@@ -28,6 +28,7 @@ AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "head.", "head_dist.")
 """Parameters that run after the last block. No map depends on them, so a file may lack them."""
 # What torch's compiler, FSDP and activation checkpoints insert into names, at any place.
 _INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_FLATTENED = ("_flat_param", ".flat_param")
 _AVERAGED = {"ema", "teacher", "target", "momentum", "averaged", "average", "avg", "swa", "slow"}
 _LAST = {"student", "online", "predictor"}
 # DINOv2 trains with blocks in chunks: blocks.CHUNK.NUMBER, where numbers run through.
@@ -79,6 +80,11 @@ def before_end(names: Iterable[str]) -> list[str]:
 
 def describe_set(model: nn.Module, weights: Mapping[str, Tensor], best: FittedSet) -> str:
     """What a file holds and how near it comes to the model, for messages."""
+    if any(name.endswith(_FLATTENED) for name in weights):
+        return (
+            "The file is of FSDP, which has flattened its tensors into one. Save the full state dict instead "
+            "(StateDictType.FULL_STATE_DICT)."
+        )
     wanted = model.state_dict()
     top = Counter(name.partition(".")[0] for name in weights)
     more = f" and {len(top) - 8} more" if len(top) > 8 else ""
@@ -197,7 +203,9 @@ def _note_choice(model: nn.Module, best: FittedSet, as_good: list[FittedSet]) ->
     if others:
         parts.append(
             f"{' and '.join(repr(other) for other in others[:3])} would fit as well (averaged weights and teachers "
-            "are taken before others)"
+            "are taken before others); to have another set, save it alone"
         )
     if parts:
-        logging.getLogger(__name__).info("NOTE: %s: %s.", model_label(model), "; ".join(parts))
+        # A prefix is taken off in most files. A choice among several sets should be seen, from Python too.
+        level = logging.WARNING if others else logging.INFO
+        logging.getLogger(__name__).log(level, "NOTE: %s: %s.", model_label(model), "; ".join(parts))

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from atcache.attention.blocks import model_label
 from atcache.errors import TeacherError
-from atcache.teachers.patch_grids import model_grid
+from atcache.teachers.patch_grids import model_grid, refuse_registers
 from atcache.teachers.weight_files import Weights
 from atcache.teachers.weight_sets import AFTER_BLOCKS, choose_set, describe_set
 
 _HEADS = ("head.", "head_dist.")
+# Beginnings and endings of names of tensors that change the maps of a model that has them. What else a file holds may
+# be heads, projectors and text towers.
+_CHANGES_MAPS = ("blocks.", "patch_embed.", "pos_embed", "norm_pre.", "rel_pos_bias.")
+_TOKENS = ("cls_token", "dist_token", "reg_token", "register_tokens", "storage_tokens")
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -36,8 +40,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
         keep_head: False leaves the model's classifier as it is, for a student. One of another shape is never loaded.
 
     Raises:
-        TeacherError: a tensor before or in the blocks is missing or has another shape, or the weights have tensors in
-            their blocks that the model lacks; the message names it and says what the file holds. Or their grid of
+        TeacherError: a tensor before or in the blocks is missing or has another shape, or the weights have such
+            tensors that the model lacks; the message names it and says what the file holds. Or their grid of
             patches is not known. The model is then unchanged.
     """
     label = model_label(model)
@@ -70,10 +74,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, keep_head: 
             f"{describe_set(model, weights, best)}"
         )
     unused = [name for name in fitted if name not in wanted and _matters(name, fitted[name])]
-    if unplaced := [name for name in unused if name.startswith("blocks.")]:
+    if unplaced := [name for name in unused if name.startswith(_CHANGES_MAPS) or name.endswith(_TOKENS)]:
+        refuse_registers(model, fitted)
         raise TeacherError(
-            f"{label}: {len(unplaced)} tensors of the weights' blocks have no place in the model, the first "
-            f"{_first(unplaced)}. The weights are of another model, such as one with more blocks. "
+            f"{label}: {len(unplaced)} tensors of the weights, which maps depend on, have no place in the model, the "
+            f"first {_first(unplaced)}. The weights are of another model, such as one with more blocks or tokens. "
             f"{describe_set(model, weights, best)}"
         )
     _warn_of_another_patch_size(model, best.given)
@@ -126,7 +131,7 @@ def _note_what_was_left(model: nn.Module, unused: list[str], fresh: list[str]) -
             f"{_first(fresh)}"
         )
     if parts:
-        logging.getLogger(__name__).info("NOTE: %s: %s.", model_label(model), "; ".join(parts))
+        logging.getLogger(__name__).warning("NOTE: %s: %s.", model_label(model), "; ".join(parts))
 
 
 def _warn_of_another_patch_size(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

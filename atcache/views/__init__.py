@@ -6,6 +6,7 @@
 - `randaugment`: the operations of RandAugment
 - `mixing`: Mixup and CutMix as part of a view
 - `apply`: make the pixels of a view from an image and the view's numbers
+- `placement`: where the source image is in a view
 - `rendering`: views from stored samples, drawn for the first time or replayed and checked
 - `kept`: keep in memory what was read, up to a limit
 - `jitter`: change the colours of a student's images during training

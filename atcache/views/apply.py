@@ -44,7 +44,7 @@ def apply_view(
     Raises:
         CorruptCacheError: the parameters do not fit the image or the policy.
     """
-    values = _checked(parameters_P, image.height, image.width, policy)
+    values = checked_parameters(parameters_P, image.height, image.width, policy)
     return _finish(_resize_box(image, values, 1, policy), values, parameters_P, policy)
 
 
@@ -57,7 +57,7 @@ def render_alone(
         BadImageError: the image is truncated or damaged.
         CorruptCacheError: the parameters do not fit the image or the policy.
     """
-    values = _checked(parameters_P, encoded.height, encoded.width, policy)
+    values = checked_parameters(parameters_P, encoded.height, encoded.width, policy)
     reduction = 1
     if policy.decoding == "reduced" and encoded.can_reduce:
         reduction = reduction_of(values[2], values[3], values[4], values[5])
@@ -126,8 +126,12 @@ def _noise(seed: int, height: int, width: int) -> np.ndarray[Any, np.dtype[np.ui
     return words.astype("<u8").view(np.uint8)[:num_values].reshape(height, width, 3)
 
 
-def _checked(parameters_P: np.ndarray[Any, Any], height: int, width: int, policy: ViewPolicy) -> list[int]:
-    """The parameters as whole numbers (0 for the arguments), checked to fit the image and the policy."""
+def checked_parameters(parameters_P: np.ndarray[Any, Any], height: int, width: int, policy: ViewPolicy) -> list[int]:
+    """The parameters as whole numbers (0 for the arguments), checked to fit the image and the policy.
+
+    Raises:
+        CorruptCacheError: they do not fit.
+    """
     if parameters_P.shape != (len(PARAMETER_NAMES),):
         raise CorruptCacheError(f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES)},).")
     numbers: list[float] = parameters_P.tolist()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from atcache.errors import CorruptCacheError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 OPERATIONS = (
@@ -97,6 +99,31 @@ def apply_operation(image: Image, position: int, argument: float) -> Image:
     elif name in _WHOLE_LIMITS:
         arguments = (int(argument),)
     return _timm_operations()[name](image, *arguments, resample=Resampling[RESAMPLE.upper()], fillcolor=FILL)
+
+
+def moved_points(position: int, argument: float, height: int, width: int) -> np.ndarray:
+    """Where an operation takes a point of the image from: a float64 matrix (2, 3) that maps the point (x, y, 1) of its
+    result to a point (x, y) of its input. Points are in pixels, and the first pixel's centre is (0.5, 0.5).
+
+    The matrices are those which timm gives to Pillow. Operations on colours move nothing.
+    """
+    import numpy as np
+
+    name = OPERATIONS[position] if position >= 0 else ""
+    matrix_23 = np.eye(2, 3)
+    if name == "ShearX":
+        matrix_23[0, 1] = argument
+    elif name == "ShearY":
+        matrix_23[1, 0] = argument
+    elif name == "TranslateXRel":
+        matrix_23[0, 2] = argument * width
+    elif name == "TranslateYRel":
+        matrix_23[1, 2] = argument * height
+    elif name == "Rotate":
+        angle, middle_2 = math.radians(argument), np.array([width / 2, height / 2])
+        matrix_23[:, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix_23[:, 2] = middle_2 - matrix_23[:, :2] @ middle_2
+    return matrix_23
 
 
 @cache

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from atcache.errors import AtcacheError
 
@@ -54,6 +54,35 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         names = type(self).__slots__
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class TaskBoard(Protocol):
+    """What running tasks needs to know of others."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process shows what all have done."""
+        ...
+
+    def claims(self, num_tasks: int) -> Iterator[int]:
+        """Numbers of the tasks to do."""
+        ...
+
+    def look(self) -> None:
+        """Called often; raises if this process is to end."""
+        ...
+
+    def report(self, counts: Counts) -> None:
+        """Take what was done so far."""
+        ...
+
+    def finish(self, each_look: Callable[[], None]) -> None:
+        """Wait for the others, if this process leads."""
+        ...
+
+    def total(self) -> Counts:
+        """What all have done."""
+        ...
 
 
 class Board:

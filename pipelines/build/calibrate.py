@@ -31,6 +31,7 @@ from atcache.views.rendering import STORED, Renderer
 
 from ..fidelity import injected_error, layer_row_kl, layer_v_error, layer_x_error
 from .decode_cost import DecodeCost, measure_decode_cost
+from .given_views import ReplayedViews
 from .sizes import codes_nbytes, layer_nbytes
 
 
@@ -51,7 +52,12 @@ class CalibrationViews:
 
 
 def render_calibration_views(
-    index: SampleIndex, policy: ViewPolicy, num_samples: int, *, skip_bad: bool
+    index: SampleIndex,
+    policy: ViewPolicy,
+    num_samples: int,
+    *,
+    skip_bad: bool,
+    replayed: ReplayedViews | None = None,
 ) -> CalibrationViews:
     """View 0 of `num_samples` good samples, or of all if there are fewer.
 
@@ -60,6 +66,7 @@ def render_calibration_views(
         policy: how views are drawn.
         num_samples: samples wanted.
         skip_bad: leave out images that turn out to be undecodable.
+        replayed: the views of another cache, to be taken instead of drawn ones.
 
     Raises:
         BadImageError: an image cannot be decoded, and `skip_bad` is False.
@@ -69,7 +76,7 @@ def render_calibration_views(
     chosen = good[np.unique(np.linspace(0, len(good) - 1, min(len(good), num_samples)).astype(int))]
     # Blocks are not known yet, so views are mixed with those of any sample. That is as good to calibrate on.
     source = Source(index)
-    renderer = Renderer(source, policy, skip_bad=skip_bad)
+    renderer = replayed or Renderer(source, policy, skip_bad=skip_bad)
     names: list[str] = []
     seconds: list[float] = []
     pixels: list[np.ndarray] = []

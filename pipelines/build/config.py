@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
-from atcache.files.location import Location
+from atcache.files.location import Location, Url
 from atcache.teachers.foreign.own import OwnTeacher
 
 from ..options import (
@@ -33,10 +33,23 @@ from ..options import (
     precision_option,
     queries_option,
     recipe_option,
+    scheduler_option,
     seed_option,
     store_option,
     weights_option,
 )
+
+_OF_VIEWS = {
+    "labels": "required",
+    "label_key": None,
+    "policy": "crop-flip",
+    "decoding": "full",
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "mix_prob": 1.0,
+    "seed": 0,
+}
+"""Options, with their defaults, that say what samples and views are; with those of another cache they are decided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +96,23 @@ def parse_nbytes(text: str) -> int:
     return nbytes
 
 
+def check_out(out: Location) -> None:
+    """Refuse a place for a cache that is a URL but not on an object store.
+
+    Raises:
+        ConfigError: says what it is instead.
+    """
+    if not isinstance(out, Url):
+        return
+    if out.root.partition("://")[0] not in ("s3", "gs", "az"):
+        raise ConfigError(
+            f"out={out}: a build writes to a folder or to an object store (s3, gs, az), and only reads from other "
+            "servers. Give one of these, and copy the cache when it is complete."
+        )
+    if not out.parts:
+        raise ConfigError(f"out={out} is a whole bucket. Give a name in it, such as {out}/in1k.zarr.")
+
+
 def check_queries(queries: Queries, store: str | None, codecs: Sequence[str]) -> None:
     """Refuse what cannot be kept together with some rows of the maps only. Loads no model.
 
@@ -108,18 +138,28 @@ class BuildConfig:
 
     teacher: str | OwnTeacher = option(
         "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments; or "
-        "transformers:ORG/MODEL, open-clip:MODEL/TAG. Python also takes atcache.own_teacher(module, ...)."
+        "transformers:ORG/MODEL, open-clip:MODEL/TAG; or the folder of a finished `atcache train`. Python also takes "
+        "atcache.own_teacher(module, ...)."
     )
-    data: str = option(
+    data: str | None = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
-        "URLs of any of these (http, https, s3, gs, az).",
+        "URLs of any of these (http, https, s3, gs, az). With --views-from, where the tars of that cache are now.",
+        default=None,
         metavar="TARS",
+    )
+    views_from: Location | None = option(
+        "Cache, or its URL, whose samples and views are taken, so that two caches show the very same images.",
+        default=None,
+        metavar="CACHE",
     )
     labels: Labels = labels_option()
     label_key: str | None = label_key_option()
     max_samples: int | None = max_samples_option()
     keys: Path | None = keys_option()
-    out: Path = option("Folder of the cache. An unfinished cache is continued.", is_written=True)
+    out: Location = option(
+        "Folder of the cache, or its URL on an object store (s3, gs, az). An unfinished cache is continued.",
+        is_written=True,
+    )
     grow: bool = option(
         "Add to a cache that exists: the tars of --data that it does not hold, and views up to --views.", default=False
     )
@@ -170,19 +210,34 @@ class BuildConfig:
     calibration_samples: int = calibration_samples_option("the codec is fitted and measured on")
     device: str = device_option()
     precision: Precision = precision_option()
+    scheduler: str | None = scheduler_option()
+    client: Any = None
+    """A `distributed.Client` to use instead of `scheduler`; only from Python."""
     dry_run: bool = option("Print the plan and stop before anything is written.", default=False)
 
     def __post_init__(self) -> None:
         from atcache.images.labels import LabelRule
         from atcache.views.mixing import mix_policy
 
+        from ..cluster.connect import check_scheduler
+
         LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
         if self.policy == "eval" and self.views > 1:
             raise ConfigError(f"views={self.views}: policy eval always makes the same view; use --policy crop-flip.")
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+        check_out(self.out)
+        if self.grow and isinstance(self.out, Url):
+            raise ConfigError(
+                f"grow: {self.out} is on an object store; only local caches grow. Copy it to a folder, grow it there, "
+                "and copy it back under another name; or build the new tars to a cache of their own."
+            )
+        check_scheduler(self.scheduler, self.client)
+        if (self.scheduler or self.client) and self.device.startswith("cuda:"):
+            raise ConfigError(f"device={self.device}: would be every worker's. Give auto, cpu or cuda.")
         self.target  # noqa: B018 - making it checks the three targets
         self._check_codec_from()
+        self._check_views_from()
         check_queries(self.queries, self.store, [] if self.codec is None else [self.codec])
 
     def _check_codec_from(self) -> None:
@@ -197,6 +252,24 @@ class BuildConfig:
             )
         if self.codec_from == self.out:
             raise ConfigError(f"codec_from={self.codec_from} is the cache to build. Name another one, or none.")
+
+    def _check_views_from(self) -> None:
+        if self.views_from is None:
+            if self.data is None:
+                raise ConfigError("there are no images: give --data, or --views-from to take those of another cache.")
+            return
+        if self.grow:
+            raise ConfigError(
+                f"grow and views_from={self.views_from}: a cache with the views of another one cannot grow. Leave out "
+                "one of them."
+            )
+        if self.views_from == self.out:
+            raise ConfigError(f"views_from={self.views_from} is the cache to build. Name another one.")
+        if given := [name for name, default in _OF_VIEWS.items() if getattr(self, name) != default]:
+            raise ConfigError(
+                f"views_from={self.views_from} and {given[0]}={getattr(self, given[0])}: the samples and views of that "
+                f"cache are taken as they are. Leave out --{given[0].replace('_', '-')}."
+            )
 
     @property
     def chooses_codec(self) -> bool:

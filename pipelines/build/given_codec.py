@@ -22,6 +22,7 @@ from atcache.teachers.devices import resolve_device, resolve_precision
 from atcache.teachers.foreign.names import is_foreign
 from atcache.teachers.names import parse_model_name
 
+from ..running.run_teacher import recorded_name
 from .config import BuildConfig
 
 
@@ -121,7 +122,7 @@ def _full_name(config: BuildConfig, known: str) -> str:
     """The teacher's name in the form that caches record. `known` completes a name whose tag timm would choose."""
     if is_foreign(config.teacher) or is_foreign(known):
         return str(config.teacher)
-    name = parse_model_name(str(config.teacher))
+    name = parse_model_name(recorded_name(config.teacher))
     if config.weights is not None:
         name = replace(name, weights_at=None)  # as load_teacher has it: the file is not what is published
     full = parse_model_name(known)

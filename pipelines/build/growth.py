@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from atcache.cache.differences import find_differences
 from atcache.cache.identity import CacheIdentity
+from atcache.cache.record import CacheRecord, SampleChoice
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.files.durable import encode_json
 from atcache.files.location import Location
@@ -21,6 +23,8 @@ from atcache.store.layout import StoreLayout, Task
 from atcache.store.metadata import SEAL, read_root
 from atcache.store.parts import append_part, find_changed_tar, take_tars
 from atcache.store.reader import CacheReader
+
+from .samples import Choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,7 +45,7 @@ class Growth:
             ConfigError: another process has changed the cache since it was opened.
         """
         path = existing.path
-        assert isinstance(path, Path), "only local caches are written"
+        assert isinstance(path, Path), "only local caches grow"
         now, _ = read_root(path)
         if not _are_same(now, existing.attributes) or (read_growth(path) is not None) != self.is_begun:
             raise ConfigError(f"another process has changed {path} meanwhile. Type the same command again.")
@@ -62,11 +66,14 @@ def plan_growth(existing: CacheReader, identity: CacheIdentity, index: SampleInd
         CacheMismatchError: it was begun to grow in another way.
     """
     path, layout = existing.path, existing.layout
-    assert isinstance(path, Path), "only local caches are written"
-    begun = read_growth(path)
+    begun = read_growth(path) if isinstance(path, Path) else None
     target = replace(layout, num_views=identity.num_views)
     if num_added := identity.num_samples - layout.num_real_samples:
         target = target.with_part((num_added,))
+    if target != layout and begun is None:
+        target = target.with_joined_records()
+    elif begun is not None:  # perhaps by a version that did not join records
+        target = replace(target, records_per_file=begun[1].records_per_file)
     attributes: dict[str, Any] = {
         **existing.attributes,
         "layout": target.to_json(),
@@ -97,6 +104,34 @@ def _size(layout: StoreLayout) -> str:
     return f"{layout.num_real_samples} samples x {layout.num_views} view{'s' if layout.num_views > 1 else ''}"
 
 
+def choice_of(config: Choice) -> SampleChoice:
+    """What a cache records of how its samples were chosen."""
+    return SampleChoice(labels=config.labels, label_key=config.label_key, max_samples=config.max_samples)
+
+
+def check_same_choice(existing: CacheReader, config: Choice) -> None:
+    """Refuse to add samples that are chosen or labelled in another way than those of the cache.
+
+    Raises:
+        CacheMismatchError: names each option that differs, with both values.
+    """
+    stored, asked = CacheRecord.of(existing).choice, choice_of(config)
+    if stored is None or stored == asked:
+        return
+    differences = [
+        f"--{name.replace('_', '-')} was {_shown(there)} and is {_shown(here)} here"
+        for name, (there, here) in find_differences(stored.to_json(), asked.to_json()).items()
+    ]
+    raise CacheMismatchError(
+        f"{existing.path} cannot grow by samples that are chosen in another way: {'; '.join(differences)}. Give the "
+        "options that it was begun with, or another --out."
+    )
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None else str(value)
+
+
 def arrange_samples(existing: CacheReader, named: SampleIndex, *, grows: bool) -> SampleIndex:
     """The samples of a cache in its order, with the places of the tars that were named.
 
@@ -112,7 +147,7 @@ def arrange_samples(existing: CacheReader, named: SampleIndex, *, grows: bool) -
         The samples; if they are not the cache's and it does not grow, those that were named, as they are.
 
     Raises:
-        CacheMismatchError: the cache would grow, but a tar that it holds has changed.
+        CacheMismatchError: the cache would grow, but a tar that it holds has changed, or other samples of it are named.
     """
     stored = existing.samples
     numbers = {tar.name: number for number, tar in enumerate(stored.tars)}
@@ -125,8 +160,9 @@ def arrange_samples(existing: CacheReader, named: SampleIndex, *, grows: bool) -
         if not grows:
             return named
         raise CacheMismatchError(
-            f"{existing.path} holds {changed} with other samples than it has now. Give the tar that the cache was "
-            "built from or, if this is another one, rename it."
+            f"{existing.path} holds {changed} with other samples than are named now. Either the tar has changed: give "
+            "the one that the cache was built from or, if this is another one, rename it. Or --keys, --labels, "
+            "--label-key or --max-samples are others than those it was begun with."
         )
     versions = named.tar_versions or ("",) * len(named.tars)
     index = _placed(stored, {named.tars[number].name: (named.tars[number], versions[number]) for number in known})

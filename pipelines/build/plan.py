@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,14 +11,16 @@ import torch
 from atcache import __version__
 from atcache.cache.differences import find_differences, name_differences
 from atcache.cache.identity import CacheIdentity, Selection
-from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy
+from atcache.cache.record import CacheRecord, CalibrationRecord, CreatedBy, SampleChoice
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
-from atcache.files.durable import existing_folder
+from atcache.files.durable import free_nbytes
+from atcache.files.location import Location
 from atcache.store.chunks import ChunkEncoder
-from atcache.store.layout import MAX_SAMPLES_PER_SHARD, StoreLayout, plan_samples_per_shard
-from atcache.store.manifest import check_commit, read_commits
+from atcache.store.committed import check_commits
+from atcache.store.layout import MAX_FOLDER_ENTRIES, StoreLayout
 from atcache.store.reader import CacheReader
+from atcache.store.shard_size import MAX_SAMPLES_PER_SHARD, plan_samples_per_shard
 from atcache.store.writer import encode_pixels
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
@@ -57,8 +57,8 @@ class BuildPlan(JsonFields):
     """Bytes of the codec's fitted arrays, stored once."""
     remaining_nbytes: int
     """Bytes of the views that are still to be written."""
-    free_nbytes: int
-    """Bytes free on the disk of the cache."""
+    free_nbytes: int | None
+    """Bytes free on the disk of the cache; None if it is on an object store."""
     row_kl_nats: float
     """Mean row KL of decoded maps on the calibration views."""
     injected_error: float
@@ -74,8 +74,21 @@ class BuildPlan(JsonFields):
     decode_seconds: float
     """Time that decoding a view takes, as a share of the teacher's forward pass on this device."""
 
+    @property
+    def note(self) -> str | None:
+        """A sentence if a view has more shards than hubs take in one folder; None if all is well."""
+        num_blocks = self.num_tasks // self.num_views
+        if num_blocks <= MAX_FOLDER_ENTRIES:
+            return None
+        return (
+            f"a view has {num_blocks} shards in one folder. Hugging Face's hub takes {MAX_FOLDER_ENTRIES} entries at "
+            "most, so this cache could not be published there; larger --samples-per-shard make fewer."
+        )
 
-def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibration) -> CacheRecord:
+
+def describe_cache(
+    identity: CacheIdentity, run: TeacherRun, calibration: Calibration, choice: SampleChoice | None
+) -> CacheRecord:
     """The record of a new cache: its identity, and what it was made with."""
     import timm
 
@@ -85,7 +98,9 @@ def describe_cache(identity: CacheIdentity, run: TeacherRun, calibration: Calibr
         weights_from=teacher.source,
         licence=teacher.licence,
         depth=teacher.depth,
+        trained=teacher.trained,
         geometry=calibration.geometry,
+        choice=choice,
         calibration=CalibrationRecord(
             num_held_back=calibration.num_held_back,
             row_kl_nats=calibration.row_kl_nats,
@@ -208,16 +223,18 @@ def plan_layout(
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     else:
         samples_per_shard = settle_samples_per_shard(samples_per_shard, num_samples)
-    return replace(layout, samples_per_shard=samples_per_shard), nbytes_per_view
+    return replace(layout, samples_per_shard=samples_per_shard).with_joined_records(), nbytes_per_view
 
 
-def committed_tasks(path: Path, layout: StoreLayout) -> set[str]:
-    """Names of the tasks whose commit records and shards agree; the others must be done (again)."""
-    return {name for name, commit in read_commits(path).items() if not check_commit(path, commit, layout)}
+def committed_tasks(path: Location, layout: StoreLayout) -> tuple[set[str], set[str]]:
+    """Names of the tasks whose commit records and shards agree, and of those whose do not, which must be done again."""
+    checked = check_commits(path, layout)
+    damaged = {name for name, one in checked.items() if one.problems}
+    return checked.keys() - damaged, damaged
 
 
 def plan_build(
-    out: Path,
+    out: Location,
     teacher: Teacher,
     calibration: Calibration,
     layout: StoreLayout,
@@ -242,7 +259,7 @@ def plan_build(
         map_nbytes_per_view=calibration.geometry.map_nbytes,
         state_nbytes=calibration.state_nbytes,
         remaining_nbytes=nbytes_per_view * num_missing_views,
-        free_nbytes=shutil.disk_usage(existing_folder(out)).free,
+        free_nbytes=free_nbytes(out),
         row_kl_nats=calibration.row_kl_nats,
         injected_error=calibration.injected_error,
         v_error=calibration.v_error,

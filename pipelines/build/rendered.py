@@ -15,6 +15,8 @@ from atcache.store.layout import Task
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import Rendered, Renderer
 
+from .given_views import ReplayedViews
+
 _KEPT_NBYTES = 64 * 2**20  # in each worker, for views that are mixed into others: about 450 at 224 pixels
 _NO_PIXELS = np.empty((0, 0, 3), np.uint8)
 
@@ -31,12 +33,22 @@ class RenderedBatch(NamedTuple):
 
 
 class RenderedBatches(Dataset[RenderedBatch]):
-    """Batch number -> rendered views. Batches never cross tasks, so a continued build forms the same ones."""
+    """Batch number -> rendered views. Batches never cross tasks, so a continued build forms the same ones.
+
+    Views are drawn by the policy, unless those of another cache are given.
+    """
 
     def __init__(
-        self, source: Source, policy: ViewPolicy, tasks: Iterable[Task], batch_size: int, *, skip_bad: bool
+        self,
+        source: Source,
+        policy: ViewPolicy,
+        tasks: Iterable[Task],
+        batch_size: int,
+        *,
+        skip_bad: bool,
+        replayed: ReplayedViews | None = None,
     ) -> None:
-        self._renderer = Renderer(source, policy, skip_bad=skip_bad, keep_nbytes=_KEPT_NBYTES)
+        self._renderer = replayed or Renderer(source, policy, skip_bad=skip_bad, keep_nbytes=_KEPT_NBYTES)
         self._batches: list[tuple[Task, int, int]] = []
         self._numbers_of_tasks: list[range] = []
         for task in tasks:

@@ -54,7 +54,15 @@ def index_samples(data: str, choice: Choice, *, on_bad: Literal["raise", "skip"]
         SourceError: as `index_source`.
         ConfigError: the file of keys does not fit the data.
     """
-    index = index_source(data, labels=choice.labels, label_key=choice.label_key, on_bad=on_bad)
+    return choose_samples(index_source(data, labels=choice.labels, label_key=choice.label_key, on_bad=on_bad), choice)
+
+
+def choose_samples(index: SampleIndex, choice: Choice) -> SampleIndex:
+    """The wanted samples of an index, as `index_samples` chooses them.
+
+    Raises:
+        ConfigError: the file of keys does not fit the data.
+    """
     if choice.keys is not None:
         index = select_keys(index, choice.keys)
     good_S = np.flatnonzero(index.problem_S == Problem.NONE)

@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from atcache.codecs.base import Coder
-from atcache.store.layout import COMPRESSORS, StoreLayout, plan_layers_per_chunk
+from atcache.store.layout import COMPRESSORS, StoreLayout
+from atcache.store.shard_size import plan_layers_per_chunk
 from atcache.store.writer import encode_view
 
 _PAYS_BELOW = 0.99

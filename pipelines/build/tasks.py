@@ -7,12 +7,12 @@ however large the dataset is.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import fsum
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from atcache.codecs.base import Coder
 from atcache.errors import BadImageError
 from atcache.feed.workers import read_ahead
+from atcache.files.location import Location
 from atcache.images.source import Source
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.writer import TaskWriter
@@ -29,23 +30,29 @@ from atcache.teachers.run import TeacherRun
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED
 
-from ..fidelity import Expectation, Watch
-from ..running.progress import Progress
-from .board import Board, Counts
+from ..fidelity import Expectation
+from .board import Counts, TaskBoard
 from .encoder import BatchEncoder, Checked, EncodedBatch
+from .given_views import ReplayedViews
 from .rendered import RenderedBatch, RenderedBatches
+from .telling import telling
 from .transfers import Transfers
 
 _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
 
 
 class _ShardWriter:
-    """Writes batches into their tasks' shards, in order; for one thread."""
+    """Writes batches into their tasks' shards, in order; for one thread.
 
-    def __init__(self, out: Path, layout: StoreLayout) -> None:
+    On an object store, a task is put while the next one is written, so that the device does not wait for the network.
+    """
+
+    def __init__(self, out: Location, layout: StoreLayout) -> None:
         self._out, self._layout = out, layout
         self._writer: TaskWriter | None = None
         self._checked: list[Checked] = []
+        self._putter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="put")
+        self._putting: Future[int] | None = None
 
     def write(self, encoded: EncodedBatch) -> Counts:
         """Add a batch. The first batch of a task opens its shards, the last one commits it.
@@ -74,7 +81,12 @@ class _ShardWriter:
             )
         if batch.start + len(batch.status_B) == batch.task.stop:
             num_checked = sum(check.num_views for check in self._checked)
-            nbytes = self._writer.commit(_mean_quality(self._checked), num_checked).nbytes
+            commit = partial(self._writer.commit, _mean_quality(self._checked), num_checked)
+            if isinstance(self._out, Path):
+                nbytes = commit().nbytes
+            else:
+                nbytes = self.finish().nbytes
+                self._putting = self._putter.submit(lambda: commit().nbytes)
             self._writer = None
         return Counts(
             num_views=len(batch.status_B),
@@ -84,8 +96,14 @@ class _ShardWriter:
             num_checked=0 if checked is None else checked.num_views,
         )
 
+    def finish(self) -> Counts:
+        """Wait until the task that is being put, if any, is committed. Returns its bytes, which `write` left out."""
+        putting, self._putting = self._putting, None
+        return Counts() if putting is None else Counts(nbytes=putting.result())
+
     def abort(self) -> None:
-        """Remove the temp files of a task that was not committed."""
+        """Remove the temp files of a task that was not committed. One that is being put is committed first."""
+        self._putter.shutdown()
         if self._writer is not None:
             self._writer.abort()
 
@@ -94,7 +112,7 @@ class _ShardWriter:
 class TaskRunner:
     """Runs the tasks of a build."""
 
-    out: Path
+    out: Location
     layout: StoreLayout
     source: Source
     policy: ViewPolicy
@@ -107,8 +125,10 @@ class TaskRunner:
     """Threads that compress."""
     skip_bad: bool
     expectation: Expectation
+    replayed: ReplayedViews | None = None
+    """The views of another cache; None if they are drawn."""
 
-    def run_tasks(self, tasks: list[Task], board: Board) -> None:
+    def run_tasks(self, tasks: list[Task], board: TaskBoard) -> None:
         """Write the shards of all `tasks` that no other process takes, and commit each when it is finished.
 
         In the leading process this shows the progress of all processes, and returns when all have finished.
@@ -160,6 +180,8 @@ class TaskRunner:
                             done = finish_oldest(done)
                 while waiting:
                     done = finish_oldest(done)
+                waiting.append(writer.submit(shards.finish))
+                done = finish_oldest(done)
                 board.finish(tell)
                 tell()
             except BaseException as error:
@@ -179,29 +201,16 @@ class TaskRunner:
         is_coarse = self.run.dtype == torch.bfloat16 and self.coder.products_may_round
         return rounded_products(self.run.device) if is_coarse else nullcontext()
 
-    @contextmanager
-    def _telling(self, tasks: list[Task], board: Board) -> Generator[Callable[[], None]]:
+    def _telling(self, tasks: list[Task], board: TaskBoard) -> AbstractContextManager[Callable[[], None]]:
         """A function to call now and then: in the leader it shows what all processes have done, elsewhere nothing."""
         if not board.leads:
-            yield lambda: None
-            return
-        watch, start_s = Watch(self.expectation), time.monotonic()
-        all_views = self.layout.num_views * self.layout.num_real_samples
-        done_views = all_views - sum(task.num_samples for task in tasks)
-        with Progress("build", total=all_views, unit="views", done=done_views) as progress:
+            return nullcontext(lambda: None)
+        return telling(self.out, self.layout, self.expectation, tasks, board.total)
 
-            def tell() -> None:
-                total = board.total()
-                speed = total.nbytes / 1e6 / (time.monotonic() - start_s)
-                news = done_views + total.num_views - progress.done
-                progress.advance(news, f"{total.nbytes / 1e6:.4g} MB, {speed:.3g} MB/s")
-                if (warning := watch.see(total.sum_nats, total.num_checked)) is not None:
-                    progress.say(warning)
-
-            yield tell
-
-    def _batches(self, tasks: list[Task], board: Board) -> Generator[RenderedBatch]:
-        batches = RenderedBatches(self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad)
+    def _batches(self, tasks: list[Task], board: TaskBoard) -> Generator[RenderedBatch]:
+        batches = RenderedBatches(
+            self.source, self.policy, tasks, self.batch_size, skip_bad=self.skip_bad, replayed=self.replayed
+        )
         # A task is claimed only when its first batch is needed, so that no process holds tasks that others could do.
         numbers = (number for claimed in board.claims(len(tasks)) for number in batches.numbers_of(claimed))
         pins = self.run.device.type == "cuda"

@@ -14,7 +14,7 @@ from atcache.students.teacher_side import start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
 
 from ..running.run_files import WEIGHTS_FILE
-from ..train.record import load_run
+from ..running.run_record import load_run
 from ..train.validation import Score, open_validation, score_students
 from .config import EvaluateConfig
 

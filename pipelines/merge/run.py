@@ -25,6 +25,8 @@ from atcache.store.reader import CacheReader
 from ..running.progress import Progress
 from .config import MergeConfig
 
+_OWN_LAYOUT = ("num_samples", "part_stops", "num_views", "records_per_file")
+"""Members of the layout in which parts may differ."""
 _ADVICE = (
     "Parts that are to be merged have the same options, --samples-per-shard included, and all but the first "
     "--codec-from the first."
@@ -76,7 +78,10 @@ def merge(config: MergeConfig) -> MergeSummary:
     index = join_samples(readers)
     copied = _copied_nbytes(readers, config.out)
     sweep_partials(config.out)
-    source = {"fingerprint": index.fingerprint, "num_samples": count_samples(index)}
+    source: dict[str, Any] = {"fingerprint": index.fingerprint, "num_samples": count_samples(index)}
+    choices = {CacheRecord.of(reader).choice for reader in readers}
+    if len(choices) == 1 and (choice := choices.pop()) is not None:
+        source["choice"] = choice.to_json()
     with Progress("merge", total=layout.num_tasks, unit="tasks") as progress:
         complete = write_joined(config.out, layout, index, source, readers, lambda _: progress.advance(1))
     return MergeSummary(
@@ -109,7 +114,7 @@ def _what_is_shared(reader: CacheReader) -> dict[str, Any]:
     record = CacheRecord.of(reader)
     identity, layout = record.identity.to_json(), reader.layout.to_json()
     del identity["source"], identity["selection"]  # the geometry says which layers and heads; old caches hold text
-    layout = {name: value for name, value in layout.items() if name not in ("num_samples", "part_stops", "num_views")}
+    layout = {name: value for name, value in layout.items() if name not in _OWN_LAYOUT}
     return {**identity, "geometry": record.geometry.to_json(), "layout": layout}
 
 

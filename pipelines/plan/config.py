@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from atcache.choices import Decoding, Labels, Pixels, PolicyName, Precision, Queries
 from atcache.errors import ConfigError
+from atcache.files.location import Location, Url
 from atcache.machine import num_processors
 from atcache.teachers.foreign.own import OwnTeacher
 
-from ..build.config import check_queries
+from ..build.config import check_out, check_queries
 from ..options import (
     calibration_samples_option,
     config,
@@ -116,8 +117,11 @@ class PlanConfig:
     label_key: str | None = label_key_option()
     max_samples: int | None = max_samples_option()
     keys: Path | None = keys_option()
-    out: Path = option(
-        "Where the cache would be. Its disk is measured, and nothing is left there.", default=Path(), is_written=True
+    out: Location = option(
+        "Where the cache would be: a folder, whose disk is measured, and nothing is left there; or a URL on an object "
+        "store (s3, gs, az), whose speeds are to be assumed.",
+        default=Path(),
+        is_written=True,
     )
     weights: Path | None = weights_option()
     codec: tuple[str, ...] = option(
@@ -175,6 +179,12 @@ class PlanConfig:
             )
         assumed = parse_assumptions(self.assume)
         object.__setattr__(self, "assumed", assumed)
+        check_out(self.out)
+        if isinstance(self.out, Url) and None in (assumed.read_nbytes_per_s, assumed.write_nbytes_per_s):
+            raise ConfigError(
+                f"out={self.out}: the speeds of an object store are not measured. Give them, for example --assume "
+                "disk-read-gb-per-s=1 --assume disk-write-gb-per-s=0.5."
+            )
         if assumed.nbytes_per_view is not None and len(self.codec) > 1:
             raise ConfigError(
                 f"nbytes-per-view is assumed, and {len(self.codec)} codecs are named: {', '.join(self.codec)}. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from atcache.attention.capture import FactorCapture
 from atcache.attention.geometry import AttentionKind, FactorGeometry
 from atcache.codecs.registry import CODECS, parse_codec
 from atcache.feed.classes import count_classes
-from atcache.files.durable import existing_folder
+from atcache.files.durable import free_nbytes
 from atcache.images.source import SampleIndex
 from atcache.machine import num_processors
 from atcache.store.chunks import decompress_into
@@ -32,6 +31,7 @@ from atcache.views.policy import ViewPolicy
 from ..build.calibrate import Calibration, CalibrationViews, calibrate, render_calibration_views
 from ..build.codec import check_can_store
 from ..build.plan import plan_layout
+from ..running.run_teacher import run_teacher
 from ..running.stages import StageProgress
 from .config import PlanConfig
 from .images import ImageCost, measure_images
@@ -72,7 +72,7 @@ def what_is_assumed(config: PlanConfig) -> Measures:
         student_img_per_s=assumed.student_img_per_s or UNLIMITED,
         load_img_per_s=assumed.load_img_per_s,
         write_nbytes_per_s=assumed.write_nbytes_per_s or UNLIMITED,
-        free_nbytes=assumed.free_nbytes or shutil.disk_usage(existing_folder(config.out)).free,
+        free_nbytes=assumed.free_nbytes or free_nbytes(config.out),
     )
     cost = CodecCost(
         codec=config.codec[0] if config.codec else None,
@@ -147,7 +147,7 @@ class _Bench(NamedTuple):
 
 def _set_up(config: PlanConfig, index: SampleIndex) -> _Bench:
     assert config.teacher is not None, "checked by PlanConfig"
-    run = TeacherRun.load(config.teacher, config.weights, device=config.device, precision=config.precision)
+    run = run_teacher(config.teacher, config.weights, device=config.device, precision=config.precision)
     mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
     policy = run.teacher.input.view_policy(config.policy, 0, mixing, config.decoding)
     if config.store is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -111,6 +112,7 @@ def _with_disk(config: PlanConfig, found: Measures, say: Say) -> tuple[Measures,
     assumed = config.assumed
     if assumed.read_nbytes_per_s is not None and assumed.write_nbytes_per_s is not None:
         return found, []
+    assert isinstance(config.out, Path), "checked by PlanConfig"
     folder = existing_folder(config.out)
     say(f"measuring the disk of {folder}")
     with disk_errors_explained(folder), DiskProbe(folder) as probe:

@@ -54,7 +54,8 @@ class Machine:
     load_img_per_s: float | None
     """Images read, decoded and augmented, by all workers together."""
     write_nbytes_per_s: float
-    free_nbytes: int
+    free_nbytes: int | None
+    """Space for the cache; None if there is no limit, as on an object store."""
     shares_processors: bool = False
     """Whether the models run on the processors that also load images and compress."""
 
@@ -165,7 +166,7 @@ def assess(workload: Workload, machine: Machine, cost: CodecCost) -> Assessment:
     saved_s = live_epoch(workload, machine)[0] - epoch_s
     payback_epochs = build_s / saved_s if saved_s > 0 else None
     verdict: Verdict = "pays"
-    if total_nbytes > machine.free_nbytes:
+    if machine.free_nbytes is not None and total_nbytes > machine.free_nbytes:
         verdict = "does not fit"
     elif payback_epochs is None:
         verdict = "slower"
@@ -243,7 +244,7 @@ def _say_yes(best: Assessment, workload: Workload, live_epoch_s: float) -> str:
 def _say_why_not(best: Assessment, workload: Workload, machine: Machine, live_epoch_s: float) -> str:
     setting = _with(best.cost.codec)
     setting = setting[0].upper() + setting[1:]
-    if best.verdict == "does not fit":
+    if best.verdict == "does not fit" and machine.free_nbytes is not None:
         return f"{setting} the cache takes {size(best.total_nbytes)}, but only {size(machine.free_nbytes)} are free."
     both = (
         f"{setting} one epoch takes {duration(best.epoch_s)} from the cache, where {best.epoch_limit} "

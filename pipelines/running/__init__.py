@@ -2,6 +2,8 @@
 
 - `run_folder`: a folder belongs to one run, and one process at a time works in it
 - `run_files`: the names of the files in that folder
+- `run_record`: what is recorded of its student, and how to load the student
+- `run_teacher`: teachers by name, and finished runs as teachers
 - `checkpoint`: save the state of a run and load it again
 - `interrupts`: stop between two steps at Ctrl-C or SIGTERM
 - `metrics`: the numbers of a run, in a file and for TensorBoard

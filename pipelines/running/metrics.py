@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import logging
@@ -14,6 +15,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
 
 from atcache.errors import CorruptCacheError
 from atcache.feed.batch import Batch
@@ -60,6 +63,12 @@ class MetricsLog:
             with disk_errors_explained(self._folder):
                 self._board.add(kind, step, values)
 
+    def write_pictures(self, kind: str, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Add the pictures of one step, uint8 (height, width, 3), by name; to TensorBoard only."""
+        if self._board is not None:
+            with disk_errors_explained(self._folder):
+                self._board.add_pictures(kind, step, pictures)
+
     def __enter__(self) -> Self:
         return self
 
@@ -98,6 +107,19 @@ class _Board:
             step=step,
             summary={"value": [{"tag": f"{kind}/{name}", "simple_value": value} for name, value in values.items()]},
         )
+
+    def add_pictures(self, kind: str, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Add the pictures of one step."""
+        from PIL import Image
+
+        values: list[dict[str, Any]] = []
+        for name, picture_HWC in pictures.items():
+            file = io.BytesIO()
+            Image.fromarray(picture_HWC).save(file, format="PNG")
+            height, width = picture_HWC.shape[:2]
+            image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": file.getvalue()}
+            values.append({"tag": f"{kind}/{name}", "image": image})
+        self._write(step=step, summary={"value": values})
 
     def _write(self, **event: Any) -> None:  # noqa: ANN401 - members of TensorBoard's Event
         self._records.write(self._protocol.Event(wall_time=time.time(), **event).SerializeToString())

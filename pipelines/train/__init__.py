@@ -9,8 +9,8 @@
 - `data`: what a run needs, opened and checked: student, views, order, teacher and validation
 - `optimiser`: the optimiser and the learning rates
 - `validation`: validation sets, and the score of students on them
+- `map_pictures`: pictures of maps during a run
 - `recipes`: settings in a TOML file
 - `notes`: what a user should know before a run
-- `record`: what a run's folder says about its student
 - `summary`: the results of a finished run
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
     **dict.fromkeys((*_WHERE_FIELDS, "what"), ("copy", "distill")),
     "attention_weight": ("distill",),
     "attention_only": ("distill",),
+    "log_maps": ("distill", "scratch", "finetune"),
 }
 """The modes that can use a setting, if not all can. With a live teacher all modes can have `weights`: the teacher's."""
 _ATTENTION_WEIGHT = 3.0  # the paper's (arXiv 2411.09702)
@@ -217,6 +219,12 @@ class TrainConfig:
     checkpoint_every: int = option(
         "Steps between checkpoints; each validation saves one too.", default=1000, at_least=1
     )
+    log_maps: int = option(
+        "Draw the maps of this many samples for TensorBoard, the teacher's beside the student's, 20 times in the run.",
+        default=0,
+        at_least=0,
+        at_most=64,
+    )
 
     def __post_init__(self) -> None:
         if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
@@ -247,6 +255,8 @@ class TrainConfig:
                 f"label_key={self.label_key}: labels come from the caches, so no .json is read. Leave it out."
             )
         self._check_mixing()
+        if self.log_maps:
+            self._check_log_maps()
         if self.weights is not None and self.mode != "finetune" and not self.live_teacher:
             raise ConfigError(
                 f"weights={self.weights} is for finetune and --live-teacher: mode {self.mode} starts from random "
@@ -255,6 +265,18 @@ class TrainConfig:
         self._check_transfer(transfers)
         if self.attention_only:
             self._check_attention_only()
+
+    def _check_log_maps(self) -> None:
+        if self.mode == "copy":
+            raise ConfigError(
+                f"log_maps={self.log_maps}: a student that copies has the teacher's maps, so there is nothing to "
+                "compare. Leave --log-maps out; `atcache show` draws the maps of the cache."
+            )
+        if find_spec("tensorboard") is None:
+            raise ConfigError(
+                f"log_maps={self.log_maps}: the pictures are written for TensorBoard, which is not installed. "
+                "pip install 'atcache[tensorboard]'."
+            )
 
     def _check_attention_only(self) -> None:
         if self.mode != "distill":
@@ -322,7 +344,8 @@ class TrainConfig:
         """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
         places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "label_key", "weights")
-        for name in (*places, "workers", "keep_mib", "device", "compile", "checkpoint_every", "validate_every"):
+        how_often = ("checkpoint_every", "validate_every", "log_maps")
+        for name in (*places, *how_often, "workers", "keep_mib", "device", "compile"):
             del settings[name]
         if self.stream_seed == self.seed:  # the same run, whether --order-seed repeats the seed or is left out
             settings["order_seed"] = None

@@ -34,9 +34,9 @@ from atcache.teachers.weight_files import read_weights
 from atcache.teachers.weights import tensors_sha256, weights_of
 from atcache.views.mixing import mix_policy
 
+from ..running.run_record import RunRecord
 from .config import TrainConfig
 from .notes import training_notes, validation_notes, view_notes
-from .record import RunRecord
 from .validation import ValidationSet, open_validation
 
 

@@ -118,10 +118,13 @@ class _Loop:
             self._reports[run].say(f"given up: {error}")
 
     def _after_step(self, run: TrainingRun, *, validates: bool) -> None:
-        """Validate the run if `validates`; finish it after its last step."""
+        """Validate the run if `validates`, draw its maps if it is time, and finish it after its last step."""
         if validates:
             with self._speed.paused(), self._interrupts.at_once():
                 run.validate(self._reports[run])
+        if validates or run.step > self._restored_at[run]:
+            with self._speed.paused():
+                run.draw_maps(self._reports[run])
         if run.is_done:
             summary = self._ranks.on_leader(partial(run.finish, self._speed))
             self._results[run.config.out] = SweepResult(name=run.config.out.name, summary=summary)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -161,10 +162,17 @@ def _begin(
 
 def begin_run(config: TrainConfig, data: TrainingData) -> None:
     """Record in a run's folder which run it holds, or refuse to continue another one: see `keep_record`."""
-    record = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
+    file = config.out / RUN_FILE
+    record: dict[str, Any] = {"settings": config.settings(), "record": data.record.to_json(), "data": data.identity}
     # Validation data does not change the training. Once the run is finished, its score is part of the result.
     is_finished = (config.out / WEIGHTS_FILE).exists()
-    keep_record(config.out / RUN_FILE, record, may_change=() if is_finished else ("data.validation",))
+    # Where the caches are changes nothing either; `atcache maps` looks there.
+    places = [str(cache.absolute()) for cache in config.caches]
+    if is_finished:
+        places = (read_record(file) or {}).get("caches")
+    if places:
+        record["caches"] = places
+    keep_record(file, record, may_change=() if is_finished else ("data.validation", "caches"))
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:

@@ -30,6 +30,7 @@ from ..running.run_files import WEIGHTS_FILE, save_weights
 from .compiled import compile_student, compiles, with_module
 from .config import TrainConfig
 from .data import TrainingData
+from .map_pictures import MapPictures, is_pictured
 from .optimiser import make_optimizer, make_scheduler
 from .summary import SUMMARY_FILE, TrainSummary
 from .validation import Score, score_students
@@ -101,6 +102,7 @@ class TrainingRun:
         """Why the student could not be compiled."""
         self._trained: Student | None = None
         """The student as it is trained, see `prepare`; shares its weights."""
+        self._pictures = MapPictures(data, config.log_maps, device, self.dtype) if config.log_maps else None
         self._prefetcher = Prefetcher(device)
         self.step = 0
         self.loss = math.nan
@@ -340,6 +342,13 @@ class TrainingRun:
         reports.say(
             f"epoch {epoch:.4g}: validation top-1 {score.top1:.2f}, top-5 {score.top5:.2f}, loss {score.loss:.4g}"
         )
+
+    def draw_maps(self, reports: Reports) -> None:
+        """Log pictures of some samples' maps, if they are wanted and it is time."""
+        if self._pictures is None or reports.metrics is None or not is_pictured(self.step, self.num_steps):
+            return
+        reports.metrics.write_pictures("maps", self.step, self._pictures.draw(self._evaluated_student()))
+        self.student.module.train()
 
     def _evaluated_student(self) -> Student:
         """The student to validate and save: the moving average if there is one, else the student itself."""

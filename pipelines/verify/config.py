@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from atcache.errors import ConfigError
 from atcache.files.location import Location, Url
 from atcache.teachers.foreign.own import OwnTeacher
 
-from ..options import config, device_option, option, options_of, weights_option
+from ..cluster.connect import check_scheduler, check_workers_option
+from ..options import config, device_option, option, options_of, scheduler_option, weights_option
 
 _OF_THE_TEACHER = ("weights", "teacher_sample", "threshold", "device")
 """Fields that are used only with a teacher."""
@@ -32,6 +34,9 @@ class VerifyConfig:
         default=None,
         at_least=1,
     )
+    scheduler: str | None = scheduler_option()
+    client: Any = None
+    """A `distributed.Client` to use instead of `scheduler`; only from Python."""
     repair: bool = option(
         "Delete the commit records of damaged tasks, so that the next `atcache build` redoes just these.", default=False
     )
@@ -48,8 +53,10 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         if self.all and self.sample is not None:
             raise ConfigError("--sample and --all both say how many views are compared; give one of them.")
-        if self.repair and isinstance(self.cache, Url):
-            raise ConfigError(f"repair: {self.cache} is on a server; only local caches can be repaired. Repair a copy.")
+        check_scheduler(self.scheduler, self.client)
+        check_workers_option(self.workers, self.scheduler, self.client)
+        if self.repair and isinstance(self.cache, Url) and not self.cache.can_list:
+            raise ConfigError(f"repair: {self.cache} is on a web server, which is only read. Repair a copy.")
         if self.teacher is None:
             for name, (field, _, _) in options_of(type(self)).items():
                 value = getattr(self, name)

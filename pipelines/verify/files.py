@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from atcache.cache.cache import Cache
 from atcache.errors import AtcacheError, CorruptCacheError
-from atcache.files.location import Location
+from atcache.files.location import Location, Url
 from atcache.store.audit import check_metadata, check_tables, find_strays
 from atcache.store.growth import read_growth
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import COMMITS, Commit, check_commit, read_commit, summarise_commits
+from atcache.store.manifest import Commit, check_commit, check_seal, parse_commit, summarise_commits
+from atcache.store.records import COMMITS, Record, read_records
 
+from ..cluster.mapping import Mapper
 from ..running.progress import Progress
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,22 +53,6 @@ class Report:
     def damaged_tasks(self) -> list[str]:
         """Names of the tasks that a build must redo, in order."""
         return sorted({finding.task for finding in self.findings if finding.task is not None})
-
-
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
-    """The results in the items' order. Only a few are made ahead, so memory does not grow with their number."""
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * num_threads:  # enough that no thread runs out of work
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BaseException:  # also when the caller stops early: work that has not begun is dropped
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 class CheckedMetadata(NamedTuple):
@@ -122,7 +103,7 @@ class CheckedTasks(NamedTuple):
     """What is odd but harmless."""
 
 
-def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTasks:
+def check_all_tasks(cache: Cache, mapper: Mapper, report: Report) -> CheckedTasks:
     """Read every byte of each committed task; compare totals and the list of files."""
     path, layout = cache.path, cache.reader.layout
     committed = cache.reader.committed_tasks()
@@ -145,13 +126,13 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
             report.add(f"{path / COMMITS}/{name}.json is missing, though the cache was finished.", name)
     elif missing:
         notes.append(f"{path}: {len(missing)} of {len(tasks)} tasks are not built yet, the first is {missing[0]}.")
-    names = sorted(tasks.keys() & committed)
+    is_listed = not isinstance(path, Url) or path.can_list
+    records = (record for record in read_records(path, None if is_listed else layout) if record.task in tasks)
     whole: list[Task] = []
     commits: list[Commit] = []
     nbytes = 0
-    with Progress("checksums", total=len(names), unit="tasks") as progress:
-        checks = in_threads(lambda name: _check_task(path, name, layout), names, num_threads)
-        for name, (commit, problems) in zip(names, checks, strict=True):
+    with Progress("checksums", total=len(tasks.keys() & committed), unit="tasks") as progress:
+        for name, commit, problems in mapper.map(_check_task, (path, layout), records):
             for message in problems:
                 report.add(message, name)
             if not problems:
@@ -165,12 +146,13 @@ def check_all_tasks(cache: Cache, num_threads: int, report: Report) -> CheckedTa
     return CheckedTasks(whole, len(committed), nbytes, is_finished and committed == tasks.keys(), notes)
 
 
-def _check_task(path: Location, name: str, layout: StoreLayout) -> tuple[Commit | None, list[str]]:
+def _check_task(given: tuple[Location, StoreLayout], record: Record) -> tuple[str, Commit | None, list[str]]:
+    path, layout = given
     try:
-        commit = read_commit(path, name)
+        commit = parse_commit(record)
     except CorruptCacheError as error:
-        return None, [str(error)]
-    return commit, check_commit(path, commit, layout, deep=True)
+        return record.task, None, [str(error)]
+    return record.task, commit, [*check_seal(record), *check_commit(path, commit, layout, deep=True)]
 
 
 def _check_totals(cache: Cache, commits: list[Commit], report: Report) -> None:

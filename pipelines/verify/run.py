@@ -12,14 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from atcache.cache.cache import Cache
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields
 from atcache.files.durable import only_writer
-from atcache.machine import num_processors
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
 
+from ..cluster.connect import mapper_of, open_for
 from .config import VerifyConfig
 from .files import Finding, Report, check_all_metadata, check_all_tasks
 from .teacher import Fidelity, check_fidelity, open_teacher
@@ -70,7 +69,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
             cache that stores its images.
     """
     start_s = time.monotonic()
-    cache = Cache(config.cache, data=config.data)
+    cache = open_for(config.cache, config.data, sends=config.scheduler is not None or config.client is not None)
     layout = cache.reader.layout
     if config.data is not None and layout.pixels is not None:
         raise ConfigError(f"data={config.data}: {cache.path} stores its images and reads no tars. Leave --data out.")
@@ -80,17 +79,17 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
         run = open_teacher(cache, config.teacher, config.weights, resolve_device(config.device))
     report = Report(on_finding)
     repaired: list[str] = []
-    num_threads = config.workers or num_processors()
     # Locked from the first check to the deletion, so that no build changes in between what is deleted.
-    with only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext():
+    locked = only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext()
+    with locked, mapper_of(config.scheduler, config.client, config.workers) as mapper:
         metadata = check_all_metadata(cache, report)
-        checked = check_all_tasks(cache, num_threads, report)
-        num_views = check_views(cache, checked.whole, config.num_compared_views, num_threads, report)
+        checked = check_all_tasks(cache, mapper, report)
+        num_views = check_views(cache, checked.whole, config.num_compared_views, mapper, report)
         fidelity = None
         if run is not None and metadata.is_decodable:
             places = spread_views(checked.whole, config.teacher_sample)
             fidelity = check_fidelity(cache, run, places, config.threshold, report)
-        if config.repair and metadata.is_whole and isinstance(cache.path, Path):
+        if config.repair and metadata.is_whole:
             repaired = delete_commits(cache.path, report.damaged_tasks)
     return VerifySummary(
         path=str(cache.path),

@@ -18,7 +18,6 @@ from atcache.files.location import Location
 from atcache.students.teacher_side import CachedFactors
 from atcache.teachers.foreign.names import OWN, is_foreign
 from atcache.teachers.foreign.own import OwnTeacher
-from atcache.teachers.load import load_teacher
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.run import TeacherRun
 from atcache.views.rendering import STORED
@@ -33,6 +32,7 @@ from ..fidelity import (
     target_row_kl,
 )
 from ..running.progress import Progress
+from ..running.run_teacher import load_named_teacher, recorded_name
 from .files import Report
 from .views import Place
 
@@ -90,8 +90,8 @@ def open_teacher(cache: Cache, name: str | OwnTeacher, weights: Path | None, dev
         TeacherError: it cannot be loaded.
     """
     record = cache.record.teacher_record
-    _refuse_another(cache, _describe(record.name), _describe(str(name)))
-    teacher = load_teacher(name, weights=weights, device=device)
+    _refuse_another(cache, _describe(record.name), _describe(recorded_name(name)))
+    teacher = load_named_teacher(name, weights, device)
     _refuse_another(cache, cache.record.identity.input.to_json(), teacher.input.to_json())
     return record.run(teacher, device)
 
@@ -99,9 +99,15 @@ def open_teacher(cache: Cache, name: str | OwnTeacher, weights: Path | None, dev
 def _refuse_another(cache: Cache, recorded: dict[str, Any], given: dict[str, Any]) -> None:
     if differences := name_differences(recorded, given):
         raise CacheMismatchError(
-            f"{cache.path} was built with another teacher: {'; '.join(differences)}. Give the --teacher it was built "
-            f"with: {cache.record.identity.teacher}."
+            f"{cache.path} was built with another teacher: {'; '.join(differences)}. {_what_to_give(cache)}."
         )
+
+
+def _what_to_give(cache: Cache) -> str:
+    name = cache.record.identity.teacher
+    if name.startswith(OWN):
+        return f"Hand over the module that it was built with, {name}"
+    return f"Give the --teacher it was built with: {name}"
 
 
 def _describe(text: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,11 @@ from atcache.store.layout import Task
 from atcache.views.apply import pixel_hash
 from atcache.views.rendering import STORED
 
+from ..cluster.mapping import Mapper
 from ..running.progress import Progress
-from .files import Report, in_threads
+from .files import Report
+
+_AT_ONCE = 8  # views that a worker of a cluster compares before it answers
 
 
 class Place(NamedTuple):
@@ -39,14 +41,14 @@ def spread_views(tasks: Sequence[Task], num_views: int | None) -> Iterator[Place
         yield Place(task.view, task.stop - int(ends[position]) + row, task)
 
 
-def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, num_threads: int, report: Report) -> int:
+def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, mapper: Mapper, report: Report) -> int:
     """Compare pixels with their hashes.
 
     Args:
         cache: the cache, opened with the place of its tars.
         tasks: the tasks without damage.
         num_views: how many views; None for all.
-        num_threads: threads that replay.
+        mapper: what replays them.
         report: receives what differs.
 
     Returns:
@@ -62,8 +64,8 @@ def check_views(cache: Cache, tasks: Sequence[Task], num_views: int | None, num_
     total = sum(task.num_samples for task in tasks)
     num_checked = 0
     with Progress("pixels", total=total if num_views is None else min(total, num_views), unit="views") as progress:
-        check = partial(_check_view, cache, unusable_tars)
-        for is_checked, message, task in in_threads(check, spread_views(tasks, num_views), num_threads):
+        checks = mapper.map(_check_view, (cache, unusable_tars), spread_views(tasks, num_views), at_once=_AT_ONCE)
+        for is_checked, message, task in checks:
             if message is not None:
                 report.add(message, task)
             num_checked += is_checked
@@ -89,8 +91,9 @@ def _check_tars(cache: Cache, report: Report) -> frozenset[int]:
     return frozenset(unusable)
 
 
-def _check_view(cache: Cache, unusable_tars: frozenset[int], place: Place) -> tuple[bool, str | None, str | None]:
+def _check_view(given: tuple[Cache, frozenset[int]], place: Place) -> tuple[bool, str | None, str | None]:
     """Whether the pixels were compared, what is wrong with them, and the task that a build must redo to repair it."""
+    cache, unusable_tars = given
     reader, (view, sample, task) = cache.reader, place
     if reader.status(view, sample) != STORED:
         return False, None, None

@@ -14,6 +14,7 @@ import dask.array as da
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, strategies as st
 from made_records import made_attributes
 
@@ -239,6 +240,18 @@ def test_to_xarray_names_axes_and_finds_heads_by_the_teachers_index(cache, expec
     assert maps.dims == ("view", "sample", "head", "query", "key")
     assert np.allclose(maps.sel(head=7).isel(view=0, sample=9).to_numpy(), expected_LVSHQK[0, 0, 9, 3], atol=1e-6)
     assert maps.sample_key.to_numpy()[17] == "digits-0001.tar/digit-00017"
+
+
+def test_heads_and_rows_of_grouped_keys_with_a_bias_are_picked_alone(path, expected_LVSHQK):
+    expected_VSLHQK = np.moveaxis(expected_LVSHQK, 0, 2)
+    attention = xr.open_dataset(path)["attention"]
+    for picked in (
+        {"head": 2, "query": 3},
+        {"sample": [9, 6, 2], "layer": [2, 0], "head": [3, 1], "query": [4, 0], "key": [1, 2]},
+    ):
+        expected = xr.DataArray(expected_VSLHQK, dims=attention.dims).isel(picked)
+        np.testing.assert_allclose(attention.isel(picked).values, expected.values, atol=1e-6)
+    assert attention.sel(layer=4, head=7).isel(sample=BAD_SAMPLE).isnull().all()
 
 
 # Single views

@@ -42,6 +42,7 @@ OPTIONAL = {
     ("calibration", "v_error"),
     *((("calibration", "layers", number, "v_error")) for number in (0, 1)),
     ("complete", "num_checked"),
+    ("source", "choice"),
 }
 """What caches of the first versions lack."""
 UNFINISHED = {("complete",)}

@@ -8,8 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from dataset_hub import a_hub_in_use
 from foreign_models import HandWrittenViT, PackedFused
 from PIL import Image
 
@@ -55,6 +57,7 @@ def test_the_examples_run(page, num_blocks, names):
         exec(COMMAND.sub("", example).replace("layer=5", "layer=1"), dict(names))
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # from huggingface_hub's way to send files
 def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits_tars, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [tmp_path / "imagenet" / "train" / str(label) for label in range(2)]
@@ -74,10 +77,11 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         '"part-0.zarr"': repr(str(tiny_cache(data=str(digits_tars[0])))),
         '"part-1.zarr"': repr(str(tiny_cache(data=str(digits_tars[1])))),
         'out="runs/copy")': f'out="runs/copy", steps=2, batch_size=8, {small})',
+        'out="distill.zarr")': f'out="distill.zarr", {small})',
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
-    examples = blocks("api/caches.md", "python") + blocks("api/runs.md", "python")
-    assert len(examples) == 10
+    examples = [text for page in ("caches", "moving", "runs") for text in blocks(f"api/{page}.md", "python")]
+    assert len(examples) == 14
     scope = {"atcache": atcache, "my_vit": HandWrittenViT(PackedFused)}
     # In the order in which one needs another's result; the page's is that of the commands.
     for name in (
@@ -91,26 +95,46 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         "train",
         "train_sweep",
         "evaluate",
+        "maps",
+        "compare",
     ):
         (example,) = [text for text in examples if f"atcache.{name}(" in text.partition("\n")[0]]
         for printed, stand_in in stand_ins.items():
             example = example.replace(printed, stand_in)
         if name == "train":
             shutil.copytree("in1k.zarr", "in1k-val.zarr")
+            distilled = {"mode": "distill", "cache": "in1k.zarr", "out": "runs/distill", "steps": 2, "batch_size": 8}
+            atcache.train(**distilled, device="cpu", precision="fp32")
         exec(example, scope)
+    with a_hub_in_use(tmp_path, monkeypatch):
+        for name in ("push", "pull"):
+            (example,) = [text for text in examples if f"atcache.{name}(" in text.partition("\n")[0]]
+            exec(example.replace('out="in1k.zarr"', 'out="pulled.zarr"'), scope)
     assert Path("runs/copy/model.safetensors").exists()
 
 
 def test_the_examples_of_statistics_give_what_they_say():
     runner = doctest.DocTestRunner(verbose=False)
-    for number, example in enumerate(blocks("api/statistics.md", "pycon")):
-        runner.run(doctest.DocTestParser().get_doctest(example, vars(atcache.stats).copy(), str(number), None, None))
+    examples = [text for page in ("statistics", "agreement") for text in blocks(f"api/{page}.md", "pycon")]
+    for number, example in enumerate(examples):
+        names = {"np": np, **vars(atcache.stats)}
+        runner.run(doctest.DocTestParser().get_doctest(example, names, str(number), None, None))
     results = runner.summarize(verbose=False)
-    assert (results.failed, results.attempted) == (0, 5)
+    assert (results.failed, results.attempted) == (0, 23)
 
 
 def test_public_names_that_are_no_errors_are_on_a_page(make_api):
-    shown = {*make_api.LOOKING, *make_api.LOOP, *make_api.MAKING, *make_api.TRAINING, "stats", "__version__"}
+    shown = {
+        *make_api.LOOKING,
+        *make_api.LOOP,
+        *make_api.MAKING,
+        *make_api.MOVING,
+        *make_api.SHOWING,
+        *make_api.TRAINING,
+        "pictures",
+        "stats",
+        "__version__",
+    }
     assert shown == {name for name in atcache.__all__ if not name.endswith("Error")}
 
 

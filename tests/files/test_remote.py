@@ -23,7 +23,7 @@ from atcache.cli.main import cli
 from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError, RemoteError, SourceError
 from atcache.files.location import parse_location
 from atcache.files.ranges import open_file
-from atcache.files.remote import block_cache, remote_file
+from atcache.files.remote import block_cache
 from atcache.files.remote.block_cache import BLOCK_NBYTES, BlockCache
 from atcache.images.source import Source, index_source, relocate
 from atcache.pipelines.build.config import BuildConfig
@@ -34,25 +34,6 @@ from atcache.pipelines.train.run import train
 from atcache.pipelines.verify.config import VerifyConfig
 from atcache.pipelines.verify.run import verify
 from atcache.store.reader import CacheReader
-
-
-@pytest.fixture
-def blocks_dir(tmp_path, monkeypatch):
-    """A folder of its own for the blocks of this test, and for those of the processes it starts."""
-    folder = tmp_path / "blocks"
-    monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(folder))
-    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.01")
-    monkeypatch.setattr(block_cache, "_shared", None)
-    monkeypatch.setattr(remote_file, "_claims", None)
-    return folder
-
-
-@pytest.fixture
-def server(tmp_path, blocks_dir):
-    folder = tmp_path / "served"
-    folder.mkdir()
-    with FolderServer(folder) as server:
-        yield server
 
 
 def serve(server, path: Path) -> str:
@@ -128,17 +109,18 @@ def test_the_bound_holds_while_more_is_read(server, blocks_dir):
             assert file.pread(2**20, offset) == data[offset : offset + 2**20]
             assert allocated_nbytes(blocks_dir) <= 0.01 * 2**30
     assert allocated_nbytes(blocks_dir) > 0.005 * 2**30  # it is used
-    assert 2 * len(data) < server.num_bytes < 2.8 * len(data)  # and of use
+    # And of use, although blocks between missing ones come again.
+    assert 2 * len(data) < server.num_bytes < 2.95 * len(data)
 
 
 def test_a_block_is_what_was_stored_or_is_not_there(tmp_path):
-    blocks = BlockCache(tmp_path, 2**20)
+    blocks = BlockCache(tmp_path, 2**21)
     keys = [bytes([number]) * 16 for number in range(1, 60)]
     for number, key in enumerate(keys):
         blocks.put(key, bytes([number]) * BLOCK_NBYTES)
         assert blocks.get(key) == bytes([number]) * BLOCK_NBYTES
     stored = [blocks.get(key) for key in keys]
-    assert 0 < sum(data is not None for data in stored) <= 16
+    assert 0 < sum(data is not None for data in stored) <= blocks.num_slots
     assert all(data in (None, bytes([number]) * BLOCK_NBYTES) for number, data in enumerate(stored))
     rng = np.random.default_rng(0)
     with (tmp_path / "blocks").open("r+b") as file:
@@ -150,10 +132,53 @@ def test_a_block_is_what_was_stored_or_is_not_there(tmp_path):
     assert damaged != stored
 
 
+def read_within_seconds(file, nbytes: int) -> bytes:
+    """The first bytes of a file, or a failure if they do not come."""
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(file.pread(nbytes, 0)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, "the read does not end"
+    return found[0]
+
+
+@pytest.mark.parametrize("is_read_only", [False, True])
+@pytest.mark.parametrize("place", [16, 20])
+def test_a_damaged_row_is_fetched_again_also_if_nothing_can_be_written(place, is_read_only, server, monkeypatch):
+    data = serve_bytes(server, "file", 100)
+    file = open_url(server, "file")
+    assert file.pread(100, 0) == data
+    blocks, key = block_cache.shared_blocks(), file._keys[0]
+    file._claims.wait(key)  # until it is stored, which may be after its reader has it
+    first, rows = blocks._rows_of(key)
+    row = block_cache._HEADER_NBYTES + first * block_cache._ROW.size + rows.index(key)
+    os.pwrite(blocks._fd, (2**31 + 1).to_bytes(4, "little"), row + place)  # its number of bytes, or its checksum
+    if is_read_only:  # as on a full disk
+        writable, reads_only = blocks._fd, os.open(f"/proc/self/fd/{blocks._fd}", os.O_RDONLY)
+        monkeypatch.setattr(blocks, "_fd", reads_only)
+        assert [read_within_seconds(file, 100) for _ in range(2)] == [data, data]
+        monkeypatch.undo()
+        os.close(reads_only)
+        assert blocks._fd == writable
+    assert read_within_seconds(file, 100) == data
+    file._claims.wait(key)
+    assert blocks.get(key) == data
+
+
+def test_a_good_block_is_read_also_if_nothing_can_be_written(tmp_path):
+    key = b"k" * 16
+    BlockCache(tmp_path, 2**21).put(key, b"data")
+    blocks = BlockCache(tmp_path, 2**21)
+    os.close(blocks._fd)
+    blocks._fd = os.open(tmp_path / "blocks", os.O_RDONLY)
+    assert blocks.get(key) == b"data"
+    blocks.drop(key)
+
+
 def test_another_size_begins_anew(tmp_path):
     key = b"k" * 16
-    BlockCache(tmp_path, 2**20).put(key, b"data")
-    assert BlockCache(tmp_path, 2**20).get(key) == b"data"
+    BlockCache(tmp_path, 2**22).put(key, b"data")
+    assert BlockCache(tmp_path, 2**22).get(key) == b"data"
     assert BlockCache(tmp_path, 2**21).get(key) is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["blocks", "lock"]
 
@@ -178,7 +203,7 @@ def test_two_processes_fetch_each_block_once_between_them(server, monkeypatch):
     for reader in readers:
         out, errors = reader.communicate(timeout=60)
         assert (out.split(), reader.returncode) == (["open", "done"], 0), errors
-    # A set of eight slots may overflow, and then a block is fetched again.
+    # A set of slots may overflow, and then a block is fetched again.
     assert len(data) <= server.num_bytes < 1.1 * len(data)
 
 
@@ -457,10 +482,10 @@ def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     assert json.loads(run.stdout)["path"] == url
     run = CliRunner().invoke(cli, ["verify", url, "--repair"])
     assert run.exit_code == 1
-    assert f"repair: {url} is on a server; only local caches can be repaired" in run.output
-    run = CliRunner().invoke(cli, ["build", "--teacher", "vit", "--data", "x.tar", "--out", "s3://bucket/new.zarr"])
+    assert f"repair: {url} is on a web server, which is only read. Repair a copy." in run.output
+    run = CliRunner().invoke(cli, ["train", "--mode", "copy", "--cache", url, "--out", "s3://bucket/run"])
     assert run.exit_code == 2
-    assert "'s3://bucket/new.zarr' is a URL, but servers are only read" in run.output
+    assert "'s3://bucket/run' is a URL, but of all commands only build, push and verify --repair write" in run.output
     run = CliRunner().invoke(cli, ["info", "ftp://host/a.zarr"])
     assert "cannot be read: expected a path, or a URL that begins with http://" in run.output
 
@@ -471,7 +496,7 @@ def test_a_size_or_folder_that_cannot_be_is_refused(server, monkeypatch, tmp_pat
     with pytest.raises(AtcacheError, match="ATCACHE_BLOCKS_GIB='much': expected a number of GiB"):
         open_url(server, "file")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0")
-    with pytest.raises(AtcacheError, match="0 bytes are too few for any block; expected at least 1 MiB"):
+    with pytest.raises(AtcacheError, match="0 bytes are too few for any block; expected at least 2 MiB"):
         open_url(server, "file")
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "1")

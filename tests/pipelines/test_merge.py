@@ -13,11 +13,13 @@ from click.testing import CliRunner
 from disks import mounted
 
 import atcache
+from atcache.cache.record import CacheRecord, SampleChoice
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, DiskFullError
 from atcache.pipelines.build.run import build
 from atcache.pipelines.merge.config import MergeConfig
 from atcache.pipelines.merge.run import merge
+from atcache.store.reader import CacheReader
 
 
 @pytest.fixture
@@ -125,6 +127,19 @@ def test_what_are_not_parts_of_one_cache_is_refused(parts, digits_tars, tmp_path
     with pytest.raises(CorruptCacheError, match=r"were committed. Repair it with `atcache verify --repair`"):
         merge(MergeConfig(caches=(paths[0], paths[2]), out=out))
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name], "nothing is left"
+
+
+def test_how_samples_were_chosen_goes_along_if_all_parts_agree(digits_build, digits_tars, tmp_path):
+    config = replace(digits_build, samples_per_shard=6, codec="int8", target_kl=None)
+    paths = [tmp_path / f"{number}.zarr" for number in range(3)]
+    for path, tar, max_samples in zip(paths, digits_tars, (9, 9, 5), strict=True):
+        codec = {} if path == paths[0] else {"codec": None, "codec_from": paths[0]}
+        build(replace(config, data=str(tar), out=path, max_samples=max_samples, **codec))
+    alike, other = tmp_path / "alike.zarr", tmp_path / "other.zarr"
+    merge(MergeConfig(caches=tuple(paths[:2]), out=alike))
+    merge(MergeConfig(caches=tuple(paths[1:]), out=other))
+    assert CacheRecord.of(CacheReader(alike)).choice == SampleChoice(labels="required", label_key=None, max_samples=9)
+    assert CacheRecord.of(CacheReader(other)).choice is None
 
 
 def test_codecs_that_were_fitted_apart_are_refused(digits_build, digits_tars, tmp_path):

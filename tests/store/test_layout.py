@@ -14,12 +14,12 @@ from atcache.images.tar_samples import Problem
 from atcache.store.layout import (
     CODES_DTYPES,
     COMPRESSORS,
+    MAX_FOLDER_ENTRIES,
     Status,
     StoreLayout,
     Task,
-    plan_layers_per_chunk,
-    plan_samples_per_shard,
 )
+from atcache.store.shard_size import plan_layers_per_chunk, plan_samples_per_shard
 
 FIELDS = {
     "num_views": 2,
@@ -149,7 +149,9 @@ def test_a_layout_without_a_field_is_refused():
 def test_shards_stay_within_their_target_unless_one_view_is_over_it(nbytes, num_samples, target):
     count = plan_samples_per_shard(nbytes, num_samples, target_nbytes=target)
     assert 1 <= count <= num_samples
-    assert count == 1 or count * nbytes <= target
+    fewest = -(-num_samples // MAX_FOLDER_ENTRIES)
+    assert count >= fewest, "or a view would have too many shards for one folder"
+    assert count == fewest or count * nbytes <= target
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), st.integers(1, 2**20))

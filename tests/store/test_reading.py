@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import struct
 import threading
 import time
@@ -18,7 +19,9 @@ from made_store import BAD_SAMPLE, CODES, LAYOUT, build, draw_codes, make_index,
 from atcache.cache.stacking import Stack
 from atcache.errors import CacheMissError, ConfigError
 from atcache.store.layout import COMPRESSORS, Status, StoreLayout
+from atcache.store.manifest import delete_commits
 from atcache.store.reader import CacheReader
+from atcache.store.tables import find_bad_tar_name
 from atcache.store.writer import create_cache
 
 # Reading back
@@ -261,3 +264,23 @@ def test_reading_a_sample_takes_less_than_a_millisecond(pristine):
     for _ in range(200):
         reader.read_codes(0, 0)
     assert (time.perf_counter() - start) / 200 < 1e-3
+
+
+def test_a_complete_cache_with_all_codes_needs_no_status_files(cache, tmp_path):
+    whole = build(tmp_path / "whole.zarr", replace(LAYOUT, num_samples=BAD_SAMPLE))
+    for path in (whole, cache):
+        expected = CacheReader(path).status_VS
+        shutil.rmtree(path / "views/status/c")
+        found = CacheReader(path).status_VS
+        assert np.array_equal(found, expected) == (path == whole), "a cache that lacks codes must look which"
+    assert (expected[:, BAD_SAMPLE] == Status.UNDECODABLE).all()
+    delete_commits(whole, ["v0000-b000000"])
+    assert not CacheReader(whole).status_VS.any(), "it is no longer complete, so its totals say nothing"
+
+
+def test_names_of_many_tars_are_checked_in_no_time():
+    names = [f"n{number:08d}.tar" for number in range(50_000)]
+    start_s = time.process_time()
+    assert find_bad_tar_name(names) is None
+    assert find_bad_tar_name([*names, names[7]]) == names[7]
+    assert time.process_time() - start_s < 5, "it took minutes when each name was compared with all before it"

@@ -61,5 +61,6 @@ def test_a_hubs_models_are_loaded_and_their_commit_is_recorded(tmp_path, home):
     assert again == first
     assert unreachable == (
         "model transformers:org/other: the Hugging Face hub cannot be reached. Download "
-        "https://huggingface.co/org/other elsewhere, and give the folder: transformers:FOLDER."
+        "https://huggingface.co/org/other elsewhere, and give the folder: transformers:FOLDER. If "
+        "org/other is meant to be a folder, there is none here."
     )

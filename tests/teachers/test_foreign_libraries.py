@@ -124,9 +124,39 @@ def wider(folder):
     (folder / "config.json").write_text(json.dumps({**settings, "intermediate_size": 64}))
 
 
+def swin_without_processor(folder):
+    another_type(folder)
+    no_processor(folder)
+
+
+def fewer_layers(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 1}))
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 86\n")
+
+
+def missing_shard(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (swin_without_processor, r"its model_type is 'swin', expected one of"),
+        (fewer_layers, r"\d+ tensors of its weights are of layers that its config.json does not have, the first .*1\."),
+        (cut_short, r"damaged safetensors file .*Download it again"),
+        (pointer, r"a Git LFS pointer .*git lfs pull"),
+        (missing_shard, r"1 of its 1 files are missing, the first model-1.safetensors"),
         (drop_a_tensor, r"1 tensors are missing in its weights, the first \S+\. "),
         (another_type, r"its model_type is 'swin', expected one of beit, clip, .*own_teacher"),
         (own_code, r"it needs code of its repository, which is never run"),
@@ -148,6 +178,13 @@ def test_a_folder_that_cannot_be_used_is_refused_in_a_sentence(folders, tmp_path
 def test_a_name_that_is_neither_folder_nor_repository_is_refused_without_asking_the_hub(name):
     with pytest.raises(TeacherError, match=r"there is no folder .*ORG/MODEL"):
         load_teacher(name)
+
+
+def test_a_folder_has_neither_revisions_nor_arguments(folders):
+    with pytest.raises(TeacherError, match=r"a folder, which has no revisions. Leave out @main"):
+        load_teacher(f"transformers:{folders['vit']}@main")
+    with pytest.raises(TeacherError, match=r"Leave out :img_size=112"):
+        load_teacher("transformers:org/vit:img_size=112")
 
 
 def test_weights_are_not_named_twice(folders, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,12 +225,38 @@ def test_code_without_a_source_needs_a_version():
         ({"patch_size": (8, 0)}, r"patch_size=\(8, 0\): expected a number of pixels"),
         ({"std": (1.0, 0.0, 1.0)}, r"own_teacher: \"std\[1\]\" is 0.0, expected more than 0"),
         ({"query_key": query_key}, "attention and query_key go together"),
+        (
+            {"mean": (123, 116, 103), "std": (58, 57, 57)},
+            r"mean=\(123, .* colours from 0 to 1.* divide mean and std by",
+        ),
+        ({"std": (58.4, 57.1, 57.4)}, r"std=\(58.4, .* colours from 0 to 1"),
+        ({"std": 0.5}, r"std=0.5: expected three numbers"),
+        ({"std": "abc"}, r"std='abc': expected three numbers"),
+        ({"mean": (0.5, 0.5)}, r"mean=\(0.5, 0.5\): expected three numbers"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens=-1: expected 0 or more"),
     ],
 )
 def test_values_that_do_not_fit_are_refused_at_once(more, message):
     with pytest.raises(ConfigError, match=message):
         own(HandWrittenViT(PackedFused), **more)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_colours_may_be_arrays_and_tensors(kind):
+    teacher = own(HandWrittenViT(PackedFused), mean=kind([0.5, 0.25, 0.5]), std=kind([0.25, 0.5, 0.5]))
+    assert (teacher.input.mean, teacher.input.std) == ((0.5, 0.25, 0.5), (0.25, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("given", ["vit_small_patch16_224", print], ids=["name", "function"])
+def test_what_is_no_module_is_refused(given):
+    with pytest.raises(ConfigError, match=r"own_teacher takes a torch.nn.Module, and got .*teacher='NAME'"):
+        own(given)
+
+
+def test_a_module_that_does_not_run_on_images_of_the_size_is_refused():
+    module = own(HandWrittenViT(PackedFused), image_size=64)
+    with pytest.raises(TeacherError, match=r"does not run on images of 64 x 64 pixels \(RuntimeError: .* made for\?"):
+        load_teacher(module)
 
 
 def test_a_module_alone_is_no_teacher(tmp_path):

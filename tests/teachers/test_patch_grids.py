@@ -13,7 +13,7 @@ from atcache.pipelines.running.run_files import save_weights
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.weight_files import Weights, read_weights
-from atcache.teachers.weights import load_weights, weights_of
+from atcache.teachers.weights import load_weights, weights_of, weights_sha256
 
 VIT = "vit_tiny_patch16_224:patch_size=8,embed_dim=32,depth=2,num_heads=2"
 BEIT = "beitv2_base_patch16_224:patch_size=8,embed_dim=32,depth=2,num_heads=2"
@@ -131,6 +131,36 @@ def test_positions_of_a_class_token_that_the_model_lacks_are_refused():
     without = made(f"{VIT},{SQUARE},class_token=False,global_pool=avg")
     with pytest.raises(TeacherError, match="positions for 1 class and register tokens, expected 0"):
         load_weights(without, made(f"{VIT},{SQUARE}").state_dict())
+
+
+def test_weights_with_registers_are_refused_by_a_model_without():
+    small = f"patch_size=8,embed_dim=32,depth=2,num_heads=2,{SQUARE}"
+    registers = made(f"vit_small_patch14_reg4_dinov2:{small}")
+    plain = made(f"vit_small_patch14_dinov2:{small}", seed=1)
+    message = r"have 4 register tokens \(reg_token\), the model has none.*are of: vit_small_patch14_reg4_dinov2"
+    for grid in (None, (4, 4)):  # its positions have none for a class token, and the grid does not help over that
+        with pytest.raises(TeacherError, match=message):
+            load_weights(plain, Weights(registers.state_dict(), grid=grid))
+
+
+@pytest.mark.parametrize(
+    ("richer", "plainer", "token"),
+    [
+        (f"{VIT},reg_tokens=3", VIT, "the weights have 3 register tokens"),
+        (f"{VIT},no_embed_class=True", f"{VIT},class_token=False,global_pool=avg", "cls_token"),
+        (VIT, f"{VIT},pos_embed=none", "pos_embed"),
+    ],
+)
+def test_a_tensor_that_maps_depend_on_and_the_model_lacks_is_refused(richer, plainer, token):
+    model = made(f"{plainer},{SQUARE}")
+    before = weights_sha256(model)
+    with pytest.raises(TeacherError, match=token):
+        load_weights(model, weights_of(made(f"{richer},{SQUARE}", seed=1)))
+    with pytest.raises(
+        TeacherError, match=r"1 tensors of the weights, .* have no place in the model.* norm_pre\.weight"
+    ):
+        load_weights(model, weights_of(model) | {"norm_pre.weight": torch.ones(32)})
+    assert weights_sha256(model) == before
 
 
 def test_dinov2s_registers_lose_no_position_to_another_grid():

@@ -300,6 +300,7 @@ def test_an_older_config_has_all_at_the_top(tmp_path):
     ("config", "message"),
     [
         ("{broken", "its config.json is not JSON"),
+        ('{"model_type": "vit"}', "does not name a timm architecture.* transformers, give transformers:"),
         ("[" * 100_000, "its config.json is not JSON"),
         ("[1]", "the top level of its config.json is list, expected an object"),
         ({"architectures": ["ViTModel"]}, "does not name a timm architecture, .*It may be a model of another library"),

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from atcache.errors import TeacherError, UnsupportedAttentionError
+from atcache.errors import ConfigError, TeacherError, UnsupportedAttentionError
 from atcache.teachers.components import component_differences
 from atcache.teachers.devices import rounded_products
 from atcache.teachers.inputs import input_config
@@ -82,10 +82,17 @@ def test_arguments_after_an_alias_overrule_its_own():
     assert name.arguments["img_size"] == 8
 
 
+def test_a_name_in_the_home_of_nobody_is_refused():
+    with pytest.raises(ConfigError, match="begins with ~, but there is no user 'nouser-of-atcache'"):
+        parse_model_name("~nouser-of-atcache/vit")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("./", r"If a folder is meant, give local-dir:\./, or transformers:\./"),
         ("mae-vit-x", "model 'mae-vit-x' is unknown. Did you mean .*mae-vit-l"),
+        ("v" * 300, "is unknown. timm.list_models"),
         ("vit_tinny_patch16_224", "Did you mean .*vit_tiny_patch16_224"),
         ("zzz", r"timm.list_models\(\) lists all names"),
         ("vit_base_patch16_224.fb", "no weights with this tag. Known: .*vit_base_patch16_224.mae"),
@@ -283,7 +290,7 @@ def test_a_pickle_bomb_does_not_go_off(new_style, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "neither a safetensors nor a torch file"),
+        (b"", "an empty file"),
         (b"not weights at all", "neither a safetensors nor a torch file"),
         (b"PK\x03\x04 cut short", "neither a safetensors nor a torch file"),
         (b"\x10\0\0\0\0\0\0\0{damaged", "damaged safetensors file"),
@@ -327,9 +334,9 @@ def test_tensors_of_another_shape_are_named(tiny):
     [
         (
             "depth=2",
-            r"12 tensors of the weights' blocks have no place in the model, .* blocks\.1\.norm1\.weight",
+            r"12 tensors of the weights, which maps .* have no place in the model, .* blocks\.1\.norm1\.weight",
         ),
-        ("depth=1,init_values=0.1", r"2 tensors of the weights' blocks .* first blocks\.0\.ls1\.gamma, blocks\.0\.ls2"),
+        ("depth=1,init_values=0.1", r"2 tensors of the weights, .* first blocks\.0\.ls1\.gamma, blocks\.0\.ls2"),
     ],
 )
 def test_weights_with_more_in_their_blocks_than_the_model_are_refused(theirs, message):

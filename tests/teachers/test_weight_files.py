@@ -9,6 +9,7 @@ import pathlib
 import random
 import sys
 import types
+import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_what_is_no_weights_is_named(content, message, suffix, tmp_path):
     path = tmp_path / f"model.{suffix}"
     path.write_bytes(content.encode())
     with pytest.raises(TeacherError, match=message):
+        read_weights(path)
+
+
+def test_a_name_of_safetensors_says_nothing_about_what_a_file_is(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.save({"a": torch.ones(2)}, path)
+    assert torch.equal(read_weights(path)["a"], torch.ones(2))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "no weights")
+    with pytest.raises(TeacherError, match="neither a safetensors nor a torch file"):
+        read_weights(path)
+    path.write_bytes(b"")
+    with pytest.raises(TeacherError, match="an empty file"):
         read_weights(path)
 
 

@@ -117,8 +117,10 @@ def test_dinov2s_training_checkpoint_with_blocks_in_chunks(state, other, tmp_pat
     assert weights_sha256(model, without=("head.",)) == weights_sha256(deep, without=("head.",))
     assert caplog.messages[0] == (
         f'{LABEL}the weights are those behind "model.teacher.backbone." in the file\'s names; '
-        "'model.student.backbone.' would fit as well (averaged weights and teachers are taken before others)."
+        "'model.student.backbone.' would fit as well (averaged weights and teachers are taken before others); to have "
+        "another set, save it alone."
     )
+    assert caplog.records[0].levelno == logging.WARNING  # so that it is seen from Python, too
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,13 @@ def test_a_refused_file_says_what_it_holds_what_was_expected_and_what_is_nearest
     assert "Expected: cls_token (1, 1, 32), pos_embed (1, 5, 32), patch_embed.proj.weight (32, 3, 16, 16)" in text
     assert 'Nearest: behind "weights.net.", 16 of 28 names and shapes agree' in text
     assert "\n" not in text
+
+
+def test_a_flattened_file_of_fsdp_is_named(tmp_path):
+    with pytest.raises(
+        TeacherError, match=r"are missing in the weights.*of FSDP, which has flattened.*full state dict"
+    ):
+        loaded({"model": {"_fsdp_wrapped_module._flat_param": torch.zeros(99)}}, tmp_path)
 
 
 def test_a_file_of_another_kind_of_model_is_shown_as_it_stands(tmp_path):

@@ -1,9 +1,10 @@
 """Blocks of remote files, kept in one local file of fixed size that all processes on this machine share.
 
-The file has a header, a table of what is in which slot, and the slots. A block's key chooses a set of eight slots, and
-the block may be in any of them. If all eight are taken, it replaces one at random. Reading and writing blocks takes no
-lock: each row of the table has a checksum over the block's key and bytes. So a block that another process, a kill or
-the disk has damaged counts as missing.
+The file has a header, a table of what is in which slot, and the slots. A block's key chooses a set of 16 slots, and
+the block may be in any of them. If all 16 are taken, it replaces one at random: one that was read already, if there
+is any, so that what was fetched ahead is still there when it is read. Reading and writing blocks takes no lock: each
+row of the table has a checksum over the block's key and bytes. So a block that another process, a kill or the disk has
+damaged counts as missing.
 
 Why it does not replace the least recently used block: training reads everything once an epoch, in a new order. The
 blocks used last are then needed last. Keeping them would give hardly any hits in a cache smaller than the data.
@@ -17,6 +18,9 @@ import os
 import secrets
 import struct
 import threading
+import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,19 +30,23 @@ from atcache.errors import ConfigError
 from atcache.files.location import expand_home
 
 BLOCK_NBYTES = 2**16
-"""Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): larger blocks fetch bytes that nobody reads."""
+"""What is kept or replaced as a whole. Measured on random reads of 26 and 151 KB (`benchmarks/remote.py`): of larger
+blocks, much would be fetched that nobody reads. Requests are larger where all is read; see `RemoteFile`."""
 
 DEFAULT_GIB = 16.0
 FOLDER_VARIABLE = "ATCACHE_BLOCKS_DIR"
 GIB_VARIABLE = "ATCACHE_BLOCKS_GIB"
 
-_NUM_WAYS = 8
-_ROW = struct.Struct("<16sII8x")  # key, bytes, crc32c of key and bytes
+_NUM_WAYS = 16
+_ROW = struct.Struct("<16sIIII")  # key, bytes, crc32c of key and bytes, minute when it came, whether it was read
+_WAS_READ_OFFSET = 28
+_WAS_READ = (1).to_bytes(4, "little")
+_UNREAD_MINUTES = 24 * 60  # a block that was fetched ahead is kept this long for its reader, who may have been killed
 _SET_NBYTES = _NUM_WAYS * _ROW.size
 _EMPTY_ROW = bytes(_ROW.size)
 _HEADER = struct.Struct("<8sIIQ")  # magic, bytes of a block, slots of a set, sets
 _HEADER_NBYTES = 4096  # a page, so that the table behind it is aligned
-_MAGIC = b"atcblk1\n"
+_MAGIC = b"atcblk2\n"
 
 _crc32c = cast("Any", google_crc32c)
 
@@ -71,8 +79,9 @@ class BlockCache:
         """
         self.num_sets = (max_nbytes - _HEADER_NBYTES) // (_SET_NBYTES + _NUM_WAYS * BLOCK_NBYTES)
         if self.num_sets < 1:
-            raise ConfigError(f"{GIB_VARIABLE}: {max_nbytes} bytes are too few for any block; expected at least 1 MiB.")
+            raise ConfigError(f"{GIB_VARIABLE}: {max_nbytes} bytes are too few for any block; expected at least 2 MiB.")
         self._data_offset = _HEADER_NBYTES + self.num_sets * _SET_NBYTES
+        self._promised: dict[weakref.ref[object], dict[str, int]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             # Never open this file a second time: closing that descriptor would drop all of this process's locks.
@@ -113,6 +122,21 @@ class BlockCache:
         """The number of blocks it can hold."""
         return self.num_sets * _NUM_WAYS
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all blocks that it can hold."""
+        return self.num_slots * BLOCK_NBYTES
+
+    def promise(self, reader: object, name: str, nbytes: int) -> None:
+        """Note how many bytes of the files under this name a reader will read in an epoch, for as long as it lives."""
+        self._promised.setdefault(weakref.ref(reader, self._promised.pop), {})[name] = nbytes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether all that was promised can be here at once. Of a larger share, sets would overflow."""
+        promised = list(self._promised.values())  # a copy, as other threads add to it
+        return sum(sum(nbytes_of.values()) for nbytes_of in promised) <= self.nbytes * 3 // 4
+
     def __del__(self) -> None:
         for descriptor in (getattr(self, "_fd", -1), getattr(self, "lock_fd", -1)):
             if descriptor >= 0:
@@ -124,33 +148,40 @@ class BlockCache:
         way = _find(rows, key)
         if way is None:
             return None
-        _, nbytes, crc32c = _ROW.unpack_from(rows, way * _ROW.size)
-        if nbytes > BLOCK_NBYTES:
-            return None
-        data = os.pread(self._fd, nbytes, self._data_offset + (first + way) * BLOCK_NBYTES)
-        if len(data) == nbytes and _checksum(key, data) == crc32c:
-            return data
-        self._write_row(first + way, _EMPTY_ROW)
-        return None
+        _, nbytes, crc32c, _, was_read = _ROW.unpack_from(rows, way * _ROW.size)
+        data = os.pread(self._fd, min(nbytes, BLOCK_NBYTES), self._data_offset + (first + way) * BLOCK_NBYTES)
+        is_good = len(data) == nbytes and _checksum(key, data) == crc32c
+        with suppress(OSError):  # a full disk that copies on write refuses even these few bytes
+            if not is_good:
+                self._write_row(first + way, _EMPTY_ROW)
+            elif not was_read:
+                os.pwrite(self._fd, _WAS_READ, _HEADER_NBYTES + (first + way) * _ROW.size + _WAS_READ_OFFSET)
+        return data if is_good else None
 
     def has(self, key: bytes) -> bool:
         """Whether a block is in the table. Its bytes are not checked."""
         return _find(self._rows_of(key)[1], key) is not None
 
-    def put(self, key: bytes, data: bytes | memoryview) -> None:
-        """Store a block; it may replace another one. On a full disk nothing is stored, and no error is raised."""
+    def put(self, key: bytes, data: bytes | memoryview, *, was_read: bool = False) -> None:
+        """Store a block; it may replace another one. On a full disk nothing is stored, and no error is raised.
+
+        Args:
+            key: the block's key.
+            data: its bytes.
+            was_read: whether its reader has it already. Else it is kept rather than blocks that were read.
+        """
         first, rows = self._rows_of(key)
         way = _find(rows, key)
         if way is None:
             way = _find(rows, bytes(16))  # an empty row: its key is all zeros
         if way is None:
-            way = secrets.randbelow(_NUM_WAYS)
+            way = _replaceable(rows)
         try:
             # The row is empty while the slot is written, so that the old row never points to new bytes.
             self._write_row(first + way, _EMPTY_ROW)
             written = os.pwrite(self._fd, data, self._data_offset + (first + way) * BLOCK_NBYTES)
             if written == len(data):
-                self._write_row(first + way, _ROW.pack(key, len(data), _checksum(key, data)))
+                self._write_row(first + way, _ROW.pack(key, len(data), _checksum(key, data), _minute(), was_read))
         except OSError:
             return
 
@@ -159,7 +190,8 @@ class BlockCache:
         first, rows = self._rows_of(key)
         way = _find(rows, key)
         if way is not None:
-            self._write_row(first + way, _EMPTY_ROW)
+            with suppress(OSError):
+                self._write_row(first + way, _EMPTY_ROW)
 
     def _rows_of(self, key: bytes) -> tuple[int, bytes]:
         """The first slot of a key's set, and the set's rows."""
@@ -178,6 +210,17 @@ def _find(rows: bytes, key: bytes) -> int | None:
     while place >= 0 and place % _ROW.size:
         place = rows.find(key, place + 1)
     return None if place < 0 else place // _ROW.size
+
+
+def _replaceable(rows: bytes) -> int:
+    """The position of a row in a full set whose block may go."""
+    latest = _minute() - _UNREAD_MINUTES
+    read = [way for way, (*_, minute, was_read) in enumerate(_ROW.iter_unpack(rows)) if was_read or minute < latest]
+    return secrets.choice(read or range(_NUM_WAYS))
+
+
+def _minute() -> int:
+    return int(time.time() / 60)
 
 
 def _checksum(key: bytes, data: bytes | memoryview) -> int:

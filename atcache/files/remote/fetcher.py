@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from atcache.errors import RemoteError
 from atcache.files.location import Url
+from atcache.files.remote.hub import served_at
 
 _SCRIPT = Path(__file__).with_name("fetch_process.py")
 
@@ -30,6 +31,14 @@ class Meta(NamedTuple):
     size: int
     version: str
     """Changes when the content does: the entity tag, or the time of the last change."""
+    modified_s: float = 0.0
+    """The time of the last change, in seconds since 1970; 0 if it was not asked for."""
+    generation: str = ""
+    """The store's own number of the version; Google's replaces an object on the condition that it has this one."""
+
+
+class DeniedError(RemoteError):
+    """The server refuses access, and would do so again."""
 
 
 class _Fetcher:
@@ -58,7 +67,8 @@ class _Fetcher:
             self._num_asked += 1
             number = self._num_asked
             self._waiting[number] = url, future
-            line = json.dumps({**request, "id": number, "root": url.root, "key": url.key}).encode() + b"\n"
+            where = served_at(url) if url.is_on_hub else {"root": url.root}
+            line = json.dumps({**request, "id": number, **where, "key": url.key}).encode() + b"\n"
             try:
                 self._socket.sendall(line)
             except OSError:
@@ -110,11 +120,30 @@ def _describe(url: Url, kind: str, reason: str) -> Exception:
     texts = {
         "changed": "has changed since it was opened. Start again, so that all its bytes come from one version.",
         "no ranges": "cannot be read in parts: its server does not answer range requests. Use another server.",
-        "denied": f"may not be read: the server refuses access ({reason}). Give credentials in the environment "
-        "variables of the store.",
+        "denied": f"may not be read: the server refuses access ({reason}). {_how_to_get_access(url)}",
         "ended": "cannot be read: the process that fetches it has ended. Run the same command again.",
     }
-    return RemoteError(f"{url} {texts.get(kind, f'cannot be read: {reason}.')}")
+    error_type = DeniedError if kind == "denied" else RemoteError
+    return error_type(f"{url} {texts.get(kind, f'cannot be read: {reason}.{_how_to_reach(url, reason)}')}")
+
+
+def _how_to_reach(url: Url, reason: str) -> str:
+    """What to look at if there was no answer at all from an object store."""
+    if not reason.startswith("HTTP error") or not url.can_list:
+        return ""
+    if not url.root.startswith("s3:"):
+        return " Check the network, and the environment variables of the store."
+    place = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or "Amazon's servers"
+    allow = ", and set AWS_ALLOW_HTTP=true" if place.startswith("http:") else ""
+    return f" {place} was asked: check the network and AWS_ENDPOINT_URL{allow}."
+
+
+def _how_to_get_access(url: Url) -> str:
+    if url.is_on_hub:
+        return "Log in with `hf auth login`, or set HF_TOKEN, as a user who may read it."
+    if not url.can_list:  # a web server
+        return "Web servers are asked without credentials: use an address that anyone may read, or copy the files here."
+    return "Give credentials in the environment variables of the store."
 
 
 _fetcher: _Fetcher | None = None
@@ -156,7 +185,7 @@ def head(url: Url) -> Meta:
         RemoteError: the server does not answer, or refuses access.
     """
     header, _ = _ask(url, do="head").result()
-    return Meta(int(header["size"]), str(header["version"]))
+    return Meta(int(header["size"]), str(header["version"]), float(header["modified_s"]), str(header["generation"]))
 
 
 def get_range(url: Url, meta: Meta, start: int, stop: int) -> Future[tuple[dict[str, Any], bytes]]:
@@ -174,8 +203,32 @@ def read_whole(url: Url) -> bytes:
     return _ask(url, do="read", limit=MAX_WHOLE_NBYTES).result()[1]
 
 
-def list_below(folder: Url) -> list[str]:
+def put_once(url: Url, file: Path, mode: str | dict[str, str]) -> dict[str, Any]:
+    """Store a local file at `url` in one request; `putting.put_file` repeats what fails.
+
+    Args:
+        url: where.
+        file: the file; the process that talks to servers reads it itself.
+        mode: "create" if there must be nothing yet, "overwrite", or the "e_tag" and "version" of what is replaced.
+
+    Returns:
+        The outcome: "stored" with its version; "exists" or "changed" if a condition did not hold; or "missing" (there
+        is no such bucket), "denied" or "failed" with the reason.
+    """
+    return _ask(url, do="put", file=str(file.absolute()), mode=mode).result()[0]
+
+
+def delete_once(url: Url) -> dict[str, Any]:
+    """Delete an object. Returns the outcome: "deleted", also if it was not there, or as `put_once`."""
+    return _ask(url, do="delete").result()[0]
+
+
+def list_below(folder: Url, *, num_pages: int | None = None) -> list[str]:
     """Paths of the files below a folder, relative to it, in no particular order.
+
+    Args:
+        folder: where to look.
+        num_pages: stop after so many pages of 1,000 names.
 
     Raises:
         RemoteError: the server cannot list folders, or cannot be read.
@@ -183,5 +236,5 @@ def list_below(folder: Url) -> list[str]:
     if not folder.can_list:
         raise RemoteError(f"{folder} cannot be listed: web servers do not say what is in a folder. Name the files.")
     prefix = folder.key + "/" if folder.parts else ""
-    names: list[str] = json.loads(_ask(folder, do="list").result()[1])
+    names: list[str] = json.loads(_ask(folder, do="list", num_pages=num_pages).result()[1])
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]

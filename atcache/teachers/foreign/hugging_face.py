@@ -6,7 +6,8 @@ Weights are read from safetensors, or from torch files with `weights_only=True`,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from atcache.teachers.foreign.image_processor import processor_input
 from atcache.teachers.foreign.loaded import ForeignModel
 from atcache.teachers.foreign.names import TRANSFORMERS, ForeignName
 from atcache.teachers.foreign.reach import check_reach
+from atcache.teachers.weight_files import check_weights
 from atcache.teachers.weights import weights_sha256
 
 MODEL_CLASSES = {
@@ -37,6 +39,7 @@ MODEL_CLASSES = {
     "vit_msn": "ViTMSNModel",
 }
 """transformers' class of each `model_type` that can be a teacher."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _WITHOUT_EFFECT = ("pooler.", "embeddings.mask_token")
 """Parameters that no map depends on, which files may therefore lack."""
 
@@ -58,15 +61,18 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
     is_local = bool(place) and folder.is_dir()
     if not is_local and (place.count("/") != 1 or place[:1] in "./~"):
         raise TeacherError(f"model {text}: there is no folder {place}, and a name on the hub is ORG/MODEL.")
+    if is_local and revision:
+        raise TeacherError(f"model {text}: {place} is a folder, which has no revisions. Leave out @{revision}.")
+    if not is_local and ":" in place:
+        raise TeacherError(
+            f"model {text}: arguments after a second colon are for models of timm. The size of this model's images is "
+            f"that of its preprocessor_config.json. Leave out :{place.partition(':')[2]}."
+        )
+    if is_local:
+        check_weights(folder)
     where = str(folder) if is_local else place
     with _quiet(transformers), _told_plainly(text, place):
-        found, settings, revision = _read_configs(transformers, text, where, revision or None)
-        model_type: str = found.model_type
-        if model_type not in MODEL_CLASSES:
-            raise TeacherError(
-                f"model {text}: its model_type is {model_type!r}, expected one of {', '.join(MODEL_CLASSES)}. Other "
-                "ViTs can be handed over from Python with atcache.own_teacher."
-            )
+        model_type, settings, revision = _read_configs(transformers, text, where, revision or None)
         model = _load_model(getattr(transformers, MODEL_CLASSES[model_type]), text, where, revision)
     config: Any = model.config
     patch: int | tuple[int, int] = config.patch_size
@@ -106,24 +112,32 @@ def _read_configs(
     text: str,
     where: str,
     revision: str | None,
-) -> tuple[Any, dict[str, Any], str | None]:
-    """The model's config, the image processor's settings, and the commit they are of. Copies on this machine first."""
+) -> tuple[str, dict[str, Any], str | None]:
+    """The model's type, the image processor's settings, and the commit they are of. Copies on this machine first."""
 
     is_folder = Path(where).is_dir()
 
-    def read(*, local_files_only: bool) -> tuple[Any, dict[str, Any], str | None]:
+    def read(*, local_files_only: bool) -> tuple[str, dict[str, Any], str | None]:
         commit = None if is_folder else _commit(where, revision, local_files_only=local_files_only)
         options: dict[str, Any] = {"revision": commit, "local_files_only": local_files_only}
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        if config.model_type not in MODEL_CLASSES:
+            raise TeacherError(
+                f"model {text}: its model_type is {config.model_type!r}, expected one of {', '.join(MODEL_CLASSES)}. "
+                "Other ViTs can be handed over from Python with atcache.own_teacher."
+            )
         settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(where, **options)
-        return config, settings, commit
+        return config.model_type, settings, commit
 
     try:
         return read(local_files_only=True)
     except OSError:
         if is_folder:
             raise
-        by_hand = f"Download https://huggingface.co/{where} elsewhere, and give the folder: {TRANSFORMERS}FOLDER."
+        by_hand = (
+            f"Download https://huggingface.co/{where} elsewhere, and give the folder: {TRANSFORMERS}FOLDER. If {where} "
+            "is meant to be a folder, there is none here."
+        )
         check_reach(text, where, by_hand)
         return read(local_files_only=False)
 
@@ -167,7 +181,24 @@ def _load_model(model_class: Any, text: str, where: str, revision: str | None) -
                 f"model {text}: {len(names)} tensors {what} its weights, the first {names[0]}. The weights are of "
                 "another model than its config.json."
             )
+    _refuse_more_layers(model, text, report["unexpected_keys"])
     return model
+
+
+def _refuse_more_layers(model: nn.Module, text: str, unexpected: Iterable[str]) -> None:
+    """Refuse weights with layers that the model lacks. Heads, decoders and text towers have other names.
+
+    Raises:
+        TeacherError: names the first tensor of such a layer.
+    """
+    of_layers = {_NUMBER.sub("#", name) for name in model.state_dict() if _NUMBER.search(name)}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    more = sorted(name for name in unexpected if _NUMBER.sub("#", name.removeprefix(prefix)) in of_layers)
+    if more:
+        raise TeacherError(
+            f"model {text}: {len(more)} tensors of its weights are of layers that its config.json does not have, the "
+            f"first {more[0]}. The weights are of another model than its config.json."
+        )
 
 
 def _model_size(config: Any) -> tuple[int, int] | None:  # noqa: ANN401 - a transformers config
@@ -227,7 +258,10 @@ def _told_plainly(text: str, place: str) -> Generator[None]:
         elif "RevisionNotFoundError" in classes:
             reason = f"{page} has no such revision"
         elif "Can't load image processor" in str(error):
-            reason = "it has no preprocessor_config.json, which says the size, mean and std of its images"
+            reason = (
+                "it has no preprocessor_config.json, which says the size, mean and std of its images. Put that of the "
+                "model it was trained from beside its config.json, or hand it over with atcache.own_teacher"
+            )
         elif "trust_remote_code" in str(error):
             reason = "it needs code of its repository, which is never run. Hand it over with atcache.own_teacher"
         elif "UnpicklingError" in classes:

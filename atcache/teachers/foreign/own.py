@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from atcache.teachers.foreign.loaded import ForeignModel
     from atcache.teachers.inputs import InputConfig
 
+_LARGEST_COLOUR = 2.0
+"""Above this, a mean or a std can only be one of colours from 0 to 255."""
 _LIBRARY = "torch"
 """The library whose classes are named by its version, which caches record, and not by their source."""
 
@@ -101,6 +103,8 @@ def own_teacher(
     """
     from atcache.teachers.inputs import InputConfig
 
+    _check_module(module)
+    colours = {"mean": _colours(mean, "mean"), "std": _colours(std, "std")}
     height, width = _sides(image_size, "image_size")
     patch_height, patch_width = _sides(patch_size, "patch_size")
     if height % patch_height or width % patch_width:
@@ -119,8 +123,7 @@ def own_teacher(
             {
                 "height": height,
                 "width": width,
-                "mean": list(mean),
-                "std": list(std),
+                **colours,
                 "interpolation": interpolation,
                 "crop_pct": crop_pct,
             },
@@ -161,6 +164,32 @@ def load_own(teacher: OwnTeacher, device: torch.device) -> ForeignModel:
         weights_sha256=weights_sha256(module),
         input=teacher.input,
     )
+
+
+def _check_module(module: object) -> None:
+    from torch import nn
+
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"own_teacher takes a torch.nn.Module, and got {module!r} ({type(module).__name__}). Models that have a "
+            "name are given by it: teacher='NAME'. A function can be called in a module's forward."
+        )
+
+
+def _colours(values: object, name: str) -> list[float]:
+    """A value for red, green and blue, given as any sequence, array or tensor."""
+    try:
+        numbers = [float(value) for value in cast("Iterable[float]", values)]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3:
+        raise ConfigError(f"{name}={values!r}: expected three numbers, for red, green and blue, such as (0.5,) * 3.")
+    if max(map(abs, numbers)) > _LARGEST_COLOUR:
+        raise ConfigError(
+            f"{name}={values!r}: expected values for colours from 0 to 1. If they are for 0 to 255, divide mean and "
+            "std by 255."
+        )
+    return numbers
 
 
 def _sides(size: int | tuple[int, int], name: str) -> tuple[int, int]:

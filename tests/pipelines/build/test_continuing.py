@@ -34,17 +34,17 @@ def test_a_build_killed_at_20_moments_equals_one_in_one_go(config, tmp_path):
     assert in_a_child(config) == 0
     whole_s = time.monotonic() - start_s
     moments, num_kills, num_partly_done, started = random.Random(0), 0, 0, 0
-    # Kills that hit no half-built cache would prove nothing; on a busy machine few of them do.
     while num_kills < 20 or num_partly_done < 3:
         killed = replace(config, out=tmp_path / "killed" / f"{started}.zarr")
-        exit_code = in_a_child(killed, kill_after_s=moments.uniform(0, whole_s))
+        # Half at any moment, which may be before the first commit; half just after one, where the cache is half-built.
+        next_commit = len(list_commits(killed.out)) + 1
+        moment = {"after_s": moments.uniform(0, whole_s)} if num_kills < 10 else {"after_commits": next_commit}
+        exit_code = in_a_child(killed, **moment)
         num_kills += exit_code == -signal.SIGKILL
         num_partly_done += 0 < len(list_commits(killed.out)) < 12
         if exit_code == 0:
             assert differences(killed.out, config.out) == []
             started += 1
-        if not num_partly_done:
-            whole_s *= 1.1  # a machine that has become slower since would be killed before its first commit for ever
     build(killed)
     for path in (tmp_path / "killed").iterdir():
         assert path.suffix == ".zarr", "temp folders are left"

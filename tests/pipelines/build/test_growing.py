@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import re
@@ -182,7 +183,10 @@ def test_a_growth_killed_at_many_moments_equals_one_in_one_go(config, digits_tar
     before = shards(start)
     killed = replace(wanted, out=shutil.copytree(start, tmp_path / "killed-0.zarr"))
     while num_kills < 5 or num_partly_done < 2:
-        exit_code = in_a_child(killed, kill_after_s=moments.uniform(0, whole_s))
+        # Two at any moment; the others in the middle of the growth, where a moment by the clock may never fall.
+        next_commit = 12 + 8 * num_partly_done
+        moment = {"after_s": moments.uniform(0, whole_s)} if num_kills < 2 else {"after_commits": next_commit}
+        exit_code = in_a_child(killed, **moment)
         num_kills += exit_code == -signal.SIGKILL
         is_old = atcache.open(killed.out).reader.layout.num_views == 1
         num_partly_done += is_old and 11 < len(list_commits(killed.out)) < 51
@@ -195,7 +199,6 @@ def test_a_growth_killed_at_many_moments_equals_one_in_one_go(config, digits_tar
             assert differences(killed.out, whole.out) == []
             number += 1
             killed = replace(wanted, out=shutil.copytree(start, tmp_path / f"killed-{number}.zarr"))
-        whole_s *= 1 if num_partly_done else 1.1
     build(killed)
     for path in tmp_path.glob("killed-*.zarr"):
         assert before.items() <= shards(path).items()
@@ -322,7 +325,10 @@ def test_a_tar_that_has_changed_or_is_gone_is_refused_before_anything_is_written
     build(config)
     before = files(config.out)
     shutil.copy(digits_tars[2], folder / digits_tars[1].name)
-    with pytest.raises(CacheMismatchError, match=r"holds digits-0001.tar with other samples than it has now"):
+    with pytest.raises(
+        CacheMismatchError,
+        match=r"holds digits-0001.tar with other samples than are named now.* tar has changed.*--keys",
+    ):
         build(replace(config, data=str(folder), grow=True))
     (folder / digits_tars[0].name).unlink()
     with pytest.raises(SourceError, match=r"digits-0000.tar cannot be opened .* name its place in --data too"):
@@ -330,6 +336,31 @@ def test_a_tar_that_has_changed_or_is_gone_is_refused_before_anything_is_written
     assert files(config.out) == before
     # Its samples get no new views, so it is not needed.
     assert build(replace(config, data=str(folder / digits_tars[2].name), grow=True)).num_built_views == 16
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "message"),
+    [
+        ({}, {"max_samples": 40}, "--max-samples was not given and is 40 here"),
+        ({"max_samples": 20}, {"max_samples": 20, "labels": "none"}, "--labels was required and is none here"),
+        ({"labels": "optional"}, {"labels": "optional", "label_key": "id"}, "--label-key was not given and is id here"),
+    ],
+)
+def test_samples_that_are_chosen_in_another_way_are_not_added(config, digits_tars, begun, asked, message):
+    build(replace(config, **begun))
+    before = files(config.out)
+    with pytest.raises(CacheMismatchError, match=f"cannot grow by samples.*: {message}. Give"):
+        build(replace(config, data=str(digits_tars[2]), grow=True, **asked))
+    assert files(config.out) == before
+
+
+def test_a_cache_that_does_not_record_how_samples_were_chosen_grows(config, digits_tars):
+    build(config)
+    path = config.out / "zarr.json"
+    metadata = json.loads(path.read_text())
+    del metadata["attributes"]["atcache"]["source"]["choice"], metadata["attributes"]["atcache"]["crc32"]
+    path.write_text(json.dumps(metadata))
+    assert build(replace(config, data=str(digits_tars[2]), labels="none", grow=True)).num_built_views == 16
 
 
 # Caches of earlier versions

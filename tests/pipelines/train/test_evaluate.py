@@ -16,8 +16,8 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
+from atcache.pipelines.running.run_record import load_run
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.record import load_run
 from atcache.pipelines.train.run import train
 from atcache.store.reader import CacheReader
 

@@ -15,9 +15,10 @@ from atcache.files.durable import encode_json
 from atcache.store.audit import check_metadata
 from atcache.store.chunks import compress, decode_index
 from atcache.store.layout import ZSTD
-from atcache.store.manifest import check_commit, list_commits, read_commit, write_commit
+from atcache.store.manifest import check_commit, check_seal, list_commits, parse_commit, read_commit, write_commit
 from atcache.store.metadata import seal
 from atcache.store.reader import CacheReader
+from atcache.store.records import read_record
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_state
 
@@ -89,7 +90,8 @@ def test_every_bit_of_a_commit_record_counts(cache):
     for place in range(0, len(whole), 5):
         flip(file, place, bit=1 << (place % 8))
         try:
-            problems = check_commit(cache, read_commit(cache, TASK), layout, deep=True)
+            record = read_record(cache, TASK)
+            problems = check_seal(record) + check_commit(cache, parse_commit(record), layout, deep=True)
         except AtcacheError as error:
             problems = [str(error)]
         assert any(str(file) in problem for problem in problems), whole[max(0, place - 20) : place + 20]

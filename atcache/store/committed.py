@@ -1,0 +1,45 @@
+"""All commit records of a cache with what is wrong with their tasks: on a server, many at a time."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from atcache.files.location import Location
+from atcache.store.layout import StoreLayout
+from atcache.store.manifest import Commit, check_commit, read_commits
+
+_NUM_THREADS = 24
+"""Requests at a time, as many as the process that talks to servers answers."""
+
+
+class CheckedCommit(NamedTuple):
+    """A commit record, and what is wrong with its task."""
+
+    commit: Commit
+    problems: list[str]
+
+
+def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommit]:
+    """All commit records by task name, in task order, each checked by size and index of its shards.
+
+    Args:
+        path: the cache.
+        layout: its layout, or the one that it grows to. The record of a task that it lacks is a problem.
+
+    Raises:
+        CorruptCacheError: a record cannot be read.
+        RemoteError: the server does not answer, or cannot list files.
+    """
+
+    def check(commit: Commit) -> CheckedCommit:
+        return CheckedCommit(commit, check_commit(path, commit, layout))
+
+    commits = read_commits(path).values()
+    if isinstance(path, Path):
+        checked = list(map(check, commits))
+    else:
+        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="check") as threads:
+            checked = list(threads.map(check, commits))
+    return {one.commit.task.name: one for one in checked}

@@ -1,0 +1,197 @@
+/** The strip of samples: thumbnails, search by key and class, sorting by a statistic. */
+
+import type { Sample } from "../cache/types";
+import { make, setText } from "./dom";
+import { thumbnail } from "./images";
+import type { Lane } from "./lane";
+import { Sorter, SORT_WORDS, type SortKey } from "./sorting";
+import type { State } from "./state";
+import { format } from "./values";
+
+// A search or a sort looks at so many samples at most; the strip says so.
+const MAX_LISTED = 512;
+const BATCH = 32;
+
+type Asked = Pick<State, "search" | "class" | "sort" | "descending">;
+
+export class Strip {
+  readonly list = make("div", { role: "listbox", tabindex: 0, "aria-label": "Samples", class: "tiles", id: "samples" });
+  readonly count = make("p", { class: "count", role: "status", id: "samples-count" });
+  private readonly sorter: Sorter;
+  /** Rows in the order of the list; all rows of the cache if nothing is searched or sorted. */
+  private rows: number[] | null = null;
+  private values = new Map<number, number>();
+  private asked: Asked | null = null;
+  private chosen = -1;
+  private numTiles = 0;
+  private generation = 0;
+  private readonly seen: IntersectionObserver;
+  private readonly tileOf = new Map<number, HTMLElement>();
+
+  constructor(
+    private readonly lane: Lane,
+    private readonly pick: (row: number) => void,
+  ) {
+    this.sorter = new Sorter(lane.cache);
+    this.list.addEventListener("scroll", () => void this.fill());
+    this.list.addEventListener("keydown", (event) => this.onKey(event));
+    this.list.addEventListener("click", (event) => {
+      const tile = (event.target as Element).closest<HTMLElement>("[data-row]");
+      if (tile) this.pick(Number(tile.dataset.row));
+    });
+    this.seen = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        if (!isIntersecting) continue;
+        this.seen.unobserve(target);
+        void this.showThumbnail(target as HTMLElement);
+      }
+    });
+  }
+
+  /** List what is asked for; `key` says by which layer and head to sort. */
+  async update(asked: Asked, key: Omit<SortKey, "sort">): Promise<void> {
+    const generation = ++this.generation;
+    this.sorter.stop();
+    const { search, class: className, sort } = asked;
+    const isSearched = search.trim() !== "" || className !== "";
+    const isNewSearch = this.asked?.search !== search || this.asked.class !== className;
+    this.asked = asked;
+    if (isSearched) {
+      const found = await this.lane.cache.search(search.trim(), className || undefined, MAX_LISTED);
+      if (generation !== this.generation) return;
+      this.rows = found;
+    } else {
+      const all = this.lane.cache.numSamples;
+      this.rows = sort === "none" ? null : Array.from({ length: Math.min(all, MAX_LISTED) }, (_, row) => row);
+    }
+    if (isNewSearch || sort === "none" || !this.numTiles) this.restart();
+    this.describe();
+    if (sort !== "none") await this.sort(generation, { ...key, sort });
+  }
+
+  private async sort(generation: number, key: SortKey): Promise<void> {
+    const rows = [...(this.rows ?? [])];
+    setText(this.count, `Sorting: 0 of ${rows.length}`);
+    await this.sorter.rank(rows, key, (values, done) => {
+      if (generation !== this.generation) return;
+      this.values = values;
+      const sign = this.asked!.descending ? -1 : 1;
+      const ofRow = (row: number) => values.get(row) ?? sign * Infinity;
+      this.rows = [...rows].sort((a, b) => sign * (ofRow(a) - ofRow(b)) || a - b);
+      const isLast = done === rows.length;
+      if (done % 8 === 0 || isLast) this.restart();
+      setText(this.count, isLast ? this.summary() : `Sorting: ${done} of ${rows.length}`);
+    });
+  }
+
+  private summary(): string {
+    const { numSamples, numRealSamples } = this.lane.cache;
+    const noun = numRealSamples === 1 ? "sample" : "samples";
+    if (!this.rows) return `${numRealSamples} ${noun}`;
+    const isCut = this.rows.length === MAX_LISTED && numSamples > MAX_LISTED;
+    return `${isCut ? `first ${MAX_LISTED}` : this.rows.length} of ${numRealSamples} ${noun}`;
+  }
+
+  private describe(): void {
+    setText(this.count, this.rows?.length === 0 ? "No sample has this key and class." : this.summary());
+    if (this.asked?.sort === "none") this.values.clear();
+  }
+
+  private restart(): void {
+    this.seen.disconnect();
+    const scrolled = this.list.scrollTop;
+    const kept = this.numTiles;
+    this.list.replaceChildren();
+    this.numTiles = 0;
+    void this.fill(Math.max(BATCH, this.asked?.sort === "none" ? 0 : kept)).then(() => (this.list.scrollTop = scrolled));
+  }
+
+  /** Add tiles until the end of the list is out of sight. */
+  private async fill(atLeast = 0): Promise<void> {
+    const generation = this.generation;
+    const total = this.rows?.length ?? this.lane.cache.numSamples;
+    const { list } = this;
+    const isNear = () =>
+      list.scrollTop + list.clientHeight * 2 >= list.scrollHeight && list.scrollLeft + list.clientWidth * 2 >= list.scrollWidth;
+    while (this.numTiles < total && (this.numTiles < atLeast || isNear())) {
+      const start = this.numTiles;
+      const stop = (this.numTiles = Math.min(total, start + BATCH));
+      const samples = await this.samplesAt(start, stop);
+      if (generation !== this.generation) return;
+      list.append(...samples.map((sample) => this.tile(sample)));
+    }
+  }
+
+  private async samplesAt(start: number, stop: number): Promise<Sample[]> {
+    if (!this.rows) return (await this.lane.cache.samples(start, stop)).filter(isSample);
+    const rows = this.rows.slice(start, stop);
+    return (await Promise.all(rows.map((row) => this.lane.cache.samples(row, row + 1)))).flat().filter(isSample);
+  }
+
+  private tile(sample: Sample): HTMLElement {
+    const value = this.values.get(sample.row);
+    const name = sample.key.slice(sample.key.indexOf("/") + 1);
+    const note =
+      value === undefined
+        ? sample.className
+        : `${format(value)} ${SORT_WORDS[this.asked!.sort as SortKey["sort"]] ?? ""}`;
+    let tile = this.tileOf.get(sample.row);
+    if (!tile) {
+      tile = make(
+        "div",
+        { role: "option", id: `sample-${sample.row}`, "data-row": sample.row, class: "tile", title: sample.key },
+        make("span", { class: "thumbnail", "aria-hidden": "true" }),
+        make("span", { class: "name" }),
+        make("span", { class: "note" }),
+      );
+      this.tileOf.set(sample.row, tile);
+    }
+    setText(tile.querySelector(".name")!, name);
+    setText(tile.querySelector(".note")!, note);
+    tile.classList.toggle("missing", !sample.status.includes(1));
+    this.mark(tile, sample.row === this.chosen);
+    if (!tile.querySelector("canvas")) this.seen.observe(tile);
+    return tile;
+  }
+
+  private async showThumbnail(tile: HTMLElement): Promise<void> {
+    const canvas = await thumbnail(this.lane.cache, this.lane.site, Number(tile.dataset.row), 160);
+    if (canvas) tile.querySelector(".thumbnail")!.replaceChildren(canvas);
+  }
+
+  private mark(tile: HTMLElement, isChosen: boolean): void {
+    tile.setAttribute("aria-selected", String(isChosen));
+  }
+
+  choose(row: number): void {
+    const before = this.tileOf.get(this.chosen);
+    if (before) this.mark(before, false);
+    this.chosen = row;
+    const tile = this.tileOf.get(row);
+    if (!tile?.isConnected) return this.list.removeAttribute("aria-activedescendant");
+    this.mark(tile, true);
+    this.list.setAttribute("aria-activedescendant", tile.id);
+    tile.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
+  /** The row that comes `step` after the chosen one in the list. */
+  neighbour(step: number): number | null {
+    const total = this.rows?.length ?? this.lane.cache.numSamples;
+    const place = (this.rows ? this.rows.indexOf(this.chosen) : this.chosen) + step;
+    if (place < 0 || place >= total) return null;
+    return this.rows ? this.rows[place]! : place;
+  }
+
+  private onKey(event: KeyboardEvent): void {
+    const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const row = this.neighbour(step);
+    if (row !== null) this.pick(row);
+  }
+}
+
+function isSample(sample: Sample): boolean {
+  return sample.status[0] !== 255;
+}

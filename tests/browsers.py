@@ -1,0 +1,64 @@
+"""A real browser for the tests of the viewer: headless Chromium, driven by playwright.
+
+A folder's `conftest.py` takes the fixture with `from browsers import browser as browser`. Tests are skipped, with the
+reason, where there is no Chromium or no playwright.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+# None of these may keep a test waiting for a network: there may be none.
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
+
+
+def find_browser() -> str | None:
+    """Where Chromium is: Debian's, Google's, or the one that `playwright install chromium` fetched. None if nowhere.
+
+    ATCACHE_TEST_BROWSER names another one.
+    """
+    if named := os.environ.get("ATCACHE_TEST_BROWSER"):
+        return named
+    for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
+        if found := shutil.which(name):
+            return found
+    fetched = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", Path.home() / ".cache" / "ms-playwright"))
+    return next(map(str, sorted(fetched.glob("chromium-*/chrome-linux*/chrome"), reverse=True)), None)
+
+
+# One for each folder that takes it, not for the session: while it is there, the main thread has a running event loop,
+# which tests of other folders may not expect.
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """One headless Chromium. A test opens pages of its own: `page = browser.new_page()`; `page.close()`."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    executable = find_browser()
+    if executable is None:
+        pytest.skip("needs a browser: apt-get install chromium, or ATCACHE_TEST_BROWSER=/path/to/chromium")
+    # Ubuntu's package is a script that says to install a snap.
+    if subprocess.run([executable, "--version"], capture_output=True, timeout=60).returncode:
+        pytest.skip(f"needs a browser: {executable} does not start")
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        yield started
+        started.close()
