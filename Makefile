@@ -25,9 +25,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/atcache demo $(ARGS)
 
-# Several processes at once, each with whole files: what a file's tests share is made once.
+# Several processes at once, each with whole files: what a file's tests share is made once. Tests here start browsers,
+# clusters and servers, and kill processes: on a busy machine one of thousands may run out of patience. What failed is
+# said, and runs once more with nothing beside it; what fails again fails.
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS) || { [ $$? -eq 1 ] && \
+		echo "== what failed, once more by itself" && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(ARGS); }
 
 # The tests that need a GPU, which `make test` leaves out: it gives the same results on every machine.
 test-gpu: setup

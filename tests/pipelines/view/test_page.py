@@ -136,6 +136,7 @@ def test_keys_move_through_layers_heads_samples_and_views(open_page, served):
     page.press("?")
     page.wait_until("document.querySelector('#help').open")
     page.press("Escape")
+    page.wait_until("!document.querySelector('#help').open")
     page.press("c")
     page.wait_until("location.hash.includes('query=0')")
     # In the picture, arrows move the query by a patch.
@@ -143,6 +144,19 @@ def test_keys_move_through_layers_heads_samples_and_views(open_page, served):
     page.press("ArrowRight")
     page.press("ArrowDown")
     page.wait_until("location.hash.includes('query=6')")
+
+
+def test_a_key_typed_just_after_the_help_was_closed_counts(open_page, served):
+    page = open_page(f"{served}#layer=0&head=0&sample=3")
+    page.press("?")
+    page.wait_until("document.querySelector('#help').open")
+    # The browser gives the focus back a moment after it closed the dialog: until then keys come from the dialog's button.
+    page.page.evaluate("""() => {
+        const button = document.querySelector("#help button");
+        document.querySelector("#help").close();
+        button.dispatchEvent(new KeyboardEvent("keydown", {key: "c", bubbles: true}));
+    }""")
+    page.wait_until("location.hash.includes('query=0')")
 
 
 def test_two_caches_their_difference_and_its_divergence(open_page, served_pair, cache_path, tiny_cache):

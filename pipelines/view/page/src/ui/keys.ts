@@ -26,7 +26,8 @@ export function listenToKeys(act: (action: Action) => void): void {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     const target = event.target as Element;
-    if (target.closest("input:not([type=radio]), select, textarea, dialog")) return;
+    // A dialog that was just closed keeps the focus for a moment: keys typed then are for the page.
+    if (target.closest("input:not([type=radio]), select, textarea, dialog[open]")) return;
     // Radio buttons move by arrows themselves.
     if (target.closest("input[type=radio]") && event.key.startsWith("Arrow")) return;
     const action = ACTIONS[event.key];
