@@ -204,8 +204,8 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["runs"] == [copy]
-    assert summary["score"]["loss"] == runs["copy"][1].loss
-    done = CliRunner().invoke(cli, ["eval", copy, "--ensemble", scratch, *place])
+    assert summary["sets"][0]["runs"][0]["loss"] == runs["copy"][1].loss
+    done = CliRunner().invoke(cli, ["eval", copy, scratch, *place])
     assert json.loads(done.stdout)["modes"] == ["copy", "scratch"]
     refused = CliRunner().invoke(cli, ["eval", *place])
     assert refused.exit_code == 1
