@@ -11,7 +11,7 @@ from . import options
 from .fields import options_from
 
 if TYPE_CHECKING:
-    from ..pipelines.evaluate.run import EvaluateSummary, SetScores
+    from ..pipelines.evaluate.summary import EvaluateSummary, SetScores
 
 
 @click.command("eval")
@@ -46,12 +46,12 @@ def _print_scores(summary: EvaluateSummary) -> None:
         return
     console, names = Console(stderr=True), run_names(summary)
     table = Table()
-    for column in ("set", "prediction", "samples", "top-1 %", "top-5 %", "loss", "ECE %"):
-        table.add_column(column, justify="left" if column in ("set", "prediction") else "right")
+    for column in ("set", "prediction", "samples", "top-1 %", "loss", "ECE %"):
+        table.add_column(column, justify="left" if column in ("set", "prediction") else "right", no_wrap=True)
     for each in summary.sets:
         for name, score in predictors(each, names):
             top1 = f"{score.top1:.2f} ± {score.top1_error:.2f}"
-            numbers = str(score.num_samples), top1, f"{score.top5:.2f}", f"{score.loss:.4g}", f"{score.ece:.2f}"
+            numbers = str(score.num_samples), top1, f"{score.loss:.4g}", f"{score.ece:.2f}"
             table.add_row(each.name, name, *numbers)
     console.print(table)
     for each in summary.sets:
@@ -60,7 +60,9 @@ def _print_scores(summary: EvaluateSummary) -> None:
             shared = (
                 "none is wrong" if pair.shared_errors is None else f"{pair.shared_errors:.1f} % of the errors shared"
             )
-            console.print(f"{each.name}: {both} predict alike for {pair.agreement:.1f} %; {shared}", markup=False)
+            console.print(
+                f"{each.name}: {both} predict alike for {pair.agreement:.1f} %; {shared}", markup=False, soft_wrap=True
+            )
 
 
 def _print_classes(each: SetScores) -> None:

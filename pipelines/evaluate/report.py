@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,7 @@ from atcache import __version__
 from ..running.commands import as_command
 from ..train.scores import Score
 from .config import EvaluateConfig
-
-if TYPE_CHECKING:
-    from .run import EvaluateSummary, SetScores
+from .summary import EvaluateSummary, SetScores
 
 
 def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from atcache.errors import ConfigError
+from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.caches import open_caches
-from atcache.fields import JsonFields
 from atcache.files.durable import check_can_write, write_file
 from atcache.images.class_names import ClassNames
 from atcache.store.reader import CacheReader
@@ -22,49 +21,12 @@ from atcache.teachers.record import TeacherRecord
 
 from ..running.run_files import WEIGHTS_FILE
 from ..running.run_record import RunRecord, load_run
-from ..train.scores import PairScore, Score, score_students
+from ..train.scores import score_students
 from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
 from .report import report_text
 from .sets import EvalSet
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SetScores(JsonFields):
-    """The scores on one set of images."""
-
-    name: str
-    runs: tuple[Score, ...]
-    """One a run."""
-    mean_probabilities: Score | None
-    """Of the mean of the runs' probabilities; None for one run."""
-    mean_logits: Score | None
-    """Of the mean of their logits; None for one run."""
-    pairs: tuple[PairScore, ...]
-    """Of each two runs."""
-    num_left_out: int
-    """Samples that were left out because their class is not one of `classes_of`."""
-
-    @property
-    def score(self) -> Score:
-        """Of the run, or of the mean of the probabilities if there are several."""
-        return self.mean_probabilities or self.runs[0]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSummary(JsonFields):
-    """The result of an evaluation."""
-
-    runs: tuple[str, ...]
-    modes: tuple[str, ...]
-    sets: tuple[SetScores, ...]
-    """The main set first."""
-    seconds: float
-
-    @property
-    def score(self) -> Score:
-        """On the first set: of the run, or of the mean of the probabilities if there are several."""
-        return self.sets[0].score
+from .summary import EvaluateSummary, SetScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,16 +121,21 @@ def _fitting(config: EvaluateConfig, loaded: Sequence[tuple[Student, RunRecord]]
 def _open(
     each: EvalSet, readers: tuple[CacheReader, ...], runs: _Runs, config: EvaluateConfig, device: torch.device
 ) -> ValidationSet:
-    return open_validation(
-        readers=readers,
-        data=each.data or None,
-        students=runs.students,
-        teacher=runs.teacher,
-        live_teacher=runs.live_teacher,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=device,
-        label_key=None if readers else config.label_key,
-        known=runs.classes,
-        kept=each.classes,
-    )
+    try:
+        return open_validation(
+            readers=readers,
+            data=each.data or None,
+            students=runs.students,
+            teacher=runs.teacher,
+            live_teacher=runs.live_teacher,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            label_key=None if readers else config.label_key,
+            known=runs.classes,
+            kept=each.classes,
+        )
+    except (ConfigError, CacheMismatchError) as error:
+        if len(config.sets) == 1:
+            raise
+        raise type(error)(f"set {each.name}: {error}") from error
