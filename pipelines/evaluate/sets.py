@@ -80,7 +80,10 @@ def _named(option: str, kind: str, texts: Iterable[str]) -> Iterable[tuple[str, 
         match = _NAMED.fullmatch(text)
         if match is None:
             example = "sketch.zarr" if kind == "CACHE" else "'sketch-{00..09}.tar'"
-            raise ConfigError(f"{option}={text!r}: expected NAME={kind}, such as sketch={example}.")
+            raise ConfigError(
+                f"{option}={text!r}: expected NAME={kind}, such as sketch={example}. A name has letters, digits, "
+                "dots, - and _ only."
+            )
         yield match[1], match[2]
 
 

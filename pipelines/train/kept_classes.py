@@ -24,22 +24,32 @@ def read_kept_classes(file: Path, classes: ClassNames, num_classes: int) -> np.n
         num_classes: how many classes the students have, from 0.
 
     Raises:
-        ConfigError: the file cannot be read, names nothing, names a class twice, or names one that does not exist.
+        ConfigError: the file cannot be read, names nothing, names a class twice, or names one that does not exist
+            or is one of several of its name.
     """
     try:
         if file.stat().st_size > _MAX_NBYTES:
             raise ConfigError(
                 f"{file} has {file.stat().st_size} bytes; expected at most {_MAX_NBYTES}: a class a line."
             )
-        lines = file.read_text().splitlines()
+        # Not `splitlines`, which also splits at characters that a name may contain.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). Give a text file with one class a line.") from error
-    labels = {name: label for label, name in enumerate(classes.names[:num_classes])}
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(classes.names[:num_classes]):
+        labels.setdefault(name.strip(), []).append(label)
     lines_by_label: dict[int, int] = {}
     for number, line in enumerate((line.strip() for line in lines), 1):
         if not line or line.startswith("#"):
             continue
-        label = labels.get(line, _number(line))
+        named = labels.get(line, [])
+        if len(named) > 1:
+            raise ConfigError(
+                f"{file}, line {number}: {line!r} is the name of the classes {', '.join(map(str, named))}. "
+                "Write the numbers of those that are meant."
+            )
+        label = named[0] if named else _number(line)
         if label is None or label >= num_classes:
             raise ConfigError(
                 f"{file}, line {number}: there is no class {line!r}. Expected a number below {num_classes}"

@@ -16,9 +16,11 @@ from evaluating import config_of, plain_logits, score_by_hand, softmax
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
+from atcache.images.class_names import ClassNames
 from atcache.pipelines.evaluate.report import report_text
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.run_record import load_run
+from atcache.pipelines.train.kept_classes import read_kept_classes
 from atcache.pipelines.train.scores import score_students
 from atcache.pipelines.train.validation import open_validation
 from atcache.store.reader import CacheReader
@@ -181,6 +183,7 @@ def test_runs_of_one_name_are_told_apart_and_their_modes_said(folders, val_cache
     ("fields", "message"),
     [
         ({"val_data": ("tars",)}, r"val_data='tars': expected NAME=TARS, such as sketch='sketch-"),
+        ({"val_data": ("im v2=x.tar",)}, r"val_data='im v2=x\.tar': .* A name has letters, digits, dots, - and _ only"),
         ({"val_cache": ("=x.zarr",)}, r"val_cache='=x\.zarr': expected NAME=CACHE, such as sketch=sketch\.zarr"),
         ({"classes_of": ("sketch=list",)}, r"classes_of='sketch=list': no set is named 'sketch'\. The sets are val\."),
         ({"classes_of": ("a", "b")}, r"classes_of='b': a file is given for all sets already"),
@@ -208,6 +211,16 @@ def test_lists_of_classes_that_do_not_fit_are_refused(lines, message, folders, v
     (tmp_path / "list").write_text(lines)
     with pytest.raises(ConfigError, match=message):
         evaluate(config_of(folders[0], cache=val_cache, classes_of=(str(tmp_path / "list"),)))
+
+
+def test_a_list_of_classes_from_any_editor_and_of_names_that_two_classes_have(tmp_path):
+    classes = ClassNames(("crane", "a\x85b", "crane", "7"), "the run")
+    file = tmp_path / "list"
+    file.write_bytes("\ufeffa\x85b\r\n7\r\n0".encode())
+    assert read_kept_classes(file, classes, 10).tolist() == [0, 1, 3]
+    file.write_text("7\ncrane")
+    with pytest.raises(ConfigError, match=r"list, line 2: 'crane' is the name of the classes 0, 2\. Write the numbers"):
+        read_kept_classes(file, classes, 10)
 
 
 def test_a_report_that_cannot_be_written_and_a_set_without_maps_are_refused_at_once(
