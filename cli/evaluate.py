@@ -11,7 +11,7 @@ from . import options
 from .fields import options_from
 
 if TYPE_CHECKING:
-    from ..pipelines.evaluate.summary import EvaluateSummary, SetScores
+    from ..pipelines.evaluate.summary import EvaluateSummary
 
 
 @click.command("eval")
@@ -31,13 +31,13 @@ def evaluate(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Ev
     summary = run_evaluation(EvaluateConfig(**config))
     options.print_json(summary.to_json())
     _print_scores(summary)
-    for each in summary.sets:
-        _print_classes(each, is_named=len(summary.sets) > 1)
+    _print_classes(summary)
 
 
 def _print_scores(summary: EvaluateSummary) -> None:
     """What the JSON holds, for people; nothing for one run on one set, whose line of JSON is short."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ..pipelines.evaluate.report import predictors, run_names
@@ -47,12 +47,14 @@ def _print_scores(summary: EvaluateSummary) -> None:
     console, names = Console(stderr=True), run_names(summary)
     table = Table()
     for column in ("set", "prediction", "samples", "top-1 %", "loss", "ECE %"):
-        table.add_column(column, justify="left" if column in ("set", "prediction") else "right", no_wrap=True)
+        is_text = column in ("set", "prediction")
+        # A long name goes on in the next line; numbers never do.
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for each in summary.sets:
         for name, score in predictors(each, names):
             top1 = f"{score.top1:.2f} ± {score.top1_error:.2f}"
             numbers = str(score.num_samples), top1, f"{score.loss:.4g}", f"{score.ece:.2f}"
-            table.add_row(each.name, name, *numbers)
+            table.add_row(each.name, escape(name), *numbers)
     console.print(table)
     for each in summary.sets:
         for pair in each.pairs:
@@ -65,17 +67,23 @@ def _print_scores(summary: EvaluateSummary) -> None:
             )
 
 
-def _print_classes(each: SetScores, *, is_named: bool) -> None:
-    """The classes of one prediction on one set, worst first; by the name of the set if there are several."""
+def _print_classes(summary: EvaluateSummary) -> None:
+    """The classes of each set, a column a prediction; by the name of the set if there are several."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    if each.score.classes is None:
-        return
-    titles = [each.name] * is_named + ["mean of probabilities"] * (each.mean_probabilities is not None)
-    table = Table(title=": ".join(titles) or None)
-    for column in ("label", "class", "samples", "top-1 %"):
-        table.add_column(column, justify="left" if column == "class" else "right")
-    for one in sorted(each.score.classes, key=lambda score: score.top1):
-        table.add_row(str(one.label), one.name, str(one.num_samples), f"{one.top1:.2f}")
-    Console(stderr=True).print(table)
+    from ..pipelines.evaluate.report import class_rows, predictors, run_names
+
+    names = run_names(summary)
+    for each in summary.sets:
+        if each.score.classes is None:
+            continue
+        table = Table(title=each.name if len(summary.sets) > 1 else None)
+        for column in ("label", "class", "samples"):
+            table.add_column(column, justify="left" if column == "class" else "right")
+        for name, _ in predictors(each, names):
+            table.add_column("top-1 %" if len(names) == 1 else escape(name), justify="right", overflow="fold")
+        for row in class_rows(each, names):
+            table.add_row(*map(escape, row))
+        Console(stderr=True).print(table)

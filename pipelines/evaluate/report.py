@@ -17,7 +17,8 @@ from .summary import EvaluateSummary, SetScores
 
 
 def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
-    """The report: accuracy and calibration by set and run, pairs, robustness, and the command that repeats it."""
+    """The report: accuracy and calibration by set and run, robustness, pairs, classes if they were scored by
+    themselves, and the command that repeats it."""
     names = run_names(summary)
     lines = ["# Evaluation", ""]
     versions = f"atcache {__version__}, torch {torch.__version__} and timm {version('timm')}"
@@ -29,6 +30,8 @@ def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
     if len(names) > 1:
         lines += _pairs(summary, names)
     lines += _scores(summary, names)
+    if config.by_class:
+        lines += _classes(summary, names)
     return "\n".join(lines)
 
 
@@ -101,6 +104,39 @@ def predictors(each: SetScores, names: Sequence[str]) -> Iterator[tuple[str, Sco
         yield "mean of probabilities", each.mean_probabilities
     if each.mean_logits is not None:
         yield "mean of logits", each.mean_logits
+
+
+def class_rows(each: SetScores, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Of each class: label, name, samples, and the top-1 of each prediction in percent; the worst class first.
+
+    The worst is that of `each.score`: of the run, or of the mean of the probabilities if there are several.
+    """
+    worst = each.score.classes
+    assert worst is not None, "scored by class"
+    columns = [score.classes or () for _, score in predictors(each, names)]
+    order = sorted(range(len(worst)), key=lambda row: worst[row].top1)
+    return [
+        (
+            str(columns[0][row].label),
+            columns[0][row].name,
+            f"{columns[0][row].num_samples:,}",
+            *(f"{column[row].top1:.2f}" for column in columns),
+        )
+        for row in order
+    ]
+
+
+def _classes(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+    yield "## Classes"
+    yield ""
+    worst = "the mean of probabilities" if len(names) > 1 else "the run"
+    yield f"Top-1 of each class in percent, the worst of {worst} first."
+    yield ""
+    for each in summary.sets:
+        if len(summary.sets) > 1:
+            yield f"### {each.name}"
+            yield ""
+        yield from _table(("label", "class", "samples", *_titles(summary, names)), class_rows(each, names))
 
 
 def _robustness(config: EvaluateConfig, summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +26,7 @@ from atcache.pipelines.train.scores import score_students
 from atcache.pipelines.train.validation import open_validation
 from atcache.store.reader import CacheReader
 
+AVERAGES = ("mean of probabilities", "mean of logits")
 KEPT = (1, 3, 4, 7, 8, 9)
 
 
@@ -135,9 +137,18 @@ def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars
     assert done.exit_code == 0, done.output
     sets = json.loads(done.stdout)["sets"]
     text = report.read_text()
-    assert "val: mean of probabilities" in done.stderr  # the title of a table of classes
+    for number, name in enumerate(("val", "one")):
+        shown = rows_under(text, "Classes", name)
+        assert shown[0] == ["label", "class", "samples", *(folder.name for folder in folders), *AVERAGES]
+        scores = [*sets[number]["runs"], sets[number]["mean_probabilities"], sets[number]["mean_logits"]]
+        of_label = [
+            [str(each[0]["label"]), "", str(each[0]["num_samples"]), *(f"{one['top1']:.2f}" for one in each)]
+            for each in zip(*(score["classes"] for score in scores), strict=True)
+        ]
+        assert sorted(shown[1:]) == sorted(of_label)
+        assert [float(row[5]) for row in shown[1:]] == sorted(float(row[5]) for row in shown[1:])
     assert f"`atcache eval {folders[0]} {folders[1]} --cache {val_cache}" in text
-    names = [*(folder.name for folder in folders), "mean of probabilities", "mean of logits"]
+    names = [*(folder.name for folder in folders), *AVERAGES]
     accuracy, robust, everything = (
         rows_under(text, title) for title in ("Accuracy and calibration", "Relative robustness", "All scores")
     )
@@ -157,9 +168,11 @@ def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars
     assert pair[1:3] == [f"{names[0]} and {names[1]}", f"{sets[1]['pairs'][0]['agreement']:.1f}"]
 
 
-def rows_under(text: str, title: str) -> list[list[str]]:
-    """The cells of the table under a heading, without the line below its head."""
-    part = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+def rows_under(text: str, title: str, set_name: str | None = None) -> list[list[str]]:
+    """The cells of the table under a heading, and of a set if it is named, without the line below its head."""
+    part = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    if set_name is not None:
+        part = part.partition(f"\n### {set_name}\n")[2].partition("\n### ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
     return [row for row in rows if row[0] != "---"]
 
@@ -169,6 +182,15 @@ def ratio_by_hand(score, base) -> str:
     ratio = score["top1"] / base["top1"]
     relative = (score["top1_error"] / score["top1"]) ** 2 + (base["top1_error"] / base["top1"]) ** 2
     return f"{100 * ratio:.1f} ± {100 * ratio * math.sqrt(relative):.1f}"
+
+
+def test_names_in_brackets_are_shown_as_they_are(folders, val_cache, tmp_path):
+    copied = tmp_path / "[red]"
+    shutil.copytree(folders[0], copied)
+    words = ["eval", str(copied), str(folders[1]), "--cache", str(val_cache), "--by-class", "--device", "cpu"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("[red]") == 3  # the scores, the pair, the classes
 
 
 def test_runs_of_one_name_are_told_apart_and_their_modes_said(folders, val_cache):
