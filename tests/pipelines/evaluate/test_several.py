@@ -130,6 +130,26 @@ def test_sets_by_name(folders, runs, val_cache, digits_tars, tmp_path):
     assert "\nfirst: restricted to other classes than val, which changes" in report_text(config, summary)
 
 
+def test_caches_of_one_set_whose_tars_have_moved_score_as_a_live_teacher_does(
+    runs, val_cache, tiny_cache, tiny_weights, digits_tars, tmp_path
+):
+    (before := tmp_path / "before").mkdir()
+    tars = [shutil.copy(tar, before) for tar in digits_tars[:2]]
+    caches = [tiny_cache(policy="eval", codec="exact:dtype=float32", data=str(tar)) for tar in tars]
+    after = before.rename(tmp_path / "after")
+    folders = [runs[name][0] for name in ("copy", "distill", "copy-1")]
+    moved = {"val_cache": tuple(f"moved={cache}" for cache in caches), "val_data": (f"moved={after}",)}
+    stored = evaluate(config_of(*folders, cache=val_cache, workers=2, **moved)).sets
+    named = {"val_data": (f"moved={after}",), "live_teacher": True, "weights": tiny_weights}
+    live = evaluate(config_of(*folders, data=str(digits_tars[0].parent), **named)).sets
+    for ours, theirs in zip(stored, live, strict=True):
+        assert ours.name == theirs.name
+        for score, other in zip(ours.runs, theirs.runs, strict=True):
+            assert (score.top1, score.num_samples) == (other.top1, other.num_samples)
+            assert score.loss == pytest.approx(other.loss, rel=1e-4)
+    assert [each.score.num_samples for each in stored] == [48, 32]
+
+
 def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars, tmp_path):
     report = tmp_path / "shift.md"
     words = ["eval", *map(str, folders), "--cache", str(val_cache), "--val-data", f"one={digits_tars[0]}"]
