@@ -49,6 +49,8 @@ _MARKER = ".made-by-atcache-demo"
 """The file a demo puts into its folder first. A folder without it was not made by a demo."""
 AVERAGED = "distill + finetune, averaged"
 """The result of these two students together, beside those of the modes."""
+EVALUATED: tuple[tuple[Mode, ...], ...] = (("scratch",), ("copy",), ("distill", "finetune"))
+"""Which students are evaluated together: those of the averaged row, so that none is evaluated twice."""
 _MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
 """What a demo makes in its folder, beside the tars and the runs."""
 
@@ -124,15 +126,18 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
     seconds: dict[str, list[float]] = {mode: [] for mode in (*MODES, AVERAGED)}
     for seed in range(config.seeds):
         for mode in MODES:
-            top1, mode_seconds = _train_and_evaluate(config, mode, seed, weights, announce)
-            top1s[mode].append(top1)
-            seconds[mode].append(mode_seconds)
-        together = EvaluateConfig(
-            runs=tuple(_run_folder(config, mode, seed) for mode in ("distill", "finetune")),
-            cache=config.out / "val.zarr",
-        )
-        announce(as_command("eval", together))
-        top1s[AVERAGED].append(evaluate(together).score.top1)
+            training = student_config(config, mode, seed, weights)
+            announce(as_command("train", training))
+            seconds[mode].append(train(training).seconds)
+        for modes in EVALUATED:
+            folders = tuple(_run_folder(config, mode, seed) for mode in modes)
+            evaluation = EvaluateConfig(runs=folders, cache=config.out / "val.zarr")
+            announce(as_command("eval", evaluation))
+            (scores,) = evaluate(evaluation).sets
+            for mode, score in zip(modes, scores.runs, strict=True):
+                top1s[mode].append(score.top1)
+            if scores.mean_probabilities is not None:
+                top1s[AVERAGED].append(scores.mean_probabilities.top1)
         seconds[AVERAGED].append(seconds["distill"][-1] + seconds["finetune"][-1])
     draw_maps(config.out / "val.zarr", config.out / "maps.png")
     complete = train_cache.complete
@@ -242,18 +247,6 @@ def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | No
 
 def _run_folder(config: DemoConfig, mode: str, seed: int) -> Path:
     return config.out / "runs" / f"{mode}-{seed}"
-
-
-def _train_and_evaluate(
-    config: DemoConfig, mode: Mode, seed: int, weights: Path | None, announce: Callable[[str], None]
-) -> tuple[float, float]:
-    """Validation accuracy of one student, and the seconds its training took."""
-    training = student_config(config, mode, seed, weights)
-    announce(as_command("train", training))
-    seconds = train(training).seconds
-    evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")
-    announce(as_command("eval", evaluation))
-    return evaluate(evaluation).score.top1, seconds
 
 
 def _results(top1s: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, ModeResult]:
