@@ -77,7 +77,8 @@ def _split(parameters_P: np.ndarray[Any, Any], policy: ViewPolicy) -> tuple[np.n
         return parameters_P, 0
     if parameters_P.shape != (len(PARAMETER_NAMES) + 1,):
         raise CorruptCacheError(
-            f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES) + 1},) for corrupted views."
+            f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES) + 1},) for corrupted "
+            "views."
         )
     seed = float(parameters_P[-1])
     if not 0 <= seed <= MAX_DRAW_SEED or seed != int(seed):

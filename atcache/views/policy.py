@@ -110,7 +110,9 @@ class ViewPolicy(JsonFields):
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON, with the spec version and its fixed choices; without `mixing`, `decoding` and `corrupt`
         where these have their defaults."""
-        spec = _spec_of(mixes=self.mixing is not None, reduces=self.decoding != "full", corrupts=self.corrupt is not None)
+        spec = _spec_of(
+            mixes=self.mixing is not None, reduces=self.decoding != "full", corrupts=self.corrupt is not None
+        )
         return {"spec": spec, **JsonFields.to_json(self), "operations": dict(_OPERATIONS)}
 
     @classmethod

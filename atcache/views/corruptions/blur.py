@@ -77,10 +77,12 @@ def glass_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarra
     """Blurs, swaps each pixel with one near it, and blurs again: frosted glass.
 
     The published program swaps the pixels one after another. Here those that are too far apart to meet are swapped at
-    once, so the same swaps happen in another order.
+    once, so the same swaps happen in another order. In small views, where the distance is below one pixel, so much
+    fewer pixels are swapped.
     """
     sigma, distance, num_rounds = _GLASS[severity - 1]
     scale = scale_of(pixels_HWC)
+    share = min(1.0, distance * scale)
     sigma, distance = max(0.3, sigma * scale), max(1, round(distance * scale))
     blurred_HWC = _blurred(pixels_HWC, sigma)
     height, width = pixels_HWC.shape[:2]
@@ -88,6 +90,7 @@ def glass_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarra
     for _ in range(num_rounds):
         # As in the published program, a pixel moves by -distance .. distance - 1.
         step_HW2 = draws.levels(height, width, 2) * 2 * distance // 2**16 - distance
+        step_HW2 *= draws.levels(height, width, 1) < share * 2**16
         # Neighbours of the same turn are 2 * distance apart, and reach distance and distance - 1 towards each other.
         for top, left in product(reversed(range(2 * distance)), repeat=2):
             rows, columns = (np.arange(first, side, 2 * distance) for first, side in ((top, height), (left, width)))
@@ -110,7 +113,7 @@ def motion_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarr
     """Smears the image in a direction within 45 degrees of the horizontal: the camera moved."""
     radius, sigma = _MOTION[severity - 1]
     scale = scale_of(pixels_HWC)
-    smeared_HWC = smeared(pixels_HWC, radius * scale, max(0.5, sigma * scale), draws.uniform(-45, 45))
+    smeared_HWC = smeared(pixels_HWC, max(1.0, radius * scale), max(1.0, sigma * scale), draws.uniform(-45, 45))
     return to_pixels(smeared_HWC / ONE)
 
 

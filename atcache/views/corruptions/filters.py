@@ -21,6 +21,21 @@ def scale_of(pixels_HWC: np.ndarray) -> float:
     return min(pixels_HWC.shape[:2]) / PUBLISHED_SIDE
 
 
+def published_size(pixels_HWC: np.ndarray) -> tuple[int, int]:
+    """Height and width that the image would have if its shorter side were 224 pixels; each at most four times that."""
+    height, width = pixels_HWC.shape[:2]
+    sides = (round(side * PUBLISHED_SIDE / min(height, width)) for side in (height, width))
+    height, width = (min(side, 4 * PUBLISHED_SIDE) for side in sides)  # a line of pixels must not need gigabytes
+    return height, width
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 pixels at another size, bilinear and antialiased; with or without three channels."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def to_pixels(values: np.ndarray) -> np.ndarray:
     """Numbers as uint8: rounded, and cut to 0..255."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)

@@ -9,6 +9,8 @@ from atcache.views.corruptions.filters import ONE, motion_blur
 
 _NUM_FEATHERS = 6
 """Directions in which ice grows."""
+_FEATHER_RADIUS, _FEATHER_SIGMA = 15, 8
+"""How long feathers of ice are, in pixels."""
 
 
 def clouds(height: int, width: int, decay: float, draws: Draws) -> np.ndarray:
@@ -44,7 +46,7 @@ def _displaced(sum_of_four: np.ndarray, reach: float, draws: Draws) -> np.ndarra
     return sum_of_four / 4 + reach * (2 * draws.uniforms(*sum_of_four.shape) - 1)
 
 
-def ice(height: int, width: int, scale: float, draws: Draws) -> np.ndarray:
+def ice(height: int, width: int, draws: Draws) -> np.ndarray:
     """A window covered with frost, float64 (height, width, 3) in 0..255.
 
     Feathers of ice grow in some directions from random points, denser where a cloud map is high. This stands for the
@@ -53,7 +55,6 @@ def ice(height: int, width: int, scale: float, draws: Draws) -> np.ndarray:
     Args:
         height: in pixels.
         width: in pixels.
-        scale: length of the feathers, relative to views of 224 pixels.
         draws: where the numbers come from.
     """
     density_HW = clouds(height, width, 1.6, draws)
@@ -64,7 +65,7 @@ def ice(height: int, width: int, scale: float, draws: Draws) -> np.ndarray:
         # A point is a seed of ice in up to 8 % of the pixels.
         is_seed_HW = draws.levels(height, width) < density_HW * (0.08 * 2**16)
         angle = first + number * (360 / _NUM_FEATHERS) + draws.uniform(-15, 15)
-        grown_HW = motion_blur(is_seed_HW * 255, max(1.0, 15 * scale), max(1.0, 8 * scale), angle)
+        grown_HW = motion_blur(is_seed_HW * 255, _FEATHER_RADIUS, _FEATHER_SIGMA, angle)
         feathers_HW = np.maximum(feathers_HW, grown_HW)
     bright_HW = 45 + 120 * density_HW * grain_HW + np.minimum(4 * feathers_HW / ONE, 190) * (0.35 + 0.65 * grain_HW)
     tint_C = np.array([0.93, 0.98, 1.04])  # ice is a little blue

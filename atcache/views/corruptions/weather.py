@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from atcache.views.corruptions.draws import Draws
-from atcache.views.corruptions.filters import ONE, motion_blur, scale_of, to_pixels
+from atcache.views.corruptions.filters import ONE, motion_blur, published_size, resized, to_pixels
 from atcache.views.corruptions.plasma import clouds, ice
 
 _SNOW = (
@@ -27,22 +27,24 @@ _NOISE_STEPS = 85
 
 
 def snow(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
-    """Whitens the image and lets smeared flakes fall in two directions."""
+    """Whitens the image and lets smeared flakes fall in two directions.
+
+    The flakes are drawn for a view of 224 pixels and resized.
+    """
     from PIL import Image
 
     mean, deviation, enlargement, threshold, radius, sigma, kept = _SNOW[severity - 1]
-    height, width = pixels_HWC.shape[:2]
-    scale = scale_of(pixels_HWC)
+    height, width = published_size(pixels_HWC)
     noise_HW = mean + deviation * draws.normals(height, width)
     # Pillow resizes bytes the same on every machine: these are the numbers from -1 to 2.
     noise = Image.fromarray(to_pixels((noise_HW + 1) * _NOISE_STEPS))
-    share = 1 / max(1.0, enlargement * scale)
-    left, top = width * (1 - share) / 2, height * (1 - share) / 2
+    left, top = width * (1 - 1 / enlargement) / 2, height * (1 - 1 / enlargement) / 2
     noise = noise.resize(noise.size, Image.Resampling.BILINEAR, (left, top, width - left, height - top))
     flakes_HW = np.asarray(noise) / _NOISE_STEPS - 1
     flakes_HW = to_pixels(np.where(flakes_HW < threshold, 0, flakes_HW) * 255)
     angle = draws.uniform(-135, -45)
-    fallen_HW = motion_blur(flakes_HW, radius * scale, max(0.5, sigma * scale), angle) / ONE
+    fallen_HW = to_pixels(motion_blur(flakes_HW, radius, sigma, angle) / ONE)
+    fallen_HW = resized(fallen_HW, *pixels_HWC.shape[:2]).astype(np.float64)
     red_HW, green_HW, blue_HW = pixels_HWC.transpose(2, 0, 1).astype(np.float64)
     grey_HW = 0.299 * red_HW + 0.587 * green_HW + 0.114 * blue_HW
     whitened_HWC = np.maximum(pixels_HWC, grey_HW[..., None] * 1.5 + 127.5)
@@ -50,9 +52,13 @@ def snow(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
 
 
 def frost(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
-    """Looks through a frozen window, whose ice is drawn: see `ice`. Not the photographs of ImageNet-C."""
+    """Looks through a frozen window, whose ice is drawn (see `ice`): not the photographs of ImageNet-C.
+
+    The ice is drawn for a view of 224 pixels and resized.
+    """
     own, cover = _FROST[severity - 1]
-    return to_pixels(own * pixels_HWC + cover * ice(*pixels_HWC.shape[:2], scale_of(pixels_HWC), draws))
+    ice_HWC = resized(to_pixels(ice(*published_size(pixels_HWC), draws)), *pixels_HWC.shape[:2])
+    return to_pixels(own * pixels_HWC + cover * ice_HWC)
 
 
 def fog(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
