@@ -11,6 +11,7 @@ from atcache import __version__
 from ..running.commands import as_command
 from ..train.scores import Score
 from .config import EvaluateConfig
+from .corrupted import corruption_rows
 from .summary import EvaluateSummary, SetScores
 
 
@@ -21,8 +22,9 @@ def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
     lines += [f"Made by `{as_command('eval', config)}` with atcache {__version__} and torch {torch.__version__}.", ""]
     lines += _runs(summary, names)
     lines += _scores(summary, names)
-    if len(summary.sets) > 1:
+    if any(each.corrupt is None for each in summary.sets[1:]):
         lines += _robustness(summary, names)
+    lines += _corruptions(summary, names)
     if len(names) > 1:
         lines += _pairs(summary, names)
     return "\n".join(lines)
@@ -84,8 +86,35 @@ def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]
     rows = [
         (each.name, *(_share(score.top1, base[name].top1) for name, score in predictors(each, names)))
         for each in summary.sets[1:]
+        if each.corrupt is None
     ]
     yield from _table(("set", *base), rows)
+
+
+def _corruptions(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+    first = summary.sets[0]
+    means = [*corruption_rows(summary)]
+    if not means:
+        return
+    yield "## Corruptions"
+    yield ""
+    yield (
+        "Top-1 in percent, the mean over the severities of each corruption (Hendrycks & Dietterich 2019). The last row "
+        "is the mean over the corruptions. "
+        + (
+            f"In parentheses: as a share of the same prediction's top-1 on {first.name}, in percent."
+            if first.corrupt is None
+            else f"There is no clean set to compare with: {first.name} is corrupted too."
+        )
+    )
+    yield ""
+    base = dict(predictors(first, names))
+    rows: list[tuple[str, ...]] = []
+    for name, severities, top1s in means:
+        shares = (f" ({_share(top1, score.top1)})" for top1, score in zip(top1s, base.values(), strict=True))
+        compared = shares if first.corrupt is None else [""] * len(top1s)
+        rows.append((name, severities, *(f"{top1:.2f}{share}" for top1, share in zip(top1s, compared, strict=True))))
+    yield from _table(("corruption", "severities", *base), rows)
 
 
 def _share(top1: float, base: float) -> str:
