@@ -20,7 +20,7 @@ import atcache
 FOLDER = Path(__file__).parent
 WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
-LOOKING = ("open", "Cache", "View")
+LOOKING = ("open", "Cache", "View", "corrupt")
 LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing", "regrid_maps")
 MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "verify")
 MOVING = ("merge", "push", "pull")
