@@ -53,7 +53,7 @@ FAMILIES: tuple[Family, ...] = (
         pattern=r"\.mae$|vit-mae",
         example="mae-vit-l",
         outcome="transfers",
-        evidence="ViT-L on ImageNet-1k: copy closes 77.8% of the gap between scratch and fine-tuning, distill all of it.",
+        evidence="ViT-L on ImageNet-1k: copy closes 77.8% of the gap from scratch to fine-tuning, distill all of it.",
         source=FIRST,
     ),
     Family(

@@ -69,7 +69,9 @@ class TeacherVerdict(JsonFields):
         if self.outcome == "transfers":
             return f"Attention transfer is known to work ({self.paper})."
         if self.outcome == "needs its components":
-            known = f"Attention transfer is known to fail unless the student has the teacher's components ({self.paper})"
+            known = (
+                f"Attention transfer is known to fail unless the student has the teacher's components ({self.paper})"
+            )
             if self.student_lacks is None:
                 return f"{known}."
             if self.student_lacks:

@@ -35,6 +35,7 @@ from atcache.teachers.weights import tensors_sha256, weights_of
 from atcache.views.mixing import mix_policy
 
 from ..running.run_record import RunRecord
+from ..running.run_teacher import run_of_weights
 from .config import TrainConfig
 from .notes import teacher_verdict, training_notes, validation_notes, view_notes
 from .validation import ValidationSet, open_validation
@@ -318,6 +319,7 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
     """The teacher's weights for fine-tuning; if there is a cache, they must be those it was built with."""
     if config.mode != "finetune":
         return None
+    run_of_weights(config.weights)  # refuses a student that copies
     if config.weights is not None and teacher is None:
         return read_weights(config.weights)
     name = config.student if teacher is None else teacher.name

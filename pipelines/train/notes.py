@@ -22,9 +22,7 @@ _MANY_TIMES = 30
 """How often a run may show a view before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
 
 
-def teacher_verdict(
-    config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]
-) -> TeacherVerdict | None:
+def teacher_verdict(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> TeacherVerdict | None:
     """What is known of the teacher whose attention the student is given; None if it is given none."""
     if not readers or config.mode not in ("copy", "distill"):
         return None
