@@ -337,7 +337,7 @@ probe = _function(
 
     Example:
 
-        print(atcache.probe(teacher="mae-vit-b", data="train-{0000..0099}.tar", out="probe").sentence)
+        print(atcache.probe(teacher="mae-vit-l", data="train-{0000..0099}.tar", out="probe").sentence)
     """,
 )
 
