@@ -142,7 +142,10 @@ def _schedule(
     say(f"{schedule.seeds} pairs of {schedule.steps} steps: about {minutes:.2g} minutes in all")
     notes: list[str] = []
     if schedule.seeds < config.seeds:
-        notes.append(f"{schedule.seeds} of {config.seeds} pairs fit into --minutes {config.minutes:g}.")
+        notes.append(
+            f"{schedule.seeds} of {config.seeds} pairs fit into --minutes {config.minutes:g}. The same command again "
+            "adds more."
+        )
     if schedule.steps < config.steps:
         notes.append(
             f"The runs have {schedule.steps} instead of {config.steps} steps, to fit into the minutes that the first "
