@@ -12,8 +12,8 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`, `maps`,
-`compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
+The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`, `report`,
+`maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
 `AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is
 first used.
 """
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         pretrain as pretrain,
         pull as pull,
         push as push,
+        report as report,
         show as show,
         train as train,
         train_sweep as train_sweep,
@@ -91,6 +92,7 @@ _MODULE_OF = {
             "train",
             "train_sweep",
             "evaluate",
+            "report",
             "maps",
             "compare",
             "show",
@@ -144,6 +146,7 @@ __all__ = [
     "pull",
     "push",
     "regrid_maps",
+    "report",
     "show",
     "stats",
     "train",

@@ -14,9 +14,12 @@
 - `evaluate/`: accuracy and loss of finished runs
 - `maps/`: a cache of a trained student's own attention
 - `pretrain/`: make a teacher from any timm ViT
+- `report/`: a page about a finished run
+- `pages/`: what pages have in common: frame, charts, pictures
 - `demo/`: all of it on handwritten digits, in minutes
 - `api`: what the commands do, as functions to call
 - `options`: the options of a command, written once as the fields of its config
+- `commands`: a config as the command to type
 - `cluster/`: work on the workers of a dask cluster
 - `running/`: what every long run needs
 - `fidelity`: how far decoded maps are from the teacher's, and when to warn

@@ -3,5 +3,5 @@
 - `config`: the options of the demo
 - `run`: the whole demo, from start to end
 - `picture`: draw some cached maps over their images
-- `commands`: what was run, as commands to type
+- `page`: the results as a page, with a picture and what to do next
 """

@@ -27,14 +27,17 @@ from atcache.files.durable import disk_errors_explained, encode_json, make_folde
 from ..build.config import BuildConfig
 from ..build.run import build
 from ..build.summary import BuildSummary
+from ..commands import as_command
 from ..evaluate.config import EvaluateConfig
 from ..evaluate.run import evaluate
 from ..pretrain.config import PretrainConfig
 from ..pretrain.run import pretrain
+from ..report.config import ReportConfig
+from ..report.run import report
 from ..train.config import TrainConfig
 from ..train.run import train
-from .commands import as_command
 from .config import DemoConfig
+from .page import write_page
 from .picture import draw_maps
 
 NUM_TRAIN = 1297
@@ -47,7 +50,7 @@ PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_l
 """How these weights were made; data and out are filled in."""
 _MARKER = ".made-by-atcache-demo"
 """The file a demo puts into its folder first. A folder without it was not made by a demo."""
-_MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
+_MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json", "demo.html")
 """What a demo makes in its folder, beside the tars and the runs."""
 
 
@@ -80,6 +83,8 @@ class DemoSummary(JsonFields):
     seconds: float
     commands: tuple[str, ...]
     """The commands that were run; they can be typed again in the same working folder."""
+    page: str
+    """The page that shows all this."""
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:
@@ -145,9 +150,11 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
         num_views=complete["num_stored"] + val_cache.complete["num_stored"],
         seconds=time.monotonic() - start_s,
         commands=tuple(commands),
+        page=str(config.out / "demo.html"),
     )
     write_file(config.out / "commands.sh", "".join(f"{command}\n" for command in commands).encode())
     write_file(config.out / "demo.json", encode_json(summary.to_json()))
+    write_page(summary)
     return summary
 
 
@@ -235,6 +242,7 @@ def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | No
         label_smoothing=0.1,
         drop_path=0.1,
         seed=seed,
+        report=False,  # the demo writes it, with validation images that are not seen in the training
     )
 
 
@@ -251,7 +259,11 @@ def _train_and_evaluate(
     seconds = train(training).seconds
     evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")
     announce(as_command("eval", evaluation))
-    return evaluate(evaluation).score.top1, seconds
+    top1 = evaluate(evaluation).score.top1
+    reporting = ReportConfig(run=training.out, val_cache=config.out / "val.zarr")
+    announce(as_command("report", reporting))
+    report(reporting)
+    return top1, seconds
 
 
 def _results(top1s: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, ModeResult]:

@@ -18,8 +18,8 @@ from atcache.errors import ConfigError
 from atcache.files.location import Location, parse_location
 from atcache.pipelines import api
 from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.commands import as_command
 from atcache.pipelines.compare.config import CompareConfig
-from atcache.pipelines.demo.commands import as_command
 from atcache.pipelines.demo.config import DemoConfig
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.maps.config import MapsConfig
@@ -29,6 +29,7 @@ from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
 from atcache.pipelines.publish.config import PullConfig, PushConfig
+from atcache.pipelines.report.config import ReportConfig
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.stats.config import StatsConfig
 from atcache.pipelines.train.config import TrainConfig
@@ -39,6 +40,7 @@ CONFIGS = {
     "build": BuildConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "report": ReportConfig,
     "verify": VerifyConfig,
     "maps": MapsConfig,
     "merge": MergeConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any, cast
 
-from ..options import options_of
+from .options import options_of
 
 
 def as_command(name: str, config: object) -> str:
