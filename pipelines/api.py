@@ -134,7 +134,7 @@ train = _function(
     run_train,
     """Train a student from a cache, or from scratch.
 
-    The same call continues a run that was stopped.
+    The same call continues a run that was stopped. At the end, a page about the run is written into its folder.
 
     Returns:
         The run's losses, scores and speed.

@@ -1,4 +1,4 @@
-"""The results of the demo as a page: a table and bars, a picture of maps, links to the runs' reports, what to do next."""
+"""The results of the demo as a page: a table, bars, a picture of maps, links to reports, and what to do next."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def write_page(summary: DemoSummary) -> None:
             section(
                 "What was transferred",
                 paragraph(
-                    "Attention that patches get in the teacher, as the cache holds it: of the first and the last layer, "
-                    "for each head."
+                    "Attention that patches get in the teacher, as the cache holds it: of the first and the last "
+                    "layer, for each head."
                 ),
                 f"<figure>{maps}</figure>",
             ),
@@ -60,8 +60,8 @@ def write_page(summary: DemoSummary) -> None:
                 paragraph("Put the images into one folder a class, in the folder photos, and type:"),
                 commands(NEXT_COMMANDS),
                 paragraph(
-                    "The weights of this teacher come from the Hugging Face hub. To see accuracies, make a second cache "
-                    "of validation images with --policy eval, and give it to train as --val-cache."
+                    "The weights of this teacher come from the Hugging Face hub. To see accuracies, make a second "
+                    "cache of validation images with --policy eval, and give it to train as --val-cache."
                 ),
             ),
             section("What the demo ran", commands(summary.commands)),
@@ -74,7 +74,8 @@ def _result(modes: Mapping[str, ModeResult]) -> str:
     top1 = {mode: result.top1 for mode, result in modes.items()}
     return (
         f"With 100 labels, a student without a teacher gets {top1['scratch']:.1f} % of 500 digits right. With nothing "
-        f"but its teacher's attention it gets {top1['copy']:.1f} %; with the teacher's weights {top1['finetune']:.1f} %."
+        f"but its teacher's attention it gets {top1['copy']:.1f} %, and with the teacher's weights "
+        f"{top1['finetune']:.1f} %."
     )
 
 

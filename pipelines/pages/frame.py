@@ -28,10 +28,12 @@ table { border-collapse: collapse; margin: .75rem 0; font-variant-numeric: tabul
 caption { text-align: left; color: var(--faint); font-size: .875rem; padding-bottom: .25rem; }
 th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; }
+tbody th { min-width: 4.5rem; }
 .number { text-align: right; }
 figure { margin: .75rem 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 .charts figure { margin: 0; }
+img { max-width: 100%; height: auto; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; padding: 0; margin: 0;
@@ -71,8 +73,9 @@ def page(title: str, body: str) -> str:
 
 
 def text(value: object) -> str:
-    """Any value as HTML text. Signs that cannot be printed become question marks."""
-    return escape("".join(letter if letter.isprintable() else "?" for letter in str(value)))
+    """Any value as HTML text. Signs that cannot be printed become question marks; no line ends before a per cent."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in str(value))
+    return escape(shown).replace(" %", "&nbsp;%")
 
 
 def section(title: str, *parts: str) -> str:
