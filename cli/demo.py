@@ -15,7 +15,7 @@ from .fields import options_from
 from .paths import OUT
 
 if TYPE_CHECKING:
-    from ..pipelines.demo.run import DemoSummary
+    from ..pipelines.demo.summary import DemoSummary
 
 
 @click.command()

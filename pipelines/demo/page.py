@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from atcache.choices import MODES
@@ -14,9 +13,7 @@ from ..pages.charts import bars
 from ..pages.frame import commands, page, paragraph, section, table, text
 from ..pages.images import encoded_image
 from ..report.config import REPORT_FILE
-
-if TYPE_CHECKING:
-    from .run import DemoSummary, ModeResult
+from .summary import DemoSummary, ModeResult
 
 NEXT_COMMANDS = (
     "atcache pack --data photos --out tars",

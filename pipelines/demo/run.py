@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,6 @@ import torch
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
-from atcache.fields import JsonFields
 from atcache.files.durable import disk_errors_explained, encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
@@ -39,6 +38,7 @@ from ..train.run import train
 from .config import DemoConfig
 from .page import write_page
 from .picture import draw_maps
+from .summary import DemoSummary, ModeResult
 
 NUM_TRAIN = 1297
 """Digits the teacher sees, without labels; the other 500 validate."""
@@ -52,39 +52,6 @@ _MARKER = ".made-by-atcache-demo"
 """The file a demo puts into its folder first. A folder without it was not made by a demo."""
 _MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json", "demo.html")
 """What a demo makes in its folder, beside the tars and the runs."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModeResult:
-    """The results of one mode's students, over the seeds."""
-
-    top1: float
-    """Mean validation accuracy, percent."""
-    top1_per_seed: tuple[float, ...]
-    gap_closed: float | None
-    """(top1 - scratch) / (finetune - scratch) of the means; None if finetune is not better than scratch."""
-    seconds: float
-    """Mean time to train one student."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoSummary(JsonFields):
-    """The results of the demo."""
-
-    out: str
-    modes: dict[str, ModeResult]
-    """Results by mode; "ensemble" averages the distilled and the fine-tuned student."""
-    cache_nbytes_per_view: float
-    """Size of the training cache per view, with all its files."""
-    map_nbytes_per_view: int
-    """Size of the same maps as float16."""
-    num_views: int
-    """Number of views in both caches together."""
-    seconds: float
-    commands: tuple[str, ...]
-    """The commands that were run; they can be typed again in the same working folder."""
-    page: str
-    """The page that shows all this."""
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:

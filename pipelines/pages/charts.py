@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ _STANDS_FOR = {
 }
 _INK, _FAINT, _LINE, *_SERIES = _STANDS_FOR
 _DASHES = ("-", "--", ":")  # beside the colours, for those who do not see them
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.color": _INK,
     "axes.edgecolor": _FAINT,

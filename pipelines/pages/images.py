@@ -26,7 +26,10 @@ def image(pixels_HWC: np.ndarray, alt: str) -> str:
     is_small = max(picture.size) <= _SMALL
     picture.thumbnail((_MOST, _MOST))
     file = io.BytesIO()
-    picture.save(file, **({"format": "PNG"} if is_small else {"format": "JPEG", "quality": 88}))
+    if is_small:
+        picture.save(file, format="PNG")
+    else:
+        picture.save(file, format="JPEG", quality=88)
     return encoded_image(file.getvalue(), "png" if is_small else "jpeg", alt, kind="pixels" if is_small else "")
 
 

@@ -164,7 +164,7 @@ def predict(
         in_top5_B = (top.indices == label_B[:, None]).any(1)
         loss_B = -log_BC.gather(1, label_B[:, None])[:, 0]
         columns.append(torch.stack([label_B, predicted_B, confidence_B, in_top5_B, loss_B]).double())
-        for place in torch.nonzero(predicted_B != label_B)[:, 0].tolist():
+        for place in np.flatnonzero((predicted_B != label_B).numpy()).tolist():
             wrong.append(
                 Wrong(
                     sample_key=sample_key(data.indexes, int(batch.sample_B[place])),
@@ -324,7 +324,7 @@ def _pictured(
 ) -> Iterator[Pictured]:
     maps = [None if maps is None else maps.mean(dim=1).cpu().numpy() for maps in (theirs_BHQK, ours_BHQK)]
     query = [default_query(tokens)]
-    for place, sample in enumerate(batch.sample_B.tolist()):
+    for place, sample in enumerate(map(int, batch.sample_B)):
         seen = [None if maps_BQK is None else query_maps(maps_BQK[place], tokens, query) for maps_BQK in maps]
         yield Pictured(
             sample_key=sample_key(viewed.indexes, sample),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from atcache.choices import MAX_SEED, Mode, PolicyName, Precision, Shuffle, What
 from atcache.errors import ConfigError
@@ -347,11 +347,13 @@ class TrainConfig:
 
     def places(self) -> dict[str, Any]:
         """Where what the run reads and writes is, as JSON: as it was typed, and in which folder."""
-        typed = {name: getattr(self, name) for name in PLACES if getattr(self, name) is not None}
-        texts = {
-            name: list(map(str, value)) if isinstance(value, tuple) else str(value) for name, value in typed.items()
-        }
-        return {"folder": str(Path.cwd()), **texts}
+        places: dict[str, Any] = {"folder": str(Path.cwd())}
+        for name in PLACES:
+            value: Any = getattr(self, name)
+            if value is not None:
+                several = isinstance(value, tuple)
+                places[name] = [str(one) for one in cast("tuple[Any, ...]", value)] if several else str(value)
+        return places
 
     def settings(self) -> dict[str, Any]:
         """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""

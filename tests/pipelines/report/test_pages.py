@@ -10,7 +10,7 @@ from PIL import Image
 from reported_runs import HOSTILE
 
 from atcache.pipelines.demo.page import write_page
-from atcache.pipelines.demo.run import DemoSummary, ModeResult
+from atcache.pipelines.demo.summary import DemoSummary, ModeResult
 
 
 @pytest.fixture(scope="module")
