@@ -12,10 +12,10 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`, `maps`,
-`compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
-`AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is
-first used.
+The functions `pack`, `pretrain`, `plan`, `probe`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`,
+`report`, `maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data
+raise an `AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs
+them is first used.
 """
 
 # In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.
@@ -62,8 +62,10 @@ if TYPE_CHECKING:
         pack as pack,
         plan as plan,
         pretrain as pretrain,
+        probe as probe,
         pull as pull,
         push as push,
+        report as report,
         show as show,
         train as train,
         train_sweep as train_sweep,
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from atcache.students.make import make_student as make_student
     from atcache.students.pairing import Pairing as Pairing
     from atcache.teachers.foreign.own import own_teacher as own_teacher
+    from atcache.views.corrupt import corrupt as corrupt
 
 __version__ = "0.1.0"
 
@@ -83,6 +86,7 @@ _MODULE_OF = {
             "pack",
             "pretrain",
             "plan",
+            "probe",
             "build",
             "merge",
             "push",
@@ -91,6 +95,7 @@ _MODULE_OF = {
             "train",
             "train_sweep",
             "evaluate",
+            "report",
             "maps",
             "compare",
             "show",
@@ -104,6 +109,7 @@ _MODULE_OF = {
     "regrid_maps": "atcache.attention.regrid",
     "Pairing": "atcache.students.pairing",
     "own_teacher": "atcache.teachers.foreign.own",
+    "corrupt": "atcache.views.corrupt",
 }
 
 __all__ = [
@@ -131,6 +137,7 @@ __all__ = [
     "batches",
     "build",
     "compare",
+    "corrupt",
     "evaluate",
     "make_student",
     "maps",
@@ -141,9 +148,11 @@ __all__ = [
     "pictures",
     "plan",
     "pretrain",
+    "probe",
     "pull",
     "push",
     "regrid_maps",
+    "report",
     "show",
     "stats",
     "train",

@@ -2,6 +2,7 @@
 
 - `main`: find the sub-command, import only that one, and turn errors into messages
 - `plan`: `atcache plan`
+- `probe`: `atcache probe`
 - `build`: `atcache build`
 - `merge`: `atcache merge`
 - `push`: `atcache push`
@@ -14,6 +15,7 @@
 - `verify`: `atcache verify`
 - `train`: `atcache train`
 - `evaluate`: `atcache eval`
+- `report`: `atcache report`
 - `maps`: `atcache maps`
 - `pretrain`: `atcache pretrain`
 - `pack`: `atcache pack`

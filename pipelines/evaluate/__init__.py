@@ -2,6 +2,7 @@
 
 - `config`: the options of the command
 - `sets`: the sets of images, from the options that name them
+- `corrupted`: sets of corrupted images
 - `run`: the evaluation
 - `summary`: its result
 - `report`: its result as Markdown

@@ -27,7 +27,9 @@ from atcache.pipelines.options import config, option, options_of
 from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
+from atcache.pipelines.probe.config import ProbeConfig
 from atcache.pipelines.publish.config import PullConfig, PushConfig
+from atcache.pipelines.report.config import ReportConfig
 from atcache.pipelines.running.commands import as_command
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.stats.config import StatsConfig
@@ -39,12 +41,14 @@ CONFIGS = {
     "build": BuildConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "report": ReportConfig,
     "verify": VerifyConfig,
     "maps": MapsConfig,
     "merge": MergeConfig,
     "push": PushConfig,
     "pull": PullConfig,
     "plan": PlanConfig,
+    "probe": ProbeConfig,
     "pack": PackConfig,
     "pretrain": PretrainConfig,
     "stats": StatsConfig,
