@@ -41,6 +41,7 @@ ORDER = [
     "guide/python.md",
     "guide/loops.md",
     "guide/evaluate.md",
+    "guide/robustness.md",
     "guide/corruptions.md",
     "guide/xarray.md",
     "guide/statistics.md",
