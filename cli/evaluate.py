@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 @click.command("eval")
 @options_from(EvaluateConfig)
 def evaluate(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of EvaluateConfig
-    """Measure the accuracy of students, alone and together.
+    """Measure the accuracy and calibration of finished runs.
+
+    Several runs are scored alone, averaged, and in pairs. The scores go to standard output as one line of JSON, and
+    tables of them to standard error.
 
     Example:
 
     \b
         atcache eval runs/copy --cache in1k-val.zarr
         atcache eval runs/distill runs/finetune --data 'val-{00..49}.tar'
-        atcache eval runs/distill runs/finetune --data val --val-data sketch=sketch --report shift.md
+        atcache eval runs/distill runs/finetune --data tars/val --val-data sketch=tars/sketch --report shift.md
     """
     from ..pipelines.evaluate.run import evaluate as run_evaluation
 

@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Which runs to score, on what, and how."""
 
     runs: tuple[Path, ...] = option(
-        "Folders of finished runs. Of several, the averages of their predictions are scored too.",
+        "Folders of finished runs. If there are several, the averages of their predictions are scored too.",
         metavar="RUN...",
         is_argument=True,
     )
@@ -35,7 +35,8 @@ class EvaluateConfig:
         metavar="NAME=CACHE",
     )
     val_data: tuple[str, ...] = option(
-        "A further set of images: its name, and its tars, or where the tars of its cache are now.",
+        "A further set of images: its name, and its tars, or where the tars of its cache are now. Repeat for more sets, "
+        "or with one name for more tars.",
         default=(),
         metavar="NAME=TARS",
     )
@@ -57,9 +58,9 @@ class EvaluateConfig:
         is_written=True,
     )
     label_key: str | None = label_key_option()
-    by_class: bool = option("Score each class by itself too.", default=False)
+    by_class: bool = option("Score each class by itself too, and print them, the worst first.", default=False)
     live_teacher: bool = option(
-        "Run the teacher for copying students instead of reading its maps from --cache.", default=False
+        "Run the teacher for copying students instead of reading its maps from caches.", default=False
     )
     weights: Path | None = weights_option("The live teacher's")
     batch_size: int = option("Samples in a forward pass; does not change the result.", default=256, at_least=1)
