@@ -35,8 +35,8 @@ class EvaluateConfig:
         metavar="NAME=CACHE",
     )
     val_data: tuple[str, ...] = option(
-        "A further set of images: its name, and its tars, or where the tars of its cache are now. Repeat for more sets, "
-        "or with one name for more tars.",
+        "A further set of images: its name, and its tars, or where the tars of its cache are now. Repeat for more "
+        "sets, or with one name for more tars.",
         default=(),
         metavar="NAME=TARS",
     )
