@@ -72,12 +72,11 @@ def _function(
             return run(cast("Callable[..., _Config]", config_class)(**wanted))
         return run(config_class(*args, **fields))
 
-    signature = inspect.signature(config_class)
     summary, _, rest = inspect.cleandoc(doc).partition("\n\nReturns:")
     function.__name__ = function.__qualname__ = run.__name__
     function.__doc__ = f"{summary}\n\nArgs:\n{_describe(cast('type[Any]', config_class))}\n\nReturns:{rest}"
     # The signature of a dataclass says "-> None".
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+    function.__signature__ = inspect.signature(config_class).replace(  # type: ignore[attr-defined]
         return_annotation=inspect.signature(run).return_annotation
     )
     return function

@@ -82,7 +82,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
     examples = [text for page in ("caches", "moving", "runs") for text in blocks(f"api/{page}.md", "python")]
-    assert len(examples) == 15
+    assert len(examples) == 16
     scope = {"atcache": atcache, "my_vit": HandWrittenViT(PackedFused)}
     # In the order in which one needs another's result; the page's is that of the commands.
     for name in (
