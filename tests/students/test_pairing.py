@@ -165,7 +165,7 @@ def test_a_live_teacher_gives_another_shape_what_the_cache_gives(config_for, wid
     assert again.loss == pytest.approx(scores[0].loss, rel=1e-4)
 
 
-def test_runs_of_different_shapes_and_heads_make_an_ensemble(config_for, wide_cache):
+def test_runs_of_different_shapes_and_heads_are_averaged(config_for, wide_cache):
     val_cache = wide_cache(policy="eval")
     configs = [config_for("copy", **SHAPES[shape]) for shape in ("fewer layers", "fewer heads", "some heads")]
     for config in configs:

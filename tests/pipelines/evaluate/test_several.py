@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from evaluating import config_of, plain_logits, score_by_hand, softmax
+from processes import in_two_processes
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
 from atcache.images.class_names import ClassNames
 from atcache.pipelines.evaluate.report import report_text
 from atcache.pipelines.evaluate.run import evaluate
+from atcache.pipelines.running.ranks import Ranks
 from atcache.pipelines.running.run_record import load_run
 from atcache.pipelines.train.kept_classes import read_kept_classes
 from atcache.pipelines.train.scores import score_students
@@ -71,7 +74,7 @@ def test_three_runs_have_three_pairs(folders, runs, val_cache):
     assert [pair.runs for pair in found.pairs] == list(combinations(range(3), 2))
 
 
-def test_the_shares_of_two_ranks_add_up_to_the_whole(folders, val_cache):
+def test_the_shares_of_two_ranks_add_up_to_the_whole(folders, val_cache, tmp_path):
     device = torch.device("cpu")
     students = [load_run(folder, device)[0] for folder in folders]
     readers = (CacheReader(val_cache),)
@@ -86,13 +89,25 @@ def test_the_shares_of_two_ranks_add_up_to_the_whole(folders, val_cache):
         device=device,
     )
     whole = score_students(students, data, device, torch.float32)
-    shares = [
-        score_students(students, replace(data, sample_S=data.sample_S[rank::2]), device, torch.float32)
-        for rank in range(2)
-    ]
-    for run in range(2):
-        assert sum(share.runs[run].num_samples for share in shares) == whole.runs[run].num_samples
-        assert np.mean([share.runs[run].loss for share in shares]) == pytest.approx(whole.runs[run].loss)
+    assert in_two_processes(partial(_score_and_keep, students, data, tmp_path)) == [0, 0]
+    kept = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert kept[0] == kept[1]
+    assert kept[0] == [pytest.approx(numbers, rel=1e-5) for numbers in _numbers_of(whole)]
+
+
+def _score_and_keep(students, data, folder):
+    """Score as one of several ranks, and keep what this rank returns."""
+    ranks, device = Ranks.from_environment(), torch.device("cpu")
+    with ranks.connected(device):
+        found = score_students(students, data, device, torch.float32, ranks)
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(_numbers_of(found)))
+
+
+def _numbers_of(found) -> list[list[float]]:
+    """All numbers of all scores and pairs."""
+    scores = [*found.runs, found.mean_probabilities, found.mean_logits]
+    numbers = [[each.top1, each.top1_error, each.top5, each.loss, each.ece, each.num_samples] for each in scores]
+    return [*numbers, *([pair.agreement, pair.shared_errors] for pair in found.pairs)]
 
 
 def test_only_some_classes(folders, val_cache, tmp_path):
