@@ -77,7 +77,7 @@ def test_the_report_has_the_mean_over_corruptions_relative_to_clean(runs, val_ca
     expected["mean of 3"] = np.mean(list(expected.values()), axis=0)
     for name, mean_R in expected.items():
         assert rows[name][1] == f"{mean_R[0]:.2f} ({100 * mean_R[0] / top1s['val'][0]:.1f})"
-    assert f"mean of 3 corruptions: distill {expected["mean of 3"][0]:.2f} %, scratch" in done.stderr
+    assert f"mean of 3 corruptions: distill {expected['mean of 3'][0]:.2f} %, scratch" in done.stderr
     assert "robustness" not in report.read_text(), "all further sets are corrupted"
 
 
