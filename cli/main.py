@@ -74,7 +74,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "push": _command("push", "Publish a cache: send it to a dataset repository of a Hugging Face hub."),
     "pull": _command("pull", "Fetch a cache from a hub or another server, or a part of it."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
-    "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
+    "eval": _command("eval", "Measure the accuracy of students, alone and together.", attribute="evaluate"),
     "maps": _command("maps", "Store the attention of a trained student in a cache of its own."),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
     "pack": _command("pack", "Pack folders of images into WebDataset tars."),

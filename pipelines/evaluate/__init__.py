@@ -1,9 +1,9 @@
-"""Evaluate: accuracy and loss of finished runs, one by one or averaged.
+"""Evaluate: accuracy, loss and calibration of finished runs, alone and together, on one or several sets of images.
 
 - `config`: the options of the command
+- `sets`: the sets of images, from the options that name them
 - `run`: the evaluation
-- `sets`: the sets of images that runs are scored on
 - `corrupted`: sets of corrupted images
-- `summary`: the result
-- `report`: the result as Markdown
+- `summary`: its result
+- `report`: its result as Markdown
 """

@@ -26,7 +26,7 @@ def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
     lines += _runs(summary, names)
     lines += _accuracy(summary, names)
     if any(each.corrupt is None for each in summary.sets[1:]):
-        lines += _robustness(summary, names)
+        lines += _robustness(config, summary, names)
     lines += _corruptions(summary, names)
     if len(names) > 1:
         lines += _pairs(summary, names)
@@ -105,7 +105,7 @@ def predictors(each: SetScores, names: Sequence[str]) -> Iterator[tuple[str, Sco
         yield "mean of logits", each.mean_logits
 
 
-def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+def _robustness(config: EvaluateConfig, summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
     first = summary.sets[0]
     yield "## Relative robustness"
     yield ""
@@ -122,6 +122,12 @@ def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]
         if each.corrupt is None
     ]
     yield from _table(("set", *_titles(summary, names)), rows)
+    if others := [each.name for each in config.sets[1:] if each.classes != config.sets[0].classes]:
+        yield (
+            f"{', '.join(others)}: restricted to other classes than {first.name}, which changes the share by itself. "
+            f"For a fair comparison restrict {first.name} to the same classes."
+        )
+        yield ""
 
 
 def _corruptions(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
