@@ -18,7 +18,8 @@ Outcome = Literal["transfers", "needs its components", "not known"]
 freshly initialised, it ends above.
 """
 FIRST = "[arXiv 2411.09702](https://arxiv.org/abs/2411.09702)"
-LATER = "[arXiv 2605.07191](https://arxiv.org/abs/2605.07191)"
+# Its abstract names no family; a published summary, which docs/families.md links, names six.
+LATER = "[arXiv 2605.07191](https://arxiv.org/abs/2605.07191), as summarised"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
