@@ -1,0 +1,261 @@
+"""The paper's whole table, on your teacher and images: modes, ensembles, codecs, views, layers, heads, q and k, shift.
+
+    python benchmarks/paper.py --out FOLDER --teacher vit_small_patch14_dinov2:img_size=112 --weights FILE \\
+        --data 'cifar10/train-{000000..000009}.tar' --val-data 'cifar10/test-{000000..000001}.tar' --minutes 600
+
+It runs the commands of atcache, the most important first, and continues what an earlier call left unfinished. It begins
+nothing that would not be finished within `--minutes`, except the first command. Every number in its table is what a
+command wrote: the summary of a run, or an evaluation.
+
+All students see the same views of the same labelled images, in the same number of steps. `--tune` chooses learning
+rates (and with several `--init-values`, the start of LayerScale) for scratch and copy alike, on training images that no
+student gets. DINOv2 starts LayerScale at 1e-5 in timm, which makes students that begin with random weights slow: try
+`--init-values 0.1`.
+
+A folder of an earlier call is continued. With `--report`, nothing is made, and what is finished is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from paper_report import write_report
+from paper_steps import STEPS, Job, Maps, Recipe, Row, cache_jobs, cache_path, jobs_of, rows_of, seeds_of
+from paper_study import Study, choose_images, keep_study
+from paper_tuning import choose_recipes, tuning_jobs
+from rich.console import Console
+
+from atcache.cache.record import CacheRecord
+from atcache.choices import MODES, PRECISIONS, Mode
+from atcache.errors import AtcacheError, ConfigError
+from atcache.files.durable import encode_json, write_file
+from atcache.store.reader import CacheReader
+
+CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))
+_BASE_LR = 2e-3
+_LRS_TO_TRY = (1e-3, 2e-3, 4e-3)
+_STEP_COST = 4.0
+"""About how much longer an image takes in training than in a build, until the first training is timed."""
+_LIVE_COST = 1.5
+"""The same for a step with a live teacher beside one without."""
+_MARGIN = 1.1
+"""Estimates are taken so much longer: a job that is late would break the limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Clock:
+    """The time that is left, and how long jobs take: measured in this call, or in earlier ones of the same study."""
+
+    file: Path
+    """Keeps the seconds an image takes, by kind of job."""
+    limit_s: float
+    start_s: float = field(default_factory=time.monotonic)
+    has_begun: bool = False
+    """Whether a job was begun in this call."""
+
+    def seconds_of(self, job: Job) -> float | None:
+        """An estimate; None if nothing is known yet."""
+        known: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        if job.kind in known:
+            return known[job.kind] * job.num_images
+        if job.kind.startswith("train"):
+            others = [seconds for kind, seconds in known.items() if kind.startswith("train")]
+            others = others or [_STEP_COST * known["build"]] if "build" in known else others
+            factor = _LIVE_COST if job.kind.endswith("live") else 1
+            return factor * max(others) * job.num_images if others else None
+        return known["build"] * job.num_images if "build" in known else None
+
+    def left_s(self) -> float:
+        """Seconds until the limit."""
+        return self.start_s + self.limit_s - time.monotonic()
+
+    def refusal(self, job: Job) -> str | None:
+        """Why a job cannot be begun now; None if it can. The first one always can."""
+        if not self.has_begun:
+            return None
+        seconds = self.seconds_of(job)
+        if seconds is None:
+            return "how long it takes is not known yet"
+        if _MARGIN * seconds > self.left_s():
+            return f"about {_minutes(seconds)} would be needed, and {_minutes(max(0, self.left_s()))} are left"
+        return None
+
+    def keep(self, job: Job, seconds_per_image: float) -> None:
+        """Remember how long a job took."""
+        known: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        write_file(self.file, encode_json({**known, job.kind: seconds_per_image}))
+
+
+@dataclass(kw_only=True, slots=True)
+class Runner:
+    """Runs jobs while there is time."""
+
+    study: Study
+    clock: Clock
+    console: Console
+    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    """What was not run, and why."""
+
+    def run(self, jobs: Sequence[Job]) -> bool:
+        """Run what is not finished, in this order; whether all is finished now."""
+        for job in jobs:
+            if job.is_done:
+                continue
+            name = self._name(job.path)
+            if missing := job.missing:
+                self.left_out[name] = f"it needs {self._name(missing[0])}"
+            elif (reason := self.clock.refusal(job)) is not None:
+                self.left_out[name] = reason
+            else:
+                self._run_one(job, name)
+        return all(job.is_done for job in jobs)
+
+    def _run_one(self, job: Job, name: str) -> None:
+        seconds = self.clock.seconds_of(job)
+        about = "" if seconds is None else f", about {_minutes(seconds)}"
+        self.console.print(f"{job.kind}: {name}{about}; {_minutes(self.clock.left_s())} left", highlight=False, soft_wrap=True)
+        self.clock.has_begun = True
+        try:
+            seconds_per_image = job.run()
+        except AtcacheError as error:
+            self.left_out[name] = str(error)
+            self.console.print(f"{name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            return
+        self.left_out.pop(name, None)
+        self.clock.keep(job, seconds_per_image)
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.study.out))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make what is missing while there is time; write and print the table."""
+    study, limit_s = parse(arguments)
+    console = Console(stderr=True)
+    try:
+        text = make(study, limit_s, console)
+    except AtcacheError as error:
+        sys.exit(f"paper.py: {error}")
+    print(text)
+
+
+def make(study: Study, limit_s: float | None, console: Console) -> str:
+    """Make what is missing in at most `limit_s` seconds, nothing if it is None; returns the report."""
+    if limit_s is None and not (study.out / "study.json").exists():
+        raise ConfigError(f"--report: {study.out} is not the folder of an earlier study.")
+    keep_study(study)
+    runner = Runner(study=study, clock=Clock(file=study.out / "times.json", limit_s=limit_s or 0), console=console)
+    runner.clock.has_begun = limit_s is None
+    choose_images(study)
+    maps = Maps(study.views, study.codec)
+    if not runner.run(cache_jobs(study, maps)):
+        return write_report(study, [], None, list(runner.left_out.items()))
+    recipes = choose_recipes(study) if not study.tune or runner.run(tuning_jobs(study)) else None
+    rows = _rows(study)
+    if recipes is None:
+        runner.left_out["all rows"] = "the recipes are not tuned yet"
+    else:
+        _make_rows(runner, rows, recipes)
+    return write_report(study, rows, recipes, list(runner.left_out.items()))
+
+
+def _rows(study: Study) -> list[Row]:
+    geometry = CacheRecord.of(CacheReader(cache_path(study, Maps(study.views, study.codec), "train"))).geometry
+    return rows_of(study, len(geometry.layers), len(geometry.heads))
+
+
+def _make_rows(runner: Runner, rows: Sequence[Row], recipes: Mapping[Mode, Recipe]) -> None:
+    """Step by step, and within a step seed by seed, so that rows have as many seeds if time ends."""
+    study = runner.study
+    for step in dict.fromkeys(row.step for row in rows):
+        runner.console.rule(STEPS[step])
+        of_step = [row for row in rows if row.step == step]
+        for seed in range(max(study.seeds, study.side_seeds)):
+            for row in of_step:
+                if seed in seeds_of(study, row):
+                    runner.run(list(jobs_of(study, row, seed, recipes)))
+        write_report(study, rows, recipes, list(runner.left_out.items()))  # for those who look, and if it is killed
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds >= 30 else f"{seconds:.1f} seconds"
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
+    """The study, and its limit in seconds; None if only a report is wanted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, lrs = parser.add_argument, " ".join(f"{lr:g}" for lr in _LRS_TO_TRY)
+    add("--out", type=Path, required=True, help="folder for caches, runs and results")
+    add("--teacher", required=True, help="as in `atcache build`")
+    add("--weights", type=Path, help="the teacher's weights")
+    add("--data", required=True, help="tars of training images with labels")
+    add("--val-data", required=True, help="tars of test images with labels")
+    add("--minutes", type=float, help="begin nothing that would end later (needed, except with --report)")
+    add("--report", action="store_true", help="make nothing, show what is finished")
+    add("--labels", type=int, default=1000, help="labelled images for students (default 1000)")
+    add("--val-samples", type=int, default=1000, help="test images (default 1000)")
+    add("--held-out", type=int, default=1000, help="training images that --tune compares on (default 1000)")
+    add("--views", type=int, default=8, help="views where they are not compared (default 8)")
+    add("--codec", default=CODECS[1], help=f"where codecs are not compared (default {CODECS[1]})")
+    add("--codecs", nargs="+", default=CODECS, help=f"to compare with the first (default {' '.join(CODECS)})")
+    add("--view-counts", type=int, nargs="*", default=[1, 2, 4, 8], help="to compare (default 1 2 4 8)")
+    add("--shift", nargs="*", default=[], metavar="NAME=TARS", help="other test images of the same classes")
+    add("--epochs", type=float, default=30, help="of all students (default 30)")
+    add("--batch-size", type=int, default=64)
+    add("--base-lr", type=float, nargs="+", help=f"for 256 images in a step (default {_BASE_LR:g}; --tune tries several, by default {lrs})")
+    add("--finetune-lr", type=float, nargs="+", help="the same for finetune")
+    add("--init-values", type=float, nargs="+", default=[None], help="start of LayerScale; several are tried by --tune")
+    add("--layer-decay", type=float, default=0.75, help="for finetune (default 0.75)")
+    add("--drop-path", type=float, default=0.05)
+    add("--label-smoothing", type=float, default=0.1)
+    add("--tune", nargs="*", choices=MODES, metavar="MODE", help="choose recipes of these (default scratch copy)")
+    add("--seeds", type=int, default=1, help="students of each mode (default 1)")
+    add("--side-seeds", type=int, default=1, help="students of each other row (default 1)")
+    add("--workers", type=int, default=0)
+    add("--keep-mib", type=int, default=1024, help="as in `atcache train` (default 1024)")
+    add("--device", default="auto")
+    add("--precision", choices=PRECISIONS, default="auto")
+    options = parser.parse_args(arguments)
+    if options.minutes is None and not options.report:
+        parser.error("--minutes says how long this may take: give it, or --report.")
+    tune = () if options.tune is None else tuple(dict.fromkeys(options.tune or ("scratch", "copy")))
+    base_lrs = tuple(options.base_lr or (_LRS_TO_TRY if tune else (_BASE_LR,)))
+    finetune_lrs = tuple(options.finetune_lr or (base_lrs if "finetune" in tune else (_BASE_LR,)))
+    if max(len(base_lrs), len(options.init_values)) > 1 and not {"scratch", "copy"} <= set(tune):
+        parser.error("several --base-lr or --init-values are for --tune, of scratch and copy alike. Give one of each.")
+    if len(finetune_lrs) > 1 and "finetune" not in tune:
+        parser.error("several --finetune-lr are for --tune. Give one, or --tune scratch copy finetune.")
+    values: dict[str, Any] = {
+        **vars(options),
+        "tune": tune,
+        "held_out": options.held_out if tune else 0,
+        "base_lrs": base_lrs,
+        "finetune_lrs": finetune_lrs,
+        "init_values": tuple(options.init_values),
+        "codecs": tuple(options.codecs),
+        "view_counts": tuple(options.view_counts),
+        "shift": _named_tars(parser, options.shift),
+    }
+    study = Study(**{one.name: values[one.name] for one in fields(Study)})
+    return study, None if options.report else 60 * options.minutes
+
+
+def _named_tars(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, tars = text.partition("=")
+        if not (name and equals and tars) or name in ("train", "test", "held-out", *named):
+            parser.error(f"--shift {text}: expected NAME=TARS, with a name that is not train, test or held-out.")
+        named[name] = tars
+    return named
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What came out of `paper.py`: accuracies with their errors, shares of the gap, and what they say."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from paper_steps import Row, cache_path, score_of, seeds_of
+from paper_study import Study
+from paper_tuning import recipes_to_try, tuned
+
+from atcache.cache.record import CacheRecord
+from atcache.pipelines.train.validation import Score
+from atcache.store.reader import CacheReader
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """The finished students of one row."""
+
+    row: Row
+    top1_by_seed: Mapping[int, float]
+    """In percent."""
+    top1: float
+    """The mean of `top1_by_seed`."""
+    standard_error: float
+    num_samples: int
+    """Test images."""
+    gap: float | None = None
+    """The share of the gap that is closed; None if scratch or finetune is missing, or finetune is not better."""
+    gap_error: float | None = None
+    """The standard error of `gap`."""
+
+
+def accuracies(study: Study, rows: Sequence[Row]) -> dict[Row, Accuracy]:
+    """The accuracy of each row that has finished students."""
+    found: dict[Row, Accuracy] = {}
+    for row in rows:
+        scores = {seed: score for seed in seeds_of(study, row) if (score := score_of(study, row, seed)) is not None}
+        if scores:
+            top1s = [score.top1 for score in scores.values()]
+            found[row] = Accuracy(
+                row=row,
+                top1_by_seed={seed: score.top1 for seed, score in scores.items()},
+                top1=statistics.fmean(top1s),
+                standard_error=standard_error(list(scores.values())),
+                num_samples=next(iter(scores.values())).num_samples,
+            )
+    return {row: _with_gap(one, found) for row, one in found.items()}
+
+
+def standard_error(scores: Sequence[Score]) -> float:
+    """The standard error of the mean top-1, in percent: over seeds, or for one seed that of a binomial share."""
+    if len(scores) > 1:
+        return statistics.stdev(score.top1 for score in scores) / math.sqrt(len(scores))
+    (score,) = scores
+    return math.sqrt(score.top1 * (100 - score.top1) / score.num_samples)
+
+
+def gap_closed(
+    own: tuple[float, float], scratch: tuple[float, float], finetune: tuple[float, float]
+) -> tuple[float, float] | None:
+    """(own - scratch) / (finetune - scratch) and its standard error; None if finetune is not better than scratch.
+
+    Args:
+        own: an accuracy and its standard error.
+        scratch: the same of scratch.
+        finetune: the same of finetune.
+
+    The error is propagated to first order, for independent errors: https://en.wikipedia.org/wiki/Propagation_of_uncertainty
+    """
+    width = finetune[0] - scratch[0]
+    if width <= 0:
+        return None
+    share = (own[0] - scratch[0]) / width
+    return share, math.hypot(own[1], (1 - share) * scratch[1], share * finetune[1]) / width
+
+
+def _with_gap(one: Accuracy, found: Mapping[Row, Accuracy]) -> Accuracy:
+    ends = {mode: _of_mode(found, mode, one.row.images) for mode in ("scratch", "finetune")}
+    scratch, finetune = ends["scratch"], ends["finetune"]
+    if scratch is None or finetune is None:
+        return one
+    closed = gap_closed(*((end.top1, end.standard_error) for end in (one, scratch, finetune)))
+    if closed is None:
+        return one
+    # The ends of the gap are 0 and 1 by definition, without an error.
+    return replace(one, gap=closed[0], gap_error=None if one in (scratch, finetune) else closed[1])
+
+
+def _of_mode(found: Mapping[Row, Accuracy], label: str, images: str | None = None) -> Accuracy | None:
+    """The row of a mode, on the test images or on other ones."""
+    wanted = ("modes", label) if images is None else ("shift", f"{images}: {label}")
+    return next((one for row, one in found.items() if (row.step, row.label) == wanted), None)
+
+
+def cheapest_codec(rows: Sequence[tuple[str, float, Accuracy]], reference: str) -> str | None:
+    """The codec of the fewest bytes whose top-1 is at most one standard error (the reference's) below the reference's.
+
+    Args:
+        rows: codec, bytes for each view, accuracy.
+        reference: the codec that the others are compared with.
+
+    Returns:
+        Its name; None if the reference or all others are missing.
+    """
+    exact = next((one for codec, _, one in rows if codec == reference), None)
+    if exact is None or len(rows) < 2:
+        return None
+    return min((nbytes, codec) for codec, nbytes, one in rows if _is_as_good(one, exact))[1]
+
+
+def _is_as_good(one: Accuracy, exact: Accuracy) -> bool:
+    return one.top1 >= exact.top1 - exact.standard_error
+
+
+def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """What the numbers say, and what is missing."""
+    said: list[str] = []
+    for mode in ("copy", "distill"):
+        cached, live = _of_mode(found, mode), _of_mode(found, f"{mode}, live teacher")
+        if cached is not None and live is not None:
+            difference, error = _difference(cached, live)
+            judged = "the same within the error" if abs(difference) <= error else "not the same within one error"
+            said.append(f"{mode}, cached - live teacher: {difference:+.2f} ± {error:.2f}, {judged}.")
+    said += _about_codecs(study, codec_sizes(study, found))
+    for name in study.shift:
+        kept = [
+            f"{mode} {on_these.top1 / usual.top1:.0%}"
+            for mode in ("scratch", "copy", "distill", "finetune")
+            if (usual := _of_mode(found, mode)) and (on_these := _of_mode(found, mode, name)) and usual.top1
+        ]
+        if kept:
+            said.append(f"{name}: top-1 as a share of that on the usual test images: {', '.join(kept)}.")
+    said += _about_tuning(study)
+    said += [f"Left out: {name}: {reason}" for name, reason in left_out]
+    return said
+
+
+def _about_codecs(study: Study, sizes: Sequence[tuple[str, float, Accuracy]]) -> list[str]:
+    """Which codec could be the default, and what speaks against it."""
+    reference = study.codecs[0]
+    if (cheapest := cheapest_codec(sizes, reference)) is None:
+        return []
+    said = [f"The cheapest codec within one standard error of {reference} is {cheapest}."]
+    by_codec = {codec: (nbytes, one) for codec, nbytes, one in sizes}
+    exact, limit = by_codec[reference][1], by_codec[cheapest][0]
+    if worse := [codec for codec, (nbytes, one) in by_codec.items() if nbytes > limit and not _is_as_good(one, exact)]:
+        said.append(f"But {', '.join(worse)} is larger and not within it: more seeds are needed to tell.")
+    if missing := [codec for codec in study.codecs if codec not in by_codec]:
+        said.append(f"These codecs are missing: {', '.join(missing)}.")
+    return said
+
+
+def _about_tuning(study: Study) -> list[str]:
+    """What tuning found, and which modes were not tuned."""
+    said: list[str] = []
+    for mode in study.tune:
+        scores = tuned(study, mode)
+        tries = ", ".join(f"{one}: {score.top1:.1f}" for one, score in scores.items())
+        missing = len(recipes_to_try(study, mode)) - len(scores)
+        said.append(
+            f"{mode} was tuned on {study.held_out:,} held-out training images: {tries or 'nothing is finished'}."
+            + (f" {missing} recipes are missing." if missing else "")
+        )
+    if study.tune and "distill" not in study.tune:
+        said.append("distill was not tuned: it takes copy's recipe.")
+    if study.tune and "finetune" not in study.tune:
+        said.append("finetune was not tuned.")
+    return said
+
+
+def _difference(one: Accuracy, other: Accuracy) -> tuple[float, float]:
+    """The difference of two rows and its standard error: seed by seed if both have the same several seeds."""
+    if len(one.top1_by_seed) > 1 and one.top1_by_seed.keys() == other.top1_by_seed.keys():
+        differences = [top1 - other.top1_by_seed[seed] for seed, top1 in one.top1_by_seed.items()]
+        return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return one.top1 - other.top1, math.hypot(one.standard_error, other.standard_error)
+
+
+def codec_sizes(study: Study, found: Mapping[Row, Accuracy]) -> list[tuple[str, float, Accuracy]]:
+    """Codec, bytes for each view and accuracy of the finished rows that compare codecs."""
+    sizes: list[tuple[str, float, Accuracy]] = []
+    for row, one in found.items():
+        if row.step == "codecs":
+            complete = CacheRecord.of(CacheReader(cache_path(study, row.students[0].maps, "train"))).complete
+            assert complete is not None, "its student was trained from it"
+            sizes.append((row.label, complete.nbytes / complete.num_stored, one))
+    return sizes
