@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_report import write_report
+from paper_results import LeftOut, in_minutes
 from paper_steps import STEPS, Job, Maps, Recipe, Row, cache_jobs, cache_path, jobs_of, rows_of, seeds_of
 from paper_study import Study, choose_images, keep_study
 from paper_tuning import choose_recipes, tuning_jobs
@@ -74,18 +75,11 @@ class Clock:
 
     def left_s(self) -> float:
         """Seconds until the limit."""
-        return self.start_s + self.limit_s - time.monotonic()
+        return max(0.0, self.start_s + self.limit_s - time.monotonic())
 
-    def refusal(self, job: Job) -> str | None:
-        """Why a job cannot be begun now; None if it can. The first one always can."""
-        if not self.has_begun:
-            return None
-        seconds = self.seconds_of(job)
-        if seconds is None:
-            return "how long it takes is not known yet"
-        if _MARGIN * seconds > self.left_s():
-            return f"about {_minutes(seconds)} would be needed, and {_minutes(max(0, self.left_s()))} are left"
-        return None
+    def allows(self, seconds: float | None) -> bool:
+        """Whether a job of about so many seconds can be begun. The first one always can."""
+        return not self.has_begun or (seconds is not None and _MARGIN * seconds <= self.left_s())
 
     def keep(self, job: Job, seconds_per_image: float) -> None:
         """Remember how long a job took."""
@@ -100,8 +94,8 @@ class Runner:
     study: Study
     clock: Clock
     console: Console
-    left_out: dict[str, str] = field(default_factory=dict[str, str])
-    """What was not run, and why."""
+    left_out: dict[str, LeftOut] = field(default_factory=dict[str, LeftOut])
+    """What was not run, by its name."""
 
     def run(self, jobs: Sequence[Job]) -> bool:
         """Run what is not finished, in this order; whether all is finished now."""
@@ -109,23 +103,23 @@ class Runner:
             if job.is_done:
                 continue
             name = self._name(job.path)
-            if missing := job.missing:
-                self.left_out[name] = f"it needs {self._name(missing[0])}"
-            elif (reason := self.clock.refusal(job)) is not None:
-                self.left_out[name] = reason
+            seconds = self.clock.seconds_of(job)
+            if job.missing or not self.clock.allows(seconds):
+                self.left_out[name] = LeftOut(seconds)
             else:
-                self._run_one(job, name)
+                self._run_one(job, name, seconds)
         return all(job.is_done for job in jobs)
 
-    def _run_one(self, job: Job, name: str) -> None:
-        seconds = self.clock.seconds_of(job)
-        about = "" if seconds is None else f", about {_minutes(seconds)}"
-        self.console.print(f"{job.kind}: {name}{about}; {_minutes(self.clock.left_s())} left", highlight=False, soft_wrap=True)
+    def _run_one(self, job: Job, name: str, seconds: float | None) -> None:
+        about = "" if seconds is None else f", about {in_minutes(seconds)}"
+        self.console.print(
+            f"{job.kind}: {name}{about}; {in_minutes(self.clock.left_s())} left", highlight=False, soft_wrap=True
+        )
         self.clock.has_begun = True
         try:
             seconds_per_image = job.run()
         except AtcacheError as error:
-            self.left_out[name] = str(error)
+            self.left_out[name] = LeftOut(seconds, str(error))
             self.console.print(f"{name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             return
         self.left_out.pop(name, None)
@@ -156,14 +150,14 @@ def make(study: Study, limit_s: float | None, console: Console) -> str:
     choose_images(study)
     maps = Maps(study.views, study.codec)
     if not runner.run(cache_jobs(study, maps)):
-        return write_report(study, [], None, list(runner.left_out.items()))
+        return write_report(study, [], None, runner.left_out)
     recipes = choose_recipes(study) if not study.tune or runner.run(tuning_jobs(study)) else None
     rows = _rows(study)
     if recipes is None:
-        runner.left_out["all rows"] = "the recipes are not tuned yet"
+        runner.left_out["all rows"] = LeftOut(None, "the recipes are not tuned yet.")
     else:
         _make_rows(runner, rows, recipes)
-    return write_report(study, rows, recipes, list(runner.left_out.items()))
+    return write_report(study, rows, recipes, runner.left_out)
 
 
 def _rows(study: Study) -> list[Row]:
@@ -181,11 +175,7 @@ def _make_rows(runner: Runner, rows: Sequence[Row], recipes: Mapping[Mode, Recip
             for row in of_step:
                 if seed in seeds_of(study, row):
                     runner.run(list(jobs_of(study, row, seed, recipes)))
-        write_report(study, rows, recipes, list(runner.left_out.items()))  # for those who look, and if it is killed
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 30 else f"{seconds:.1f} seconds"
+        write_report(study, rows, recipes, runner.left_out)  # for those who look, and if it is killed
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
@@ -209,7 +199,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
     add("--shift", nargs="*", default=[], metavar="NAME=TARS", help="other test images of the same classes")
     add("--epochs", type=float, default=30, help="of all students (default 30)")
     add("--batch-size", type=int, default=64)
-    add("--base-lr", type=float, nargs="+", help=f"for 256 images in a step (default {_BASE_LR:g}; --tune tries several, by default {lrs})")
+    add(
+        "--base-lr",
+        type=float,
+        nargs="+",
+        help=f"for 256 images in a step (default {_BASE_LR:g}; --tune tries several, by default {lrs})",
+    )
     add("--finetune-lr", type=float, nargs="+", help="the same for finetune")
     add("--init-values", type=float, nargs="+", default=[None], help="start of LayerScale; several are tried by --tune")
     add("--layer-decay", type=float, default=0.75, help="for finetune (default 0.75)")

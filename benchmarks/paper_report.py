@@ -7,15 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paper_results import Accuracy, accuracies, codec_sizes, sentences
+from paper_results import Accuracy, LeftOut, accuracies, codec_sizes, sentences
 from paper_steps import STEPS, Recipe, Row
 from paper_study import Study
 
 from atcache.choices import Mode
 from atcache.files.durable import encode_json, write_file
 
-LeftOut = Sequence[tuple[str, str]]
-"""What was not made, and why."""
 _FOOT = (
     "± is one standard error: over seeds where there are several, else that of a share of so many test images "
     "(binomial). The share of the gap is (top-1 - scratch) / (finetune - scratch) on the same images. Its error is "
@@ -23,7 +21,9 @@ _FOOT = (
 )
 
 
-def write_report(study: Study, rows: Sequence[Row], recipes: Mapping[Mode, Recipe] | None, left_out: LeftOut) -> str:
+def write_report(
+    study: Study, rows: Sequence[Row], recipes: Mapping[Mode, Recipe] | None, left_out: Mapping[str, LeftOut]
+) -> str:
     """Write paper.md, paper.json and, if any row is finished, paper.png; returns the Markdown."""
     found = accuracies(study, rows)
     said = sentences(study, found, left_out)
@@ -40,7 +40,7 @@ def write_report(study: Study, rows: Sequence[Row], recipes: Mapping[Mode, Recip
         "rows": [{**asdict(one), "row": _as_json(one.row)} for one in found.values()],
         "missing": [_as_json(row) for row in rows if row not in found],
         "said": said,
-        "left_out": [{"what": what, "why": why} for what, why in left_out],
+        "left_out": {name: one._asdict() for name, one in left_out.items()},
     }
     write_file(study.out / "paper.json", encode_json(report))
     write_file(study.out / "paper.md", f"{text.strip()}\n".encode())
@@ -101,7 +101,12 @@ def draw(study: Study, found: Mapping[Row, Accuracy], path: Path) -> None:
             for (label, top1), style in zip(lines.items(), (":", "--"), strict=False):
                 panel.axhline(top1, color="grey", linestyle=style, linewidth=1, label=label)
         panel.set_xticks(
-            range(len(shown)), [one.row.label for one in shown], rotation=35, ha="right", rotation_mode="anchor", fontsize=8
+            range(len(shown)),
+            [one.row.label for one in shown],
+            rotation=35,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=8,
         )
         panel.set_title(STEPS[step], fontsize=10)
         panel.set_xlim(-0.5, len(shown) - 0.5)

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from paper_steps import Row, cache_path, score_of, seeds_of
 from paper_study import Study
@@ -14,6 +15,16 @@ from paper_tuning import recipes_to_try, tuned
 from atcache.cache.record import CacheRecord
 from atcache.pipelines.train.validation import Score
 from atcache.store.reader import CacheReader
+
+
+class LeftOut(NamedTuple):
+    """Something that was not made."""
+
+    seconds: float | None
+    """About how long it takes, if that is known."""
+    problem: str | None = None
+    """What was wrong; None if there was no time for it, or for what it needs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
@@ -115,7 +126,7 @@ def _is_as_good(one: Accuracy, exact: Accuracy) -> bool:
     return one.top1 >= exact.top1 - exact.standard_error
 
 
-def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Sequence[tuple[str, str]]) -> list[str]:
+def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Mapping[str, LeftOut]) -> list[str]:
     """What the numbers say, and what is missing."""
     said: list[str] = []
     for mode in ("copy", "distill"):
@@ -134,8 +145,24 @@ def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Sequence[tu
         if kept:
             said.append(f"{name}: top-1 as a share of that on the usual test images: {', '.join(kept)}.")
     said += _about_tuning(study)
-    said += [f"Left out: {name}: {reason}" for name, reason in left_out]
+    return said + _about_left_out(left_out)
+
+
+def _about_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
+    late = {name: one.seconds for name, one in left_out.items() if one.problem is None}
+    said = [f"Failed: {name}: {one.problem}" for name, one in left_out.items() if one.problem is not None]
+    if late:
+        seconds = sum(one for one in late.values() if one is not None)
+        said.append(
+            f"Left out, because --minutes was too short or what they need was left out: {len(late)} commands, first "
+            f"{next(iter(late))}; paper.json names all. The same command needs about {in_minutes(seconds)} more."
+        )
     return said
+
+
+def in_minutes(seconds: float) -> str:
+    """A time as a person says it."""
+    return f"{seconds / 60:,.1f} minutes" if seconds >= 30 else f"{seconds:.1f} seconds"
 
 
 def _about_codecs(study: Study, sizes: Sequence[tuple[str, float, Accuracy]]) -> list[str]:

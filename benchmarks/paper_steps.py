@@ -225,7 +225,7 @@ def cache_jobs(study: Study, maps: Maps) -> list[Job]:
 
 
 def cache_job(study: Study, maps: Maps, images: str) -> Job:
-    """The job of a cache of training images ("train"), or of one view each of other ones: "test", "held-out", a name."""
+    """The job of a cache: of "train" several views of each image, of "test", "held-out" or a name of `shift` one."""
     path = cache_path(study, maps, images)
     fitted = cache_path(study, maps._replace(views=study.views), "train")
     trains = images == "train"

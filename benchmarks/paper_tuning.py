@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paper_steps import Maps, Recipe, Student, cache_job, train_job, tuning_folder
+from paper_steps import Job, Maps, Recipe, Student, cache_job, train_job, tuning_folder
 from paper_study import Study
 
 from atcache.choices import Mode
