@@ -28,7 +28,7 @@ from typing import Any
 
 from paper_report import write_report
 from paper_results import LeftOut, in_minutes
-from paper_steps import STEPS, Job, Maps, Recipe, Row, cache_jobs, cache_path, jobs_of, rows_of, seeds_of
+from paper_steps import STEPS, Job, Maps, Recipe, Row, cache_jobs, cache_path, jobs_of, num_labelled, rows_of, seeds_of
 from paper_study import Study, choose_images, keep_study
 from paper_tuning import choose_recipes, tuning_jobs
 from rich.console import Console
@@ -144,6 +144,8 @@ def make(study: Study, limit_s: float | None, console: Console) -> str:
     """Make what is missing in at most `limit_s` seconds, nothing if it is None; returns the report."""
     if limit_s is None and not (study.out / "study.json").exists():
         raise ConfigError(f"--report: {study.out} is not the folder of an earlier study.")
+    for data in (study.val_data, *study.shift.values()):
+        num_labelled(data)  # tars that are not there are named now, not after hours
     keep_study(study)
     runner = Runner(study=study, clock=Clock(file=study.out / "times.json", limit_s=limit_s or 0), console=console)
     runner.clock.has_begun = limit_s is None
@@ -211,7 +213,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
     add("--drop-path", type=float, default=0.05)
     add("--label-smoothing", type=float, default=0.1)
     add("--tune", nargs="*", choices=MODES, metavar="MODE", help="choose recipes of these (default scratch copy)")
-    add("--seeds", type=int, default=1, help="students of each mode (default 1)")
+    add("--seeds", type=int, default=1, help="students of each mode, ensemble and shift (default 1)")
     add("--side-seeds", type=int, default=1, help="students of each other row (default 1)")
     add("--workers", type=int, default=0)
     add("--keep-mib", type=int, default=1024, help="as in `atcache train` (default 1024)")

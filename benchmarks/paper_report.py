@@ -40,7 +40,7 @@ def write_report(
         "rows": [{**asdict(one), "row": _as_json(one.row)} for one in found.values()],
         "missing": [_as_json(row) for row in rows if row not in found],
         "said": said,
-        "left_out": {name: one._asdict() for name, one in left_out.items()},
+        "left_out": [{"name": name, **one._asdict()} for name, one in left_out.items()],
     }
     write_file(study.out / "paper.json", encode_json(report))
     write_file(study.out / "paper.md", f"{text.strip()}\n".encode())

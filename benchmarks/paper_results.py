@@ -132,9 +132,9 @@ def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Mapping[str
     for mode in ("copy", "distill"):
         cached, live = _of_mode(found, mode), _of_mode(found, f"{mode}, live teacher")
         if cached is not None and live is not None:
-            difference, error = _difference(cached, live)
-            judged = "the same within the error" if abs(difference) <= error else "not the same within one error"
-            said.append(f"{mode}, cached - live teacher: {difference:+.2f} ± {error:.2f}, {judged}.")
+            mean, error = difference(cached, live)
+            judged = "the same within one standard error" if abs(mean) <= error else "more than one standard error"
+            said.append(f"{mode}, cached - live teacher: {mean:+.2f} ± {error:.2f}, {judged}.")
     said += _about_codecs(study, codec_sizes(study, found))
     for name in study.shift:
         kept = [
@@ -153,8 +153,9 @@ def _about_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
     said = [f"Failed: {name}: {one.problem}" for name, one in left_out.items() if one.problem is not None]
     if late:
         seconds = sum(one for one in late.values() if one is not None)
+        number = f"{len(late)} command{'s' * (len(late) > 1)}"
         said.append(
-            f"Left out, because --minutes was too short or what they need was left out: {len(late)} commands, first "
+            f"Left out, because --minutes was too short or what they need was left out: {number}, first "
             f"{next(iter(late))}; paper.json names all. The same command needs about {in_minutes(seconds)} more."
         )
     return said
@@ -198,7 +199,7 @@ def _about_tuning(study: Study) -> list[str]:
     return said
 
 
-def _difference(one: Accuracy, other: Accuracy) -> tuple[float, float]:
+def difference(one: Accuracy, other: Accuracy) -> tuple[float, float]:
     """The difference of two rows and its standard error: seed by seed if both have the same several seeds."""
     if len(one.top1_by_seed) > 1 and one.top1_by_seed.keys() == other.top1_by_seed.keys():
         differences = [top1 - other.top1_by_seed[seed] for seed, top1 in one.top1_by_seed.items()]

@@ -186,15 +186,8 @@ def _span(start: int, stop: int) -> str:
 
 
 def seeds_of(study: Study, row: Row) -> range:
-    """The seeds that a row has students of. A row of students of the modes has as many as these."""
-    is_main = all(student in _main_students(study) for student in row.students)
-    return range(study.seeds if is_main else study.side_seeds)
-
-
-def _main_students(study: Study) -> list[Student]:
-    maps = Maps(study.views, study.codec)
-    cached = [Student(mode, maps) for mode in ("scratch", "copy", "distill", "finetune")]
-    return [*cached, *(student._replace(live=True) for student in cached[1:3])]
+    """The seeds that a row has students of: as many as other rows of its step, so that they can be compared."""
+    return range(study.seeds if row.step in ("modes", "ensemble", "shift") else study.side_seeds)
 
 
 def jobs_of(study: Study, row: Row, seed: int, recipes: Mapping[Mode, Recipe]) -> Iterator[Job]:
@@ -253,11 +246,12 @@ def cache_job(study: Study, maps: Maps, images: str) -> Job:
 
 def _num_test(study: Study, images: str | None) -> int:
     """How many of the test images, or of other ones, are taken."""
-    return min(study.val_samples, _num_labelled(study.shift.get(images or "", study.val_data)))
+    return min(study.val_samples, num_labelled(study.shift.get(images or "", study.val_data)))
 
 
 @lru_cache
-def _num_labelled(data: str) -> int:
+def num_labelled(data: str) -> int:
+    """The images of some tars that have labels."""
     return int((index_source(data).label_S >= 0).sum())
 
 

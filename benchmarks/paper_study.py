@@ -57,7 +57,7 @@ class Study:
     tune: tuple[Mode, ...]
     """Modes whose recipe is chosen on held-out images; the other modes that begin with random weights take copy's."""
     seeds: int
-    """Students of each of the modes."""
+    """Students of each row of the modes, of ensembles and of other test images."""
     side_seeds: int
     """Students of each other row."""
     workers: int
