@@ -28,7 +28,20 @@ from typing import Any
 
 from paper_report import write_report
 from paper_results import LeftOut, in_minutes
-from paper_steps import STEPS, Job, Maps, Recipe, Row, cache_jobs, cache_path, jobs_of, num_labelled, rows_of, seeds_of
+from paper_steps import (
+    STEPS,
+    Job,
+    Maps,
+    Recipe,
+    Row,
+    cache_jobs,
+    cache_path,
+    jobs_of,
+    num_labelled,
+    rows_of,
+    seeds_of,
+    timing_job,
+)
 from paper_study import Study, choose_images, keep_study
 from paper_tuning import choose_recipes, tuning_jobs
 from rich.console import Console
@@ -42,12 +55,12 @@ from atcache.store.reader import CacheReader
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))
 _BASE_LR = 2e-3
 _LRS_TO_TRY = (1e-3, 2e-3, 4e-3)
-_STEP_COST = 4.0
-"""About how much longer an image takes in training than in a build, until the first training is timed."""
 _LIVE_COST = 1.5
-"""The same for a step with a live teacher beside one without."""
-_MARGIN = 1.1
+"""About how much longer a step with a live teacher takes, until one is timed."""
+_MARGIN = 1.2
 """Estimates are taken so much longer: a job that is late would break the limit."""
+_FIXED = 0.5
+"""The share of a job's time that a smaller one is assumed to need, too: models are loaded, codecs are measured."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,23 +68,31 @@ class Clock:
     """The time that is left, and how long jobs take: measured in this call, or in earlier ones of the same study."""
 
     file: Path
-    """Keeps the seconds an image takes, by kind of job."""
+    """Keeps images and seconds of the last job of each kind."""
     limit_s: float
     start_s: float = field(default_factory=time.monotonic)
     has_begun: bool = False
     """Whether a job was begun in this call."""
 
+    def knows(self, kind: str) -> bool:
+        """Whether a job of this kind was timed."""
+        return kind in self._read()
+
     def seconds_of(self, job: Job) -> float | None:
-        """An estimate; None if nothing is known yet."""
-        known: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        if job.kind in known:
-            return known[job.kind] * job.num_images
-        if job.kind.startswith("train"):
-            others = [seconds for kind, seconds in known.items() if kind.startswith("train")]
-            others = others or [_STEP_COST * known["build"]] if "build" in known else others
-            factor = _LIVE_COST if job.kind.endswith("live") else 1
-            return factor * max(others) * job.num_images if others else None
-        return known["build"] * job.num_images if "build" in known else None
+        """An estimate, from jobs of the same kind or of others that take longer; None if none of them was timed."""
+        known = self._read()
+        kinds = [job.kind] if job.kind in known else self._similar(job.kind, known)
+        factor = _LIVE_COST if job.kind not in known and job.kind.endswith("live") else 1
+        estimates = [known[kind][1] * max(_FIXED, job.num_images / known[kind][0]) for kind in kinds]
+        return factor * max(estimates) if estimates else None
+
+    @staticmethod
+    def _similar(kind: str, known: Mapping[str, tuple[float, float]]) -> list[str]:
+        first = kind.split()[0]
+        for start in ("train", "build") if first == "eval" else (first,):
+            if found := [other for other in known if other.startswith(start)]:
+                return found
+        return []
 
     def left_s(self) -> float:
         """Seconds until the limit."""
@@ -81,10 +102,12 @@ class Clock:
         """Whether a job of about so many seconds can be begun. The first one always can."""
         return not self.has_begun or (seconds is not None and _MARGIN * seconds <= self.left_s())
 
-    def keep(self, job: Job, seconds_per_image: float) -> None:
+    def keep(self, kind: str, num_images: float, seconds: float) -> None:
         """Remember how long a job took."""
-        known: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
-        write_file(self.file, encode_json({**known, job.kind: seconds_per_image}))
+        write_file(self.file, encode_json({**self._read(), kind: (num_images, seconds)}))
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,6 +126,8 @@ class Runner:
             if job.is_done:
                 continue
             name = self._name(job.path)
+            if not job.missing and (timing := self._timing_for(job)) is not None:
+                self._run_one(timing, self._name(timing.path), None)
             seconds = self.clock.seconds_of(job)
             if job.missing or not self.clock.allows(seconds):
                 self.left_out[name] = LeftOut(seconds)
@@ -110,20 +135,24 @@ class Runner:
                 self._run_one(job, name, seconds)
         return all(job.is_done for job in jobs)
 
+    def _timing_for(self, job: Job) -> Job | None:
+        """A few steps that say how long a training takes; None if this is known, or there is no time left for them."""
+        is_needed = self.clock.has_begun and self.clock.left_s() > 0 and not self.clock.knows(job.kind)
+        return timing_job(self.study, job) if is_needed else None
+
     def _run_one(self, job: Job, name: str, seconds: float | None) -> None:
         about = "" if seconds is None else f", about {in_minutes(seconds)}"
-        self.console.print(
-            f"{job.kind}: {name}{about}; {in_minutes(self.clock.left_s())} left", highlight=False, soft_wrap=True
-        )
+        left = in_minutes(self.clock.left_s())
+        self.console.print(f"{job.kind}: {name}{about}; {left} left", highlight=False, soft_wrap=True)
         self.clock.has_begun = True
         try:
-            seconds_per_image = job.run()
+            num_images, seconds = job.run()
         except AtcacheError as error:
             self.left_out[name] = LeftOut(seconds, str(error))
             self.console.print(f"{name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             return
         self.left_out.pop(name, None)
-        self.clock.keep(job, seconds_per_image)
+        self.clock.keep(job.kind, num_images, seconds)
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.study.out))

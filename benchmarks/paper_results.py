@@ -153,10 +153,11 @@ def _about_left_out(left_out: Mapping[str, LeftOut]) -> list[str]:
     said = [f"Failed: {name}: {one.problem}" for name, one in left_out.items() if one.problem is not None]
     if late:
         seconds = sum(one for one in late.values() if one is not None)
+        about = "about" if None not in late.values() else "more than"
         number = f"{len(late)} command{'s' * (len(late) > 1)}"
         said.append(
             f"Left out, because --minutes was too short or what they need was left out: {number}, first "
-            f"{next(iter(late))}; paper.json names all. The same command needs about {in_minutes(seconds)} more."
+            f"{next(iter(late))}; paper.json names all. The same command needs {about} {in_minutes(seconds)} more."
         )
     return said
 

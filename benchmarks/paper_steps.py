@@ -44,6 +44,10 @@ STEPS = {
 }
 """The steps and their titles, the most important first."""
 _CHECKPOINT_EVERY = 100
+_TIMED_STEPS = 4
+_SAMPLES_TO_FIT = 256  # the default of `atcache build`
+_SAMPLES_TO_MEASURE = 32
+"""Images on which a codec is measured that was fitted for another cache."""
 
 
 class Maps(NamedTuple):
@@ -102,7 +106,7 @@ class Job(NamedTuple):
     def kind(self) -> str:
         """Jobs of one kind take about equally long for each image."""
         if isinstance(self.config, BuildConfig):
-            return "build"
+            return "build" if self.config.codec is None else "build and fit"
         live = " live" if self.config.live_teacher else ""
         return f"train {self.config.mode}{live}" if isinstance(self.config, TrainConfig) else f"eval{live}"
 
@@ -129,17 +133,18 @@ class Job(NamedTuple):
             *(run for run in self.after if read_finished(run) is None),
         ]
 
-    def run(self) -> float:
-        """Do it, or what is left of it; returns the seconds for each image."""
+    def run(self) -> tuple[float, float]:
+        """Do it, or what is left of it; returns the images and the seconds it took."""
         if isinstance(self.config, BuildConfig):
             built = build(self.config)
-            return built.seconds / max(1, built.num_built_views)
+            return max(1, built.num_built_views), built.seconds
         if isinstance(self.config, TrainConfig):
-            return train(self.config).seconds / self.num_images
+            trained = train(self.config)
+            return self.num_images, self.num_images / trained.img_per_s if self.config.steps else trained.seconds
         evaluated = evaluate(self.config)
         make_folder(self.path.parent)
         write_file(self.path, encode_json(evaluated.to_json()))
-        return evaluated.seconds / self.num_images
+        return self.num_images, evaluated.seconds
 
 
 def rows_of(study: Study, num_layers: int, num_heads: int) -> list[Row]:
@@ -237,6 +242,7 @@ def cache_job(study: Study, maps: Maps, images: str) -> Job:
         # One codec for all images and numbers of views, so that only what is compared differs.
         codec=maps.codec if path == fitted else None,
         codec_from=None if path == fitted else fitted,
+        calibration_samples=_SAMPLES_TO_FIT if path == fitted else _SAMPLES_TO_MEASURE,
         workers=study.workers,
         device=study.device,
         precision=study.precision,
@@ -295,6 +301,15 @@ def train_job(study: Study, student: Student, seed: int, recipe: Recipe, *, held
         checkpoint_every=_CHECKPOINT_EVERY,
     )
     return Job(path, config, study.epochs * study.labels)
+
+
+def timing_job(study: Study, job: Job) -> Job | None:
+    """A few steps of a training, which say how long it takes; None for other jobs."""
+    if not isinstance(job.config, TrainConfig):
+        return None
+    path = study.out / "timing" / job.kind.replace(" ", "-")
+    config = replace(job.config, out=path, steps=_TIMED_STEPS, val_cache=None)
+    return Job(path, config, _TIMED_STEPS * study.batch_size)
 
 
 def _student_name(study: Study, recipe: Recipe) -> str | None:

@@ -179,6 +179,7 @@ def test_too_few_minutes_leave_steps_out_and_say_so(digits, tmp_path, capsys):
     assert text.count("| not run |") == 6 + 2 + 3 + 2 + 6 + 2 + 3 + 2
     left_out = json.loads((tmp_path / "short" / "paper.json").read_text())["left_out"]
     assert left_out[0]["name"] == f"runs/{MAPS}/scratch-0"
+    assert left_out[0]["seconds"] is None  # nothing was trained yet
     assert f"{len(left_out)} commands, first runs/{MAPS}/scratch-0" in text
     before = sorted(tmp_path.rglob("*"))
     main([*options, "--report"])
@@ -278,11 +279,13 @@ def test_times_of_jobs_are_estimated_from_those_measured(tmp_path):
     assert clock.allows(None)  # the first command of a call
     clock.has_begun = True
     assert not clock.allows(None)
-    clock.keep(building, 0.1)
-    assert clock.seconds_of(building) == pytest.approx(1)
-    assert clock.seconds_of(copying) > clock.seconds_of(building) * 10
-    clock.keep(copying, 0.5)
-    assert clock.seconds_of(copying) == pytest.approx(50)
-    assert clock.seconds_of(living) > 50
-    assert clock.allows(50)
-    assert not clock.allows(58)
+    clock.keep("build and fit", 5, 2.0)
+    assert clock.seconds_of(building) == pytest.approx(4)  # no other build was timed
+    clock.keep("build", 100, 3.0)
+    assert clock.seconds_of(building) == pytest.approx(1.5)  # a tenth of the images, but not of the time
+    assert clock.seconds_of(copying) is None
+    clock.keep("train copy", 50, 20.0)
+    assert clock.seconds_of(copying) == pytest.approx(40)
+    assert clock.seconds_of(living) == pytest.approx(60)  # a teacher runs, too
+    assert clock.allows(40)
+    assert not clock.allows(55)
