@@ -150,10 +150,10 @@ train = _function(
 evaluate = _function(
     EvaluateConfig,
     run_evaluate,
-    """Measure the accuracy of a finished run, or of several runs whose probabilities are averaged.
+    """Measure the accuracy of finished runs, alone and averaged, on one or several sets of images.
 
     Returns:
-        Loss, top-1 and top-5.
+        The scores by set and run. `score` is that of the first set: of the run, or of the mean of the probabilities.
 
     Raises:
         AtcacheError: a run is not finished, or the data do not fit it.

@@ -31,9 +31,9 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.run import evaluate
 from ..pretrain.config import PretrainConfig
 from ..pretrain.run import pretrain
+from ..running.commands import as_command
 from ..train.config import TrainConfig
 from ..train.run import train
-from .commands import as_command
 from .config import DemoConfig
 from .picture import draw_maps
 

@@ -1,52 +1,103 @@
-"""Evaluate: accuracy and loss of one finished run, or of several together."""
+"""Evaluate: accuracy, loss and calibration of finished runs, alone and together, on one or several sets of images."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from atcache.errors import ConfigError
+import torch
+
+from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.caches import open_caches
-from atcache.fields import JsonFields
-from atcache.files.location import listed
+from atcache.files.durable import check_can_write, write_file
 from atcache.images.class_names import ClassNames
-from atcache.students.teacher_side import start_teacher
+from atcache.store.reader import CacheReader
+from atcache.students.student import Student
+from atcache.students.teacher_side import LiveTeacher, start_teacher
 from atcache.teachers.devices import resolve_device, resolve_precision
+from atcache.teachers.record import TeacherRecord
 
 from ..running.run_files import WEIGHTS_FILE
-from ..running.run_record import load_run
-from ..train.validation import Score, open_validation, score_students
+from ..running.run_record import RunRecord, load_run
+from ..train.scores import score_students
+from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
+from .report import report_text
+from .sets import EvalSet
+from .summary import EvaluateSummary, SetScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateSummary(JsonFields):
-    """The result of an evaluation."""
+class _Runs:
+    """The runs, loaded."""
 
-    runs: tuple[str, ...]
-    modes: tuple[str, ...]
-    score: Score
-    seconds: float
+    students: tuple[Student, ...]
+    teacher: TeacherRecord | None
+    """Of the copying ones; None if none copies."""
+    live_teacher: LiveTeacher | None
+    classes: tuple[ClassNames, ...]
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateSummary:
-    """Score a finished run, or several as an ensemble.
+    """Score finished runs; of several, the means of their predictions and each pair of them too.
 
     Raises:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
     start_s = time.monotonic()
+    if config.report is not None:
+        _check_report(config.report)
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
-    readers = open_caches(listed(config.cache))
+    readers = [open_caches(each.caches) for each in config.sets]
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
+    runs = _fitting(config, loaded, device)
+    # All are opened before the first is scored: what does not fit is said at once.
+    opened = [_open(each, caches, runs, config, device) for each, caches in zip(config.sets, readers, strict=True)]
+    dtype = resolve_precision(config.precision, device)
+    scores: list[SetScores] = []
+    for each, data in zip(config.sets, opened, strict=True):
+        found = score_students(runs.students, data, device, dtype, by_class=config.by_class)
+        scores.append(
+            SetScores(
+                name=each.name,
+                runs=found.runs,
+                mean_probabilities=found.mean_probabilities,
+                mean_logits=found.mean_logits,
+                pairs=found.pairs,
+                num_left_out=data.num_left_out,
+            )
+        )
+    summary = EvaluateSummary(
+        runs=tuple(map(str, config.runs)),
+        modes=tuple(record.mode for _, record in loaded),
+        sets=tuple(scores),
+        seconds=time.monotonic() - start_s,
+    )
+    if config.report is not None:
+        write_file(config.report, report_text(config, summary).encode())
+    return summary
+
+
+def _check_report(path: Path) -> None:
+    """Refuse, before long work, a report that cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"report={str(path)!r} is a folder: expected the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"report={str(path)!r}: there is no folder {path.absolute().parent}. Make it first.")
+    check_can_write(path)
+
+
+def _fitting(config: EvaluateConfig, loaded: Sequence[tuple[Student, RunRecord]], device: torch.device) -> _Runs:
+    """The runs, if they can be scored together."""
     for folder, (student, _) in zip(config.runs, loaded, strict=True):
         if not student.num_classes:
             raise ConfigError(
                 f"{folder} was trained with --attention-only: it has no head, so it predicts no classes. Finetune its "
                 f"weights on images with labels first: --mode finetune --weights {folder / WEIGHTS_FILE}."
             )
-    students = [student for student, _ in loaded]
     copied = [record for _, record in loaded if record.mode == "copy"]
     teacher = copied[0].teacher if copied else None
     if config.live_teacher and teacher is None:
@@ -54,27 +105,37 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     if len({record.teacher.weights_sha256 for record in copied if record.teacher is not None}) > 1:
         raise ConfigError("the copying runs have different teachers. Evaluate them one by one.")
     pairings = [record.pairing for record in copied if record.pairing is not None]
-    live_teacher = start_teacher(teacher, config.weights, pairings, device) if teacher and config.live_teacher else None
-    data = open_validation(
-        readers=readers,
-        data=config.data,
-        students=students,
+    return _Runs(
+        students=tuple(student for student, _ in loaded),
         teacher=teacher,
-        live_teacher=live_teacher,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=device,
-        label_key=config.label_key,
-        known=[
+        live_teacher=start_teacher(teacher, config.weights, pairings, device)
+        if teacher and config.live_teacher
+        else None,
+        classes=tuple(
             ClassNames(record.classes or (), f"the run {folder}")
             for folder, (_, record) in zip(config.runs, loaded, strict=True)
-        ],
+        ),
     )
-    dtype = resolve_precision(config.precision, device)
-    score = score_students(students, data, device, dtype, by_class=config.by_class)
-    return EvaluateSummary(
-        runs=tuple(map(str, config.runs)),
-        modes=tuple(record.mode for _, record in loaded),
-        score=score,
-        seconds=time.monotonic() - start_s,
-    )
+
+
+def _open(
+    each: EvalSet, readers: tuple[CacheReader, ...], runs: _Runs, config: EvaluateConfig, device: torch.device
+) -> ValidationSet:
+    try:
+        return open_validation(
+            readers=readers,
+            data=each.data or None,
+            students=runs.students,
+            teacher=runs.teacher,
+            live_teacher=runs.live_teacher,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            device=device,
+            label_key=None if readers else config.label_key,
+            known=runs.classes,
+            kept=each.classes,
+        )
+    except (ConfigError, CacheMismatchError) as error:
+        if len(config.sets) == 1:
+            raise
+        raise type(error)(f"set {each.name}: {error}") from error

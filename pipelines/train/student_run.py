@@ -32,8 +32,8 @@ from .config import TrainConfig
 from .data import TrainingData
 from .map_pictures import MapPictures, is_pictured
 from .optimiser import make_optimizer, make_scheduler
+from .scores import Score, score_students
 from .summary import SUMMARY_FILE, TrainSummary
-from .validation import Score, score_students
 
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
@@ -334,7 +334,8 @@ class TrainingRun:
     def validate(self, reports: Reports) -> None:
         """Score the student on the validation set; keep the score and report it."""
         assert self.data.validation is not None, "the caller asks is_validated"
-        score = score_students([self._evaluated_student()], self.data.validation, self.device, self.dtype, self.ranks)
+        student = self._evaluated_student()
+        (score,) = score_students([student], self.data.validation, self.device, self.dtype, self.ranks).runs
         self.student.module.train()
         self.validation = score
         reports.write("validation", self.step, {"top1": score.top1, "top5": score.top5, "loss": score.loss})

@@ -10,7 +10,7 @@ from atcache.errors import CorruptCacheError
 from atcache.fields import JsonFields
 
 from ..running.run_files import WEIGHTS_FILE
-from .validation import Score
+from .scores import Score
 
 SUMMARY_FILE = "summary.json"
 

@@ -1,14 +1,13 @@
-"""Validation: views with labels, and the score of students on them."""
+"""Validation: the views and labels that students are scored on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, ConfigError
@@ -17,45 +16,16 @@ from atcache.feed.caches import open_joined_views
 from atcache.feed.classes import refuse_beyond
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
-from atcache.fields import JsonFields, Omitted
 from atcache.images.class_names import ClassNames, same_classes
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, check_views_fit
 from atcache.students.teacher_side import CacheTeacher, LiveTeacher
-from atcache.teachers.devices import autocast
-from atcache.teachers.inputs import normalise_images
 from atcache.teachers.record import TeacherRecord
 
 from ..running.ranks import Ranks
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassScore(JsonFields):
-    """How well predictions fit the labels of one class."""
-
-    label: int
-    name: str
-    """Empty if it is not known."""
-    top1: float
-    """Share of the class's samples whose label is the first prediction, in percent."""
-    num_samples: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score(JsonFields):
-    """How well predictions fit labels."""
-
-    top1: float
-    """Share of samples whose label is the first prediction, in percent."""
-    top5: float
-    """Share of samples whose label is among the first five, in percent; equal to 100 with five classes or fewer."""
-    loss: float
-    """Mean cross-entropy, in nats."""
-    num_samples: int
-    classes: Annotated[tuple[ClassScore, ...] | None, Omitted] = None
-    """Each class that has samples by itself, if that was asked for."""
+from .kept_classes import read_kept_classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,6 +42,10 @@ class ValidationSet:
     teacher: CacheTeacher | LiveTeacher | None
     batch_size: int
     workers: int
+    kept_K: np.ndarray | None = None
+    """The classes that predictions are restricted to, rising; None for all. Samples of others are not usable."""
+    num_left_out: int = 0
+    """Samples that could be used but for their class."""
 
     def batches(self, ranks: Ranks = Ranks()) -> Iterator[Batch]:  # noqa: B008 - frozen
         """Batches of this rank's share of the usable samples; together the ranks see each sample once."""
@@ -96,6 +70,7 @@ def open_validation(
     device: torch.device,
     label_key: str | None = None,
     known: Sequence[ClassNames] = (),
+    kept: Path | None = None,
 ) -> ValidationSet:
     """Views to score students on.
 
@@ -110,6 +85,7 @@ def open_validation(
         device: where students run.
         label_key: where labels are in the `.json` files of `data`; None for `.cls` files.
         known: names of the classes that the students were trained on.
+        kept: a file of the classes to keep to, as `read_kept_classes` reads it; None for all.
 
     Raises:
         ConfigError: copying students have nothing to take maps from, or sizes or classes do not fit.
@@ -148,6 +124,12 @@ def open_validation(
     refuse_beyond(indexes, usable_S, num_classes, expected)
     if not readers:
         _check_one_view(students)
+    kept_K = None if kept is None else read_kept_classes(kept, classes, num_classes)
+    num_usable = len(usable_S)
+    if kept_K is not None:
+        usable_S = usable_S[np.isin(label_S[usable_S], kept_K)]
+        if not len(usable_S):
+            raise ConfigError(f"no sample is of one of the classes in {kept}. Give the list of this set's classes.")
     return ValidationSet(
         views=views,
         label_S=label_S,
@@ -156,6 +138,8 @@ def open_validation(
         teacher=given,
         batch_size=batch_size,
         workers=workers,
+        kept_K=kept_K,
+        num_left_out=num_usable - len(usable_S),
     )
 
 
@@ -212,69 +196,3 @@ def _check_students_fit(students: Sequence[Student]) -> None:
                 "the runs cannot be averaged: their (height, width, classes) are "
                 f"{sizes[0]} and {sizes[1]}. Evaluate them one by one."
             )
-
-
-def score_students(
-    students: Sequence[Student],
-    data: ValidationSet,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
-    *,
-    by_class: bool = False,
-) -> Score:
-    """The score of the mean of the students' probabilities (Li et al. 2024), the same on all ranks.
-
-    With `by_class`, of each class too. Each rank scores its share. The students' modules are left in eval mode.
-    """
-    # Summed on the device, so that no batch waits for it.
-    sums_3 = torch.zeros(3, dtype=torch.float64, device=device)
-    sums_2C = torch.zeros(2, students[0].num_classes, dtype=torch.float64, device=device)  # correct ones, and all
-    num_samples = 0
-    for student in students:
-        student.module.eval()
-    for batch in data.batches(ranks):
-        label_B = batch.label_B.to(device, non_blocking=True)
-        probability_BC = _mean_probabilities(students, batch, data.teacher, device, dtype)
-        ranked_BC = probability_BC.topk(min(5, probability_BC.shape[1])).indices == label_B.unsqueeze(1)
-        # A probability that underflowed to 0 has no logarithm; the smallest normal number stands in for it.
-        of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
-        sums_3 += torch.stack([ranked_BC[:, 0].sum(), ranked_BC.any(1).sum(), -of_label_B.log().sum()])
-        sums_2C.index_add_(1, label_B, torch.stack([ranked_BC[:, 0], torch.ones_like(ranked_BC[:, 0])]).double())
-        num_samples += len(label_B)
-    top1, top5, loss, num_samples = ranks.sum(torch.cat([sums_3, sums_3.new_tensor([num_samples])]))
-    return Score(
-        top1=100 * top1 / num_samples,
-        top5=100 * top5 / num_samples,
-        loss=loss / num_samples,
-        num_samples=int(num_samples),
-        classes=_class_scores(ranks.sum(sums_2C.reshape(-1)), data.classes) if by_class else None,
-    )
-
-
-def _class_scores(sums: Sequence[float], classes: ClassNames) -> tuple[ClassScore, ...]:
-    """The scores of the classes that have samples, from the counts of correct ones and of all."""
-    num_classes = len(sums) // 2
-    return tuple(
-        ClassScore(label=label, name=classes.name(label), top1=100 * correct / count, num_samples=int(count))
-        for label, (correct, count) in enumerate(zip(sums[:num_classes], sums[num_classes:], strict=True))
-        if count
-    )
-
-
-@torch.no_grad()
-def _mean_probabilities(
-    students: Sequence[Student],
-    batch: Batch,
-    teacher: CacheTeacher | LiveTeacher | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    probabilities: list[Tensor] = []
-    given = None if teacher is None else teacher.factors(batch)
-    for student in students:
-        images = normalise_images(batch.pixels_BHWC, student.input.mean, student.input.std, device)
-        with autocast(device, dtype):
-            logits = student.predict(images, given)
-        probabilities.append(logits.double().softmax(dim=1))
-    return torch.stack(probabilities).mean(dim=0)

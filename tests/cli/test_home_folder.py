@@ -42,7 +42,7 @@ def path_types() -> list[tuple[str, str, click.ParamType]]:
 def test_every_path_of_every_command_expands_the_home_folder(home: Path):
     (home / "x").touch()
     names = {name for _, name, _ in path_types()}
-    assert {"out", "weights", "cache", "config", "sweep", "ensemble", "json_file", "codec_from"} <= names
+    assert {"out", "weights", "cache", "config", "sweep", "report", "json_file", "codec_from"} <= names
     for command, name, kind in path_types():
         assert isinstance(kind, PathType | LocationType), (command, name)
         for given in ("~/x", Path("~/x")):

@@ -24,7 +24,7 @@ def test_a_chain_of_calls_gives_what_the_commands_give(digits_tars, tiny_vit, ti
     assert score == trained.validation
     words = ["eval", str(run), "--cache", cache, "--device", "cpu", "--precision", "fp32"]
     printed = CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert json.loads(printed.stdout)["score"]["loss"] == score.loss
+    assert json.loads(printed.stdout)["sets"][0]["runs"][0]["loss"] == score.loss
 
 
 def test_a_recipe_gives_what_is_not_passed(tiny_cache, tmp_path):

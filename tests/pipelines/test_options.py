@@ -19,7 +19,6 @@ from atcache.files.location import Location, parse_location
 from atcache.pipelines import api
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.compare.config import CompareConfig
-from atcache.pipelines.demo.commands import as_command
 from atcache.pipelines.demo.config import DemoConfig
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.maps.config import MapsConfig
@@ -29,6 +28,7 @@ from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
 from atcache.pipelines.publish.config import PullConfig, PushConfig
+from atcache.pipelines.running.commands import as_command
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.stats.config import StatsConfig
 from atcache.pipelines.train.config import TrainConfig
@@ -56,7 +56,6 @@ CONFIGS = {
 # What a command has beyond its config, and why.
 OF_THE_COMMAND_ALONE = {
     "train": {"sweep"},  # a file that makes several configs; train_sweep takes them as dicts
-    "eval": {"ensemble"},  # further runs, for those who name one by position
     "demo": {"json_file"},  # where the result goes
 }
 SHORT_NAMES = {("show", "out"): ["-o"]}  # beside the long ones

@@ -244,7 +244,7 @@ def test_names_of_classes_are_in_the_run_and_give_the_number_of_classes(named, c
         cli, ["eval", str(config.out), "--cache", str(same_fewer), "--by-class", "--device", "cpu"]
     )
     assert found.exit_code == 0, found.output
-    score = json.loads(found.stdout)["score"]
+    score = json.loads(found.stdout)["sets"][0]["runs"][0]
     labels = CacheReader(same_fewer).labels_S.tolist()
     assert [(one["label"], one["name"], one["num_samples"]) for one in score["classes"]] == [
         (label, DIGITS[label], labels.count(label)) for label in sorted(set(labels))

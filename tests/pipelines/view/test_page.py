@@ -150,7 +150,7 @@ def test_a_key_typed_just_after_the_help_was_closed_counts(open_page, served):
     page = open_page(f"{served}#layer=0&head=0&sample=3")
     page.press("?")
     page.wait_until("document.querySelector('#help').open")
-    # The browser gives the focus back a moment after it closed the dialog: until then keys come from the dialog's button.
+    # The browser gives the focus back a moment after it closed the dialog: until then keys come from the button in it.
     page.page.evaluate("""() => {
         const button = document.querySelector("#help button");
         document.querySelector("#help").close();

@@ -1,4 +1,4 @@
-"""Evaluation gives what training validated, whatever the batch size; ensembles average probabilities."""
+"""Evaluation of one run gives what training validated, whatever the batch size; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -7,64 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from evaluating import config_of, plain_logits, score_by_hand, softmax
 
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
-from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.run_record import load_run
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train
-from atcache.store.reader import CacheReader
-
-
-@pytest.fixture(scope="session")
-def val_cache(tiny_cache) -> Path:
-    return tiny_cache(policy="eval", codec="exact:dtype=float32", pixels="store")
-
-
-@pytest.fixture(scope="session")
-def runs(tiny_cache, val_cache, tmp_path_factory):
-    """Finished runs by mode, and the validation each ended with."""
-    folder = tmp_path_factory.mktemp("runs")
-    cache = tiny_cache(codec="exact:dtype=float32")
-    common = {"cache": cache, "val_cache": val_cache, "steps": 40, "batch_size": 24, "base_lr": 3e-2}
-    place = {"device": "cpu", "precision": "fp32", "validate_every": 0}
-    configs = {
-        "copy": TrainConfig(mode="copy", out=folder / "copy", **common, **place),
-        "copy-1": TrainConfig(mode="copy", out=folder / "copy-1", layers="1", **common, **place),
-        "distill": TrainConfig(mode="distill", out=folder / "distill", **common, **place),
-        "scratch": TrainConfig(mode="scratch", out=folder / "scratch", **common, **place),
-    }
-    return {name: (config.out, train(config).validation) for name, config in configs.items()}
-
-
-def config_of(*folders, **fields) -> EvaluateConfig:
-    return EvaluateConfig(runs=folders, **{"device": "cpu", "precision": "fp32", **fields})
-
-
-def plain_probabilities(folder: Path, val_cache: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Second opinion: the weights in a plain timm model, on the stored pixels; probabilities and labels."""
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=2, embed_dim=32, depth=2, num_heads=2, num_classes=10
-    ).eval()
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    reader = CacheReader(val_cache)
-    pixels = torch.from_numpy(np.stack([reader.read_pixels(0, sample) for sample in range(48)]))
-    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
-    with torch.no_grad():
-        logits = model((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
-    return logits.double().softmax(1).numpy(), np.asarray(reader.labels_S)
-
-
-def score_by_hand(probability_SC: np.ndarray, label_S: np.ndarray) -> tuple[float, float, float]:
-    rank_S = (probability_SC > probability_SC[np.arange(48), label_S][:, None]).sum(1)
-    loss = -np.log(probability_SC[np.arange(48), label_S]).mean()
-    return 100 * (rank_S < 1).mean(), 100 * (rank_S < 5).mean(), loss
 
 
 @pytest.mark.parametrize("name", ["copy", "copy-1", "distill", "scratch"])
@@ -80,19 +32,10 @@ def test_a_run_scores_what_its_training_validated_whatever_the_batch_size(name, 
 
 def test_scores_are_those_of_the_plain_model_computed_by_hand(runs, val_cache):
     score = evaluate(config_of(runs["distill"][0], cache=val_cache)).score
-    top1, top5, loss = score_by_hand(*plain_probabilities(runs["distill"][0], val_cache))
+    logits_SC, label_S = plain_logits(runs["distill"][0], val_cache)
+    top1, top5, loss, _ = score_by_hand(softmax(logits_SC), label_S)
     assert (score.top1, score.top5) == pytest.approx((top1, top5))
     assert score.loss == pytest.approx(loss, rel=1e-5)
-
-
-def test_an_ensemble_scores_the_mean_of_the_probabilities(runs, val_cache):
-    folders = [runs[name][0] for name in ("distill", "scratch")]
-    summary = evaluate(config_of(*folders, cache=val_cache))
-    (first, label_S), (second, _) = (plain_probabilities(folder, val_cache) for folder in folders)
-    top1, top5, loss = score_by_hand((first + second) / 2, label_S)
-    assert summary.modes == ("distill", "scratch")
-    assert (summary.score.top1, summary.score.top5) == pytest.approx((top1, top5))
-    assert summary.score.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_copying_runs_of_different_layers_go_together(runs, val_cache):
@@ -204,8 +147,8 @@ def test_the_command_prints_one_line_of_json(runs, val_cache):
     assert done.exit_code == 0, done.output
     summary = json.loads(done.stdout)
     assert summary["runs"] == [copy]
-    assert summary["score"]["loss"] == runs["copy"][1].loss
-    done = CliRunner().invoke(cli, ["eval", copy, "--ensemble", scratch, *place])
+    assert summary["sets"][0]["runs"][0]["loss"] == runs["copy"][1].loss
+    done = CliRunner().invoke(cli, ["eval", copy, scratch, *place])
     assert json.loads(done.stdout)["modes"] == ["copy", "scratch"]
     refused = CliRunner().invoke(cli, ["eval", *place])
     assert refused.exit_code == 1

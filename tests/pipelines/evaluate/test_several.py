@@ -1,0 +1,196 @@
+"""Several runs and several sets: averages, pairs, calibration, some of the classes, and the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from evaluating import config_of, plain_logits, score_by_hand, softmax
+
+from atcache.cli.main import cli
+from atcache.errors import ConfigError
+from atcache.pipelines.evaluate.run import evaluate
+from atcache.pipelines.running.run_record import load_run
+from atcache.pipelines.train.scores import score_students
+from atcache.pipelines.train.validation import open_validation
+from atcache.store.reader import CacheReader
+
+KEPT = (1, 3, 4, 7, 8, 9)
+
+
+@pytest.fixture(scope="module")
+def folders(runs) -> tuple[Path, ...]:
+    return tuple(runs[name][0] for name in ("distill", "scratch"))
+
+
+def agrees(score, probability_SC, label_S) -> None:
+    top1, top5, loss, ece = score_by_hand(probability_SC, label_S)
+    assert (score.top1, score.top5, score.num_samples) == pytest.approx((top1, top5, len(label_S)))
+    assert (score.loss, score.ece) == pytest.approx((loss, ece), rel=1e-4)
+    assert score.top1_error == pytest.approx(math.sqrt(top1 * (100 - top1) / len(label_S)))
+
+
+def test_each_run_and_their_averages_score_what_numpy_says(folders, val_cache):
+    (found,) = evaluate(config_of(*folders, cache=val_cache, batch_size=7)).sets
+    (a_SC, label_S), (b_SC, _) = (plain_logits(folder, val_cache) for folder in folders)
+    agrees(found.runs[0], softmax(a_SC), label_S)
+    agrees(found.runs[1], softmax(b_SC), label_S)
+    agrees(found.mean_probabilities, (softmax(a_SC) + softmax(b_SC)) / 2, label_S)
+    agrees(found.mean_logits, softmax((a_SC + b_SC) / 2), label_S)
+    first_S, second_S = a_SC.argmax(1), b_SC.argmax(1)
+    (pair,) = found.pairs
+    assert pair.runs == (0, 1)
+    assert pair.agreement == pytest.approx(100 * (first_S == second_S).mean())
+    both_S, any_S = (first_S != label_S) & (second_S != label_S), (first_S != label_S) | (second_S != label_S)
+    assert any_S.any()
+    assert pair.shared_errors == pytest.approx(100 * both_S.sum() / any_S.sum())
+
+
+def test_one_run_has_no_averages_and_twice_the_same_agrees_with_itself(folders, val_cache):
+    (alone,) = evaluate(config_of(folders[0], cache=val_cache)).sets
+    assert (alone.mean_probabilities, alone.mean_logits, alone.pairs) == (None, None, ())
+    (twice,) = evaluate(config_of(folders[0], folders[0], cache=val_cache)).sets
+    assert twice.mean_probabilities.top1 == twice.mean_logits.top1 == alone.runs[0].top1
+    assert (twice.pairs[0].agreement, twice.pairs[0].shared_errors) == (100, 100)
+
+
+def test_three_runs_have_three_pairs(folders, runs, val_cache):
+    (found,) = evaluate(config_of(*folders, runs["copy"][0], cache=val_cache)).sets
+    assert [pair.runs for pair in found.pairs] == list(combinations(range(3), 2))
+
+
+def test_the_shares_of_two_ranks_add_up_to_the_whole(folders, val_cache):
+    device = torch.device("cpu")
+    students = [load_run(folder, device)[0] for folder in folders]
+    readers = (CacheReader(val_cache),)
+    data = open_validation(
+        readers=readers,
+        data=None,
+        students=students,
+        teacher=None,
+        live_teacher=None,
+        batch_size=8,
+        workers=0,
+        device=device,
+    )
+    whole = score_students(students, data, device, torch.float32)
+    shares = [
+        score_students(students, replace(data, sample_S=data.sample_S[rank::2]), device, torch.float32)
+        for rank in range(2)
+    ]
+    for run in range(2):
+        assert sum(share.runs[run].num_samples for share in shares) == whole.runs[run].num_samples
+        assert np.mean([share.runs[run].loss for share in shares]) == pytest.approx(whole.runs[run].loss)
+
+
+def test_only_some_classes(folders, val_cache, tmp_path):
+    kept = tmp_path / "classes"
+    kept.write_text("# of ten\n\n" + "\n".join(map(str, KEPT)) + "\n")
+    (found,) = evaluate(config_of(*folders, cache=val_cache, classes_of=(str(kept),))).sets
+    (a_SC, label_S), (b_SC, _) = (plain_logits(folder, val_cache) for folder in folders)
+    used_S, dropped = np.isin(label_S, KEPT), [label for label in range(10) if label not in KEPT]
+    for logits_SC in (a_SC, b_SC):
+        logits_SC[:, dropped] = -np.inf
+    agrees(found.runs[0], softmax(a_SC)[used_S], label_S[used_S])
+    agrees(found.mean_logits, softmax((a_SC + b_SC) / 2)[used_S], label_S[used_S])
+    assert found.num_left_out == (~used_S).sum() > 0
+
+
+def test_sets_by_name(folders, runs, val_cache, digits_tars, tmp_path):
+    kept = tmp_path / "classes"
+    kept.write_text("\n".join(map(str, KEPT)))
+    config = config_of(
+        *folders,
+        cache=val_cache,
+        val_data=(f"first={digits_tars[0]}", f"both={digits_tars[0]}", f"both={digits_tars[1]}"),
+        val_cache=(f"again={val_cache}",),
+        classes_of=(f"first={kept}",),
+    )
+    summary = evaluate(config)
+    sets = {each.name: each for each in summary.sets}
+    assert list(sets) == ["val", "again", "first", "both"]
+    assert sets["again"].runs == sets["val"].runs
+    assert summary.score == sets["val"].mean_probabilities
+    assert [each.runs[0].num_samples for each in summary.sets if each.name != "first"] == [48, 48, 32]
+    assert sets["first"].runs[0].num_samples + sets["first"].num_left_out == 16
+    alone = evaluate(config_of(*folders, data=(str(digits_tars[0]), str(digits_tars[1])))).sets[0]
+    assert alone.runs == sets["both"].runs
+
+
+def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars, tmp_path):
+    report = tmp_path / "shift.md"
+    words = ["eval", *map(str, folders), "--cache", str(val_cache), "--val-data", f"one={digits_tars[0]}"]
+    done = CliRunner().invoke(cli, [*words, "--report", str(report), "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
+    sets = json.loads(done.stdout)["sets"]
+    text = report.read_text()
+    assert f"`atcache eval {folders[0]} {folders[1]} --cache {val_cache}" in text
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    names = [*(folder.name for folder in folders), "mean of probabilities", "mean of logits"]
+    scores = {(row[0], row[1]): row for row in rows if len(row) == 7}
+    for each in sets:
+        for name, score in zip(names, [*each["runs"], each["mean_probabilities"], each["mean_logits"]], strict=True):
+            row = scores[each["name"], name]
+            assert row[2:] == [
+                str(score["num_samples"]),
+                f"{score['top1']:.2f} ± {score['top1_error']:.2f}",
+                f"{score['top5']:.2f}",
+                f"{score['loss']:.4g}",
+                f"{score['ece']:.2f}",
+            ]
+            assert name in done.stderr
+    (robust,) = [row for row in rows if row[0] == "one" and len(row) == 5]
+    assert robust[1] == f"{100 * sets[1]['runs'][0]['top1'] / sets[0]['runs'][0]['top1']:.1f}"
+    assert re.search(r"\| one \| \S+ and \S+ \| [\d.]+ \| [\d.]+ \|", text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"val_data": ("tars",)}, r"val_data='tars': expected NAME=TARS, such as sketch='sketch-"),
+        ({"val_cache": ("=x.zarr",)}, r"val_cache='=x\.zarr': expected NAME=CACHE, such as sketch=sketch\.zarr"),
+        ({"classes_of": ("sketch=list",)}, r"classes_of='sketch=list': no set is named 'sketch'\. The sets are val\."),
+        ({"classes_of": ("a", "b")}, r"classes_of='b': a file is given for all sets already"),
+        ({"classes_of": ("https://example.org/list",)}, "expected a file on this machine"),
+    ],
+)
+def test_options_that_name_no_set_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(Path("run"), cache=Path("x.zarr"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "1\n12",
+            r"list, line 2: there is no class '12'\. Expected a number below 10; the classes of these runs",
+        ),
+        ("1\n\n1", r"list, line 3: class '1' stands in line 1 already"),
+        ("cat", "there is no class 'cat'"),
+        ("# none", "list names no class"),
+    ],
+)
+def test_lists_of_classes_that_do_not_fit_are_refused(lines, message, folders, val_cache, tmp_path):
+    (tmp_path / "list").write_text(lines)
+    with pytest.raises(ConfigError, match=message):
+        evaluate(config_of(folders[0], cache=val_cache, classes_of=(str(tmp_path / "list"),)))
+
+
+def test_a_report_that_cannot_be_written_and_a_set_without_maps_are_refused_at_once(
+    folders, runs, val_cache, digits_tars, tmp_path
+):
+    with pytest.raises(ConfigError, match=r"report='.*': there is no folder .*missing\. Make it first"):
+        evaluate(config_of(folders[0], cache=val_cache, report=tmp_path / "missing" / "shift.md"))
+    with pytest.raises(ConfigError, match="list cannot be read"):
+        evaluate(config_of(folders[0], cache=val_cache, classes_of=(str(tmp_path / "list"),)))
+    with pytest.raises(ConfigError, match=r"set sketch: a copying student needs the teacher's maps to predict"):
+        evaluate(config_of(runs["copy"][0], cache=val_cache, val_data=(f"sketch={digits_tars[0]}",)))
