@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from atcache.students.make import make_student as make_student
     from atcache.students.pairing import Pairing as Pairing
     from atcache.teachers.foreign.own import own_teacher as own_teacher
+    from atcache.views.corrupt import corrupt as corrupt
 
 __version__ = "0.1.0"
 
@@ -104,6 +105,7 @@ _MODULE_OF = {
     "regrid_maps": "atcache.attention.regrid",
     "Pairing": "atcache.students.pairing",
     "own_teacher": "atcache.teachers.foreign.own",
+    "corrupt": "atcache.views.corrupt",
 }
 
 __all__ = [
@@ -131,6 +133,7 @@ __all__ = [
     "batches",
     "build",
     "compare",
+    "corrupt",
     "evaluate",
     "make_student",
     "maps",

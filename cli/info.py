@@ -138,14 +138,16 @@ def _card(about: dict[str, Any]) -> list[str]:
 
 
 def _mixing(policy: dict[str, Any]) -> str:
-    """How views are decoded and mixed; empty if as usual and not at all."""
+    """How views are decoded, corrupted and mixed; empty if as usual and not at all."""
     mixing = _part(policy, "mixing")
     names = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
     alphas = [f"{name} {mixing[field]}" for field, name in names.items() if mixing.get(field)]
     prob = mixing.get("prob", 1.0)
     reduced = " decoded reduced" if policy.get("decoding") == "reduced" else ""
+    corrupt = f" corrupted by {policy['corrupt']}" if policy.get("corrupt") else ""
     return (
         reduced
+        + corrupt
         + (f" with {' and '.join(alphas)}" if alphas else "")
         + ("" if prob == 1 else f" in {prob:.4g} of the views")
     )

@@ -63,7 +63,7 @@ def cache_html(cache: ShownCache) -> str:
     facts = {
         "cache": cache.path,
         "teacher": record.teacher_record.name,
-        "samples": f"{layout.num_real_samples} x {layout.num_views} views ({cache.policy.name})",
+        "samples": f"{layout.num_real_samples} x {layout.num_views} views ({_policy_text(cache.policy)})",
         "maps": f"{len(geometry.layers)} layers x {len(geometry.heads)} heads x {geometry.num_queries} x "
         f"{tokens.num_tokens} ({tokens.num_prefix_tokens} prefix tokens, {tokens.grid_height} x {tokens.grid_width} "
         "patches)",
@@ -85,6 +85,10 @@ def cache_html(cache: ShownCache) -> str:
     except _EXPECTED as error:
         return facts_html("atcache cache", {**facts, "no picture": _reason(error)})
     return facts_html("atcache cache", facts, pictures)
+
+
+def _policy_text(policy: ViewPolicy) -> str:
+    return policy.name if policy.corrupt is None else f"{policy.name}, {policy.corrupt}"
 
 
 def view_html(view: ShownView) -> str:

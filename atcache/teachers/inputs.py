@@ -35,12 +35,18 @@ class InputConfig(JsonFields):
     """Side of the centre crop divided by the side of the resized image, in evaluation."""
 
     def view_policy(
-        self, name: PolicyName, seed: int, mixing: MixPolicy | None = None, decoding: Decoding = "full"
+        self,
+        name: PolicyName,
+        seed: int,
+        mixing: MixPolicy | None = None,
+        decoding: Decoding = "full",
+        corrupt: str | None = None,
     ) -> ViewPolicy:
         """The policy that draws views of this size, filter and crop.
 
         Raises:
-            ConfigError: the name or the seed cannot be used, or `mixing` is given with "eval".
+            ConfigError: the name, the seed or the corruption cannot be used, or `mixing` is given with "eval", or
+                `corrupt` with another policy.
         """
         return ViewPolicy(
             name=name,
@@ -51,6 +57,7 @@ class InputConfig(JsonFields):
             crop_pct=self.crop_pct,
             mixing=mixing,
             decoding=decoding,
+            corrupt=corrupt,
         )
 
 

@@ -4,6 +4,8 @@
 - `draw`: draw the numbers of one view
 - `philox`: the random words that views are drawn from
 - `randaugment`: the operations of RandAugment
+- `corrupt`: common corruptions by name and severity, for evaluation
+- `corruptions/`: what each of them does to pixels
 - `mixing`: Mixup and CutMix as part of a view
 - `apply`: make the pixels of a view from an image and the view's numbers
 - `placement`: where the source image is in a view

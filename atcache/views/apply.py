@@ -6,7 +6,8 @@ seed, because drawing them again may give others: between versions numpy keeps t
 the methods of `numpy.random.Generator`, and `log` and `cos` differ between machines in the last bit. So views use only
 raw Philox words, and replaying a view draws only the erase noise, which is raw words too.
 
-A policy that mixes views adds the parameters of `atcache.views.mixing`; everything here is about the view before that.
+A policy that corrupts views adds the seed of the corruption, which comes last. One that mixes views adds the parameters
+of `atcache.views.mixing`; everything here is about the view before that.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from atcache.errors import CorruptCacheError
 from atcache.images.decode import MAX_PIXELS, EncodedImage
+from atcache.views.corrupt import MAX_DRAW_SEED, SEED_NAME
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
 from atcache.views.randaugment import apply_operation, check_operation
 
@@ -39,13 +41,15 @@ def apply_view(
     Args:
         image: the decoded source image, mode RGB; it is not changed.
         parameters_P: what `draw_view` gave for an image of this size, or stored parameters without `MIXING_NAMES`.
-        policy: only its size and interpolation are used.
+        policy: only its size, interpolation and corruption are used.
 
     Raises:
         CorruptCacheError: the parameters do not fit the image or the policy.
     """
+    parameters_P, corrupt_seed = _split(parameters_P, policy)
     values = checked_parameters(parameters_P, image.height, image.width, policy)
-    return _finish(_resize_box(image, values, 1, policy), values, parameters_P, policy)
+    pixels_HWC = _finish(_resize_box(image, values, 1, policy), values, parameters_P, policy)
+    return _corrupted(pixels_HWC, corrupt_seed, policy)
 
 
 def render_alone(
@@ -57,11 +61,38 @@ def render_alone(
         BadImageError: the image is truncated or damaged.
         CorruptCacheError: the parameters do not fit the image or the policy.
     """
+    parameters_P, corrupt_seed = _split(parameters_P, policy)
     values = checked_parameters(parameters_P, encoded.height, encoded.width, policy)
     reduction = 1
     if policy.decoding == "reduced" and encoded.can_reduce:
         reduction = reduction_of(values[2], values[3], values[4], values[5])
-    return _finish(_resize_box(encoded.decode(reduction), values, reduction, policy), values, parameters_P, policy)
+    image = _resize_box(encoded.decode(reduction), values, reduction, policy)
+    pixels_HWC = _finish(image, values, parameters_P, policy)
+    return _corrupted(pixels_HWC, corrupt_seed, policy)
+
+
+def _split(parameters_P: np.ndarray[Any, Any], policy: ViewPolicy) -> tuple[np.ndarray[Any, Any], int]:
+    """The parameters that every policy has, and the seed of the corruption; 0 if the policy does not corrupt."""
+    if policy.corrupt is None:
+        return parameters_P, 0
+    if parameters_P.shape != (len(PARAMETER_NAMES) + 1,):
+        raise CorruptCacheError(
+            f"view parameters of shape {parameters_P.shape}, expected ({len(PARAMETER_NAMES) + 1},) for corrupted "
+            "views."
+        )
+    seed = float(parameters_P[-1])
+    if not 0 <= seed <= MAX_DRAW_SEED or seed != int(seed):
+        raise CorruptCacheError(
+            f"{SEED_NAME} is {seed} in a stored view, expected a whole number from 0 to {MAX_DRAW_SEED}."
+        )
+    return parameters_P[:-1], int(seed)
+
+
+def _corrupted(
+    pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]], corrupt_seed: int, policy: ViewPolicy
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    corruption = policy.corruption
+    return pixels_HWC if corruption is None else corruption.apply(pixels_HWC, corrupt_seed)
 
 
 def reduction_of(height: int, width: int, resize_height: int, resize_width: int) -> int:

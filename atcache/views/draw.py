@@ -125,7 +125,9 @@ def draw_erasing(words: list[float], height: int, width: int) -> tuple[float, fl
 def draw_view(
     policy: ViewPolicy, sample_key: str, view: int, source_height: int, source_width: int
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The parameters of a view before mixing, shape (len(PARAMETER_NAMES),), float32: a pure function of its arguments.
+    """The parameters of a view before mixing, float32: a pure function of its arguments.
+
+    They are named by `PARAMETER_NAMES`; a policy that corrupts has one more, see `ViewPolicy.parameter_names`.
 
     Args:
         policy: its seed, name and size.
@@ -142,7 +144,9 @@ def draw_view(
         geometry = draw_eval(
             source_height, source_width, image_height=height, image_width=width, crop_pct=policy.crop_pct
         )
-        return np.array((*geometry, 0, *NO_OPERATIONS, *NO_ERASING), dtype=np.float32)
+        corruption = policy.corruption
+        corrupt_seed = () if corruption is None else (corruption.draw_seed(policy.seed, sample_key),)
+        return np.array((*geometry, 0, *NO_OPERATIONS, *NO_ERASING, *corrupt_seed), dtype=np.float32)
     words = uniforms(policy.seed, sample_key, view, purpose=b"atcache view 1", num_words=NUM_WORDS)
     geometry = (*draw_crop(words, source_height, source_width), height, width, 0, 0)
     operations, erasing = NO_OPERATIONS, NO_ERASING

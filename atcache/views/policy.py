@@ -9,14 +9,15 @@ from typing import Annotated, Any, ClassVar, get_args
 from atcache.choices import Decoding, PolicyName
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields, Omitted, Range
+from atcache.views.corrupt import SEED_NAME, Corruption
 from atcache.views.mixing import MIXING_NAMES, MixPolicy
 from atcache.views.randaugment import FILL, RESAMPLE
 
-SPEC, MIXING_SPEC, REDUCED_SPEC = 1, 2, 3
+SPEC, MIXING_SPEC, REDUCED_SPEC, CORRUPT_SPEC = 1, 2, 3, 4
 """Version of the meaning of policies and parameters; raised when equal parameters would give other pixels.
 
-Policies that decode reduced have the third, others that mix the second, all others the first: a reader must refuse
-only what it cannot do."""
+Policies that corrupt have the fourth, others that decode reduced the third, others that mix the second, all others the
+first: a reader must refuse only what it cannot do."""
 PARAMETER_NAMES = (
     "crop_top",
     "crop_left",
@@ -67,6 +68,8 @@ class ViewPolicy(JsonFields):
     decoding: Annotated[Decoding, Omitted] = "full"
     """`reduced`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where a view's box stays at least as large as what it
     is resized to. That is faster if photos are much larger than views, and gives slightly other pixels."""
+    corrupt: Annotated[str | None, Omitted] = None
+    """`eval` only: a common corruption of the finished view and its severity, such as "fog:3"; None for none."""
 
     def __post_init__(self) -> None:
         if self.decoding not in get_args(Decoding):
@@ -83,16 +86,33 @@ class ViewPolicy(JsonFields):
             raise ConfigError(f"crop_pct {self.crop_pct}: expected more than 0, at most 1.")
         if self.name == "eval" and self.mixing is not None:
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+        if self.corrupt is not None:
+            # One spelling only, because equal views must have equal records.
+            object.__setattr__(self, "corrupt", str(Corruption.parse(self.corrupt)))
+            if self.name != "eval":
+                raise ConfigError(
+                    f"corrupt={self.corrupt} with policy {self.name}: only views of policy eval are corrupted. Give "
+                    "--policy eval, or leave --corrupt out."
+                )
+
+    @property
+    def corruption(self) -> Corruption | None:
+        """What is done to finished views; None if they stay as they are."""
+        return None if self.corrupt is None else Corruption.parse(self.corrupt)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the numbers of a stored view, in order."""
+        if self.corrupt is not None:
+            return (*PARAMETER_NAMES, SEED_NAME)
         return PARAMETER_NAMES if self.mixing is None else PARAMETER_NAMES + MIXING_NAMES
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON, with the spec version and its fixed choices; without `mixing` and `decoding` where these
-        have their defaults."""
-        spec = _spec_of(mixes=self.mixing is not None, reduces=self.decoding != "full")
+        """The fields as JSON, with the spec version and its fixed choices; without `mixing`, `decoding` and `corrupt`
+        where these have their defaults."""
+        spec = _spec_of(
+            mixes=self.mixing is not None, reduces=self.decoding != "full", corrupts=self.corrupt is not None
+        )
         return {"spec": spec, **JsonFields.to_json(self), "operations": dict(_OPERATIONS)}
 
     @classmethod
@@ -105,7 +125,9 @@ class ViewPolicy(JsonFields):
         fields = {name: value for name, value in values.items() if name not in ("spec", "operations")}
         spec, operations = values.get("spec"), values.get("operations")
         expected_spec = _spec_of(
-            mixes=fields.get("mixing") is not None, reduces=fields.get("decoding", "full") != "full"
+            mixes=fields.get("mixing") is not None,
+            reduces=fields.get("decoding", "full") != "full",
+            corrupts=fields.get("corrupt") is not None,
         )
         if spec != expected_spec or isinstance(spec, bool | float) or operations != _OPERATIONS:
             raise ConfigError(
@@ -115,5 +137,7 @@ class ViewPolicy(JsonFields):
         return fields
 
 
-def _spec_of(*, mixes: bool, reduces: bool) -> int:
+def _spec_of(*, mixes: bool, reduces: bool, corrupts: bool) -> int:
+    if corrupts:
+        return CORRUPT_SPEC
     return REDUCED_SPEC if reduces else MIXING_SPEC if mixes else SPEC

@@ -47,6 +47,7 @@ _OF_VIEWS = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "mix_prob": 1.0,
+    "corrupt": None,
     "seed": 0,
 }
 """Options, with their defaults, that say what samples and views are; with those of another cache they are decided."""
@@ -170,6 +171,12 @@ class BuildConfig:
     mixup: float = mixup_option()
     cutmix: float = cutmix_option()
     mix_prob: float = mix_prob_option()
+    corrupt: str | None = option(
+        "A common corruption of the views and its severity from 1 to 5, such as fog:3; only with --policy eval. The "
+        "teacher's maps are those of the corrupted images.",
+        default=None,
+        metavar="KIND:SEVERITY",
+    )
     views: int = option("Views (fixed augmentations) of each sample.", default=1, at_least=1)
     seed: int = seed_option("the views")
     codec: str | None = option(
@@ -217,6 +224,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         from atcache.images.labels import LabelRule
+        from atcache.views.corrupt import Corruption
         from atcache.views.mixing import mix_policy
 
         from ..cluster.connect import check_scheduler
@@ -226,6 +234,13 @@ class BuildConfig:
             raise ConfigError(f"views={self.views}: policy eval always makes the same view; use --policy crop-flip.")
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+        if self.corrupt is not None:
+            Corruption.parse(self.corrupt)  # raises if there is no such corruption
+            if self.policy != "eval" and self.views_from is None:
+                raise ConfigError(
+                    f"corrupt={self.corrupt} and policy={self.policy}: only views of policy eval are corrupted. Give "
+                    "--policy eval too."
+                )
         check_out(self.out)
         if self.grow and isinstance(self.out, Url):
             raise ConfigError(

@@ -50,7 +50,7 @@ class Wanted:
         run = load(config)
         if given is None:
             mixing = mix_policy(config.mixup, config.cutmix, config.mix_prob)
-            policy = run.teacher.input.view_policy(config.policy, config.seed, mixing, config.decoding)
+            policy = run.teacher.input.view_policy(config.policy, config.seed, mixing, config.decoding, config.corrupt)
         else:
             policy = given.policy_for(run.teacher)
         if codec is None:

@@ -145,10 +145,11 @@ def _images(cache: Cache, about: dict[str, Any]) -> str:
 
 def _views(cache: Cache, about: dict[str, Any]) -> str:
     policy = cache.policy
+    corrupted = "" if policy.corrupt is None else f" corrupted by {policy.corrupt}"
     stored = "stored in the cache" if cache.reader.layout.pixels is not None else "made again from the tars"
     return (
-        f"{_count(about['num_views'], 'view')} an image: {policy.name}, seed {policy.seed}, {policy.image_height} x "
-        f"{policy.image_width} pixels, {stored}"
+        f"{_count(about['num_views'], 'view')} an image: {policy.name}{corrupted}, seed {policy.seed}, "
+        f"{policy.image_height} x {policy.image_width} pixels, {stored}"
     )
 
 

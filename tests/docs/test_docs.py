@@ -39,6 +39,7 @@ ORDER = [
     "guide/python.md",
     "guide/loops.md",
     "guide/evaluate.md",
+    "guide/corruptions.md",
     "guide/xarray.md",
     "guide/statistics.md",
     "guide/pictures.md",
