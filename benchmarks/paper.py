@@ -51,6 +51,7 @@ from atcache.choices import MODES, PRECISIONS, Mode
 from atcache.errors import AtcacheError, ConfigError
 from atcache.files.durable import encode_json, write_file
 from atcache.store.reader import CacheReader
+from atcache.views.corrupt import parse_corruptions
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))
 _BASE_LR = 2e-3
@@ -175,6 +176,8 @@ def make(study: Study, limit_s: float | None, console: Console) -> str:
         raise ConfigError(f"--report: {study.out} is not the folder of an earlier study.")
     for data in (study.val_data, *study.shift.values()):
         num_labelled(data)  # tars that are not there are named now, not after hours
+    for text in study.corrupt:
+        parse_corruptions(text)
     keep_study(study)
     runner = Runner(study=study, clock=Clock(file=study.out / "times.json", limit_s=limit_s or 0), console=console)
     runner.clock.has_begun = limit_s is None
@@ -228,6 +231,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
     add("--codecs", nargs="+", default=CODECS, help=f"to compare with the first (default {' '.join(CODECS)})")
     add("--view-counts", type=int, nargs="*", default=[1, 2, 4, 8], help="to compare (default 1 2 4 8)")
     add("--shift", nargs="*", default=[], metavar="NAME=TARS", help="other test images of the same classes")
+    add("--corrupt", nargs="*", default=[], metavar="NAME[:SEVERITY]", help="corrupted test images, such as noise:3")
     add("--epochs", type=float, default=30, help="of all students (default 30)")
     add("--batch-size", type=int, default=64)
     add(
@@ -268,6 +272,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
         "codecs": tuple(options.codecs),
         "view_counts": tuple(options.view_counts),
         "shift": _named_tars(parser, options.shift),
+        "corrupt": tuple(options.corrupt),
     }
     study = Study(**{one.name: values[one.name] for one in fields(Study)})
     return study, None if options.report else 60 * options.minutes
@@ -277,8 +282,10 @@ def _named_tars(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[s
     named: dict[str, str] = {}
     for text in given:
         name, equals, tars = text.partition("=")
-        if not (name and equals and tars) or name in ("train", "test", "held-out", *named):
-            parser.error(f"--shift {text}: expected NAME=TARS, with a name that is not train, test or held-out.")
+        if not (name and equals and tars) or ":" in name or name in ("train", "test", "held-out", *named):
+            parser.error(
+                f"--shift {text}: expected NAME=TARS; the name has no colon and is not train, test or held-out."
+            )
         named[name] = tars
     return named
 

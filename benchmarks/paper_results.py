@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from paper_steps import Row, cache_path, score_of, seeds_of
+from paper_steps import Row, cache_path, scores_of, seeds_of
 from paper_study import Study
 from paper_tuning import recipes_to_try, tuned
 
 from atcache.cache.record import CacheRecord
-from atcache.pipelines.train.validation import Score
+from atcache.pipelines.train.scores import Score
 from atcache.store.reader import CacheReader
 
 
@@ -46,27 +46,31 @@ class Accuracy:
 
 def accuracies(study: Study, rows: Sequence[Row]) -> dict[Row, Accuracy]:
     """The accuracy of each row that has finished students."""
-    found: dict[Row, Accuracy] = {}
+    accurate: dict[Row, Accuracy] = {}
     for row in rows:
-        scores = {seed: score for seed in seeds_of(study, row) if (score := score_of(study, row, seed)) is not None}
+        scores = {seed: found for seed in seeds_of(study, row) if (found := scores_of(study, row, seed))}
         if scores:
-            top1s = [score.top1 for score in scores.values()]
-            found[row] = Accuracy(
+            by_seed = {seed: statistics.fmean(score.top1 for score in found) for seed, found in scores.items()}
+            accurate[row] = Accuracy(
                 row=row,
-                top1_by_seed={seed: score.top1 for seed, score in scores.items()},
-                top1=statistics.fmean(top1s),
+                top1_by_seed=by_seed,
+                top1=statistics.fmean(by_seed.values()),
                 standard_error=standard_error(list(scores.values())),
-                num_samples=next(iter(scores.values())).num_samples,
+                num_samples=next(iter(scores.values()))[0].num_samples,
             )
-    return {row: _with_gap(one, found) for row, one in found.items()}
+    return {row: _with_gap(one, accurate) for row, one in accurate.items()}
 
 
-def standard_error(scores: Sequence[Score]) -> float:
-    """The standard error of the mean top-1, in percent: over seeds, or for one seed that of a binomial share."""
+def standard_error(scores: Sequence[Sequence[Score]]) -> float:
+    """The standard error of the mean top-1, in percent: over seeds, or for one seed over samples (binomial).
+
+    Args:
+        scores: for each seed one score, or several of the same images, corrupted in other ways: their errors are not
+            independent, so the mean of them is as uncertain as each.
+    """
     if len(scores) > 1:
-        return statistics.stdev(score.top1 for score in scores) / math.sqrt(len(scores))
-    (score,) = scores
-    return math.sqrt(score.top1 * (100 - score.top1) / score.num_samples)
+        return statistics.stdev(statistics.fmean(one.top1 for one in own) for own in scores) / math.sqrt(len(scores))
+    return statistics.fmean(score.top1_error for score in scores[0])
 
 
 def gap_closed(
@@ -79,7 +83,8 @@ def gap_closed(
         scratch: the same of scratch.
         finetune: the same of finetune.
 
-    The error is propagated to first order, for independent errors: https://en.wikipedia.org/wiki/Propagation_of_uncertainty
+    The error is propagated to first order, for independent errors, so it is rough where the gap is not several times
+    its own error: https://en.wikipedia.org/wiki/Propagation_of_uncertainty
     """
     width = finetune[0] - scratch[0]
     if width <= 0:
@@ -136,7 +141,7 @@ def sentences(study: Study, found: Mapping[Row, Accuracy], left_out: Mapping[str
             judged = "the same within one standard error" if abs(mean) <= error else "more than one standard error"
             said.append(f"{mode}, cached - live teacher: {mean:+.2f} ± {error:.2f}, {judged}.")
     said += _about_codecs(study, codec_sizes(study, found))
-    for name in study.shift:
+    for name in (*study.shift, *study.corrupt):
         kept = [
             f"{mode} {on_these.top1 / usual.top1:.0%}"
             for mode in ("scratch", "copy", "distill", "finetune")

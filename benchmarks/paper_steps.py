@@ -26,10 +26,11 @@ from atcache.pipelines.evaluate.run import EvaluateSummary, evaluate
 from atcache.pipelines.running.run_teacher import recorded_name
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train
+from atcache.pipelines.train.scores import Score
 from atcache.pipelines.train.summary import read_finished
-from atcache.pipelines.train.validation import Score
 from atcache.store.reader import CacheReader
 from atcache.teachers.names import parse_model_name
+from atcache.views.corrupt import parse_corruptions
 
 STEPS = {
     "modes": "modes, cached and live",
@@ -78,7 +79,7 @@ class Row(NamedTuple):
     label: str
     students: tuple[Student, ...]
     images: str | None = None
-    """The name of other test images; None for `val_data`."""
+    """Other test images: a name of `shift`, or a corruption or a group of them; None for `val_data` as it is."""
 
 
 class Recipe(NamedTuple):
@@ -175,7 +176,7 @@ def rows_of(study: Study, num_layers: int, num_heads: int) -> list[Row]:
     rows += [Row("what", what, (exact._replace(what=what),)) for what in ("q", "k", "map")]
     own = maps._replace(is_finetuned=True)
     rows += [Row("finetuned", one.mode, (one._replace(maps=own),)) for one in (copy, distill)]
-    for name in study.shift:
+    for name in (*study.shift, *study.corrupt):
         for student in (scratch, copy, distill, finetune):
             rows.append(Row("shift", f"{name}: {student.mode}", (student,), name))
     return rows
@@ -200,21 +201,20 @@ def jobs_of(study: Study, row: Row, seed: int, recipes: Mapping[Mode, Recipe]) -
     for student in row.students:
         yield from cache_jobs(study, student.maps)
         yield train_job(study, student, seed, recipes[student.mode])
-    if row.images is not None:
-        yield cache_job(study, Maps(study.views, study.codec), row.images)
-    if (path := evaluation_file(study, row, seed)) is not None:
-        live = any(student.live for student in row.students)
+    live = any(student.live for student in row.students)
+    for images, path in evaluation_files(study, row, seed).items():
+        job = cache_job(study, row.students[0].maps, images)
+        yield job
         config = EvaluateConfig(
             runs=tuple(run_folder(study, student, seed) for student in row.students),
-            cache=cache_path(study, row.students[0].maps, row.images or "test"),
+            cache=job.path,
             live_teacher=live,
             weights=study.weights if live else None,
             workers=study.workers,
             device=study.device,
             precision=study.precision,
         )
-        num_samples = len(row.students) * _num_test(study, row.images)
-        yield Job(path, config, num_samples, after=config.runs)
+        yield Job(path, config, len(row.students) * job.num_images, after=config.runs)
 
 
 def cache_jobs(study: Study, maps: Maps) -> list[Job]:
@@ -223,21 +223,24 @@ def cache_jobs(study: Study, maps: Maps) -> list[Job]:
 
 
 def cache_job(study: Study, maps: Maps, images: str) -> Job:
-    """The job of a cache: of "train" several views of each image, of "test", "held-out" or a name of `shift` one."""
+    """The job of a cache: of "train" several views of each image, of "test", "held-out" or other test images one."""
     path = cache_path(study, maps, images)
     fitted = cache_path(study, maps._replace(views=study.views), "train")
     trains = images == "train"
     keys = {"train": study.out / "labels.txt", "held-out": study.out / "held-out.txt"}.get(images)
-    num_samples = {"train": study.labels, "held-out": study.held_out}.get(images) or _num_test(study, images)
+    data = study.data if keys else study.shift.get(images, study.val_data)
+    known = {"train": study.labels, "held-out": study.held_out}
+    num_samples = known[images] if keys else min(study.val_samples, num_labelled(data))
     finetuned = run_folder(study, Student("finetune", Maps(study.views, study.codec)), 0) if maps.is_finetuned else None
     config = BuildConfig(
         teacher=study.teacher if finetuned is None else str(finetuned),
         weights=study.weights if finetuned is None else None,
-        data=study.data if keys else study.shift.get(images, study.val_data),
+        data=data,
         keys=keys,
         max_samples=None if keys else num_samples,
         out=path,
         policy="crop-flip" if trains else "eval",
+        corrupt=None if keys or images == "test" or images in study.shift else images,
         views=maps.views if trains else 1,
         # One codec for all images and numbers of views, so that only what is compared differs.
         codec=maps.codec if path == fitted else None,
@@ -248,11 +251,6 @@ def cache_job(study: Study, maps: Maps, images: str) -> Job:
         precision=study.precision,
     )
     return Job(path, config, num_samples * config.views, after=() if finetuned is None else (finetuned,))
-
-
-def _num_test(study: Study, images: str | None) -> int:
-    """How many of the test images, or of other ones, are taken."""
-    return min(study.val_samples, num_labelled(study.shift.get(images or "", study.val_data)))
 
 
 @lru_cache
@@ -333,21 +331,27 @@ def tuning_folder(study: Study, mode: Mode, recipe: Recipe) -> Path:
     return study.out / "tuning" / f"{mode}-lr-{recipe.base_lr:g}{start}"
 
 
-def evaluation_file(study: Study, row: Row, seed: int) -> Path | None:
-    """The file of a row's evaluation; None if its run was validated when it ended."""
+def evaluation_files(study: Study, row: Row, seed: int) -> dict[str, Path]:
+    """The files of a row's evaluations by their images; none if its run was validated when it ended."""
     (student, *others) = row.students
     if not others and row.images is None and not (student.live and student.mode == "copy"):
-        return None
+        return {}
+    images = [row.images or "test"]
+    if row.images in study.corrupt:
+        images = [str(corruption) for corruption in parse_corruptions(row.images)]
     name = "+".join(f"{one.mode}{'-live' * one.live}" for one in row.students)
-    return study.out / "evaluations" / f"{_plain(row.images or 'test')}-{name}-{seed}.json"
+    return {one: study.out / "evaluations" / f"{_plain(one)}-{name}-{seed}.json" for one in images}
 
 
-def score_of(study: Study, row: Row, seed: int) -> Score | None:
-    """What a command found for a row; None if it is not finished."""
-    if (file := evaluation_file(study, row, seed)) is None:
+def scores_of(study: Study, row: Row, seed: int) -> list[Score]:
+    """What commands found for a row: a score for each of its sets of test images; none if they are not finished."""
+    files = evaluation_files(study, row, seed).values()
+    if not files:
         summary = read_finished(run_folder(study, row.students[0], seed))
-        return None if summary is None else summary.validation
-    return EvaluateSummary.from_json(json.loads(file.read_text())).score if file.exists() else None
+        return [] if summary is None or summary.validation is None else [summary.validation]
+    if not all(file.exists() for file in files):
+        return []
+    return [EvaluateSummary.from_json(json.loads(file.read_text())).score for file in files]
 
 
 def _is_complete(cache: Path) -> bool:

@@ -15,7 +15,7 @@ from atcache.feed.order import choose_subset
 from atcache.files.durable import encode_json, make_folder, write_file
 from atcache.images.source import index_source
 
-_MAY_CHANGE = ("out", "codecs", "view_counts", "seeds", "side_seeds", "workers", "keep_mib", "device")
+_MAY_CHANGE = ("out", "codecs", "view_counts", "corrupt", "seeds", "side_seeds", "workers", "keep_mib", "device")
 """Settings that change no run: a study may be continued with more rows, or on another machine."""
 
 
@@ -43,6 +43,8 @@ class Study:
     view_counts: tuple[int, ...]
     shift: Mapping[str, str]
     """Other test images: the tars by name."""
+    corrupt: tuple[str, ...]
+    """Corruptions of the test images; a group counts as the mean of its corruptions."""
     epochs: float
     batch_size: int
     base_lrs: tuple[float, ...]

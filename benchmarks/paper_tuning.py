@@ -6,8 +6,8 @@ from paper_steps import Job, Maps, Recipe, Student, cache_job, train_job, tuning
 from paper_study import Study
 
 from atcache.choices import Mode
+from atcache.pipelines.train.scores import Score
 from atcache.pipelines.train.summary import read_finished
-from atcache.pipelines.train.validation import Score
 
 
 def recipes_to_try(study: Study, mode: Mode) -> list[Recipe]:

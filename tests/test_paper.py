@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,18 @@ def study(digits, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("study")
     options = ["--out", str(out), *digits, "--minutes", "10", "--seeds", "2", "--shift", f"again={digits[5]}"]
-    options += ["--tune", "--base-lr", "0.02", "0.06", "--init-values", "0.1", "--finetune-lr", "0.05"]
+    options += [
+        "--corrupt",
+        "fog:5",
+        "--tune",
+        "--base-lr",
+        "0.02",
+        "0.06",
+        "--init-values",
+        "0.1",
+        "--finetune-lr",
+        "0.05",
+    ]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *options],
         env={"PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1", "PATH": ""},
@@ -89,7 +101,7 @@ def test_a_killed_study_continues_and_has_every_row(study):
     steps = [row["row"]["step"] for row in report["rows"]]
     counts = {step: steps.count(step) for step in steps}
     expected = {"modes": 6, "ensemble": 2, "codecs": 3, "views": 2, "layers": 6, "heads": 2, "what": 3, "finetuned": 2}
-    assert counts == {**expected, "shift": 4}
+    assert counts == {**expected, "shift": 8}
     assert list(counts) == list(dict.fromkeys(steps))
     assert (out / "paper.png").read_bytes().startswith(b"\x89PNG")
 
@@ -100,11 +112,11 @@ def test_every_number_is_what_a_command_wrote(study):
         (row["row"]["step"], row["row"]["label"]): row for row in json.loads((out / "paper.json").read_text())["rows"]
     }
 
-    def top1s(pattern):
+    def read(pattern):
         return [json.loads((out / pattern.format(seed)).read_text()) for seed in range(2)]
 
     for mode in ("scratch", "copy", "distill", "finetune"):
-        found = [summary["validation"]["top1"] for summary in top1s(f"runs/{MAPS}/{mode}-{{}}/summary.json")]
+        found = [summary["validation"]["top1"] for summary in read(f"runs/{MAPS}/{mode}-{{}}/summary.json")]
         row = rows["modes", mode]
         assert list(row["top1_by_seed"].values()) == found
         assert row["top1"] == pytest.approx(np.mean(found))
@@ -118,6 +130,12 @@ def test_every_number_is_what_a_command_wrote(study):
     for mode in ("scratch", "copy", "distill", "finetune"):
         assert rows["shift", f"again: {mode}"]["top1_by_seed"] == rows["modes", mode]["top1_by_seed"]
         assert rows["shift", f"again: {mode}"]["gap"] == rows["modes", mode]["gap"]
+        foggy = [evaluation["sets"][0]["runs"][0]["top1"] for evaluation in read(f"evaluations/fog-5-{mode}-{{}}.json")]
+        assert list(rows["shift", f"fog:5: {mode}"]["top1_by_seed"].values()) == foggy
+    kept = rows["shift", "fog:5: finetune"]["top1"] / rows["modes", "finetune"]["top1"]
+    assert re.search(
+        rf"fog:5: top-1 as a share of that on the usual.* finetune {kept:.0%}", (out / "paper.md").read_text()
+    )
 
 
 def test_live_students_are_scored_with_their_teacher_and_ensembles_together(study):
@@ -213,7 +231,7 @@ def test_another_study_in_the_folder_is_refused(digits, tmp_path):
         (["--minutes", "1", "--base-lr", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "copy", "--init-values", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "--finetune-lr", "1", "2"], "--tune scratch copy finetune"),
-        (["--minutes", "1", "--shift", "test=x"], "expected NAME=TARS, with a name that is not train, test"),
+        (["--minutes", "1", "--shift", "test=x"], "expected NAME=TARS; the name has no colon and is not train"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, sentence, capsys):
