@@ -23,7 +23,7 @@ from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import EvaluateSummary, evaluate
-from atcache.pipelines.running.run_teacher import recorded_name
+from atcache.pipelines.running.run_teacher import recorded_name, run_folder_of
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train
 from atcache.pipelines.train.scores import Score
@@ -209,7 +209,7 @@ def jobs_of(study: Study, row: Row, seed: int, recipes: Mapping[Mode, Recipe]) -
             runs=tuple(run_folder(study, student, seed) for student in row.students),
             cache=job.path,
             live_teacher=live,
-            weights=study.weights if live else None,
+            weights=_weights_of(study) if live else None,
             workers=study.workers,
             device=study.device,
             precision=study.precision,
@@ -278,7 +278,7 @@ def train_job(study: Study, student: Student, seed: int, recipe: Recipe, *, held
         if student.live and student.mode == "copy"
         else cache_path(study, student.maps, "held-out" if held_out else "test"),
         student=_student_name(study, recipe),
-        weights=study.weights if student.live or finetunes else None,
+        weights=_weights_of(study) if student.live or finetunes else None,
         live_teacher=student.live,
         layers=student.layers,
         heads=student.heads,
@@ -295,10 +295,16 @@ def train_job(study: Study, student: Student, seed: int, recipe: Recipe, *, held
         keep_mib=study.keep_mib,
         device=study.device,
         precision=study.precision,
+        compile=False,  # each of so many runs would wait for it
         validate_every=0,
         checkpoint_every=_CHECKPOINT_EVERY,
     )
     return Job(path, config, study.epochs * study.labels)
+
+
+def _weights_of(study: Study) -> Path | None:
+    """The weights that students are given: a run that is the teacher has its own."""
+    return study.weights or run_folder_of(study.teacher)
 
 
 def timing_job(study: Study, job: Job) -> Job | None:

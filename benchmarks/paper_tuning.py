@@ -5,7 +5,7 @@ from __future__ import annotations
 from paper_steps import Job, Maps, Recipe, Student, cache_job, train_job, tuning_folder
 from paper_study import Study
 
-from atcache.choices import Mode
+from atcache.choices import MODES, Mode
 from atcache.pipelines.train.scores import Score
 from atcache.pipelines.train.summary import read_finished
 
@@ -40,5 +40,5 @@ def choose_recipes(study: Study) -> dict[Mode, Recipe] | None:
         if len(scores) < len(recipes_to_try(study, mode)):
             return None
         best[mode] = max(scores, key=lambda recipe: scores[recipe].top1)
-    first = {mode: recipes_to_try(study, mode)[0] for mode in ("scratch", "copy", "distill", "finetune")}
+    first = {mode: recipes_to_try(study, mode)[0] for mode in MODES}
     return {**first, "distill": best.get("copy", first["distill"]), **best}
