@@ -107,7 +107,8 @@ class Job(NamedTuple):
     def kind(self) -> str:
         """Jobs of one kind take about equally long for each image."""
         if isinstance(self.config, BuildConfig):
-            return "build" if self.config.codec is None else "build and fit"
+            # Some codecs are fitted first, which takes longer than a small cache.
+            return f"build {(self.config.codec or 'given codec').partition(':')[0]}"
         live = " live" if self.config.live_teacher else ""
         return f"train {self.config.mode}{live}" if isinstance(self.config, TrainConfig) else f"eval{live}"
 

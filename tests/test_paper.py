@@ -297,9 +297,9 @@ def test_times_of_jobs_are_estimated_from_those_measured(tmp_path):
     assert clock.allows(None)  # the first command of a call
     clock.has_begun = True
     assert not clock.allows(None)
-    clock.keep("build and fit", 5, 2.0)
+    clock.keep("build transform", 5, 2.0)
     assert clock.seconds_of(building) == pytest.approx(4)  # no other build was timed
-    clock.keep("build", 100, 3.0)
+    clock.keep("build given codec", 100, 3.0)
     assert clock.seconds_of(building) == pytest.approx(1.5)  # a tenth of the images, but not of the time
     assert clock.seconds_of(copying) is None
     clock.keep("train copy", 50, 20.0)
