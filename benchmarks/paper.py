@@ -138,8 +138,11 @@ class Runner:
 
     def _timing_for(self, job: Job) -> Job | None:
         """A few steps that say how long a training takes; None if this is known, or there is no time left for them."""
-        is_needed = self.clock.has_begun and self.clock.left_s() > 0 and not self.clock.knows(job.kind)
-        return timing_job(self.study, job) if is_needed else None
+        if not self.clock.has_begun or not self.clock.left_s() or self.clock.knows(job.kind):
+            return None
+        timing = timing_job(self.study, job)
+        seconds = None if timing is None else self.clock.seconds_of(timing)
+        return timing if seconds is None or self.clock.allows(seconds) else None
 
     def _run_one(self, job: Job, name: str, seconds: float | None) -> None:
         about = "" if seconds is None else f", about {in_minutes(seconds)}"
