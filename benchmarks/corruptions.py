@@ -31,7 +31,10 @@ def made_views(num_samples: int, size: int) -> list[np.ndarray]:
 
 def views_of(data: str, num_samples: int, size: int) -> list[np.ndarray]:
     """The clean evaluation views of the first samples."""
-    source, policy = Source(index_source(data, labels="none")), ViewPolicy(name="eval", image_height=size, image_width=size)
+    source, policy = (
+        Source(index_source(data, labels="none")),
+        ViewPolicy(name="eval", image_height=size, image_width=size),
+    )
     views: list[np.ndarray] = []
     for sample in range(min(num_samples, source.index.num_samples)):
         image = source.read_image(sample)

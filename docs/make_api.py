@@ -20,13 +20,13 @@ import atcache
 FOLDER = Path(__file__).parent
 WIDTH = 120
 MADE = "Arguments with a default are given by name. This page is made from docstrings, by `python docs/make_api.py`."
-LOOKING = ("open", "Cache", "View")
+LOOKING = ("open", "Cache", "View", "corrupt")
 LOOP = ("batches", "Batches", "TrainingBatch", "make_student", "Pairing", "regrid_maps")
 MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "verify")
 MOVING = ("merge", "push", "pull")
 OF_A_MAP = ("rows", "places", "whole_maps")
 OF_SEVERAL_MAPS = ("between_heads", "layers", "agreement")
-TRAINING = ("train", "train_sweep", "evaluate", "maps", "compare", "corrupt")
+TRAINING = ("train", "train_sweep", "evaluate", "maps", "compare")
 SHOWING = ("show",)
 
 # A part of a docstring that begins with a word and a colon, and is indented.

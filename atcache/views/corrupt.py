@@ -81,13 +81,13 @@ class Corruption:
         Raises:
             ConfigError: it names none, or several.
         """
-        found = parse_corruptions(text)
-        if len(found) > 1:
+        first, *others = parse_corruptions(text)
+        if others:
             raise ConfigError(
-                f"corruption {text!r} stands for {len(found)} corruptions, expected one, such as {found[0]}. Give one "
-                "name with its severity."
+                f"corruption {text!r} stands for {1 + len(others)} corruptions, expected one, such as {first}. Give "
+                "one name with its severity."
             )
-        return found[0]
+        return first
 
     def draw_seed(self, seed: int, sample_key: str) -> int:
         """The seed of the noise of one sample, in 0..2**24 - 1: the same for all severities of a corruption."""

@@ -15,6 +15,7 @@ from atcache.views.corruptions.filters import (
     motion_blur as smeared,
     padded_by,
     scale_of,
+    sides_of,
     to_pixels,
     whole_weights,
 )
@@ -34,7 +35,7 @@ def defocus_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndar
     del draws
     radius, sigma = _DEFOCUS[severity - 1]
     weights_NN = _disk(max(1.0, radius * scale_of(pixels_HWC)), sigma, 1 if radius <= 8 else 2)
-    height, width = pixels_HWC.shape[:2]
+    height, width = sides_of(pixels_HWC)
     margin = len(weights_NN) - 1
     padded = padded_by(pixels_HWC.astype(np.int32), margin)
     sums = np.zeros(pixels_HWC.shape, np.int32)
@@ -85,7 +86,7 @@ def glass_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarra
     share = min(1.0, distance * scale)
     sigma, distance = max(0.3, sigma * scale), max(1, round(distance * scale))
     blurred_HWC = _blurred(pixels_HWC, sigma)
-    height, width = pixels_HWC.shape[:2]
+    height, width = sides_of(pixels_HWC)
     place_HW = np.arange(height * width).reshape(height, width)
     for _ in range(num_rounds):
         # As in the published program, a pixel moves by -distance .. distance - 1.
@@ -93,14 +94,14 @@ def glass_blur(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarra
         step_HW2 *= draws.levels(height, width, 1) < share * 2**16
         # Neighbours of the same turn are 2 * distance apart, and reach distance and distance - 1 towards each other.
         for top, left in product(reversed(range(2 * distance)), repeat=2):
-            rows, columns = (np.arange(first, side, 2 * distance) for first, side in ((top, height), (left, width)))
-            here = (rows[:, None], columns[None])
-            there = (
-                np.clip(here[0] + step_HW2[*here, 0], 0, height - 1),
-                np.clip(here[1] + step_HW2[*here, 1], 0, width - 1),
-            )
-            own, other = place_HW[here], place_HW[there]
-            place_HW[here], place_HW[there] = other, own
+            row_N1 = np.arange(top, height, 2 * distance)[:, None]
+            column_1N = np.arange(left, width, 2 * distance)[None]
+            step_NN2 = step_HW2[row_N1, column_1N]
+            other_row_NN = np.clip(row_N1 + step_NN2[..., 0], 0, height - 1)
+            other_column_NN = np.clip(column_1N + step_NN2[..., 1], 0, width - 1)
+            own_NN = place_HW[row_N1, column_1N]
+            place_HW[row_N1, column_1N] = place_HW[other_row_NN, other_column_NN]
+            place_HW[other_row_NN, other_column_NN] = own_NN
     shuffled_HWC = blurred_HWC.reshape(height * width, -1)[place_HW]
     return _blurred(shuffled_HWC, sigma)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 
 from atcache.views.corruptions.draws import Draws
-from atcache.views.corruptions.filters import gaussian_blur, moved, scale_of, to_pixels
+from atcache.views.corruptions.filters import gaussian_blur, moved, scale_of, sides_of, to_pixels
 
 _CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
 _ELASTIC = (
@@ -26,7 +27,7 @@ _JPEG_QUALITY = (25, 18, 15, 10, 7)
 def contrast(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
     """Pulls each channel towards its mean, until 0.4 to 0.05 of the differences are left."""
     del draws
-    mean_C = pixels_HWC.sum(axis=(0, 1), dtype=np.int64) / (pixels_HWC.shape[0] * pixels_HWC.shape[1])
+    mean_C = pixels_HWC.sum(axis=(0, 1), dtype=np.int64) / math.prod(sides_of(pixels_HWC))
     return to_pixels((pixels_HWC - mean_C) * _CONTRAST[severity - 1] + mean_C)
 
 
@@ -36,7 +37,7 @@ def elastic_transform(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np
     The published severities are of two kinds: 1 and 2 mostly stretch, 3 to 5 mostly bend. So 3 may be milder than 2.
     Here three random points say where pixels come from, and stretching and bending interpolate once, not twice.
     """
-    height, width = pixels_HWC.shape[:2]
+    height, width = sides_of(pixels_HWC)
     strength, sigma, shift = (value * scale_of(pixels_HWC) for value in _ELASTIC[severity - 1])
     centre_y, centre_x = height / 2, width / 2
     third = min(height, width) / 3

@@ -16,14 +16,19 @@ PUBLISHED_SIDE = 224
 """The side of the views that the published constants are for, in pixels."""
 
 
+def sides_of(pixels_HWC: np.ndarray) -> tuple[int, int]:
+    """Height and width."""
+    return int(pixels_HWC.shape[0]), int(pixels_HWC.shape[1])
+
+
 def scale_of(pixels_HWC: np.ndarray) -> float:
     """By how much lengths in pixels differ from the published ones: the shorter side divided by 224."""
-    return min(pixels_HWC.shape[:2]) / PUBLISHED_SIDE
+    return min(sides_of(pixels_HWC)) / PUBLISHED_SIDE
 
 
 def published_size(pixels_HWC: np.ndarray) -> tuple[int, int]:
     """Height and width that the image would have if its shorter side were 224 pixels; each at most four times that."""
-    height, width = pixels_HWC.shape[:2]
+    height, width = sides_of(pixels_HWC)
     sides = (round(side * PUBLISHED_SIDE / min(height, width)) for side in (height, width))
     height, width = (min(side, 4 * PUBLISHED_SIDE) for side in sides)  # a line of pixels must not need gigabytes
     return height, width
@@ -106,7 +111,7 @@ def motion_blur(values_HWC: np.ndarray, radius: float, sigma: float, angle_degre
     num_taps = 2 * math.ceil(radius) + 1
     weights = whole_weights(gaussian(sigma, range(num_taps)))
     cosine, sine = math.cos(math.radians(angle_degrees)), math.sin(math.radians(angle_degrees))
-    height, width = values_HWC.shape[:2]
+    height, width = sides_of(values_HWC)
     padded = padded_by(values_HWC.astype(np.int32), num_taps)
     sums = np.zeros(values_HWC.shape, np.int32)
     for tap, weight in enumerate(weights):

@@ -40,7 +40,8 @@ def _photon_thresholds(photons: int) -> tuple[np.ndarray, np.ndarray]:
     rows: list[list[int]] = []
     for value in range(256):
         mean = photons * value / 255
-        chance, below, row = math.exp(-mean), 0.0, []
+        chance, below = math.exp(-mean), 0.0
+        row: list[int] = []
         for count in range(most):
             below += chance
             row.append(value * 2**16 + min(2**16, round(below * 2**16)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from atcache.views.corruptions.draws import Draws
-from atcache.views.corruptions.filters import ONE, motion_blur, published_size, resized, to_pixels
+from atcache.views.corruptions.filters import ONE, motion_blur, published_size, resized, sides_of, to_pixels
 from atcache.views.corruptions.plasma import clouds, ice
 
 _SNOW = (
@@ -44,7 +44,7 @@ def snow(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
     flakes_HW = to_pixels(np.where(flakes_HW < threshold, 0, flakes_HW) * 255)
     angle = draws.uniform(-135, -45)
     fallen_HW = to_pixels(motion_blur(flakes_HW, radius, sigma, angle) / ONE)
-    fallen_HW = resized(fallen_HW, *pixels_HWC.shape[:2]).astype(np.float64)
+    fallen_HW = resized(fallen_HW, *sides_of(pixels_HWC)).astype(np.float64)
     red_HW, green_HW, blue_HW = pixels_HWC.transpose(2, 0, 1).astype(np.float64)
     grey_HW = 0.299 * red_HW + 0.587 * green_HW + 0.114 * blue_HW
     whitened_HWC = np.maximum(pixels_HWC, grey_HW[..., None] * 1.5 + 127.5)
@@ -57,7 +57,7 @@ def frost(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
     The ice is drawn for a view of 224 pixels and resized.
     """
     own, cover = _FROST[severity - 1]
-    ice_HWC = resized(to_pixels(ice(*published_size(pixels_HWC), draws)), *pixels_HWC.shape[:2])
+    ice_HWC = resized(to_pixels(ice(*published_size(pixels_HWC), draws)), *sides_of(pixels_HWC))
     return to_pixels(own * pixels_HWC + cover * ice_HWC)
 
 
@@ -66,7 +66,8 @@ def fog(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarray:
     thickness, smoothness = _FOG[severity - 1]
     white = 255.0 * thickness
     brightest = float(pixels_HWC.max())
-    clouds_HW = clouds(*pixels_HWC.shape[:2], smoothness, draws)
+    height, width = sides_of(pixels_HWC)
+    clouds_HW = clouds(height, width, smoothness, draws)
     return to_pixels((pixels_HWC + white * clouds_HW[..., None]) * (brightest / (brightest + white)))
 
 
@@ -75,5 +76,6 @@ def brightness(pixels_HWC: np.ndarray, severity: int, draws: Draws) -> np.ndarra
     del draws
     value_HW1 = pixels_HWC.max(axis=-1, keepdims=True).astype(np.float64)
     raised_HW1 = np.minimum(value_HW1 + 255 * _BRIGHTNESS[severity - 1], 255)
+    scale_HW1 = raised_HW1 / np.maximum(value_HW1, 1)
     # Black has no hue: it becomes grey.
-    return to_pixels(np.where(value_HW1 > 0, pixels_HWC * (raised_HW1 / np.maximum(value_HW1, 1)), raised_HW1))
+    return to_pixels(pixels_HWC * scale_HW1 + raised_HW1 * (value_HW1 == 0))
