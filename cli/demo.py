@@ -49,8 +49,7 @@ def _print_table(summary: DemoSummary) -> None:
         table.add_column(column, justify="left" if column == "student" else "right")
     for mode, result in summary.modes.items():
         closed = "" if result.gap_closed is None else f"{result.gap_closed:.0%}"
-        name = "distill + finetune, averaged" if mode == "ensemble" else mode
-        table.add_row(name, f"{result.top1:.1f}", closed, f"{result.seconds:.0f}")
+        table.add_row(mode, f"{result.top1:.1f}", closed, f"{result.seconds:.0f}")
     console = Console()
     console.print(table)
     console.print(

@@ -32,7 +32,7 @@ def evaluate(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Ev
     options.print_json(summary.to_json())
     _print_scores(summary)
     for each in summary.sets:
-        _print_classes(each)
+        _print_classes(each, is_named=len(summary.sets) > 1)
 
 
 def _print_scores(summary: EvaluateSummary) -> None:
@@ -65,14 +65,15 @@ def _print_scores(summary: EvaluateSummary) -> None:
             )
 
 
-def _print_classes(each: SetScores) -> None:
-    """The classes of one prediction on one set, worst first."""
+def _print_classes(each: SetScores, *, is_named: bool) -> None:
+    """The classes of one prediction on one set, worst first; by the name of the set if there are several."""
     from rich.console import Console
     from rich.table import Table
 
     if each.score.classes is None:
         return
-    table = Table(title=None if each.mean_probabilities is None else f"{each.name}: mean of probabilities")
+    titles = [each.name] * is_named + ["mean of probabilities"] * (each.mean_probabilities is not None)
+    table = Table(title=": ".join(titles) or None)
     for column in ("label", "class", "samples", "top-1 %"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for one in sorted(each.score.classes, key=lambda score: score.top1):

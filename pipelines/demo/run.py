@@ -47,6 +47,8 @@ PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_l
 """How these weights were made; data and out are filled in."""
 _MARKER = ".made-by-atcache-demo"
 """The file a demo puts into its folder first. A folder without it was not made by a demo."""
+AVERAGED = "distill + finetune, averaged"
+"""The result of these two students together, beside those of the modes."""
 _MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
 """What a demo makes in its folder, beside the tars and the runs."""
 
@@ -70,7 +72,7 @@ class DemoSummary(JsonFields):
 
     out: str
     modes: dict[str, ModeResult]
-    """Results by mode; "ensemble" averages the distilled and the fine-tuned student."""
+    """Results by mode, and of the averaged probabilities of the distilled and the fine-tuned student."""
     cache_nbytes_per_view: float
     """Size of the training cache per view, with all its files."""
     map_nbytes_per_view: int
@@ -118,8 +120,8 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
     weights = _pretrain(config, train_tar, announce) if config.pretrain else None
     train_cache = _build(config, train_tar, weights, config.out / "train.zarr", announce)
     val_cache = _build(config, val_tar, weights, config.out / "val.zarr", announce)
-    top1s: dict[str, list[float]] = {mode: [] for mode in (*MODES, "ensemble")}
-    seconds: dict[str, list[float]] = {mode: [] for mode in (*MODES, "ensemble")}
+    top1s: dict[str, list[float]] = {mode: [] for mode in (*MODES, AVERAGED)}
+    seconds: dict[str, list[float]] = {mode: [] for mode in (*MODES, AVERAGED)}
     for seed in range(config.seeds):
         for mode in MODES:
             top1, mode_seconds = _train_and_evaluate(config, mode, seed, weights, announce)
@@ -130,8 +132,8 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
             cache=config.out / "val.zarr",
         )
         announce(as_command("eval", together))
-        top1s["ensemble"].append(evaluate(together).score.top1)
-        seconds["ensemble"].append(seconds["distill"][-1] + seconds["finetune"][-1])
+        top1s[AVERAGED].append(evaluate(together).score.top1)
+        seconds[AVERAGED].append(seconds["distill"][-1] + seconds["finetune"][-1])
     draw_maps(config.out / "val.zarr", config.out / "maps.png")
     complete = train_cache.complete
     assert complete is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 
 import torch
 
@@ -18,13 +20,15 @@ def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
     """The report: accuracy and calibration by set and run, pairs, robustness, and the command that repeats it."""
     names = run_names(summary)
     lines = ["# Evaluation", ""]
-    lines += [f"Made by `{as_command('eval', config)}` with atcache {__version__} and torch {torch.__version__}.", ""]
+    versions = f"atcache {__version__}, torch {torch.__version__} and timm {version('timm')}"
+    lines += [f"Made by `{as_command('eval', config)}` with {versions}.", ""]
     lines += _runs(summary, names)
-    lines += _scores(summary, names)
+    lines += _accuracy(summary, names)
     if len(summary.sets) > 1:
         lines += _robustness(summary, names)
     if len(names) > 1:
         lines += _pairs(summary, names)
+    lines += _scores(summary, names)
     return "\n".join(lines)
 
 
@@ -44,25 +48,50 @@ def _runs(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
     yield from _table(("run", "mode", "folder"), rows)
 
 
-def _scores(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
-    yield "## Scores"
+def _accuracy(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+    yield "## Accuracy and calibration"
     yield ""
     yield (
-        "Top-1 and top-5 are percent of the samples, with the standard error over samples. ECE is the expected "
-        "calibration error in percentage points, in 15 bins of confidence (Guo et al. 2017). The loss is in nats."
+        "Each cell has the top-1 in percent with its standard error over samples and, in brackets, the expected "
+        "calibration error (ECE) in percentage points, in 15 bins of confidence (Guo et al. 2017)."
     )
     yield ""
-    rows: list[tuple[str, ...]] = []
-    for each in summary.sets:
-        for name, score in predictors(each, names):
-            counted = f"{score.num_samples:,}"
-            top1 = f"{score.top1:.2f} ± {score.top1_error:.2f}"
-            rows.append((each.name, name, counted, top1, f"{score.top5:.2f}", f"{score.loss:.4g}", f"{score.ece:.2f}"))
-    yield from _table(("set", "prediction", "samples", "top-1", "top-5", "loss", "ECE"), rows)
+    rows = [
+        (
+            each.name,
+            f"{each.runs[0].num_samples:,}",
+            *(f"{_top1(score)} ({score.ece:.2f})" for _, score in predictors(each, names)),
+        )
+        for each in summary.sets
+    ]
+    yield from _table(("set", "samples", *_titles(summary, names)), rows)
     for each in summary.sets:
         if each.num_left_out:
             yield f"{each.name}: {each.num_left_out:,} samples of other classes than those asked for are left out."
             yield ""
+
+
+def _scores(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+    yield "## All scores"
+    yield ""
+    yield "Top-1, top-5 and ECE are in percent. The loss is the mean cross-entropy, in nats."
+    yield ""
+    rows = [
+        (each.name, name, _top1(score), f"{score.top5:.2f}", f"{score.loss:.4g}", f"{score.ece:.2f}")
+        for each in summary.sets
+        for name, score in predictors(each, names)
+    ]
+    yield from _table(("set", "prediction", "top-1", "top-5", "loss", "ECE"), rows)
+
+
+def _titles(summary: EvaluateSummary, names: Sequence[str]) -> tuple[str, ...]:
+    """The heads of the columns of predictions: each run with its mode, where its name does not say it."""
+    runs = {name: name if name == mode else f"{name} ({mode})" for name, mode in zip(names, summary.modes, strict=True)}
+    return tuple(runs.get(name, name) for name, _ in predictors(summary.sets[0], names))
+
+
+def _top1(score: Score) -> str:
+    return f"{score.top1:.2f} ± {score.top1_error:.2f}"
 
 
 def predictors(each: SetScores, names: Sequence[str]) -> Iterator[tuple[str, Score]]:
@@ -76,20 +105,29 @@ def predictors(each: SetScores, names: Sequence[str]) -> Iterator[tuple[str, Sco
 
 def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
     first = summary.sets[0]
-    yield "## Robustness"
+    yield "## Relative robustness"
     yield ""
-    yield f"Top-1 on a set as a share of the same prediction's top-1 on {first.name}, in percent."
+    yield (
+        f"Top-1 on a set as a share of the same prediction's top-1 on {first.name}, in percent, with its standard "
+        "error. The error takes the samples of the two sets as independent: for the same images in two forms, such as "
+        "corrupted ones, it is too large."
+    )
     yield ""
-    base = dict(predictors(first, names))
+    base = [score for _, score in predictors(first, names)]
     rows = [
-        (each.name, *(_share(score.top1, base[name].top1) for name, score in predictors(each, names)))
+        (each.name, *(_share(score, of) for (_, score), of in zip(predictors(each, names), base, strict=True)))
         for each in summary.sets[1:]
     ]
-    yield from _table(("set", *base), rows)
+    yield from _table(("set", *_titles(summary, names)), rows)
 
 
-def _share(top1: float, base: float) -> str:
-    return f"{100 * top1 / base:.1f}" if base else "-"
+def _share(score: Score, base: Score) -> str:
+    """The ratio of two scores and its standard error, to first order in the errors of both."""
+    if not base.top1:
+        return "-"
+    ratio = score.top1 / base.top1
+    error = math.hypot(score.top1_error, ratio * base.top1_error) / base.top1
+    return f"{100 * ratio:.1f} ± {100 * error:.1f}"
 
 
 def _pairs(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:

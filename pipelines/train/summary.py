@@ -61,4 +61,7 @@ def read_finished(folder: Path) -> TrainSummary | None:
     try:
         return TrainSummary.from_json(json.loads(file.read_text()))
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCacheError(f"{file} is damaged ({error}). Delete {folder} to train this run again.") from error
+        raise CorruptCacheError(
+            f"{file} is damaged, or an older atcache wrote it ({error}). `atcache eval {folder}` scores the weights "
+            f"beside it. Delete {folder} to train this run again."
+        ) from error

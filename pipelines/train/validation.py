@@ -110,7 +110,8 @@ def open_validation(
     else:
         if teacher is not None and live_teacher is None:
             raise ConfigError(
-                "a copying student needs the teacher's maps to predict: give a validation cache, or --live-teacher."
+                "a copying student needs the teacher's maps to predict, and no cache of these images is given. Build "
+                "one with `atcache build --policy eval` and the same teacher, or give --live-teacher."
             )
         assert data is not None, "checked by the callers' configs"
         index = index_source(data, label_key=label_key)
@@ -180,7 +181,7 @@ def _check_one_view(students: Sequence[Student]) -> None:
     for other in (student.input for student in students):
         if other.view_policy("eval", seed=0) != first.view_policy("eval", seed=0):
             raise ConfigError(
-                f"the runs cannot be averaged on tars: one resizes with {first.interpolation} and shows "
+                f"the runs cannot be scored together on tars: one resizes with {first.interpolation} and shows "
                 f"{first.crop_pct:g} of an image, another with {other.interpolation} and {other.crop_pct:g}. Give a "
                 "validation cache, whose views are the same for all, or evaluate them one by one."
             )
@@ -193,6 +194,6 @@ def _check_students_fit(students: Sequence[Student]) -> None:
         sizes = [(other.input.height, other.input.width, other.num_classes) for other in (first, student)]
         if sizes[0] != sizes[1]:
             raise ConfigError(
-                "the runs cannot be averaged: their (height, width, classes) are "
+                "the runs cannot be scored together: their (height, width, classes) are "
                 f"{sizes[0]} and {sizes[1]}. Evaluate them one by one."
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +16,7 @@ from evaluating import config_of, plain_logits, score_by_hand, softmax
 
 from atcache.cli.main import cli
 from atcache.errors import ConfigError
+from atcache.pipelines.evaluate.report import report_text
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.run_record import load_run
 from atcache.pipelines.train.scores import score_students
@@ -128,28 +128,52 @@ def test_sets_by_name(folders, runs, val_cache, digits_tars, tmp_path):
 def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars, tmp_path):
     report = tmp_path / "shift.md"
     words = ["eval", *map(str, folders), "--cache", str(val_cache), "--val-data", f"one={digits_tars[0]}"]
-    done = CliRunner().invoke(cli, [*words, "--report", str(report), "--device", "cpu", "--precision", "fp32"])
+    done = CliRunner().invoke(cli, [*words, "--report", str(report), "--by-class", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     sets = json.loads(done.stdout)["sets"]
     text = report.read_text()
+    assert "val: mean of probabilities" in done.stderr  # the title of a table of classes
     assert f"`atcache eval {folders[0]} {folders[1]} --cache {val_cache}" in text
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     names = [*(folder.name for folder in folders), "mean of probabilities", "mean of logits"]
-    scores = {(row[0], row[1]): row for row in rows if len(row) == 7}
-    for each in sets:
-        for name, score in zip(names, [*each["runs"], each["mean_probabilities"], each["mean_logits"]], strict=True):
-            row = scores[each["name"], name]
-            assert row[2:] == [
-                str(score["num_samples"]),
-                f"{score['top1']:.2f} ± {score['top1_error']:.2f}",
-                f"{score['top5']:.2f}",
-                f"{score['loss']:.4g}",
-                f"{score['ece']:.2f}",
-            ]
+    accuracy, robust, everything = (
+        rows_under(text, title) for title in ("Accuracy and calibration", "Relative robustness", "All scores")
+    )
+    # The fixture names each folder by its mode, so no mode stands beside a name.
+    assert accuracy[0] == ["set", "samples", *names]
+    predictions = [[*each["runs"], each["mean_probabilities"], each["mean_logits"]] for each in sets]
+    top1s = [[f"{score['top1']:.2f} ± {score['top1_error']:.2f}" for score in scores] for scores in predictions]
+    for number, (each, scores) in enumerate(zip(sets, predictions, strict=True)):
+        cells = [f"{top1} ({score['ece']:.2f})" for top1, score in zip(top1s[number], scores, strict=True)]
+        assert accuracy[1 + number] == [each["name"], str(scores[0]["num_samples"]), *cells]
+        for name, top1, score in zip(names, top1s[number], scores, strict=True):
+            others = [f"{score['top5']:.2f}", f"{score['loss']:.4g}", f"{score['ece']:.2f}"]
+            assert [each["name"], name, top1, *others] in everything
             assert name in done.stderr
-    (robust,) = [row for row in rows if row[0] == "one" and len(row) == 5]
-    assert robust[1] == f"{100 * sets[1]['runs'][0]['top1'] / sets[0]['runs'][0]['top1']:.1f}"
-    assert re.search(r"\| one \| \S+ and \S+ \| [\d.]+ \| [\d.]+ \|", text)
+    assert robust[1] == ["one", *map(ratio_by_hand, predictions[1], predictions[0])]
+    (pair,) = (row for row in rows_under(text, "Pairs of runs") if row[0] == "one")
+    assert pair[1:3] == [f"{names[0]} and {names[1]}", f"{sets[1]['pairs'][0]['agreement']:.1f}"]
+
+
+def rows_under(text: str, title: str) -> list[list[str]]:
+    """The cells of the table under a heading, without the line below its head."""
+    part = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    return [row for row in rows if row[0] != "---"]
+
+
+def ratio_by_hand(score, base) -> str:
+    """A ratio of two shares; its relative variance is the sum of both relative variances."""
+    ratio = score["top1"] / base["top1"]
+    relative = (score["top1_error"] / score["top1"]) ** 2 + (base["top1_error"] / base["top1"]) ** 2
+    return f"{100 * ratio:.1f} ± {100 * ratio * math.sqrt(relative):.1f}"
+
+
+def test_runs_of_one_name_are_told_apart_and_their_modes_said(folders, val_cache):
+    config = config_of(*folders, cache=val_cache)
+    summary = replace(evaluate(config), runs=("a/last", "b/last"))
+    text = report_text(config, summary)
+    assert rows_under(text, "Accuracy and calibration")[0][2:4] == ["a/last (distill)", "b/last (scratch)"]
+    assert "Relative robustness" not in text  # there is one set only
 
 
 @pytest.mark.parametrize(
@@ -192,5 +216,7 @@ def test_a_report_that_cannot_be_written_and_a_set_without_maps_are_refused_at_o
         evaluate(config_of(folders[0], cache=val_cache, report=tmp_path / "missing" / "shift.md"))
     with pytest.raises(ConfigError, match="list cannot be read"):
         evaluate(config_of(folders[0], cache=val_cache, classes_of=(str(tmp_path / "list"),)))
-    with pytest.raises(ConfigError, match=r"set sketch: a copying student needs the teacher's maps to predict"):
+    with pytest.raises(
+        ConfigError, match=r"set sketch: a copying student needs the teacher's maps .* `atcache build --policy"
+    ):
         evaluate(config_of(runs["copy"][0], cache=val_cache, val_data=(f"sketch={digits_tars[0]}",)))
