@@ -12,8 +12,8 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`, `maps`,
-`compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
+The functions `pack`, `pretrain`, `plan`, `probe`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`,
+`maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
 `AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is
 first used.
 """
@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         pack as pack,
         plan as plan,
         pretrain as pretrain,
+        probe as probe,
         pull as pull,
         push as push,
         show as show,
@@ -84,6 +85,7 @@ _MODULE_OF = {
             "pack",
             "pretrain",
             "plan",
+            "probe",
             "build",
             "merge",
             "push",
@@ -144,6 +146,7 @@ __all__ = [
     "pictures",
     "plan",
     "pretrain",
+    "probe",
     "pull",
     "push",
     "regrid_maps",

@@ -2,6 +2,7 @@
 
 - `main`: find the sub-command, import only that one, and turn errors into messages
 - `plan`: `atcache plan`
+- `probe`: `atcache probe`
 - `build`: `atcache build`
 - `merge`: `atcache merge`
 - `push`: `atcache push`

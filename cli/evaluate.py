@@ -40,6 +40,7 @@ def _print_scores(summary: EvaluateSummary) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..pipelines.evaluate.corrupted import corruption_rows
     from ..pipelines.evaluate.report import predictors, run_names
 
     if len(summary.runs) == len(summary.sets) == 1:
@@ -54,6 +55,10 @@ def _print_scores(summary: EvaluateSummary) -> None:
             numbers = str(score.num_samples), top1, f"{score.loss:.4g}", f"{score.ece:.2f}"
             table.add_row(each.name, name, *numbers)
     console.print(table)
+    for text, _, top1s in list(corruption_rows(summary))[-1:]:
+        predictions = (name for name, _ in predictors(summary.sets[0], names))
+        means = ", ".join(f"{name} {top1:.2f} %" for name, top1 in zip(predictions, top1s, strict=True))
+        console.print(f"{text} corruptions: {means}", markup=False, soft_wrap=True)
     for each in summary.sets:
         for pair in each.pairs:
             both = " and ".join(names[run] for run in pair.runs)

@@ -105,11 +105,13 @@ def _part(about: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _trained(trained: dict[str, Any]) -> str:
-    """Which training made the teacher's weights, of a cache that `atcache maps` made."""
+    """Which training made the teacher's weights, of a cache of a run's student."""
     num_classes, teacher = trained["num_classes"], trained["teacher"]
     labels = f"on labels of {num_classes} classes" if num_classes else "without labels"
     given = "" if teacher is None else f" by {teacher}, weights {str(trained['teacher_weights_sha256'])[:12]},"
-    return f"{trained['mode']}{given} {labels}, by the run {trained['run']}"
+    initial = trained["initial_weights_sha256"]
+    begun = "" if initial is None else f" from weights {initial[:12]}"
+    return f"{trained['mode']}{given}{begun} {labels}, by the run {trained['run']}"
 
 
 def _held_back(calibration: dict[str, Any], codec: dict[str, Any]) -> str:

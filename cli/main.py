@@ -69,12 +69,13 @@ def _command(name: str, summary: str, *, attribute: str | None = None) -> LazyCo
 # `atcache --help` prints these lines; a test checks that each is the first line of its command's docstring.
 COMMANDS: dict[str, LazyCommand] = {
     "plan": _command("plan", "Say what a cache would cost, and whether it would pay off."),
+    "probe": _command("probe", "Measure in minutes whether a teacher's attention helps on your images."),
     "build": _command("build", "Run the teacher once over a dataset and keep its attention in a cache."),
     "merge": _command("merge", "Join caches of parts of a dataset, made on different machines."),
     "push": _command("push", "Publish a cache: send it to a dataset repository of a Hugging Face hub."),
     "pull": _command("pull", "Fetch a cache from a hub or another server, or a part of it."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
-    "eval": _command("eval", "Measure a student's accuracy.", attribute="evaluate"),
+    "eval": _command("eval", "Measure the accuracy of students, alone and together.", attribute="evaluate"),
     "maps": _command("maps", "Store the attention of a trained student in a cache of its own."),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
     "pack": _command("pack", "Pack folders of images into WebDataset tars."),

@@ -54,6 +54,9 @@ def _print(plan: Plan) -> None:
             cost = DecodeCost(operations=one.cost.decode_operations, seconds=one.cost.decode_seconds)
             console.print(f"{one.cost.codec}: {cost}", markup=False, soft_wrap=True)
     console.print(_training_table(plan))
+    if plan.verdict is not None:
+        for line in filter(None, (plan.verdict.line, plan.verdict.warning)):
+            console.print(line, markup=False, soft_wrap=True)
     for note in plan.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)
     console.print()

@@ -2,6 +2,7 @@
 
 - `pack/`: make tars from a folder of images
 - `plan/`: what a cache would cost, and whether it would pay
+- `probe/`: does the teacher's attention help? A small trial
 - `build/`: run the teacher once and store its attention
 - `merge/`: make one cache of several
 - `publish/`: put a cache on a Hugging Face hub, and fetch one

@@ -29,6 +29,8 @@ from .plan.config import PlanConfig
 from .plan.run import plan as run_plan
 from .pretrain.config import PretrainConfig
 from .pretrain.run import pretrain as run_pretrain
+from .probe.config import ProbeConfig
+from .probe.run import probe as run_probe
 from .publish.config import PullConfig, PushConfig
 from .publish.pull import pull as run_pull
 from .publish.push import push as run_push
@@ -317,6 +319,25 @@ plan = _function(
     Example:
 
         print(atcache.plan(teacher="mae-vit-l", data="train-{000000..001281}.tar").decision.sentence)
+    """,
+)
+
+probe = _function(
+    ProbeConfig,
+    run_probe,
+    """Measure in minutes whether a teacher's attention helps on your images, with pairs of small training runs.
+
+    The same call continues a probe that was stopped; more seeds add pairs.
+
+    Returns:
+        The difference in accuracy with its uncertainty, and the answer.
+
+    Raises:
+        AtcacheError: a child of it names what does not fit.
+
+    Example:
+
+        print(atcache.probe(teacher="mae-vit-l", data="train-{0000..0099}.tar", out="probe").sentence)
     """,
 )
 

@@ -49,6 +49,7 @@ ORDER = [
     "atcache.pipelines.publish",
     "atcache.pipelines.plan",
     "atcache.pipelines.train",
+    "atcache.pipelines.probe",
     "atcache.pipelines.evaluate",
     "atcache.pipelines.maps",
     "atcache.pipelines.verify",

@@ -6,6 +6,7 @@
 - `classes`: how many classes there are, and labels that must be wrong
 - `order`: the order of samples, and everything else that a seed decides
 - `sample_views`: where the pixels and codes of a sample come from
+- `corrupted`: views with a common corruption, for evaluation
 - `beside`: codes of other teachers, for loops with several
 - `caches`: open the caches that a student learns from, one or several
 - `workers`: make batches in advance in other processes

@@ -180,6 +180,16 @@ class FreshViews(Views):
         self._kept_views = Kept[np.ndarray](keep_nbytes)
 
     @property
+    def source(self) -> Source:
+        """Where the images are."""
+        return self._source
+
+    @property
+    def policy(self) -> ViewPolicy:
+        """How views are drawn."""
+        return self._policy
+
+    @property
     def identity(self) -> dict[str, Any]:
         """See `Views.identity`."""
         return {"source": self._source.index.fingerprint, "policy": self._policy.to_json()}

@@ -15,4 +15,6 @@
 - `trained`: what a cache records of the training that made its teacher's weights
 - `foreign/`: teachers that timm does not make
 - `components`: the components of a teacher's architecture that its student lacks
+- `families`: families of teachers, and whether their attention is known to transfer
+- `verdict`: what is known of a teacher before a student is trained from it
 """

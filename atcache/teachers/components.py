@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 _Check = Callable[[nn.Module, list[nn.Module]], bool]
+_REGISTERS = "register tokens"
 
 
 def component_differences(teacher_model: nn.Module, student_model: nn.Module) -> list[str]:
@@ -37,6 +38,33 @@ def component_differences(teacher_model: nn.Module, student_model: nn.Module) ->
     return differences
 
 
+def special_components(model: nn.Module) -> list[str]:
+    """Where the model's architecture differs from a plain ViT, such as "LayerScale" or "no class token".
+
+    >>> import timm
+    >>> special_components(timm.create_model("vit_tiny_patch16_224", depth=1, reg_tokens=4, class_token=False))
+    ['no class token', '4 register tokens']
+    """
+    return _in_words(components(model), _PLAIN)
+
+
+def lacking_components(teacher_model: nn.Module, student_model: nn.Module) -> list[str]:
+    """What the teacher has and the student lacks, such as "LayerScale" or "4 register tokens"."""
+    words = _in_words(components(teacher_model), components(student_model))
+    return [text for text in words if not text.startswith("no ")]
+
+
+def _in_words(found: dict[str, bool | int | str], other: dict[str, bool | int | str]) -> list[str]:
+    """In what the first differs from the other. How tokens are pooled is no matter of attention."""
+    words: list[str] = []
+    for name, value in found.items():
+        if name == "pooling" or value == other[name]:
+            continue
+        number = f"{value} " if name == _REGISTERS and value else ""
+        words.append(f"{number}{name}" if value else f"no {name}")
+    return words
+
+
 def components(model: nn.Module) -> dict[str, bool | int | str]:
     """The model's components by name: whether it has them, or how many or which.
 
@@ -44,7 +72,7 @@ def components(model: nn.Module) -> dict[str, bool | int | str]:
     """
     blocks = list(getattr(model, "blocks", None) or [])
     found: dict[str, bool | int | str] = {name: check(model, blocks) for name, check in _CHECKS.items()}
-    found["register tokens"] = _num_registers(model)
+    found[_REGISTERS] = _num_registers(model)
     found["pooling"] = repr(getattr(model, "global_pool", ""))
     return found
 
@@ -109,3 +137,9 @@ _CHECKS: dict[str, _Check] = {
         name.endswith((".qkv.bias", ".q_bias", ".q_proj.bias", ".in_proj.bias")) for name, _ in model.named_parameters()
     ),
 }
+
+_PLAIN: dict[str, bool | int | str] = {
+    **{name: name in ("absolute position embedding", "class token", "bias of q, k, v") for name in _CHECKS},
+    _REGISTERS: 0,
+}
+"""The components of a plain ViT, such as DeiT's."""

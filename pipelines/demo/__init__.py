@@ -3,5 +3,4 @@
 - `config`: the options of the demo
 - `run`: the whole demo, from start to end
 - `picture`: draw some cached maps over their images
-- `commands`: what was run, as commands to type
 """

@@ -9,7 +9,7 @@ from atcache.errors import ConfigError
 from atcache.files.location import Location
 
 from ..options import config, device_option, label_key_option, option, precision_option, weights_option
-from .sets import EvalSet, eval_sets
+from .sets import EvalSet, eval_sets, with_corrupted
 
 
 @config
@@ -38,6 +38,12 @@ class EvaluateConfig:
         "A further set of images: its name, and its tars, or where the tars of its cache are now.",
         default=(),
         metavar="NAME=TARS",
+    )
+    corrupt: tuple[str, ...] = option(
+        "Score the images of --data or --cache under a common corruption too: its name or group (noise, blur, weather, "
+        "digital, all), and a severity from 1 to 5; all five without. May be given more than once.",
+        default=(),
+        metavar="KIND[:SEVERITY]",
     )
     classes_of: tuple[str, ...] = option(
         "Text file with one class name or number a line: only these classes are predicted, and samples of others are "
@@ -79,4 +85,5 @@ class EvaluateConfig:
         Raises:
             ConfigError: there is none, or the options that name them do not fit together.
         """
-        return eval_sets(self.cache, self.data, self.val_cache, self.val_data, self.classes_of)
+        sets = eval_sets(self.cache, self.data, self.val_cache, self.val_data, self.classes_of)
+        return with_corrupted(sets, self.corrupt)

@@ -13,6 +13,7 @@ from atcache import __version__
 from ..running.commands import as_command
 from ..train.scores import Score
 from .config import EvaluateConfig
+from .corrupted import corruption_rows
 from .summary import EvaluateSummary, SetScores
 
 
@@ -24,8 +25,9 @@ def report_text(config: EvaluateConfig, summary: EvaluateSummary) -> str:
     lines += [f"Made by `{as_command('eval', config)}` with {versions}.", ""]
     lines += _runs(summary, names)
     lines += _accuracy(summary, names)
-    if len(summary.sets) > 1:
-        lines += _robustness(summary, names)
+    if any(each.corrupt is None for each in summary.sets[1:]):
+        lines += _robustness(config, summary, names)
+    lines += _corruptions(summary, names)
     if len(names) > 1:
         lines += _pairs(summary, names)
     lines += _scores(summary, names)
@@ -103,7 +105,7 @@ def predictors(each: SetScores, names: Sequence[str]) -> Iterator[tuple[str, Sco
         yield "mean of logits", each.mean_logits
 
 
-def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+def _robustness(config: EvaluateConfig, summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
     first = summary.sets[0]
     yield "## Relative robustness"
     yield ""
@@ -117,8 +119,43 @@ def _robustness(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]
     rows = [
         (each.name, *(_share(score, of) for (_, score), of in zip(predictors(each, names), base, strict=True)))
         for each in summary.sets[1:]
+        if each.corrupt is None
     ]
     yield from _table(("set", *_titles(summary, names)), rows)
+    if others := [each.name for each in config.sets[1:] if each.classes != config.sets[0].classes]:
+        yield (
+            f"{', '.join(others)}: restricted to other classes than {first.name}, which changes the share by itself. "
+            f"For a fair comparison restrict {first.name} to the same classes."
+        )
+        yield ""
+
+
+def _corruptions(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
+    first = summary.sets[0]
+    means = [*corruption_rows(summary)]
+    if not means:
+        return
+    yield "## Corruptions"
+    yield ""
+    yield (
+        "Top-1 in percent, the mean over the severities of each corruption (Hendrycks & Dietterich 2019). The last row "
+        "is the mean over the corruptions. "
+        + (
+            f"In parentheses: as a share of the same prediction's top-1 on {first.name}, in percent."
+            if first.corrupt is None
+            else f"There is no clean set to compare with: {first.name} is corrupted too."
+        )
+    )
+    yield ""
+    base = [score.top1 for _, score in predictors(first, names)]
+    rows: list[tuple[str, ...]] = []
+    for name, severities, top1s in means:
+        cells = [f"{top1:.2f}" for top1 in top1s]
+        if first.corrupt is None:
+            ratios = [f"{100 * top1 / of:.1f}" if of else "-" for top1, of in zip(top1s, base, strict=True)]
+            cells = [f"{cell} ({ratio})" for cell, ratio in zip(cells, ratios, strict=True)]
+        rows.append((name, severities, *cells))
+    yield from _table(("corruption", "severities", *_titles(summary, names)), rows)
 
 
 def _share(score: Score, base: Score) -> str:

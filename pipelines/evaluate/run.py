@@ -24,6 +24,7 @@ from ..running.run_record import RunRecord, load_run
 from ..train.scores import score_students
 from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
+from .corrupted import corrupted_set, recorded_corruption, without_cached
 from .report import report_text
 from .sets import EvalSet
 from .summary import EvaluateSummary, SetScores
@@ -50,15 +51,24 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     if config.report is not None:
         _check_report(config.report)
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
-    readers = [open_caches(each.caches) for each in config.sets]
+    places = {each.caches: open_caches(each.caches) for each in config.sets}
+    scored = without_cached(config.sets, [places[each.caches] for each in config.sets])
+    sets = [each for each, is_scored in zip(config.sets, scored, strict=True) if is_scored]
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     runs = _fitting(config, loaded, device)
     # All are opened before the first is scored: what does not fit is said at once.
-    opened = [_open(each, caches, runs, config, device) for each, caches in zip(config.sets, readers, strict=True)]
+    opened: list[ValidationSet] = []
+    for each in sets:
+        caches = places[each.caches]
+        if each.corrupt is None:
+            opened.append(_open(each, caches, runs, config, device))
+        else:
+            reads_maps = runs.teacher is not None and runs.live_teacher is None
+            opened.append(corrupted_set(opened[0], caches, each.corrupt, reads_maps=reads_maps))
     dtype = resolve_precision(config.precision, device)
     scores: list[SetScores] = []
-    for each, data in zip(config.sets, opened, strict=True):
+    for each, data in zip(sets, opened, strict=True):
         found = score_students(runs.students, data, device, dtype, by_class=config.by_class)
         scores.append(
             SetScores(
@@ -68,6 +78,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
                 mean_logits=found.mean_logits,
                 pairs=found.pairs,
                 num_left_out=data.num_left_out,
+                corrupt=each.corrupt or recorded_corruption(places[each.caches]),
             )
         )
     summary = EvaluateSummary(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atcache.errors import ConfigError
@@ -26,6 +26,8 @@ class EvalSet:
     """Tars of the images, or where the caches' tars are now."""
     classes: Path | None = None
     """A file of the classes that predictions are restricted to; None for all."""
+    corrupt: str | None = None
+    """The corruption that is made of the main set, such as "fog:3"; None for the images as they are."""
 
 
 def eval_sets(
@@ -73,6 +75,26 @@ def eval_sets(
         )
         for name in names
     )
+
+
+def with_corrupted(sets: tuple[EvalSet, ...], texts: Sequence[str]) -> tuple[EvalSet, ...]:
+    """The sets, and behind them the main one under each corruption that the texts name.
+
+    Raises:
+        ConfigError: there is no such corruption, or no main set.
+    """
+    if not texts:
+        return sets
+    from atcache.views.corrupt import parse_corruptions  # imported here, because help should not wait for numpy
+
+    wanted = dict.fromkeys(each for text in texts for each in parse_corruptions(text))
+    main = sets[0]
+    if main.name != MAIN_SET:
+        raise ConfigError(
+            f"corrupt={texts[0]}: the images of --data or --cache are corrupted. Give one of them; {main.name} is a "
+            "further set."
+        )
+    return (*sets, *(replace(main, name=str(each), corrupt=str(each)) for each in wanted))
 
 
 def _named(option: str, kind: str, texts: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from atcache.fields import JsonFields
+from atcache.fields import JsonFields, Omitted
 
 from ..train.scores import PairScore, Score
 
@@ -24,6 +25,8 @@ class SetScores(JsonFields):
     """Of each two runs."""
     num_left_out: int
     """Samples that were left out because their class is not one of `classes_of`."""
+    corrupt: Annotated[str | None, Omitted] = None
+    """How the images were corrupted, such as "fog:3"; None if they were not."""
 
     @property
     def score(self) -> Score:

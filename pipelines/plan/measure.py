@@ -24,7 +24,9 @@ from atcache.store.layout import ZSTD, StoreLayout
 from atcache.store.writer import encode_pixels, encode_view
 from atcache.students.pairing import TeacherFactors
 from atcache.students.teacher_side import CachedFactors, LiveFactors
+from atcache.teachers.names import parse_model_name
 from atcache.teachers.run import TeacherRun
+from atcache.teachers.verdict import TeacherVerdict, judge
 from atcache.views.mixing import mix_policy
 from atcache.views.policy import ViewPolicy
 
@@ -62,6 +64,8 @@ class Measures(NamedTuple):
     """The same student without a teacher; None if it was not measured."""
     images: ImageCost | None = None
     """What a view costs one core; None if it was not measured."""
+    verdict: TeacherVerdict | None = None
+    """What is known of the teacher; None if no model was run."""
 
 
 def what_is_assumed(config: PlanConfig) -> Measures:
@@ -130,7 +134,9 @@ def measure(config: PlanConfig, index: SampleIndex, num_samples: int, known: Mea
     for text in _codecs_to_measure(config, geometry):
         say(f"calibrating codec {text}")
         costs.append(_measure_codec(config, text, bench, num_samples, known.costs[0], steps, timed=timed))
-    return Measures(machine, tuple(costs), str(run.device), scratch_img_per_s, images)
+    student = None if config.student is None else parse_model_name(config.student)
+    verdict = judge(str(run.teacher.name), student, run.teacher.trained)
+    return Measures(machine, tuple(costs), str(run.device), scratch_img_per_s, images, verdict)
 
 
 class _Bench(NamedTuple):

@@ -17,6 +17,7 @@ from atcache.fields import JsonFields
 from atcache.files.durable import disk_errors_explained, existing_folder
 from atcache.images.source import SampleIndex
 from atcache.machine import memory_nbytes
+from atcache.teachers.verdict import TeacherVerdict
 
 from ..build.samples import index_samples
 from .config import PlanConfig
@@ -46,6 +47,8 @@ class Plan(JsonFields):
     assessments: tuple[Assessment, ...]
     """One for each codec setting."""
     decision: Decision
+    verdict: TeacherVerdict | None
+    """What is known of the teacher and what the student lacks; None if no model was run."""
     assumed: tuple[str, ...]
     """The assumptions, as they were typed."""
     notes: tuple[str, ...]
@@ -96,6 +99,7 @@ def plan(config: PlanConfig, say: Say = lambda _: None) -> Plan:
         images=found.images,
         assessments=assessments,
         decision=decide(workload, found.machine, assessments),
+        verdict=found.verdict,
         assumed=config.assume,
         notes=tuple(_notes(config, index, found, disk_notes, assessments)),
         seconds=time.monotonic() - start_s,

@@ -9,5 +9,6 @@
 - `metrics`: the numbers of a run, in a file and for TensorBoard
 - `progress`: show how far a run is
 - `stages`: show how far work is that has stages
+- `commands`: what was run, as commands to type
 - `ranks`: several processes that work together, as `torchrun` starts them
 """

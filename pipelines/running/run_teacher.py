@@ -59,7 +59,11 @@ def load_named_teacher(teacher: str | OwnTeacher, weights: Path | None, device: 
     """
     folder = run_folder_of(teacher)
     if folder is None:
-        return load_teacher(teacher, weights=weights, device=device)
+        run = run_of_weights(weights)
+        loaded = load_teacher(teacher, weights=weights, device=device)
+        if run is None or weights is None:
+            return loaded
+        return replace(loaded, source=f"{weights.absolute().name}/{WEIGHTS_FILE}", trained=run.trained(weights))
     if weights is not None:
         raise ConfigError(f"teacher {folder}: a run comes with its weights. Leave out --weights {weights}.")
     return load_student(folder, device)
@@ -72,11 +76,24 @@ def run_teacher(teacher: str | OwnTeacher, weights: Path | None, *, device: str,
         ConfigError: as `load_named_teacher`; or there is no such device or precision.
         AtcacheError: what `load_teacher` raises.
     """
-    if run_folder_of(teacher) is None:
+    if run_folder_of(teacher) is None and run_of_weights(weights) is None:
         return TeacherRun.load(teacher, weights, device=device, precision=precision)
     place = resolve_device(device)
     loaded = load_named_teacher(teacher, weights, place)
     return TeacherRun(teacher=loaded, device=place, dtype=resolve_precision(precision, place))
+
+
+def run_of_weights(weights: Path | None) -> RunFile | None:
+    """The run whose folder is given as weights; None for files and all other folders.
+
+    Raises:
+        ConfigError: its student copies attention, so it has no weights for it.
+    """
+    if weights is None or not (weights / RUN_FILE).is_file():
+        return None
+    run = read_run(weights)
+    check_has_own_attention(weights, run)
+    return run
 
 
 def load_student(folder: Path, device: torch.device) -> Teacher:

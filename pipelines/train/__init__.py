@@ -8,7 +8,9 @@
 - `sweep`: the configs of a sweep
 - `data`: what a run needs, opened and checked: student, views, order, teacher and validation
 - `optimiser`: the optimiser and the learning rates
-- `validation`: validation sets, and the score of students on them
+- `validation`: validation sets
+- `kept_classes`: a list of the classes to score on
+- `scores`: how well predictions of students fit labels
 - `map_pictures`: pictures of maps during a run
 - `recipes`: settings in a TOML file
 - `notes`: what a user should know before a run

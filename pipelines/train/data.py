@@ -35,8 +35,9 @@ from atcache.teachers.weights import tensors_sha256, weights_of
 from atcache.views.mixing import mix_policy
 
 from ..running.run_record import RunRecord
+from ..running.run_teacher import run_of_weights
 from .config import TrainConfig
-from .notes import training_notes, validation_notes, view_notes
+from .notes import teacher_verdict, training_notes, validation_notes, view_notes
 from .validation import ValidationSet, open_validation
 
 
@@ -55,6 +56,8 @@ class TrainingData:
     record: RunRecord
     identity: dict[str, Any]
     """What the run reads, as JSON: runs that differ in it are different runs."""
+    about_teacher: str | None
+    """A line on what is known of the teacher; None for modes that transfer no attention."""
     notes: tuple[str, ...]
     """What the user should know before the run."""
 
@@ -195,6 +198,7 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
     if stream.readers:
         check_views_fit(student, stream.readers[0])
     validation = _validation(config, student, stream)
+    verdict = teacher_verdict(config, plan.student, stream.readers)
     views_identity, seen_label_S = stream.views.identity, stream.label_S[stream.order.sample_S]
     if plan.pairing is None:  # the sweep may read codes for others; trained alone, this run would read none
         views_identity = _without_codecs(views_identity)
@@ -218,8 +222,9 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
             "validation": None if validation is None else validation.views.identity,
             "initial_weights_sha256": None if initial_weights is None else tensors_sha256(initial_weights),
         },
+        about_teacher=None if verdict is None else verdict.line,
         notes=(
-            *training_notes(config, plan.student, num_classes, stream.readers),
+            *training_notes(config, plan.student, num_classes, stream.readers, verdict),
             *view_notes(config, len(seen_label_S), stream.readers),
             *(() if validation is None else validation_notes(stream.views, seen_label_S, validation)),
         ),
@@ -314,6 +319,7 @@ def _initial_weights(config: TrainConfig, teacher: TeacherRecord | None) -> dict
     """The teacher's weights for fine-tuning; if there is a cache, they must be those it was built with."""
     if config.mode != "finetune":
         return None
+    run_of_weights(config.weights)  # refuses a student that copies
     if config.weights is not None and teacher is None:
         return read_weights(config.weights)
     name = config.student if teacher is None else teacher.name

@@ -163,9 +163,10 @@ class _Loop:
         return reports
 
     def _notes(self) -> Iterator[str]:
-        """Notes for the user before the runs; a note that concerns all of them appears once."""
-        for note in dict.fromkeys(note for run in self._runs for note in run.notes):
-            concerned = [run for run in self._runs if note in run.notes]
+        """Lines for the user before the runs; what concerns all of them appears once."""
+        lines = {run: (*filter(None, [run.data.about_teacher]), *run.notes) for run in self._runs}
+        for note in dict.fromkeys(note for run in self._runs for note in lines[run]):
+            concerned = [run for run in self._runs if note in lines[run]]
             if len(concerned) == len(self._runs):
                 yield note
             else:

@@ -6,17 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from atcache.cache.record import CacheRecord
 from atcache.feed.caches import usable_samples
 from atcache.feed.sample_views import Views
 from atcache.store.reader import CacheReader
-from atcache.teachers.components import component_differences
-from atcache.teachers.foreign.names import is_foreign
-from atcache.teachers.load import create_student
-from atcache.teachers.names import ModelName, parse_model_name
-from atcache.teachers.record import TeacherRecord
+from atcache.teachers.names import ModelName
+from atcache.teachers.verdict import TeacherVerdict, judge
 
 from .config import TrainConfig
 from .recipes import read_recipe, view_differences
@@ -26,8 +22,20 @@ _MANY_TIMES = 30
 """How often a run may show a view before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
 
 
+def teacher_verdict(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> TeacherVerdict | None:
+    """What is known of the teacher whose attention the student is given; None if it is given none."""
+    if not readers or config.mode not in ("copy", "distill"):
+        return None
+    record = CacheRecord.of(readers[0])
+    return judge(record.teacher_record.name, None if config.student is None else student, record.trained)
+
+
 def training_notes(
-    config: TrainConfig, student: ModelName, num_classes: int, readers: Sequence[CacheReader]
+    config: TrainConfig,
+    student: ModelName,
+    num_classes: int,
+    readers: Sequence[CacheReader],
+    verdict: TeacherVerdict | None,
 ) -> Iterator[str]:
     """Notes on a run of this student from these caches, the most important first.
 
@@ -36,9 +44,10 @@ def training_notes(
         student: its architecture.
         num_classes: the number of classes of the labels.
         readers: the caches, all of one teacher; empty for a run without a cache.
+        verdict: what is known of the teacher; None if the student is not given its attention.
     """
-    if readers and config.mode in ("copy", "distill") and config.student is not None:
-        yield from _notes_on_components(student, CacheRecord.of(readers[0]).teacher_record)
+    if config.student is not None and verdict is not None and verdict.warning is not None:
+        yield verdict.warning
     asked: int = 0 if config.student is None else student.arguments.get("num_classes", 0)
     if asked not in (0, num_classes) and not config.attention_only:
         yield f"NOTE: the student's num_classes={asked} is not used: the labels have {num_classes} classes, from 0."
@@ -109,20 +118,3 @@ def _sources(identity: dict[str, Any]) -> set[str]:
     """Fingerprints of the tars that views come from."""
     parts = identity.get("joined", {"only": identity}).values()
     return {part["source"] for part in parts}
-
-
-def _notes_on_components(student: ModelName, teacher: TeacherRecord) -> Iterator[str]:
-    """A warning if the student lacks components of the teacher: transfer then fails (arXiv 2605.07191)."""
-    if is_foreign(teacher.name):
-        yield (
-            f"NOTE: the teacher {teacher.name} is not of timm, so its components are not compared with the student's. "
-            "Attention transfer is known to fail if the student lacks one, such as LayerScale or registers."
-        )
-        return
-    with torch.device("meta"):
-        models = [create_student(parse_model_name(teacher.name), 1), create_student(student, 1)]
-    if differences := component_differences(*models):
-        yield (
-            f"WARNING: the student's architecture differs from the teacher's: {' '.join(differences)} Attention "
-            "transfer is known to fail between such models; leave --student out to use the teacher's own architecture."
-        )

@@ -78,10 +78,11 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         '"part-1.zarr"': repr(str(tiny_cache(data=str(digits_tars[1])))),
         'out="runs/copy")': f'out="runs/copy", steps=2, batch_size=8, {small})',
         'out="distill.zarr")': f'out="distill.zarr", {small})',
+        'out="probe")': f'out="probe", steps=2, batch_size=8, seeds=2, {small})',
         'out="runs")': f'out="runs", steps=2, batch_size=8, {small})',
     }
     examples = [text for page in ("caches", "moving", "runs") for text in blocks(f"api/{page}.md", "python")]
-    assert len(examples) == 14
+    assert len(examples) == 15
     scope = {"atcache": atcache, "my_vit": HandWrittenViT(PackedFused)}
     # In the order in which one needs another's result; the page's is that of the commands.
     for name in (

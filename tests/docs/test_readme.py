@@ -53,7 +53,7 @@ def _in_folder(folder, monkeypatch):
 def test_the_real_thing_runs_as_printed():
     (commands,) = (block for block in blocks("sh") if "atcache build" in block)
     ran = [run(line) for line in commands.splitlines() if line.startswith("atcache")]
-    score = json.loads(ran[-1].stdout.splitlines()[-1])["score"]
+    score = json.loads(ran[-1].stdout.splitlines()[-1])["sets"][0]["runs"][0]
     assert score["num_samples"] == 500
     assert Path("runs/copy/model.safetensors").exists()
     assert "complete" in run("atcache info in1k.zarr").stdout

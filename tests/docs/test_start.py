@@ -43,7 +43,7 @@ def test_the_way_from_photos_to_a_student_runs_as_printed(tmp_path: Path, monkey
         result = CliRunner().invoke(cli, words[1:], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         if words[1] == "eval":
-            scores.append(json.loads(result.stdout.splitlines()[-1])["score"]["num_samples"])
+            scores.append(json.loads(result.stdout.splitlines()[-1])["sets"][0]["runs"][0]["num_samples"])
     assert scores == [50]
     run_files = {path.name for path in Path("runs/copy").iterdir()}
     named = re.findall(r"^\| `([a-z.]+)` \|", START, re.MULTILINE)

@@ -473,7 +473,7 @@ def test_validation_on_two_caches_is_validation_on_one_of_all_tars(config_for, p
     place = ["--device", "cpu", "--precision", "fp32"]
     shown = CliRunner().invoke(cli, ["eval", run, "--cache", str(one), "--cache", str(other), *place])
     assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.stdout)["score"]["loss"] == pytest.approx(on_parts.loss)
+    assert json.loads(shown.stdout)["sets"][0]["runs"][0]["loss"] == pytest.approx(on_parts.loss)
 
 
 # Refusals

@@ -27,6 +27,7 @@ from atcache.pipelines.options import config, option, options_of
 from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
+from atcache.pipelines.probe.config import ProbeConfig
 from atcache.pipelines.publish.config import PullConfig, PushConfig
 from atcache.pipelines.running.commands import as_command
 from atcache.pipelines.show.config import ShowConfig
@@ -45,6 +46,7 @@ CONFIGS = {
     "push": PushConfig,
     "pull": PullConfig,
     "plan": PlanConfig,
+    "probe": ProbeConfig,
     "pack": PackConfig,
     "pretrain": PretrainConfig,
     "stats": StatsConfig,

@@ -55,7 +55,7 @@ def test_the_numbers_are_those_of_the_runs(ran):
     result = CliRunner().invoke(
         cli, ["eval", str(folder / "out/runs/copy-0"), "--cache", str(folder / "out/val.zarr")], catch_exceptions=False
     )
-    assert json.loads(result.stdout)["score"]["top1"] == summary["modes"]["copy"]["top1"]
+    assert json.loads(result.stdout)["sets"][0]["runs"][0]["top1"] == summary["modes"]["copy"]["top1"]
     files = [path for path in (folder / "out/train.zarr").glob("**/c/**/*") if path.is_file()]
     of_tasks = sum(path.stat().st_size for path in files if not {"samples", "state"} & set(path.parts))
     assert summary["cache_nbytes_per_view"] * 1297 == pytest.approx(of_tasks)

@@ -123,6 +123,7 @@ def test_sets_by_name(folders, runs, val_cache, digits_tars, tmp_path):
     assert sets["first"].runs[0].num_samples + sets["first"].num_left_out == 16
     alone = evaluate(config_of(*folders, data=(str(digits_tars[0]), str(digits_tars[1])))).sets[0]
     assert alone.runs == sets["both"].runs
+    assert "\nfirst: restricted to other classes than val, which changes" in report_text(config, summary)
 
 
 def test_the_report_has_every_set_and_prediction(folders, val_cache, digits_tars, tmp_path):

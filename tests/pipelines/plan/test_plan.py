@@ -239,6 +239,7 @@ def test_where_all_is_assumed_no_teacher_and_no_image_is_needed(tmp_path):
     assert (one.build_s, one.build_limit) == (pytest.approx(0.75), "the disk")
     assert one.payback_epochs == pytest.approx(1.5)
     assert made.machine.free_nbytes == 8 * 10**12
+    assert made.verdict is None
     assert listing(tmp_path) == set()
 
 

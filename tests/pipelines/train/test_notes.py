@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from made_teachers import tiny_teacher
 from training_runs import CPU, training_of, weights_of
 
 from atcache.feed.order import choose_subset
@@ -28,11 +32,29 @@ def test_missing_components_are_warned_about(config_for, tiny_vit, capsys):
     (note,) = open_training_data([config], CPU)[0].notes
     assert note.startswith("WARNING: the student's architecture differs from the teacher's: ")
     assert "LayerScale" in note
-    assert note.endswith("leave --student out to use the teacher's own architecture.")
+    assert note.endswith("leave --student out to use the teacher's own architecture.")  # it lacks nothing
     train(config)
     assert note in capsys.readouterr().err
     others = config_for("distill", student=tiny_vit), config_for("scratch", student=f"{tiny_vit},init_values=0.1")
     assert [open_training_data([other], CPU)[0].notes for other in others] == [(), ()]
+
+
+def test_what_is_known_of_the_teacher_is_said_where_its_attention_is_used(config_for, tiny_vit, capsys):
+    line = (
+        "Teacher: no family that atcache knows; a plain ViT. Whether attention transfer works is not known: "
+        "`atcache probe` measures it."
+    )
+    for mode in ("copy", "distill", "scratch"):
+        train(config_for(mode, steps=1))
+        assert capsys.readouterr().err.splitlines().count(line) == (mode != "scratch")
+
+
+def test_a_student_is_told_how_to_get_what_it_lacks(config_for, tiny_cache, tiny_vit, tmp_path):
+    cache = tiny_cache(**tiny_teacher(tmp_path, init_values=0.1, pre_norm=True))
+    plain = config_for("distill", cache=cache, student=tiny_vit)
+    (note,) = open_training_data([plain], CPU)[0].notes
+    (better,) = re.findall(r"or give what is lacking: --student '(.*)'\.$", note)
+    assert open_training_data([replace(plain, student=better)], CPU)[0].notes == ()
 
 
 def test_the_labels_say_how_many_classes_a_student_has(config_for, tiny_vit, capsys):

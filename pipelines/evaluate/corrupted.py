@@ -1,0 +1,84 @@
+"""Sets of corrupted images: made of the main set on the fly, or read from caches that were built corrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from atcache.cache.record import CacheRecord
+from atcache.errors import ConfigError
+from atcache.feed.corrupted import CorruptedViews, Drawn
+from atcache.feed.sample_views import FreshViews
+from atcache.store.reader import CacheReader
+from atcache.views.corrupt import NAMES, Corruption
+
+from ..train.validation import ValidationSet
+from .sets import EvalSet
+from .summary import EvaluateSummary, SetScores
+
+
+def recorded_corruption(readers: Sequence[CacheReader]) -> str | None:
+    """How all views of these caches were corrupted; None if they were not, or in several ways."""
+    found = {CacheRecord.of(reader).policy.corrupt for reader in readers}
+    return found.pop() if len(found) == 1 else None
+
+
+def without_cached(sets: Sequence[EvalSet], readers: Sequence[tuple[CacheReader, ...]]) -> list[bool]:
+    """Which sets to score: all but those to be made whose corruption a cache has, with the teacher's maps of it."""
+    given = [caches for each, caches in zip(sets, readers, strict=True) if each.corrupt is None]
+    cached = {recorded_corruption(caches) for caches in given}
+    return [each.corrupt is None or each.corrupt not in cached for each in sets]
+
+
+def corrupted_set(
+    main: ValidationSet, readers: Sequence[CacheReader], corrupt: str, *, reads_maps: bool
+) -> ValidationSet:
+    """The main set under a corruption: the same samples, classes and live teacher.
+
+    Args:
+        main: the main set.
+        readers: its caches; empty if its views are drawn from tars.
+        corrupt: the corruption, such as "fog:3".
+        reads_maps: whether a run takes the teacher's maps from caches.
+
+    Raises:
+        ConfigError: a run needs maps, which no cache has of these images, or the main set is not clean.
+    """
+    if reads_maps:
+        name = corrupt.replace(":", "-")
+        raise ConfigError(
+            "a copying student needs the teacher's maps of the corrupted images. Build a cache of them with --policy "
+            f"eval --corrupt {corrupt}, and give it as --val-cache {name}=CACHE; or give --live-teacher."
+        )
+    if readers:
+        parts = [Drawn(CacheRecord.of(reader).policy, reader.samples, str(reader.path)) for reader in readers]
+    else:
+        assert isinstance(main.views, FreshViews), "views without a cache are drawn"
+        parts = [Drawn(main.views.policy, main.views.source.index, "the tars")]
+    return replace(main, views=CorruptedViews(main.views, Corruption.parse(corrupt), parts))
+
+
+def corruption_rows(summary: EvaluateSummary) -> Iterator[tuple[str, str, tuple[float, ...]]]:
+    """For each corruption its severities and each prediction's mean top-1 over them, in percent; then over all.
+
+    The last row is the mean of the others, so that each corruption counts the same. Nothing if there is no corrupted
+    set.
+    """
+    means: list[tuple[float, ...]] = []
+    scored = [(Corruption.parse(each.corrupt), each) for each in summary.sets if each.corrupt is not None]
+    for name in NAMES:
+        found = sorted(((one.severity, each) for one, each in scored if one.name == name), key=lambda pair: pair[0])
+        if found:
+            means.append(_mean([_top1s(each) for _, each in found]))
+            yield name, ", ".join(str(severity) for severity, _ in found), means[-1]
+    if means:
+        yield f"mean of {len(means)}", "", _mean(means)
+
+
+def _top1s(each: SetScores) -> tuple[float, ...]:
+    averages = (each.mean_probabilities, each.mean_logits)
+    return (*(score.top1 for score in each.runs), *(score.top1 for score in averages if score is not None))
+
+
+def _mean(rows: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))

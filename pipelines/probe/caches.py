@@ -1,0 +1,131 @@
+"""The caches of a probe: those that exist, or small ones of a part of the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from atcache.cache.record import CacheRecord
+from atcache.errors import ConfigError
+from atcache.feed.caches import open_caches, usable_samples
+from atcache.feed.order import choose_subset
+from atcache.files.durable import write_file
+from atcache.files.location import listed
+from atcache.images.source import SampleIndex, index_source
+from atcache.images.tar_samples import Problem
+from atcache.teachers.names import parse_model_name
+from atcache.teachers.verdict import TeacherVerdict, judge
+
+from ..build.config import BuildConfig
+from ..build.run import build
+from .config import BUILT_SAMPLES, BUILT_VAL_SAMPLES, BUILT_VIEWS, ProbeConfig
+
+_TRAIN, _VAL = 0, 1
+"""Seeds of the samples that are drawn: always the same, so that a probe can be repeated."""
+
+
+class ProbeCaches(NamedTuple):
+    """What the students are trained and validated on."""
+
+    train: Any
+    """The place of the training cache, or of several."""
+    val: Any
+    subset: int | None
+    """How many samples each seed draws from the training cache; None if all are taken."""
+    num_samples: int
+    """Samples that a student is trained on."""
+    verdict: TeacherVerdict
+    """What is known of the teacher."""
+
+
+def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
+    """The caches that the options name, or small ones, which are built or were built before.
+
+    Raises:
+        ConfigError: there are too few images.
+        AtcacheError: what `atcache build` raises, or what opening a cache raises.
+    """
+    is_given = config.cache is not None
+    train, val = (config.cache, config.val_cache) if is_given else _build_both(config)
+    readers = open_caches(listed(train))
+    num_usable = sum(len(usable_samples(reader, "required")) for reader in readers)
+    if not num_usable:
+        raise ConfigError(f"{listed(train)[0]} has no samples with a label, which the students learn from.")
+    wanted = min(config.samples or BUILT_SAMPLES, num_usable) if is_given else num_usable
+    record = CacheRecord.of(readers[0])
+    student = None if config.student is None else parse_model_name(config.student)
+    return ProbeCaches(
+        train=train,
+        val=val,
+        subset=wanted if wanted < num_usable else None,
+        num_samples=wanted,
+        verdict=judge(record.teacher_record.name, student, record.trained),
+    )
+
+
+def _build_both(config: ProbeConfig) -> tuple[Path, Path]:
+    train, val = config.out / "train.zarr", config.out / "val.zarr"
+    keys = config.out / "train-keys.txt", config.out / "val-keys.txt"
+    if not all(file.exists() for file in keys):
+        for file, text in zip(keys, _draw_samples(config), strict=True):
+            write_file(file, text.encode())
+    assert config.teacher is not None, "checked by ProbeConfig"
+    common: dict[str, Any] = {
+        **{"teacher": config.teacher, "weights": config.weights, "label_key": config.label_key},
+        **{"device": config.device, "precision": config.precision, "on_bad_image": "skip"},
+    }
+    policy = config.policy or "crop-flip"
+    views = config.views or (1 if policy == "eval" else BUILT_VIEWS)
+    build(BuildConfig(**common, data=config.data, keys=keys[0], out=train, policy=policy, views=views))
+    # The same codec for both: it is fitted once, and to more samples.
+    build(
+        BuildConfig(
+            **common, data=config.val_data or config.data, keys=keys[1], out=val, policy="eval", codec_from=train
+        )
+    )
+    return train, val
+
+
+def _draw_samples(config: ProbeConfig) -> tuple[str, str]:
+    """The keys of the samples to train on and to validate on, as text, one a line."""
+    index, good_S = _read_index(config.data, config)
+    if config.val_data is not None:
+        val_index, val_good_S = _read_index(config.val_data, config)
+        num_train = min(config.samples or BUILT_SAMPLES, len(good_S))
+        num_val = min(config.val_samples or BUILT_VAL_SAMPLES, len(val_good_S))
+        _refuse_too_many(config, config.samples or 0, len(good_S), str(config.data))
+        _refuse_too_many(config, config.val_samples or 0, len(val_good_S), config.val_data)
+        train_S = choose_subset(index.label_S, good_S, num_train, _TRAIN)
+        val_S = choose_subset(val_index.label_S, val_good_S, num_val, _VAL)
+        return _as_lines(index, train_S), _as_lines(val_index, val_S)
+    if len(good_S) < 2:
+        raise ConfigError(f"{config.data} has {len(good_S)} usable samples; there must be some to train on and others.")
+    num_val = config.val_samples or min(BUILT_VAL_SAMPLES, len(good_S) // 2)
+    num_train = config.samples or min(BUILT_SAMPLES, max(1, len(good_S) - num_val))
+    _refuse_too_many(config, num_train + num_val, len(good_S), str(config.data))
+    # Validation samples first: they stay the same if another probe trains on more.
+    val_S = choose_subset(index.label_S, good_S, num_val, _VAL)
+    train_S = choose_subset(index.label_S, np.setdiff1d(good_S, val_S), num_train, _TRAIN)
+    return _as_lines(index, train_S), _as_lines(index, val_S)
+
+
+def _read_index(data: str | None, config: ProbeConfig) -> tuple[SampleIndex, np.ndarray]:
+    """The samples of tars, and the rows of those with an image and a label."""
+    assert data is not None, "checked by ProbeConfig"
+    index = index_source(data, label_key=config.label_key, on_bad="skip")
+    return index, np.flatnonzero((index.problem_S == Problem.NONE) & (index.label_S >= 0))
+
+
+def _refuse_too_many(config: ProbeConfig, wanted: int, available: int, data: str) -> None:
+    if wanted > available:
+        asked = f"samples={config.samples}, val_samples={config.val_samples}"
+        raise ConfigError(
+            f"{data} has {available} usable samples, too few for {asked}. Give fewer, or validation images of their "
+            "own with --val-data."
+        )
+
+
+def _as_lines(index: SampleIndex, rows: np.ndarray) -> str:
+    return "".join(f"{index.sample_key(row)}\n" for row in rows.tolist())

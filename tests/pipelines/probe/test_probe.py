@@ -1,0 +1,146 @@
+"""A probe from caches and from tars: what it trains, that it continues, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import atcache
+from atcache.cli.main import cli
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
+from atcache.pipelines.probe.caches import open_probe_caches
+from atcache.pipelines.probe.config import ProbeConfig
+from atcache.pipelines.probe.run import ProbeResult, probe
+from atcache.pipelines.running.run_folder import read_record
+
+FAST = {"steps": 4, "batch_size": 12, "seeds": 2, "device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def probed(tiny_cache, tmp_path_factory) -> tuple[ProbeConfig, ProbeResult, list[str]]:
+    """A finished probe of two caches, its result and what it said."""
+    out = tmp_path_factory.mktemp("probe") / "p"
+    config = ProbeConfig(cache=tiny_cache(), val_cache=tiny_cache(policy="eval"), samples=30, out=out, **FAST)
+    said: list[str] = []
+    return config, probe(config, say=said.append), said
+
+
+def settings_of(run: Path) -> dict:
+    return read_record(run / "run.json")["settings"]
+
+
+def test_pairs_differ_in_nothing_but_the_attention(probed):
+    config, result, _ = probed
+    assert [pair.seed for pair in result.pairs] == [0, 1]
+    for seed in (0, 1):
+        ours, theirs = (settings_of(config.out / "runs" / f"{mode}-{seed}") for mode in ("copy", "scratch"))
+        assert {name for name in ours if ours[name] != theirs[name]} == {"mode"}
+        assert (ours["seed"], ours["subset"], ours["steps"]) == (seed, 30, 4)
+
+
+def test_the_numbers_are_those_of_the_runs(probed):
+    config, result, said = probed
+    for pair in result.pairs:
+        for mode, top1 in (("copy", pair.transfer), ("scratch", pair.scratch)):
+            summary = json.loads((config.out / "runs" / f"{mode}-{pair.seed}" / "summary.json").read_text())
+            assert summary["validation"]["top1"] == top1
+            assert summary["num_samples"] == result.num_samples == 30
+    differences = [pair.transfer - pair.scratch for pair in result.pairs]
+    assert result.difference.mean == pytest.approx(sum(differences) / 2)
+    assert (result.steps, result.num_val_images, result.num_classes) == (4, 48, 10)
+    assert result.verdict.line == said[0]
+    assert said[-1].startswith("seed 1: copy ")
+    assert json.loads((config.out / "result.json").read_text()) == result.to_json()
+    assert ProbeResult.from_json(result.to_json()) == result
+    assert not (config.out / "timing").exists()
+
+
+def test_more_seeds_add_pairs_and_the_others_are_kept(probed):
+    config, first, _ = probed
+    said: list[str] = []
+    result = probe(replace(config, seeds=3), say=said.append)
+    assert result.pairs[:2] == first.pairs
+    assert len(result.pairs) == 3
+    assert [line.endswith("(trained before)") for line in said if line.startswith("seed ")] == [True, True, False]
+    assert not any(line.startswith("timing") for line in said)
+
+
+def test_other_options_and_other_folders_are_refused(probed, tmp_path):
+    config, _, _ = probed
+    with pytest.raises(CacheMismatchError, match=r"holds another probe: samples is 30 there and 20 here"):
+        probe(replace(config, samples=20))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds something else than a probe: there is no probe\.json"):
+        probe(replace(config, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_small_caches_of_other_samples_are_built_of_tars(digits_tars, tiny_vit, tiny_weights, tmp_path):
+    out = tmp_path / "probe"
+    settings = {"teacher": tiny_vit, "weights": tiny_weights, "data": digits_tars[0].parent, "out": out}
+    sizes = {"samples": 20, "val_samples": 10, "views": 2, "mode": "distill", "minutes": 5}
+    words = [word for name, value in {**settings, **sizes, **FAST}.items() for word in (_option(name), str(value))]
+    done = CliRunner().invoke(cli, ["probe", *words])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert (result["mode"], result["num_samples"], result["num_val_images"]) == ("distill", 20, 10)
+    assert result["sentence"] in done.stderr
+    assert "20 training samples, 4 steps; top-1 % on 10 others" in done.stderr
+    assert "Both kinds of student are near chance (10%; distill" in done.stderr
+    train, val = atcache.open(out / "train.zarr"), atcache.open(out / "val.zarr")
+    keys = [set(cache.samples.sample_key.values.tolist()) for cache in (train, val)]
+    assert [len(part) for part in keys] == [20, 10]
+    assert not keys[0] & keys[1]
+    assert (train.describe()["num_views"], val.describe()["views"]["policy"]["name"]) == (2, "eval")
+    for cache in (train, val):
+        labels = cache.samples.label.values.tolist()
+        assert {labels.count(label) for label in range(10)} <= {len(labels) // 10 - 1, len(labels) // 10, 3}
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def test_validation_images_may_come_from_elsewhere(digits_tars, tiny_vit, tiny_weights, tmp_path):
+    config = ProbeConfig(
+        **{"teacher": tiny_vit, "weights": tiny_weights, "out": tmp_path / "p", "policy": "eval"},
+        **{"data": str(digits_tars[0]), "val_data": str(digits_tars[1]), "val_samples": 5},
+        **FAST,
+    )
+    config.out.mkdir()
+    caches = open_probe_caches(config)
+    keys = [atcache.open(place).samples.sample_key.values.tolist() for place in (caches.train, caches.val)]
+    assert [len(part) for part in keys] == [16, 5]
+    assert all(key.startswith("digits-0000.tar/") for key in keys[0])
+    assert all(key.startswith("digits-0001.tar/") for key in keys[1])
+    assert (caches.subset, caches.num_samples) == (None, 16)
+
+
+def test_too_few_images_are_refused_before_anything_is_built(digits_tars, tiny_vit, tiny_weights, tmp_path):
+    settings = {"teacher": tiny_vit, "weights": tiny_weights, "out": tmp_path / "p", **FAST}
+    data = str(digits_tars[0].parent)
+    with pytest.raises(ConfigError, match=r"has 48 usable samples, too few for samples=40, val_samples=20"):
+        probe(ProbeConfig(**settings, data=data, samples=40, val_samples=20))
+    with pytest.raises(SourceError):
+        probe(ProbeConfig(**{**settings, "out": tmp_path / "q"}, data=str(tmp_path / "none.tar")))
+    assert not (tmp_path / "p" / "train.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"there is nothing to probe: give --cache and --val-cache, or --teacher and --data"),
+        ({"teacher": "demo-mae"}, r"there is nothing to probe"),
+        ({"cache": "c.zarr"}, r"cache without val_cache: .* `atcache build --policy eval`"),
+        ({"val_cache": "v.zarr", "teacher": "demo-mae", "data": "d.tar"}, r"val_cache=v\.zarr without a cache"),
+        ({"cache": "c.zarr", "val_cache": "v.zarr", "views": 2}, r"views=2 is for building small caches"),
+        ({"cache": "c.zarr", "val_cache": "v.zarr", "seeds": 1}, r"seeds=1: expected"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(fields, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        ProbeConfig(out=tmp_path, **fields)
