@@ -13,9 +13,9 @@
         logits, attention_loss = student(batch.images, batch.attention)
 
 The functions `pack`, `pretrain`, `plan`, `probe`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`,
-`maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data raise an
-`AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is
-first used.
+`report`, `maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data
+raise an `AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs
+them is first used.
 """
 
 # In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         probe as probe,
         pull as pull,
         push as push,
+        report as report,
         show as show,
         train as train,
         train_sweep as train_sweep,
@@ -94,6 +95,7 @@ _MODULE_OF = {
             "train",
             "train_sweep",
             "evaluate",
+            "report",
             "maps",
             "compare",
             "show",
@@ -150,6 +152,7 @@ __all__ = [
     "pull",
     "push",
     "regrid_maps",
+    "report",
     "show",
     "stats",
     "train",

@@ -15,6 +15,7 @@
 - `verify`: `atcache verify`
 - `train`: `atcache train`
 - `evaluate`: `atcache eval`
+- `report`: `atcache report`
 - `maps`: `atcache maps`
 - `pretrain`: `atcache pretrain`
 - `pack`: `atcache pack`

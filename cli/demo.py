@@ -15,7 +15,7 @@ from .fields import options_from
 from .paths import OUT
 
 if TYPE_CHECKING:
-    from ..pipelines.demo.run import DemoSummary
+    from ..pipelines.demo.summary import DemoSummary
 
 
 @click.command()
@@ -44,6 +44,8 @@ def _print_table(summary: DemoSummary) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ..pipelines.demo.page import NEXT_COMMANDS
+
     table = Table(title="100 labels, 8 x 8 digits, ViT of 4 layers; validation on 500 others")
     for column in ("student", "top-1 %", "gap closed", "seconds to train"):
         table.add_column(column, justify="left" if column == "student" else "right")
@@ -56,4 +58,10 @@ def _print_table(summary: DemoSummary) -> None:
         f"cache: {summary.cache_nbytes_per_view:.0f} bytes a view (float16 maps: {summary.map_nbytes_per_view}), "
         f"{summary.num_views} views; {summary.seconds:.0f} s in all"
     )
-    console.print(f"left in {summary.out}: digits/ teacher/ train.zarr val.zarr runs/ maps.png commands.sh demo.json")
+    console.print(
+        f"left in {summary.out}: digits/ teacher/ train.zarr val.zarr runs/ maps.png commands.sh demo.json demo.html"
+    )
+    console.print(f"the results with pictures: open {summary.page} in a browser", soft_wrap=True)
+    console.print("next, with your own images, one folder a class:")
+    for command in NEXT_COMMANDS:
+        console.print(f"  {command}", soft_wrap=True, highlight=False)

@@ -76,6 +76,7 @@ COMMANDS: dict[str, LazyCommand] = {
     "pull": _command("pull", "Fetch a cache from a hub or another server, or a part of it."),
     "train": _command("train", "Train a student from a cache, or from scratch."),
     "eval": _command("eval", "Measure the accuracy of students, alone and together.", attribute="evaluate"),
+    "report": _command("report", "Write a page about a finished run: curves, accuracy, maps and mistakes."),
     "maps": _command("maps", "Store the attention of a trained student in a cache of its own."),
     "pretrain": _command("pretrain", "Pre-train a teacher as a masked autoencoder, without labels."),
     "pack": _command("pack", "Pack folders of images into WebDataset tars."),

@@ -40,8 +40,8 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
         atcache train --mode copy --cache in1k.zarr --val-cache in1k-val.zarr --out runs/copy
         atcache train --recipe distill-vit-l --cache in1k.zarr --val-data 'val-{00..49}.tar' --out runs/distill
     """
+    from ..pipelines.report.after_training import train as run_training
     from ..pipelines.running.ranks import Ranks
-    from ..pipelines.train.run import train as run_training
 
     drawn = _views_of_the_recipe(ctx, config["recipe"])
     if sweep is not None:
@@ -71,7 +71,7 @@ def _views_of_the_recipe(ctx: click.Context, recipe: str | None) -> dict[str, An
 
 def _train_sweep(file: Path, command: click.Command, common: dict[str, Any], drawn: dict[str, Any]) -> None:
     """Train the students of a file; those without a cache draw their views as `drawn`."""
-    from ..pipelines.train.run import train_sweep
+    from ..pipelines.report.after_training import train_sweep
     from ..pipelines.train.sweep import sweep_configs
 
     students = read_sweep(file, command)

@@ -26,7 +26,7 @@ MAKING = ("pack", "pretrain", "own_teacher", "plan", "build", "verify")
 MOVING = ("merge", "push", "pull")
 OF_A_MAP = ("rows", "places", "whole_maps")
 OF_SEVERAL_MAPS = ("between_heads", "layers", "agreement")
-TRAINING = ("probe", "train", "train_sweep", "evaluate", "maps", "compare")
+TRAINING = ("probe", "train", "train_sweep", "evaluate", "report", "maps", "compare")
 SHOWING = ("show",)
 
 # A part of a docstring that begins with a word and a colon, and is indented.

@@ -15,6 +15,8 @@
 - `evaluate/`: accuracy and loss of finished runs
 - `maps/`: a cache of a trained student's own attention
 - `pretrain/`: make a teacher from any timm ViT
+- `report/`: a page about a finished run
+- `pages/`: what pages have in common: frame, charts, pictures
 - `demo/`: all of it on handwritten digits, in minutes
 - `api`: what the commands do, as functions to call
 - `options`: the options of a command, written once as the fields of its config

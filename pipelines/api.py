@@ -34,11 +34,13 @@ from .probe.run import probe as run_probe
 from .publish.config import PullConfig, PushConfig
 from .publish.pull import pull as run_pull
 from .publish.push import push as run_push
+from .report.after_training import train as run_train, train_sweep as run_train_sweep
+from .report.config import ReportConfig
+from .report.run import report as run_report
 from .show.config import ShowConfig
 from .show.run import show as run_show
 from .train.config import TrainConfig
 from .train.recipes import read_recipe, views_to_draw
-from .train.run import train as run_train, train_sweep as run_train_sweep
 from .train.summary import SweepResult
 from .train.sweep import sweep_configs
 from .verify.config import VerifyConfig
@@ -134,7 +136,7 @@ train = _function(
     run_train,
     """Train a student from a cache, or from scratch.
 
-    The same call continues a run that was stopped.
+    The same call continues a run that was stopped. At the end, a page about the run is written into its folder.
 
     Returns:
         The run's losses, scores and speed.
@@ -163,6 +165,25 @@ evaluate = _function(
     Example:
 
         atcache.evaluate(runs="runs/copy", cache="in1k-val.zarr").score.top1
+    """,
+)
+
+report = _function(
+    ReportConfig,
+    run_report,
+    """Write a page about a finished run: curves, accuracy, agreement with the teacher, mistakes and pictures.
+
+    `train` writes one at its end. Both passes over validation samples stop after half a minute.
+
+    Returns:
+        Where the page is, how many samples it shows, and what could not be shown.
+
+    Raises:
+        AtcacheError: there is no finished run, or the validation data that are given do not fit it.
+
+    Example:
+
+        atcache.report(run="runs/distill", val_cache="in1k-val.zarr").out
     """,
 )
 

@@ -46,9 +46,9 @@ def find_browser() -> str | None:
     return next(map(str, sorted(fetched.glob("chromium-*/chrome-linux*/chrome"), reverse=True)), None)
 
 
-# One for each folder that takes it, not for the session: while it is there, the main thread has a running event loop,
-# which tests of other folders may not expect.
-@pytest.fixture(scope="package")
+# One for each file that takes it, not for the session: while it is there, the main thread has a running event loop,
+# which other tests may not expect; and two at once, of two folders, break each other.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One headless Chromium. A test opens pages of its own: `page = browser.new_page()`; `page.close()`."""
     api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")

@@ -56,6 +56,8 @@ ORDER = [
     "atcache.pipelines.stats",
     "atcache.pipelines.compare",
     "atcache.pipelines.show",
+    "atcache.pipelines.pages",
+    "atcache.pipelines.report",
     "atcache.pipelines.view",
     "atcache.pipelines.pretrain",
     "atcache.pipelines.demo",

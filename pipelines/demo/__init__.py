@@ -3,4 +3,6 @@
 - `config`: the options of the demo
 - `run`: the whole demo, from start to end
 - `picture`: draw some cached maps over their images
+- `summary`: the results of a demo
+- `page`: the results as a page, with a picture and what to do next
 """

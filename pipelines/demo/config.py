@@ -12,8 +12,8 @@ class DemoConfig:
     """Where the demo works, and how much it trains."""
 
     out: Path = option(
-        "Folder for tars, caches, runs, a picture of maps and the commands. What an earlier demo made there is "
-        "replaced; other files stay.",
+        "Folder for tars, caches, runs, a page of results, a picture of maps and the commands. What an earlier demo "
+        "made there is replaced; other files stay.",
         default=Path("atcache-demo"),
         is_written=True,
     )

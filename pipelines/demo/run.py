@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,6 @@ import torch
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
-from atcache.fields import JsonFields
 from atcache.files.durable import disk_errors_explained, encode_json, make_folder, write_file
 
 from ..build.config import BuildConfig
@@ -31,11 +30,15 @@ from ..evaluate.config import EvaluateConfig
 from ..evaluate.run import evaluate
 from ..pretrain.config import PretrainConfig
 from ..pretrain.run import pretrain
+from ..report.config import ReportConfig
+from ..report.run import report
 from ..running.commands import as_command
 from ..train.config import TrainConfig
 from ..train.run import train
 from .config import DemoConfig
+from .page import write_page
 from .picture import draw_maps
+from .summary import AVERAGED, DemoSummary, ModeResult
 
 NUM_TRAIN = 1297
 """Digits the teacher sees, without labels; the other 500 validate."""
@@ -47,41 +50,8 @@ PRETRAIN = PretrainConfig(model=TEACHER, data="", out=Path(), steps=3000, base_l
 """How these weights were made; data and out are filled in."""
 _MARKER = ".made-by-atcache-demo"
 """The file a demo puts into its folder first. A folder without it was not made by a demo."""
-AVERAGED = "distill + finetune, averaged"
-"""The result of these two students together, beside those of the modes."""
-_MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json")
+_MADE = ("train.zarr", "val.zarr", "teacher", "maps.png", "commands.sh", "demo.json", "demo.html")
 """What a demo makes in its folder, beside the tars and the runs."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModeResult:
-    """The results of one mode's students, over the seeds."""
-
-    top1: float
-    """Mean validation accuracy, percent."""
-    top1_per_seed: tuple[float, ...]
-    gap_closed: float | None
-    """(top1 - scratch) / (finetune - scratch) of the means; None if finetune is not better than scratch."""
-    seconds: float
-    """Mean time to train one student."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DemoSummary(JsonFields):
-    """The results of the demo."""
-
-    out: str
-    modes: dict[str, ModeResult]
-    """Results by mode, and of the averaged probabilities of the distilled and the fine-tuned student."""
-    cache_nbytes_per_view: float
-    """Size of the training cache per view, with all its files."""
-    map_nbytes_per_view: int
-    """Size of the same maps as float16."""
-    num_views: int
-    """Number of views in both caches together."""
-    seconds: float
-    commands: tuple[str, ...]
-    """The commands that were run; they can be typed again in the same working folder."""
 
 
 def demo(config: DemoConfig, say: Callable[[str], None] = lambda _: None) -> DemoSummary:
@@ -147,9 +117,11 @@ def _demo(config: DemoConfig, say: Callable[[str], None]) -> DemoSummary:
         num_views=complete["num_stored"] + val_cache.complete["num_stored"],
         seconds=time.monotonic() - start_s,
         commands=tuple(commands),
+        page=str(config.out / "demo.html"),
     )
     write_file(config.out / "commands.sh", "".join(f"{command}\n" for command in commands).encode())
     write_file(config.out / "demo.json", encode_json(summary.to_json()))
+    write_page(summary)
     return summary
 
 
@@ -237,6 +209,7 @@ def student_config(config: DemoConfig, mode: Mode, seed: int, weights: Path | No
         label_smoothing=0.1,
         drop_path=0.1,
         seed=seed,
+        report=False,  # the demo writes it, with validation images that are not seen in the training
     )
 
 
@@ -253,7 +226,11 @@ def _train_and_evaluate(
     seconds = train(training).seconds
     evaluation = EvaluateConfig(runs=(training.out,), cache=config.out / "val.zarr")
     announce(as_command("eval", evaluation))
-    return evaluate(evaluation).score.top1, seconds
+    top1 = evaluate(evaluation).score.top1
+    reporting = ReportConfig(run=training.out, val_cache=config.out / "val.zarr")
+    announce(as_command("report", reporting))
+    report(reporting)
+    return top1, seconds
 
 
 def _results(top1s: dict[str, list[float]], seconds: dict[str, list[float]]) -> dict[str, ModeResult]:

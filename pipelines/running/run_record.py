@@ -61,6 +61,8 @@ class RunFile(JsonFields):
     data: _Data = _Data()
     caches: tuple[str, ...] = ()
     """Where the caches were that it was trained from; empty if it was trained without, or does not say."""
+    places: Mapping[str, Any] | None = None
+    """What was typed for caches, tars and folder, by option, and the "folder" it was typed in; None if not recorded."""
 
     @property
     def views_of_parts(self) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from atcache.choices import MAX_SEED, Mode, PolicyName, Precision, Shuffle, What
 from atcache.errors import ConfigError
@@ -47,6 +47,8 @@ STREAM_FIELDS = (
     "checkpoint_every",
 )
 """Settings that must be the same for all students of a sweep."""
+PLACES = ("out", "cache", "data", "val_cache", "val_data", "label_key", "weights")
+"""Settings that say where something is: another place makes no other run."""
 _WHERE_FIELDS = ("layers", "heads", "layer_map", "head_map")
 """Settings that say which of the teacher's layers and heads go where in the student."""
 MODES_OF_OPTIONS: dict[str, tuple[Mode, ...]] = {
@@ -225,6 +227,9 @@ class TrainConfig:
         at_least=0,
         at_most=64,
     )
+    report: bool = option(
+        "Write report.html into the run's folder at the end: one page of curves, accuracy and maps.", default=True
+    )
 
     def __post_init__(self) -> None:
         if self.min_lr > (lr := self.base_lr * self.batch_size / 256):
@@ -340,12 +345,21 @@ class TrainConfig:
         weights = self.weights if self.live_teacher else None
         return {**common, "cache": self.caches, "weights": weights, "order_seed": self.stream_seed}
 
+    def places(self) -> dict[str, Any]:
+        """Where what the run reads and writes is, as JSON: as it was typed, and in which folder."""
+        places: dict[str, Any] = {"folder": str(Path.cwd())}
+        for name in PLACES:
+            value: Any = getattr(self, name)
+            if value is not None:
+                several = isinstance(value, tuple)
+                places[name] = [str(one) for one in cast("tuple[Any, ...]", value)] if several else str(value)
+        return places
+
     def settings(self) -> dict[str, Any]:
         """The settings that identify this run: not paths, device or workers, nor how often it validates and saves."""
         settings = asdict(self)
-        places = ("out", "recipe", "cache", "data", "val_cache", "val_data", "label_key", "weights")
-        how_often = ("checkpoint_every", "validate_every", "log_maps")
-        for name in (*places, *how_often, "workers", "keep_mib", "device", "compile"):
+        how_often = ("checkpoint_every", "validate_every", "log_maps", "report")
+        for name in (*PLACES, *how_often, "recipe", "workers", "keep_mib", "device", "compile"):
             del settings[name]
         if self.stream_seed == self.seed:  # the same run, whether --order-seed repeats the seed or is left out
             settings["order_seed"] = None

@@ -167,12 +167,13 @@ def begin_run(config: TrainConfig, data: TrainingData) -> None:
     # Validation data does not change the training. Once the run is finished, its score is part of the result.
     is_finished = (config.out / WEIGHTS_FILE).exists()
     # Where the caches are changes nothing either; `atcache maps` looks there.
-    places = [str(cache.absolute()) for cache in config.caches]
+    record["caches"] = [str(cache.absolute()) for cache in config.caches]
+    record["places"] = config.places()  # `atcache report` says the command again, and finds the validation data
+    where = ("caches", "places")
     if is_finished:
-        places = (read_record(file) or {}).get("caches")
-    if places:
-        record["caches"] = places
-    keep_record(file, record, may_change=() if is_finished else ("data.validation", "caches"))
+        record |= {name: (read_record(file) or {}).get(name) for name in where}
+    record = {name: value for name, value in record.items() if value or name not in where}
+    keep_record(file, record, may_change=() if is_finished else ("data.validation", *where))
 
 
 def _earlier_result(config: TrainConfig) -> SweepResult | None:

@@ -17,7 +17,7 @@ from atcache.feed.classes import refuse_beyond
 from atcache.feed.loader import validation_batches
 from atcache.feed.sample_views import FreshViews, Views
 from atcache.images.class_names import ClassNames, same_classes
-from atcache.images.source import Source, index_source
+from atcache.images.source import SampleIndex, Source, index_source
 from atcache.store.reader import CacheReader
 from atcache.students.pairing import Pairing
 from atcache.students.student import Student, check_views_fit
@@ -39,6 +39,8 @@ class ValidationSet:
     """Rows that can be used."""
     classes: ClassNames
     """Names of the classes, as far as they are known."""
+    indexes: tuple[SampleIndex, ...]
+    """The sample tables, whose rows follow one another."""
     teacher: CacheTeacher | LiveTeacher | None
     batch_size: int
     workers: int
@@ -136,6 +138,7 @@ def open_validation(
         label_S=label_S,
         sample_S=usable_S,
         classes=classes,
+        indexes=tuple(indexes),
         teacher=given,
         batch_size=batch_size,
         workers=workers,

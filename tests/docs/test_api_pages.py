@@ -96,6 +96,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
         "train",
         "train_sweep",
         "evaluate",
+        "report",
         "maps",
         "compare",
     ):

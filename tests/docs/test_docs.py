@@ -36,6 +36,7 @@ ORDER = [
     "guide/build.md",
     "guide/grow.md",
     "guide/train.md",
+    "guide/report.md",
     "guide/students.md",
     "guide/python.md",
     "guide/loops.md",

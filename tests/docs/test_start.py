@@ -47,7 +47,7 @@ def test_the_way_from_photos_to_a_student_runs_as_printed(tmp_path: Path, monkey
     assert scores == [50]
     run_files = {path.name for path in Path("runs/copy").iterdir()}
     named = re.findall(r"^\| `([a-z.]+)` \|", START, re.MULTILINE)
-    assert len(named) == 4
+    assert len(named) == 5
     assert set(named) <= run_files
     (code,) = re.findall(r"^```python\n(.*?)^```", START, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}

@@ -29,6 +29,7 @@ from atcache.pipelines.plan.config import PlanConfig
 from atcache.pipelines.pretrain.config import PretrainConfig
 from atcache.pipelines.probe.config import ProbeConfig
 from atcache.pipelines.publish.config import PullConfig, PushConfig
+from atcache.pipelines.report.config import ReportConfig
 from atcache.pipelines.running.commands import as_command
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.stats.config import StatsConfig
@@ -40,6 +41,7 @@ CONFIGS = {
     "build": BuildConfig,
     "train": TrainConfig,
     "eval": EvaluateConfig,
+    "report": ReportConfig,
     "verify": VerifyConfig,
     "maps": MapsConfig,
     "merge": MergeConfig,
