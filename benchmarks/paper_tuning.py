@@ -1,0 +1,44 @@
+"""How `paper.py` chooses the learning rate and the start of LayerScale: alike for all modes, on held-out images."""
+
+from __future__ import annotations
+
+from paper_steps import Job, Maps, Recipe, Student, cache_job, train_job, tuning_folder
+from paper_study import Study
+
+from atcache.choices import MODES, Mode
+from atcache.pipelines.train.scores import Score
+from atcache.pipelines.train.summary import read_finished
+
+
+def recipes_to_try(study: Study, mode: Mode) -> list[Recipe]:
+    """The recipes of a mode: several if it is tuned. Weights of the teacher have their own LayerScale."""
+    if mode == "finetune":
+        return [Recipe(base_lr) for base_lr in study.finetune_lrs]
+    return [Recipe(base_lr, start) for start in study.init_values for base_lr in study.base_lrs]
+
+
+def tuning_jobs(study: Study) -> list[Job]:
+    """What chooses recipes: every mode of `tune` tries all its recipes on the same images."""
+    maps = Maps(study.views, study.codec)
+    jobs = [cache_job(study, maps, "held-out")]
+    for mode in study.tune:
+        jobs += [train_job(study, Student(mode, maps), 0, one, held_out=True) for one in recipes_to_try(study, mode)]
+    return jobs
+
+
+def tuned(study: Study, mode: Mode) -> dict[Recipe, Score]:
+    """The scores on held-out images of the recipes that were tried."""
+    summaries = {one: read_finished(tuning_folder(study, mode, one)) for one in recipes_to_try(study, mode)}
+    return {one: found.validation for one, found in summaries.items() if found is not None and found.validation}
+
+
+def choose_recipes(study: Study) -> dict[Mode, Recipe] | None:
+    """The recipe of each mode: the best on held-out images if it is tuned; None if that is not finished."""
+    best: dict[Mode, Recipe] = {}
+    for mode in study.tune:
+        scores = tuned(study, mode)
+        if len(scores) < len(recipes_to_try(study, mode)):
+            return None
+        best[mode] = max(scores, key=lambda recipe: scores[recipe].top1)
+    first = {mode: recipes_to_try(study, mode)[0] for mode in MODES}
+    return {**first, "distill": best.get("copy", first["distill"]), **best}
