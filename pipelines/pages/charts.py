@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": _LINE,
     "grid.linewidth": 0.7,
     "xtick.color": _FAINT,

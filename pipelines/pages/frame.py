@@ -50,6 +50,7 @@ pre { background: var(--panel); border: 1px solid var(--line); border-radius: 4p
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--link); }
 .wide { overflow-x: auto; }
+@media (min-width: 32rem) { thead th { white-space: nowrap; } }
 @media (max-width: 32rem) { th, td { padding-right: .6rem; } h1 { font-size: 1.35rem; } }
 """
 

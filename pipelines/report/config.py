@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atcache.choices import Precision
+from atcache.errors import ConfigError
 from atcache.files.location import Location
 
 from ..options import config, device_option, label_key_option, option, precision_option
@@ -39,6 +40,13 @@ class ReportConfig:
     )
     device: str = device_option()
     precision: Precision = precision_option()
+
+    def __post_init__(self) -> None:
+        if self.label_key is not None and (self.val_cache is not None or self.val_data is None):
+            raise ConfigError(
+                f"label_key={self.label_key} says where labels are in the .json files of --val-data; labels of a cache "
+                "come from the cache. Leave it out, or give --val-data alone."
+            )
 
     @property
     def file(self) -> Path:

@@ -171,6 +171,26 @@ def test_the_commands_make_the_same_run_and_the_same_caches(run_of, named_caches
     )
 
 
+def test_runs_of_other_kinds_have_a_page_too(run_of, named_caches, tiny_cache, digits_tars, tmp_path):
+    headless = run_of("distill", attention_only=True, val_cache=None, steps=3)
+    summary, page = reported(headless, tmp_path, val_cache=named_caches[1])
+    assert (summary.num_predicted, summary.num_compared) == (0, 48)
+    assert "No class was predicted" in words_of(page)
+    words = words_of(run_of("copy", what="q", steps=3) / "report.html")
+    assert "copies q of the teacher and computes the rest itself" in words
+    tars = str(digits_tars[0].parent)
+    summary, page = reported(run_of("scratch", val_cache=None, val_data=tars, steps=3), tmp_path)
+    assert summary.num_predicted == 48
+    assert "Where it looks" in words_of(page)
+    summary, page = reported(run_of("copy", val_cache=None, steps=3), tmp_path, val_data=tars)
+    assert summary.num_predicted == 0
+    assert "A student that copies needs the teacher's maps to predict" in words_of(page)
+    rows = tiny_cache(queries="cls", policy="eval", codec="logmap")
+    summary, page = reported(run_of("distill", cache=rows, val_cache=rows, steps=3), tmp_path)
+    assert summary.num_compared == 48
+    assert "what the class token attends to" in words_of(page)
+
+
 # When it is written
 
 
@@ -226,6 +246,11 @@ def test_a_place_that_was_typed_in_another_folder_is_found(named_caches, tmp_pat
 def test_a_folder_without_a_finished_run_is_refused(tmp_path, named_caches):
     with pytest.raises(ConfigError, match=r"is not a run's folder: run.json cannot be read"):
         report(ReportConfig(run=tmp_path, **PLACE))
+
+
+def test_a_label_key_without_tars_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"label_key=id says where labels are .* give --val-data alone"):
+        ReportConfig(run=tmp_path, label_key="id")
 
 
 def test_a_cache_of_another_teacher_is_refused(run_of, tiny_cache, tiny_vit, tmp_path):
