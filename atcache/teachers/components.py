@@ -42,7 +42,8 @@ def special_components(model: nn.Module) -> list[str]:
     """Where the model's architecture differs from a plain ViT, such as "LayerScale" or "no class token".
 
     >>> import timm
-    >>> special_components(timm.create_model("vit_tiny_patch16_224", depth=1, reg_tokens=4, class_token=False))
+    >>> arguments = {"depth": 1, "reg_tokens": 4, "class_token": False, "global_pool": "avg"}
+    >>> special_components(timm.create_model("vit_tiny_patch16_224", **arguments))
     ['no class token', '4 register tokens']
     """
     return _in_words(components(model), _PLAIN)

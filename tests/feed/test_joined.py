@@ -430,6 +430,8 @@ def test_the_command_takes_caches_more_than_once_and_the_file_a_list(part_caches
     assert [row["num_samples"] for row in found] == [48, 48, 32]
     assert found[0]["loss"] == found[1]["loss"]
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("typed", "listed")]
+    for name, record in zip(("typed", "listed"), records, strict=True):
+        assert record["places"].pop("out") == name
     assert records[0] == records[1]
 
 
