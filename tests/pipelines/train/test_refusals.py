@@ -106,7 +106,7 @@ def test_validation_that_does_not_fit_the_student_is_refused(config_for, tiny_ca
         train(config_for("copy", val_cache=tiny_cache(policy="eval", layers="1")))
     with pytest.raises(CacheMismatchError, match="has no maps of head 0, which the student copies"):
         train(config_for("copy", val_cache=tiny_cache(policy="eval", heads="1")))
-    with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict, and no cache of these"):
+    with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict, and no cache"):
         train(config_for("copy", val_data=str(digits_tars[0])))
     # Students with attention of their own do not mind whose maps these are.
     assert train(config_for("distill", steps=1, val_cache=other)).validation.num_samples == 48
