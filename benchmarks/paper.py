@@ -9,8 +9,7 @@ command wrote: the summary of a run, or an evaluation.
 
 All students see the same views of the same labelled images, in the same number of steps. `--tune` chooses learning
 rates (and with several `--init-values`, the start of LayerScale) for scratch and copy alike, on training images that no
-student gets. DINOv2 starts LayerScale at 1e-5 in timm, which makes students that begin with random weights slow: try
-`--init-values 0.1`.
+student gets.
 
 A folder of an earlier call is continued. With `--report`, nothing is made, and what is finished is shown.
 """
