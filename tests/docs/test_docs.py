@@ -74,6 +74,7 @@ ORDER = [
     "design/growth.md",
     "design/buckets.md",
     "design/looking.md",
+    "design/measuring.md",
     "design/any-teacher.md",
     "benchmarks.md",
     "benchmarks/gpu.md",
