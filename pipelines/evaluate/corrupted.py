@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
 from atcache.feed.corrupted import CorruptedViews, Drawn
@@ -13,21 +15,29 @@ from atcache.store.reader import CacheReader
 from atcache.views.corrupt import NAMES, Corruption
 
 from ..train.validation import ValidationSet
-from .sets import EvalSet
 from .summary import EvaluateSummary, SetScores
 
 
 def recorded_corruption(readers: Sequence[CacheReader]) -> str | None:
-    """How all views of these caches were corrupted; None if they were not, or in several ways."""
+    """How the views of these caches were corrupted; None if they were not.
+
+    Raises:
+        ConfigError: each was corrupted in another way.
+    """
     found = {CacheRecord.of(reader).policy.corrupt for reader in readers}
-    return found.pop() if len(found) == 1 else None
+    if len(found) > 1:
+        ways = ", ".join(f"{reader.path}: {CacheRecord.of(reader).policy.corrupt or 'clean'}" for reader in readers)
+        raise ConfigError(f"the caches of one set are not corrupted alike ({ways}). Give each a set of its own.")
+    return found.pop() if found else None
 
 
-def without_cached(sets: Sequence[EvalSet], readers: Sequence[tuple[CacheReader, ...]]) -> list[bool]:
-    """Which sets to score: all but those to be made whose corruption a cache has, with the teacher's maps of it."""
-    given = [caches for each, caches in zip(sets, readers, strict=True) if each.corrupt is None]
-    cached = {recorded_corruption(caches) for caches in given}
-    return [each.corrupt is None or each.corrupt not in cached for each in sets]
+def has_same_images(main: ValidationSet, other: ValidationSet) -> bool:
+    """Whether a set has the images and the classes of the main one, so that only a corruption is between them."""
+    if (main.kept_K is None) != (other.kept_K is None):
+        return False
+    if main.kept_K is not None and not np.array_equal(main.kept_K, other.kept_K):
+        return False
+    return [index.fingerprint for index in main.indexes] == [index.fingerprint for index in other.indexes]
 
 
 def corrupted_set(

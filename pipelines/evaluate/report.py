@@ -147,8 +147,8 @@ def _robustness(config: EvaluateConfig, summary: EvaluateSummary, names: Sequenc
     yield ""
     yield (
         f"Top-1 on a set as a share of the same prediction's top-1 on {first.name}, in percent, with its standard "
-        "error. The error takes the samples of the two sets as independent: for the same images in two forms, such as "
-        "corrupted ones, it is too large."
+        "error. The error takes the samples of the two sets as independent: for the same images in two forms, it is "
+        "too large."
     )
     yield ""
     base = [score for _, score in predictors(first, names)]

@@ -24,7 +24,7 @@ from ..running.run_record import RunRecord, load_run
 from ..train.scores import score_students
 from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
-from .corrupted import corrupted_set, recorded_corruption, without_cached
+from .corrupted import corrupted_set, has_same_images, recorded_corruption
 from .report import report_text
 from .sets import EvalSet
 from .summary import EvaluateSummary, SetScores
@@ -52,23 +52,24 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
         _check_report(config.report)
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
     places = {each.caches: open_caches(each.caches) for each in config.sets}
-    scored = without_cached(config.sets, [places[each.caches] for each in config.sets])
-    sets = [each for each, is_scored in zip(config.sets, scored, strict=True) if is_scored]
+    recorded = {caches: recorded_corruption(readers) for caches, readers in places.items()}
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     runs = _fitting(config, loaded, device)
     # All are opened before the first is scored: what does not fit is said at once.
-    opened: list[ValidationSet] = []
-    for each in sets:
-        caches = places[each.caches]
-        if each.corrupt is None:
-            opened.append(_open(each, caches, runs, config, device))
-        else:
+    given = [each for each in config.sets if each.corrupt is None]
+    opened = {each: _open(each, places[each.caches], runs, config, device) for each in given}
+    main = opened[given[0]]
+    corruptions = {each: recorded[each.caches] for each in given if has_same_images(main, opened[each])}
+    for each in config.sets:
+        # A cache of these images with this corruption is the same set, with the teacher's maps.
+        if each.corrupt is not None and each.corrupt not in corruptions.values():
             reads_maps = runs.teacher is not None and runs.live_teacher is None
-            opened.append(corrupted_set(opened[0], caches, each.corrupt, reads_maps=reads_maps))
+            opened[each] = corrupted_set(main, places[each.caches], each.corrupt, reads_maps=reads_maps)
+            corruptions[each] = each.corrupt
     dtype = resolve_precision(config.precision, device)
     scores: list[SetScores] = []
-    for each, data in zip(sets, opened, strict=True):
+    for each, data in opened.items():
         found = score_students(runs.students, data, device, dtype, by_class=config.by_class)
         scores.append(
             SetScores(
@@ -78,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
                 mean_logits=found.mean_logits,
                 pairs=found.pairs,
                 num_left_out=data.num_left_out,
-                corrupt=each.corrupt or recorded_corruption(places[each.caches]),
+                corrupt=corruptions.get(each),
             )
         )
     summary = EvaluateSummary(

@@ -26,7 +26,7 @@ class SetScores(JsonFields):
     num_left_out: int
     """Samples that were left out because their class is not one of `classes_of`."""
     corrupt: Annotated[str | None, Omitted] = None
-    """How the images were corrupted, such as "fog:3"; None if they were not."""
+    """How the images of the first set were corrupted, such as "fog:3"; None for other images, or if they were not."""
 
     @property
     def score(self) -> Score:

@@ -116,7 +116,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, caption:
 
 def commands(lines: Sequence[str]) -> str:
     """Commands to type, each in a box of its own."""
-    return "\n".join(f"<pre>{text(line)}</pre>" for line in lines)
+    return "\n".join(f"<pre>{escape(line)}</pre>" for line in lines)
 
 
 def folded(title: str, *parts: str) -> str:

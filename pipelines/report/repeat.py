@@ -40,13 +40,13 @@ def commands_to_repeat(run: FinishedRun, places: ValidationPlaces) -> list[str]:
     commands = [command for cache, name in caches.items() if (command := _build(cache, name)) is not None]
     if training is not None:
         commands.append(as_command("train", training))
-    if places and run.record.num_classes:
-        cache = places.caches if len(places.caches) != 1 else places.caches[0]
-        evaluation = EvaluateConfig(runs=(run.folder,), cache=cache or None, data=places.data)
-        commands.append(as_command("eval", evaluation))
-        commands.append(
-            as_command("report", ReportConfig(run=run.folder, val_cache=cache or None, val_data=places.data))
-        )
+    # A copying run that was validated with its teacher alone is predicted by neither: no cache has its maps.
+    if places and run.record.num_classes and (places.caches or run.record.mode != "copy"):
+        cache = (places.caches if len(places.caches) != 1 else places.caches[0]) or None
+        label_key = None if cache else places.label_key
+        evaluation = EvaluateConfig(runs=(run.folder,), cache=cache, data=places.data, label_key=label_key)
+        reporting = ReportConfig(run=run.folder, val_cache=cache, val_data=places.data, label_key=label_key)
+        commands += [as_command("eval", evaluation), as_command("report", reporting)]
     return commands
 
 
@@ -66,6 +66,7 @@ def _build(path: Location, name: Location) -> str | None:
             "data": _data(reader.samples.tars),
             "out": name,
             "policy": policy.name,
+            "corrupt": policy.corrupt,
             "seed": policy.seed,
             "views": identity.num_views,
             "pixels": identity.pixels,

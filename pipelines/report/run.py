@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from atcache.cache.record import CacheRecord
-from atcache.errors import AtcacheError
+from atcache.errors import AtcacheError, CacheMismatchError
 from atcache.feed.caches import open_caches, open_joined_views
 from atcache.fields import JsonFields
 from atcache.files.durable import make_folder, write_file
@@ -125,7 +125,9 @@ def _look(
     if data is not None and config.samples:
         predictions = predict(student, data, device, dtype, config.samples)
     maps: Maps | None = None
-    if config.map_samples and (viewed := _viewed(student, run, readers, places, data, device)) is not None:
+    # The run may have been validated on another teacher's cache. One that is asked for now must fit.
+    may_differ = notes if config.val_cache is None else None
+    if config.map_samples and (viewed := _viewed(student, run, readers, places, data, device, may_differ)) is not None:
         maps = look_at_maps(student, viewed, device, dtype, config.map_samples)
         if maps is None and record.mode != "copy":
             notes.append("The maps of this student cannot be seen: its attention is not one softmax over all tokens.")
@@ -139,8 +141,12 @@ def _viewed(
     places: ValidationPlaces,
     data: ValidationSet | None,
     device: torch.device,
+    notes: list[str] | None,
 ) -> Viewed | None:
-    """The views whose maps are looked at, with the teacher's maps where there are any; None if there are no views."""
+    """The views whose maps are looked at, with the teacher's maps where there are any; None if there are no views.
+
+    Caches of other maps than the student's are said in `notes`; without notes, they are refused.
+    """
     if not readers:
         if data is None:
             return None
@@ -149,10 +155,15 @@ def _viewed(
         )
     teacher = None
     if student.pairing is not None and run.record.teacher is not None:
-        for reader in readers:
-            cached = CacheRecord.of(reader).teacher_record
-            check_teacher(run.record.teacher, cached, student.pairing, reader.path)
-        teacher = CacheTeacher(readers, [student.pairing], device)
+        try:
+            for reader in readers:
+                cached = CacheRecord.of(reader).teacher_record
+                check_teacher(run.record.teacher, cached, student.pairing, reader.path)
+            teacher = CacheTeacher(readers, [student.pairing], device)
+        except CacheMismatchError as error:
+            if run.record.mode == "copy" or notes is None:
+                raise
+            notes.append(f"The maps were not compared with the teacher's: {error}")
     views, label_S, sample_S = open_joined_views(
         readers,
         places.data,

@@ -93,9 +93,11 @@ def _curves(run: FinishedRun) -> str:
     at = [row["step"] for row in validations]
     if validations:
         losses["validation, labels" if len(names) > 1 else "validation"] = at, [row["loss"] for row in validations]
+    # A line of one point would not be seen.
+    points = tuple(name for name, (x, _) in losses.items() if name.startswith("validation") or len(x) == 1)
     first, last = ({name: values[place] for name, (_, values) in losses.items()} for place in (0, -1))
     changes = "; ".join(f"{name} from {first[name]:.3g} to {last[name]:.3g}" for name in losses)
-    drawn = [curves(losses, title="Loss", says=f"Loss: {changes}.", unit="nats", points=("validation",))]
+    drawn = [curves(losses, title="Loss", says=f"Loss: {changes}.", unit="nats", points=points)]
     if validations:
         top1 = [row["top1"] for row in validations]
         shown = {"top-1": (at, top1), "top-5": (at, [row["top5"] for row in validations])}
@@ -127,14 +129,16 @@ def _accuracy(run: FinishedRun, predictions: Predictions | None) -> str:
 
 def _confidence(predictions: Predictions) -> str:
     sure, right = 100 * predictions.confidence_N.mean(), 100 * predictions.correct_N.mean()
-    error = 100 * np.sqrt(predictions.correct_N.var() / len(predictions.correct_N))
+    # Of the difference, if the student were as sure as it is right: each prediction is right with its own confidence.
+    confidence_N = predictions.confidence_N
+    error = 100 * np.sqrt((confidence_N * (1 - confidence_N)).sum()) / len(confidence_N)
     if abs(sure - right) <= 2 * error:
         verdict = "within two standard errors of each other"
     else:
         verdict = "it is too sure of itself" if sure > right else "it is not sure enough"
     return (
-        f"On these images its mean confidence is {sure:.1f} %, and {right:.1f} % (standard error {error:.1f}) are "
-        f"right: {verdict}."
+        f"On these images its mean confidence is {sure:.1f} %, and {right:.1f} % are right: {verdict}. A difference of "
+        f"{2 * error:.1f} points would be two standard errors."
     )
 
 
@@ -152,7 +156,7 @@ def _agreement(run: FinishedRun, maps: Maps | None) -> str:
             f"The student copies {pairing.what} of the teacher and computes the rest itself. Its maps are not compared."
         )
     if maps is None or maps.agreement is None:
-        return paragraph("The maps were not compared: there is no validation cache with the teacher's maps to look at.")
+        return paragraph("The student's maps were not compared with the teacher's.")
     return _agreement_of(maps.agreement)
 
 

@@ -69,6 +69,9 @@ def test_all_short_names_belong_to_the_family_they_are_called_by():
         ("vit_base_patch16_224.augreg_in21k", None),
         ("vit_tiny_patch16_224:img_size=8", None),
         ("own:clip", None),
+        ("transformers:facebook/vit-mae-base-finetuned", None),
+        ("vit_base_patch16_clip_224.openai_ft_in1k", None),
+        ("eva_giant_patch14_clip_224.laion400m", None),
     ],
 )
 def test_a_family_is_found_by_name(name, family):

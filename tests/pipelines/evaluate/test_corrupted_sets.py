@@ -55,6 +55,18 @@ def test_a_copying_run_takes_a_cache_of_the_corruption_or_the_live_teacher(runs,
     assert live[1].runs[0].loss == pytest.approx(cached[1].runs[0].loss, rel=1e-4)
 
 
+def test_a_corrupted_cache_of_other_images_stands_for_no_set_of_these(runs, val_cache, tiny_cache, digits_tars):
+    kept = {"policy": "eval", "codec": "exact:dtype=float32"}
+    others = tiny_cache(data=str(digits_tars[0]), corrupt="shot_noise:4", **kept)
+    place = {"val_cache": (f"others={others}",), "corrupt": ("shot_noise:4",)}
+    sets = evaluate(config_of(runs["distill"][0], cache=val_cache, **place)).sets
+    found = [(each.name, each.corrupt, each.runs[0].num_samples) for each in sets]
+    assert found == [("val", None, 48), ("others", None, 16), ("shot_noise:4", "shot_noise:4", 48)]
+    clean = tiny_cache(data=str(digits_tars[1]), **kept)
+    with pytest.raises(ConfigError, match=r"not corrupted alike \(.*: shot_noise:4, .*: clean\)\. Give each"):
+        evaluate(config_of(runs["distill"][0], cache=(others, clean)))
+
+
 def test_the_report_has_the_mean_over_corruptions_relative_to_clean(runs, val_cache, noisy, tmp_path):
     names, report = ("distill", "scratch"), tmp_path / "corrupted.md"
     words = ["eval", *(str(runs[name][0]) for name in names), "--cache", str(val_cache), "--report", str(report)]

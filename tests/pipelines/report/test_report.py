@@ -260,6 +260,12 @@ def test_a_cache_of_another_teacher_is_refused(run_of, tiny_cache, tiny_vit, tmp
     with pytest.raises(CacheMismatchError, match="holds maps of a teacher with other weights"):
         report(ReportConfig(run=run_of("distill"), val_cache=other, out=tmp_path / "x.html", **PLACE))
     assert not (tmp_path / "x.html").exists()
+    # A run may have been validated on such a cache: then only the comparison is left out.
+    validated = run_of("distill", val_cache=other)
+    written = report(ReportConfig(run=validated, out=tmp_path / "y.html", **PLACE))
+    assert (written.num_predicted, written.num_compared) == (48, 0)
+    (note,) = written.notes
+    assert note.startswith("The maps were not compared with the teacher's: ")
 
 
 # Small parts
