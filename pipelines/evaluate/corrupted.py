@@ -33,11 +33,13 @@ def recorded_corruption(readers: Sequence[CacheReader]) -> str | None:
 
 def has_same_images(main: ValidationSet, other: ValidationSet) -> bool:
     """Whether a set has the images and the classes of the main one, so that only a corruption is between them."""
-    if (main.kept_K is None) != (other.kept_K is None):
-        return False
-    if main.kept_K is not None and not np.array_equal(main.kept_K, other.kept_K):
-        return False
-    return [index.fingerprint for index in main.indexes] == [index.fingerprint for index in other.indexes]
+    if main.kept_K is None or other.kept_K is None:
+        same_classes = main.kept_K is other.kept_K
+    else:
+        same_classes = np.array_equal(main.kept_K, other.kept_K)
+    return same_classes and [index.fingerprint for index in main.indexes] == [
+        index.fingerprint for index in other.indexes
+    ]
 
 
 def corrupted_set(
