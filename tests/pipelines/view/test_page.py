@@ -146,6 +146,16 @@ def test_keys_move_through_layers_heads_samples_and_views(open_page, served):
     page.wait_until("location.hash.includes('query=6')")
 
 
+def test_keys_that_come_faster_than_maps_all_count(open_page, served):
+    page = open_page(f"{served}#layer=0&head=0&sample=3&query=0")
+    page.page.evaluate("""() => {
+        const picture = document.querySelector("#figure-a .picture");
+        for (const key of ["ArrowRight", "ArrowDown", "ArrowDown", "ArrowRight", "ArrowLeft"])
+            picture.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true}));
+    }""")
+    page.wait_until("location.hash.includes('query=10')")
+
+
 def test_a_key_typed_just_after_the_help_was_closed_counts(open_page, served):
     page = open_page(f"{served}#layer=0&head=0&sample=3")
     page.press("?")

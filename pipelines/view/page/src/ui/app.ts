@@ -45,6 +45,7 @@ export class App {
     this.board = new Board({
       pick: (token, isAdded) => this.pick(token, isAdded),
       point: (token) => this.point(token),
+      asked: () => this.query,
     });
     const scale = () => scaleToKeep(this.outcome);
     this.controls = makeControls(a.cache, change, (what, by) => this.step(what, by), scale);

@@ -43,6 +43,8 @@ interface Listener {
   pick(token: number, isAdded: boolean): void;
   /** The pointer is on a token of the view; null when it leaves. */
   point(token: number | null): void;
+  /** The tokens whose maps are asked for. Those that are shown may still be the ones before. */
+  asked(): number[];
 }
 
 const NAMES = { a: "Stored view", clean: "Clean image, map carried back", b: "B", difference: "A − B" };
@@ -106,7 +108,8 @@ export class Board {
     if (!step || !this.input) return;
     event.preventDefault();
     const { numPrefix, gridHeight, gridWidth } = this.input.a.cache.tokens;
-    const patch = Math.max(0, (this.input.query.at(-1) ?? 0) - numPrefix);
+    // Keys may come faster than maps: each goes on from where the one before has led.
+    const patch = Math.max(0, (this.listener.asked().at(-1) ?? 0) - numPrefix);
     const clamp = (place: number, length: number) => Math.max(0, Math.min(length - 1, place));
     const row = clamp(Math.floor(patch / gridWidth) + step[0]!, gridHeight);
     const column = clamp((patch % gridWidth) + step[1]!, gridWidth);
