@@ -77,7 +77,7 @@ def test_a_redirect_that_has_expired_is_asked_for_again(hub):
     file = open_file(parse_location(f"{hub.url}/file"))
     assert file.pread(10, 0) == data[:10]
     assert len(hub.log) == 1
-    time.sleep(2.1)
+    time.sleep(3.5)  # the life counts from the answer, which a busy machine gives late
     hub.link_life_s = 600
     for offset in range(FAR, len(data), FAR):
         assert file.pread(10, offset) == data[offset : offset + 10]
