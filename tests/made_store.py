@@ -44,6 +44,21 @@ def make_index(num_samples):
     )
 
 
+def plain_index(num_samples):
+    """Good samples of one made-up tar, without a difference but their keys."""
+    zeros = np.zeros(num_samples, np.int64)
+    return SampleIndex(
+        tars=(Path("made.tar"),),
+        tar_nbytes=(1024,),
+        keys_S=np.array([b"%07d" % sample for sample in range(num_samples)]),
+        tar_S=zeros.astype(np.int32),
+        offset_S=zeros,
+        nbytes_S=zeros,
+        label_S=zeros,
+        problem_S=zeros.astype(np.uint8),
+    )
+
+
 @lru_cache
 def draw_codes(layout):
     """All codes and pixels of a cache: random integers, seeded."""

@@ -18,18 +18,9 @@ from atcache.images.source import SampleIndex
 from atcache.images.tar_samples import Problem
 from atcache.store.layout import Status, describe_status
 from atcache.store.reader import CacheReader
+from atcache.views.policy import PARAMETER_NAMES
 
-VIEW_BOX = (
-    "crop_top",
-    "crop_left",
-    "crop_height",
-    "crop_width",
-    "resize_height",
-    "resize_width",
-    "window_top",
-    "window_left",
-    "flip",
-)
+VIEW_BOX = PARAMETER_NAMES[: PARAMETER_NAMES.index("flip") + 1]
 """The parameters that say which part of the image a view shows: a box, resized, then a window of that, then a flip."""
 
 

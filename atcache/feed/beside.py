@@ -12,7 +12,7 @@ import numpy as np
 from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError
-from atcache.feed.sample_views import SampleView, Views
+from atcache.feed.sample_views import DerivedViews, SampleView, Views
 from atcache.images.source import SampleIndex
 from atcache.store.reader import CacheReader
 from atcache.views.rendering import STORED
@@ -28,7 +28,7 @@ class Other(NamedTuple):
     """Where it has each sample of the first, int64; -1 for samples that it lacks."""
 
 
-class BesideViews(Views):
+class BesideViews(DerivedViews):
     """The views of one teacher's caches, with other teachers' codes of the same views.
 
     Args:
@@ -38,7 +38,8 @@ class BesideViews(Views):
     """
 
     def __init__(self, views: Views, readers: Sequence[CacheReader], others: Sequence[Other]) -> None:
-        self._views, self._readers, self._others = views, tuple(readers), tuple(others)
+        super().__init__(views)
+        self._readers, self._others = tuple(readers), tuple(others)
         self._starts = [0, *accumulate(reader.layout.num_samples for reader in readers)]
 
     @property
@@ -48,18 +49,9 @@ class BesideViews(Views):
         return {**self._views.identity, "beside": beside}
 
     @property
-    def num_samples(self) -> int:
-        """See `Views.num_samples`."""
-        return self._views.num_samples
-
-    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
-        """See `Views.part_of`."""
-        return self._views.part_of(sample_B)
-
-    @property
     def is_remote(self) -> bool:
         """See `Views.is_remote`."""
-        return self._views.is_remote or any(other.reader.is_remote for other in self._others)
+        return super().is_remote or any(other.reader.is_remote for other in self._others)
 
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`.
@@ -82,14 +74,14 @@ class BesideViews(Views):
 
     def plan(self, sample_S: np.ndarray) -> None:
         """See `Views.plan`."""
-        self._views.plan(sample_S)
+        super().plan(sample_S)
         for other in self._others:
             rows = other.row_S[sample_S]
             other.reader.plan(rows[rows >= 0])
 
     def expect(self, sample_S: np.ndarray, epoch: int) -> None:
         """See `Views.expect`."""
-        self._views.expect(sample_S, epoch)
+        super().expect(sample_S, epoch)
         part_S = self._views.part_of(sample_S)
         for part in range(len(self._readers)):
             view = epoch % self._readers[part].layout.num_views

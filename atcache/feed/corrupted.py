@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from atcache.errors import ConfigError
-from atcache.feed.sample_views import SampleView, Views
+from atcache.feed.sample_views import DerivedViews, SampleView, Views
 from atcache.images.source import SampleIndex
 from atcache.views.corrupt import Corruption
 from atcache.views.policy import ViewPolicy
@@ -25,7 +23,7 @@ class Drawn(NamedTuple):
     """The cache or the tars, for messages."""
 
 
-class CorruptedViews(Views):
+class CorruptedViews(DerivedViews):
     """Evaluation views with a corruption: the pixels that `build --policy eval --corrupt` would store. No codes.
 
     The codes of the clean views would be those of another image.
@@ -49,7 +47,8 @@ class CorruptedViews(Views):
                 raise ConfigError(
                     f"the views of {where} are of policy {policy.name}: only those of policy eval are corrupted."
                 )
-        self._views, self._corruption, self._parts = views, corruption, tuple(parts)
+        super().__init__(views)
+        self._corruption, self._parts = corruption, tuple(parts)
         self._starts = [0, *accumulate(part.samples.num_samples for part in parts)]
 
     @property
@@ -57,31 +56,9 @@ class CorruptedViews(Views):
         """See `Views.identity`."""
         return {"clean": self._views.identity, "corrupt": str(self._corruption)}
 
-    @property
-    def num_samples(self) -> int:
-        """See `Views.num_samples`."""
-        return self._views.num_samples
-
-    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
-        """See `Views.part_of`."""
-        return self._views.part_of(sample_B)
-
-    @property
-    def is_remote(self) -> bool:
-        """See `Views.is_remote`."""
-        return self._views.is_remote
-
     def read(self, sample: int, epoch: int) -> SampleView:
         """See `Views.read`."""
         part = bisect_right(self._starts, sample) - 1
         policy, samples, _ = self._parts[part]
         draw_seed = self._corruption.draw_seed(policy.seed, samples.sample_key(sample - self._starts[part]))
         return SampleView(self._corruption.apply(self._views.read(sample, epoch).pixels_HWC, draw_seed), None)
-
-    def plan(self, sample_S: np.ndarray) -> None:
-        """See `Views.plan`."""
-        self._views.plan(sample_S)
-
-    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
-        """See `Views.expect`."""
-        self._views.expect(sample_S, epoch)

@@ -72,6 +72,39 @@ class Views(Protocol):
         ...
 
 
+class DerivedViews(Views):
+    """Views that are made of other views: the same samples, read in the same way.
+
+    Args:
+        views: the views they are made of.
+    """
+
+    def __init__(self, views: Views) -> None:
+        self._views = views
+
+    @property
+    def num_samples(self) -> int:
+        """See `Views.num_samples`."""
+        return self._views.num_samples
+
+    def part_of(self, sample_B: np.ndarray) -> np.ndarray:
+        """See `Views.part_of`."""
+        return self._views.part_of(sample_B)
+
+    @property
+    def is_remote(self) -> bool:
+        """See `Views.is_remote`."""
+        return self._views.is_remote
+
+    def plan(self, sample_S: np.ndarray) -> None:
+        """See `Views.plan`."""
+        self._views.plan(sample_S)
+
+    def expect(self, sample_S: np.ndarray, epoch: int) -> None:
+        """See `Views.expect`."""
+        self._views.expect(sample_S, epoch)
+
+
 class CachedViews(Views):
     """The fixed views of a cache; epoch e uses view e modulo the number of views.
 

@@ -163,6 +163,20 @@ def check_can_write(path: Path) -> None:
         )
 
 
+def check_output_file(option: str, path: Path) -> None:
+    """Refuse, before long work, a file that could not be written where an option wants it.
+
+    Raises:
+        ConfigError: it is a folder, or its folder does not exist.
+        NotWritableError: its folder is read-only or not this user's.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}={str(path)!r} is a folder: expected the name of a file.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}={str(path)!r}: there is no folder {path.absolute().parent}. Make it first.")
+    check_can_write(path)
+
+
 def fsync_path(path: Path) -> None:
     """Wait until the content of a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -8,6 +8,7 @@ from atcache.files.location import Location
 
 from ..options import config, option, scheduler_option
 from ..stats.config import (
+    check_outputs_and_scheduler,
     decoding_threads_option,
     heads_option,
     largest_option,
@@ -15,7 +16,6 @@ from ..stats.config import (
     out_option,
     per_view_option,
 )
-from ..stats.outputs import check_outputs
 
 
 @config
@@ -42,8 +42,4 @@ class CompareConfig:
     scheduler: str | None = scheduler_option()
 
     def __post_init__(self) -> None:
-        from ..cluster.connect import check_scheduler, check_workers_option
-
-        check_scheduler(self.scheduler, None)
-        check_workers_option(self.workers, self.scheduler, None)
-        check_outputs(self.out, self.per_view)
+        check_outputs_and_scheduler(self.out, self.per_view, self.workers, self.scheduler)

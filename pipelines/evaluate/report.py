@@ -54,13 +54,11 @@ def _runs(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
 
 
 def _accuracy(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
-    yield "## Accuracy and calibration"
-    yield ""
-    yield (
+    yield from _opening(
+        "Accuracy and calibration",
         "Each cell has the top-1 in percent with its standard error over samples and, in brackets, the expected "
-        "calibration error (ECE) in percentage points, in 15 bins of confidence (Guo et al. 2017)."
+        "calibration error (ECE) in percentage points, in 15 bins of confidence (Guo et al. 2017).",
     )
-    yield ""
     rows = [
         (
             each.name,
@@ -77,10 +75,9 @@ def _accuracy(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
 
 
 def _scores(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
-    yield "## All scores"
-    yield ""
-    yield "Top-1, top-5 and ECE are in percent. The loss is the mean cross-entropy, in nats."
-    yield ""
+    yield from _opening(
+        "All scores", "Top-1, top-5 and ECE are in percent. The loss is the mean cross-entropy, in nats."
+    )
     rows = [
         (each.name, name, _top1(score), f"{score.top5:.2f}", f"{score.loss:.4g}", f"{score.ece:.2f}")
         for each in summary.sets
@@ -129,11 +126,8 @@ def class_rows(each: SetScores, names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _classes(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
-    yield "## Classes"
-    yield ""
     worst = "the mean of probabilities" if len(names) > 1 else "the run"
-    yield f"Top-1 of each class in percent, the worst of {worst} first."
-    yield ""
+    yield from _opening("Classes", f"Top-1 of each class in percent, the worst of {worst} first.")
     for each in summary.sets:
         if len(summary.sets) > 1:
             yield f"### {each.name}"
@@ -143,14 +137,12 @@ def _classes(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
 
 def _robustness(config: EvaluateConfig, summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
     first = summary.sets[0]
-    yield "## Relative robustness"
-    yield ""
-    yield (
+    yield from _opening(
+        "Relative robustness",
         f"Top-1 on a set as a share of the same prediction's top-1 on {first.name}, in percent, with its standard "
         "error. The error takes the samples of the two sets as independent: for the same images in two forms, it is "
-        "too large."
+        "too large.",
     )
-    yield ""
     base = [score for _, score in predictors(first, names)]
     rows = [
         (each.name, *(_share(score, of) for (_, score), of in zip(predictors(each, names), base, strict=True)))
@@ -171,18 +163,16 @@ def _corruptions(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str
     means = [*corruption_rows(summary)]
     if not means:
         return
-    yield "## Corruptions"
-    yield ""
-    yield (
+    yield from _opening(
+        "Corruptions",
         "Top-1 in percent, the mean over the severities of each corruption (Hendrycks & Dietterich 2019). The last row "
         "is the mean over the corruptions. "
         + (
             f"In parentheses: as a share of the same prediction's top-1 on {first.name}, in percent."
             if first.corrupt is None
             else f"There is no clean set to compare with: {first.name} is corrupted too."
-        )
+        ),
     )
-    yield ""
     base = [score.top1 for _, score in predictors(first, names)]
     rows: list[tuple[str, ...]] = []
     for name, severities, top1s in means:
@@ -204,13 +194,11 @@ def _share(score: Score, base: Score) -> str:
 
 
 def _pairs(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
-    yield "## Pairs of runs"
-    yield ""
-    yield (
+    yield from _opening(
+        "Pairs of runs",
         "Agreement is the share of samples with the same first prediction. Shared errors are the samples that both "
-        "predict wrongly, as a share of those that one or both do. Both are in percent."
+        "predict wrongly, as a share of those that one or both do. Both are in percent.",
     )
-    yield ""
     rows = [
         (
             each.name,
@@ -222,6 +210,10 @@ def _pairs(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str]:
         for pair in each.pairs
     ]
     yield from _table(("set", "runs", "agreement", "shared errors"), rows)
+
+
+def _opening(title: str, words: str) -> Iterator[str]:
+    yield from (f"## {title}", "", words, "")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.feed.caches import open_caches
-from atcache.files.durable import check_can_write, write_file
+from atcache.files.durable import check_output_file, write_file
 from atcache.images.class_names import ClassNames
 from atcache.store.reader import CacheReader
 from atcache.students.student import Student
@@ -47,21 +46,21 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     Raises:
         AtcacheError: a run is not finished, or the data do not fit it.
     """
-    start_s = time.monotonic()
+    start_s, sets = time.monotonic(), config.sets
     if config.report is not None:
-        _check_report(config.report)
+        check_output_file("report", config.report)
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
-    places = {each.caches: open_caches(each.caches) for each in config.sets}
+    places = {each.caches: open_caches(each.caches) for each in sets}
     recorded = {caches: recorded_corruption(readers) for caches, readers in places.items()}
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     runs = _fitting(config, loaded, device)
     # All are opened before the first is scored: what does not fit is said at once.
-    given = [each for each in config.sets if each.corrupt is None]
+    given = [each for each in sets if each.corrupt is None]
     opened = {each: _open(each, places[each.caches], runs, config, device) for each in given}
     main = opened[given[0]]
     corruptions = {each: recorded[each.caches] for each in given if has_same_images(main, opened[each])}
-    for each in config.sets:
+    for each in sets:
         # A cache of these images with this corruption is the same set, with the teacher's maps.
         if each.corrupt is not None and each.corrupt not in corruptions.values():
             reads_maps = runs.teacher is not None and runs.live_teacher is None
@@ -91,15 +90,6 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     if config.report is not None:
         write_file(config.report, report_text(config, summary).encode())
     return summary
-
-
-def _check_report(path: Path) -> None:
-    """Refuse, before long work, a report that cannot be written."""
-    if path.is_dir():
-        raise ConfigError(f"report={str(path)!r} is a folder: expected the name of a file.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"report={str(path)!r}: there is no folder {path.absolute().parent}. Make it first.")
-    check_can_write(path)
 
 
 def _fitting(config: EvaluateConfig, loaded: Sequence[tuple[Student, RunRecord]], device: torch.device) -> _Runs:

@@ -55,6 +55,22 @@ def decoding_threads_option() -> int | None:
     )
 
 
+def check_outputs_and_scheduler(
+    out: tuple[Path, ...], per_view: Path | None, workers: int | None, scheduler: str | None
+) -> None:
+    """Refuse, before long work, options that both commands have and that do not go together.
+
+    Raises:
+        ConfigError: an output cannot be written, or the scheduler's address or workers do not fit.
+        NotWritableError: the folder of an output is read-only.
+    """
+    from ..cluster.connect import check_scheduler, check_workers_option
+
+    check_scheduler(scheduler, None)
+    check_workers_option(workers, scheduler, None)
+    check_outputs(out, per_view)
+
+
 @config
 class StatsConfig:
     """The options of `atcache stats`."""
@@ -74,8 +90,4 @@ class StatsConfig:
     scheduler: str | None = scheduler_option()
 
     def __post_init__(self) -> None:
-        from ..cluster.connect import check_scheduler, check_workers_option
-
-        check_scheduler(self.scheduler, None)
-        check_workers_option(self.workers, self.scheduler, None)
-        check_outputs(self.out, self.per_view)
+        check_outputs_and_scheduler(self.out, self.per_view, self.workers, self.scheduler)

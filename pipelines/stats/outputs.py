@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atcache.errors import ConfigError
-from atcache.files.durable import check_can_write
+from atcache.files.durable import check_output_file
 
 PICTURES = (".png", ".svg", ".pdf")
 _TABLES = (".csv", ".json", *PICTURES)
@@ -25,11 +25,7 @@ def check_outputs(out: Sequence[Path], per_view: Path | None) -> None:
     ):
         if path.suffix.lower() not in endings:
             raise ConfigError(f"{option}={str(path)!r}: expected a name that ends in {', '.join(endings)}.")
-        if path.is_dir():
-            raise ConfigError(f"{option}={str(path)!r} is a folder: expected the name of a file.")
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"{option}={str(path)!r}: there is no folder {path.absolute().parent}. Make it first.")
-        check_can_write(path)
+        check_output_file(option, path)
     paths = [path.absolute() for path in (*out, *((per_view,) if per_view is not None else ()))]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ConfigError(f"{twice[0]} would be written twice. Give each output a name of its own.")

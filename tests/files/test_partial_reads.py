@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from made_records import made_attributes
+from made_store import plain_index
 from torch.utils.flop_counter import FlopCounterMode
 
 import atcache
@@ -17,7 +16,6 @@ from atcache.attention.geometry import FactorGeometry
 from atcache.attention.tokens import TokenLayout
 from atcache.codecs.registry import parse_codec
 from atcache.files.remote.block_cache import BLOCK_NBYTES
-from atcache.images.source import SampleIndex
 from atcache.store.layout import Status, StoreLayout
 from atcache.store.writer import TaskWriter, create_cache, encode_view, finish_cache
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
@@ -51,17 +49,7 @@ def path(tmp_path_factory):
         layers_per_chunk=2,
         parameter_names=PARAMETER_NAMES,
     )
-    zeros = np.zeros(NUM_SAMPLES, np.int64)
-    index = SampleIndex(
-        tars=(Path("made.tar"),),
-        tar_nbytes=(1024,),
-        keys_S=np.array([b"%03d" % sample for sample in range(NUM_SAMPLES)]),
-        tar_S=zeros.astype(np.int32),
-        offset_S=zeros,
-        nbytes_S=zeros,
-        label_S=zeros,
-        problem_S=zeros.astype(np.uint8),
-    )
+    index = plain_index(NUM_SAMPLES)
     policy = ViewPolicy(name="crop-flip", image_height=64, image_width=64)
     create_cache(path, layout, made_attributes(layout, index, geometry, policy, codec.to_json()), index, {})
     (task,) = layout.tasks()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_store import plain_index
 from range_server import FolderServer
 
 from atcache.feed import order
@@ -74,17 +75,7 @@ def large_cache(tmp_path_factory):
         pixels=None,
         compressor="zstd",
     )
-    zeros = np.zeros(NUM_SAMPLES, np.int64)
-    index = SampleIndex(
-        tars=(Path("made.tar"),),
-        tar_nbytes=(1024,),
-        keys_S=np.array([b"%07d" % sample for sample in range(NUM_SAMPLES)]),
-        tar_S=zeros.astype(np.int32),
-        offset_S=zeros,
-        nbytes_S=zeros,
-        label_S=zeros,
-        problem_S=zeros.astype(np.uint8),
-    )
+    index = plain_index(NUM_SAMPLES)
     create_cache(path, layout, {}, index, {})
     for task in layout.tasks():
         writer = TaskWriter(path, layout, task)
