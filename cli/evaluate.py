@@ -29,12 +29,15 @@ def evaluate(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Ev
         atcache eval runs/distill runs/finetune --data 'val-{00..49}.tar'
         atcache eval runs/distill runs/finetune --data tars/val --val-data sketch=tars/sketch --report shift.md
     """
-    from ..pipelines.evaluate.run import evaluate as run_evaluation
+    from ..pipelines.evaluate.run import score_runs, write_report
 
-    summary = run_evaluation(EvaluateConfig(**config))
+    asked = EvaluateConfig(**config)
+    summary = score_runs(asked)
+    # Before the report, which may fail: a full disk must not cost the scores.
     options.print_json(summary.to_json())
     _print_scores(summary)
     _print_classes(summary)
+    write_report(asked, summary)
 
 
 def _print_scores(summary: EvaluateSummary) -> None:
@@ -60,10 +63,12 @@ def _print_scores(summary: EvaluateSummary) -> None:
             numbers = str(score.num_samples), top1, f"{score.loss:.4g}", f"{score.ece:.2f}"
             table.add_row(each.name, escape(name), *numbers)
     console.print(table)
-    for text, _, top1s in list(corruption_rows(summary))[-1:]:
+    rows = list(corruption_rows(summary))
+    for text, severities, top1s in rows[-1:]:
         predictions = (name for name, _ in predictors(summary.sets[0], names))
         means = ", ".join(f"{name} {top1:.2f} %" for name, top1 in zip(predictions, top1s, strict=True))
-        console.print(f"{text} corruptions: {means}", markup=False, soft_wrap=True)
+        of_which = f"{text} corruptions" if len(rows) > 1 else f"{text} (severity {severities})"
+        console.print(f"{of_which}: {means}", markup=False, soft_wrap=True)
     for each in summary.sets:
         for pair in each.pairs:
             both = " and ".join(names[run] for run in pair.runs)

@@ -57,11 +57,7 @@ def corrupted_set(
         ConfigError: a run needs maps, which no cache has of these images, or the main set is not clean.
     """
     if reads_maps:
-        name = corrupt.replace(":", "-")
-        raise ConfigError(
-            "a copying student needs the teacher's maps of the corrupted images. Build a cache of them with --policy "
-            f"eval --corrupt {corrupt}, and give it as --val-cache {name}=CACHE; or give --live-teacher."
-        )
+        raise maps_are_missing(corrupt)
     if readers:
         parts = [Drawn(CacheRecord.of(reader).policy, reader.samples, str(reader.path)) for reader in readers]
     else:
@@ -70,11 +66,20 @@ def corrupted_set(
     return replace(main, views=CorruptedViews(main.views, Corruption.parse(corrupt), parts))
 
 
+def maps_are_missing(corrupt: str) -> ConfigError:
+    """The error for a copying run that is to be scored under a corruption of which no cache has the maps."""
+    name = corrupt.replace(":", "-")
+    return ConfigError(
+        "a copying student needs the teacher's maps of the corrupted images. Build a cache of them with --policy "
+        f"eval --corrupt {corrupt}, and give it as --val-cache {name}=CACHE; or give --live-teacher."
+    )
+
+
 def corruption_rows(summary: EvaluateSummary) -> Iterator[tuple[str, str, tuple[float, ...]]]:
     """For each corruption its severities and each prediction's mean top-1 over them, in percent; then over all.
 
-    The last row is the mean of the others, so that each corruption counts the same. Nothing if there is no corrupted
-    set.
+    The last row of several corruptions is the mean of the others, so that each corruption counts the same. Nothing if
+    there is no corrupted set.
     """
     means: list[tuple[float, ...]] = []
     scored = [(Corruption.parse(each.corrupt), each) for each in summary.sets if each.corrupt is not None]
@@ -83,7 +88,7 @@ def corruption_rows(summary: EvaluateSummary) -> Iterator[tuple[str, str, tuple[
         if found:
             means.append(_mean([_top1s(each) for _, each in found]))
             yield name, ", ".join(str(severity) for severity, _ in found), means[-1]
-    if means:
+    if len(means) > 1:
         yield f"mean of {len(means)}", "", _mean(means)
 
 

@@ -165,8 +165,8 @@ def _corruptions(summary: EvaluateSummary, names: Sequence[str]) -> Iterator[str
         return
     yield from _opening(
         "Corruptions",
-        "Top-1 in percent, the mean over the severities of each corruption (Hendrycks & Dietterich 2019). The last row "
-        "is the mean over the corruptions. "
+        "Top-1 in percent, the mean over the severities of each corruption (Hendrycks & Dietterich 2019). "
+        + ("The last row is the mean over the corruptions. " if len(means) > 1 else "")
         + (
             f"In parentheses: as a share of the same prediction's top-1 on {first.name}, in percent."
             if first.corrupt is None

@@ -19,11 +19,11 @@ from atcache.teachers.devices import resolve_device, resolve_precision
 from atcache.teachers.record import TeacherRecord
 
 from ..running.run_files import WEIGHTS_FILE
-from ..running.run_record import RunRecord, load_run
+from ..running.run_record import RunRecord, load_run, read_run
 from ..train.scores import score_students
 from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
-from .corrupted import corrupted_set, has_same_images, recorded_corruption
+from .corrupted import corrupted_set, has_same_images, maps_are_missing, recorded_corruption
 from .report import report_text
 from .sets import EvalSet
 from .summary import EvaluateSummary, SetScores
@@ -41,10 +41,27 @@ class _Runs:
 
 
 def evaluate(config: EvaluateConfig) -> EvaluateSummary:
-    """Score finished runs; of several, the means of their predictions and each pair of them too.
+    """Score finished runs, and write the report if one is wanted.
 
     Raises:
         AtcacheError: a run is not finished, or the data do not fit it.
+    """
+    summary = score_runs(config)
+    write_report(config, summary)
+    return summary
+
+
+def write_report(config: EvaluateConfig, summary: EvaluateSummary) -> None:
+    """Write the report, if one is wanted."""
+    if config.report is not None:
+        write_file(config.report, report_text(config, summary).encode())
+
+
+def score_runs(config: EvaluateConfig) -> EvaluateSummary:
+    """Score finished runs; of several, the means of their predictions and each pair of them too. Writes no report.
+
+    Raises:
+        AtcacheError: a run is not finished, the data do not fit it, or the report could not be written.
     """
     start_s, sets = time.monotonic(), config.sets
     if config.report is not None:
@@ -52,6 +69,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
     places = {each.caches: open_caches(each.caches) for each in sets}
     recorded = {caches: recorded_corruption(readers) for caches, readers in places.items()}
+    if not config.live_teacher and any(read_run(folder).record.mode == "copy" for folder in config.runs):
+        for each in sets:
+            if each.corrupt is not None and each.corrupt not in recorded.values():
+                raise maps_are_missing(each.corrupt)
     device = resolve_device(config.device)
     loaded = [load_run(folder, device) for folder in config.runs]
     runs = _fitting(config, loaded, device)
@@ -81,15 +102,12 @@ def evaluate(config: EvaluateConfig) -> EvaluateSummary:
                 corrupt=corruptions.get(each),
             )
         )
-    summary = EvaluateSummary(
+    return EvaluateSummary(
         runs=tuple(map(str, config.runs)),
         modes=tuple(record.mode for _, record in loaded),
         sets=tuple(scores),
         seconds=time.monotonic() - start_s,
     )
-    if config.report is not None:
-        write_file(config.report, report_text(config, summary).encode())
-    return summary
 
 
 def _fitting(config: EvaluateConfig, loaded: Sequence[tuple[Student, RunRecord]], device: torch.device) -> _Runs:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from disks import largest_file
 from evaluating import config_of
 
 from atcache.cli.main import cli
@@ -47,6 +48,8 @@ def test_a_copying_run_takes_a_cache_of_the_corruption_or_the_live_teacher(runs,
         ConfigError, match=r"maps of the corrupted images\. .*--corrupt shot_noise:4, and give it as --val-ca"
     ):
         evaluate(config_of(folder, cache=val_cache, corrupt=("shot_noise:4",)))
+    with pytest.raises(ConfigError, match="eval --corrupt fog:1"):  # although a cache has one of the two
+        evaluate(config_of(folder, cache=val_cache, val_cache=(f"s={noisy}",), corrupt=("shot_noise:4", "fog:1")))
     cached = evaluate(config_of(folder, cache=val_cache, val_cache=(f"shot={noisy}",), corrupt=("shot_noise:4",))).sets
     assert [(each.name, each.corrupt) for each in cached] == [("val", None), ("shot", "shot_noise:4")]
     live = evaluate(
@@ -91,6 +94,27 @@ def test_the_report_has_the_mean_over_corruptions_relative_to_clean(runs, val_ca
         assert rows[name][1] == f"{mean_R[0]:.2f} ({100 * mean_R[0] / top1s['val'][0]:.1f})"
     assert f"mean of 3 corruptions: distill {expected['mean of 3'][0]:.2f} %, scratch" in done.stderr
     assert "robustness" not in report.read_text(), "all further sets are corrupted"
+
+
+def test_one_corruption_has_no_mean_of_corruptions(runs, val_cache, tmp_path):
+    report = tmp_path / "fog.md"
+    words = ["eval", str(runs["scratch"][0]), "--cache", str(val_cache), "--report", str(report), "--corrupt", "fog"]
+    done = CliRunner().invoke(cli, [*words, "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
+    top1s = [each["runs"][0]["top1"] for each in json.loads(done.stdout)["sets"][1:]]
+    assert f"fog (severity 1, 2, 3, 4, 5): scratch {np.mean(top1s):.2f} %" in done.stderr
+    assert "mean of" not in report.read_text()
+    assert "The last row" not in report.read_text()
+
+
+def test_a_report_that_the_disk_has_no_room_for_costs_no_scores(runs, val_cache, tmp_path):
+    words = ["eval", str(runs["scratch"][0]), "--cache", str(val_cache), "--report", str(tmp_path / "report.md")]
+    with largest_file(nbytes=200):
+        done = CliRunner().invoke(cli, [*words, "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 1, done.output
+    assert json.loads(done.stdout)["sets"][0]["runs"][0]["num_samples"] == 48
+    assert "report.md" in done.stderr
+    assert not (tmp_path / "report.md").exists()
 
 
 def table(text: str) -> list[str]:
