@@ -10,7 +10,7 @@ import numpy as np
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
 from atcache.feed.caches import open_caches, usable_samples
-from atcache.feed.order import choose_subset
+from atcache.feed.order import choose_subset, epoch_permutation
 from atcache.files.durable import write_file
 from atcache.files.location import listed
 from atcache.images.source import SampleIndex, index_source
@@ -24,6 +24,8 @@ from .config import BUILT_SAMPLES, BUILT_VAL_SAMPLES, BUILT_VIEWS, ProbeConfig
 
 _TRAIN, _VAL = 0, 1
 """Seeds of the samples that are drawn: always the same, so that a probe can be repeated."""
+_FEWEST_OF_A_CLASS = 5
+"""With fewer training samples a class, there are fewer classes: from one image each, no student learns in minutes."""
 
 
 class ProbeCaches(NamedTuple):
@@ -36,6 +38,8 @@ class ProbeCaches(NamedTuple):
     """How many samples each seed draws from the training cache; None if all are taken."""
     num_samples: int
     """Samples that a student is trained on."""
+    num_classes: int
+    """Classes that the usable samples have."""
     verdict: TeacherVerdict
     """What is known of the teacher."""
 
@@ -50,7 +54,8 @@ def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
     is_given = config.cache is not None
     train, val = (config.cache, config.val_cache) if is_given else _build_both(config)
     readers = open_caches(listed(train))
-    num_usable = sum(len(usable_samples(reader, "required")) for reader in readers)
+    labels = [reader.samples.label_S[usable_samples(reader, "required")] for reader in readers]
+    num_usable = sum(map(len, labels))
     if not num_usable:
         raise ConfigError(f"{listed(train)[0]} has no samples with a label, which the students learn from.")
     wanted = min(config.samples or BUILT_SAMPLES, num_usable) if is_given else num_usable
@@ -61,6 +66,7 @@ def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
         val=val,
         subset=wanted if wanted < num_usable else None,
         num_samples=wanted,
+        num_classes=len(np.unique(np.concatenate(labels))),
         verdict=judge(record.teacher_record.name, student, record.trained),
     )
 
@@ -97,18 +103,41 @@ def _draw_samples(config: ProbeConfig) -> tuple[str, str]:
         num_val = min(config.val_samples or BUILT_VAL_SAMPLES, len(val_good_S))
         _refuse_too_many(config, config.samples or 0, len(good_S), str(config.data))
         _refuse_too_many(config, config.val_samples or 0, len(val_good_S), config.val_data)
-        train_S = choose_subset(index.label_S, good_S, num_train, _TRAIN)
-        val_S = choose_subset(val_index.label_S, val_good_S, num_val, _VAL)
+        train_S = choose_subset(index.label_S, _of_some_classes(index, good_S, num_train, num_train), num_train, _TRAIN)
+        val_good_S = val_good_S[np.isin(val_index.label_S[val_good_S], index.label_S[train_S])]
+        if not len(val_good_S):
+            raise ConfigError(f"{config.val_data} has no image of a class that {config.data} has.")
+        val_S = choose_subset(val_index.label_S, val_good_S, min(num_val, len(val_good_S)), _VAL)
         return _as_lines(index, train_S), _as_lines(val_index, val_S)
     if len(good_S) < 2:
         raise ConfigError(f"{config.data} has {len(good_S)} usable samples; there must be some to train on and others.")
     num_val = config.val_samples or min(BUILT_VAL_SAMPLES, len(good_S) // 2)
     num_train = config.samples or min(BUILT_SAMPLES, max(1, len(good_S) - num_val))
     _refuse_too_many(config, num_train + num_val, len(good_S), str(config.data))
-    # Validation samples first: they stay the same if another probe trains on more.
+    good_S = _of_some_classes(index, good_S, num_train, num_train + num_val)
+    # Validation samples first: they stay the same if another probe trains on more, of the same classes.
     val_S = choose_subset(index.label_S, good_S, num_val, _VAL)
     train_S = choose_subset(index.label_S, np.setdiff1d(good_S, val_S), num_train, _TRAIN)
+    val_S = val_S[np.isin(index.label_S[val_S], index.label_S[train_S])]
+    if not len(val_S):
+        raise ConfigError(f"{config.data} has only one image of each class. Give --val-data.")
     return _as_lines(index, train_S), _as_lines(index, val_S)
+
+
+def _of_some_classes(index: SampleIndex, good_S: np.ndarray, num_samples: int, num_needed: int) -> np.ndarray:
+    """Usable samples, of some classes only if all would have too few samples each.
+
+    Args:
+        index: the images.
+        good_S: rows of usable samples.
+        num_samples: how many are trained on.
+        num_needed: how many samples the classes must have together, at least.
+    """
+    classes_C, counts_C = np.unique(index.label_S[good_S], return_counts=True)
+    order_C = epoch_permutation(len(classes_C), _TRAIN, -1)
+    num_with_enough = 1 + int(np.searchsorted(np.cumsum(counts_C[order_C]), num_needed))
+    num_classes = max(2, num_with_enough, num_samples // _FEWEST_OF_A_CLASS)
+    return good_S[np.isin(index.label_S[good_S], classes_C[order_C[:num_classes]])]
 
 
 def _read_index(data: str | None, config: ProbeConfig) -> tuple[SampleIndex, np.ndarray]:

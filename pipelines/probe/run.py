@@ -22,10 +22,12 @@ from atcache.fields import JsonFields
 from atcache.files.durable import encode_json, write_file
 from atcache.teachers.verdict import TeacherVerdict
 
+from ..running.metrics import read_metrics
 from ..running.run_files import WEIGHTS_FILE
 from ..running.run_folder import read_record, run_folder
 from ..running.run_record import read_run
 from ..train.run import train
+from ..train.student_run import LOG_EVERY
 from ..train.summary import TrainSummary
 from .caches import ProbeCaches, open_probe_caches
 from .config import ProbeConfig
@@ -35,7 +37,8 @@ from .schedule import PairSpeed, Schedule, fit_schedule, fit_seeds
 PROBE_FILE = "probe.json"
 """What the probe in a folder is: its options, its schedule, and the speed that was measured."""
 RESULT_FILE = "result.json"
-_TIMED_STEPS = 10
+_TIMED_STEPS = LOG_EVERY, 2 * LOG_EVERY
+"""Time is measured between these two: the first steps also start workers and fill caches."""
 _TIMING = "timing"
 
 Say = Callable[[str], None]
@@ -73,6 +76,7 @@ class ProbeResult(JsonFields):
     """That each student was trained on."""
     num_val_images: int
     num_classes: int
+    """Classes that its samples are of."""
     notes: tuple[str, ...]
     """What the user should know about how the numbers came about."""
     seconds: float
@@ -133,7 +137,7 @@ def _schedule(
         seeds = fit_seeds(speed, steps=steps, seeds=config.seeds, num_done=num_done, minutes=config.minutes)
         schedule = Schedule(steps=steps, seeds=max(seeds, num_done))
     else:
-        say(f"timing {_TIMED_STEPS} steps of {config.mode} and of scratch")
+        say(f"timing {_TIMED_STEPS[1]} steps of {config.mode} and of scratch")
         speed = _measure(config, caches)
         schedule = fit_schedule(speed, steps=config.steps, seeds=config.seeds, minutes=config.minutes)
         record = {**stored, "speed": speed.to_json(), "steps": schedule.steps}
@@ -160,11 +164,15 @@ def _measure(config: ProbeConfig, caches: ProbeCaches) -> PairSpeed:
     folder = config.out / _TIMING
     shutil.rmtree(folder, ignore_errors=True)
     modes: tuple[Mode, Mode] = (config.mode, "scratch")
+    first, last = _TIMED_STEPS
     for mode in modes:
         start_s = time.monotonic()
-        summary = train(_training(config, caches, mode, 0, folder / mode, _TIMED_STEPS))
-        took_s, one_s = time.monotonic() - start_s, config.batch_size / summary.img_per_s
-        step_s, rest_s = step_s + one_s, rest_s + max(0.0, took_s - _TIMED_STEPS * one_s)
+        train(_training(config, caches, mode, 0, folder / mode, last))
+        took_s = time.monotonic() - start_s
+        rows = read_metrics(folder / mode, "train")
+        seconds = {int(row["step"]): row["step"] * config.batch_size / row["img_per_s"] for row in rows}
+        one_s = (seconds[last] - seconds[first]) / (last - first)
+        step_s, rest_s = step_s + one_s, rest_s + max(0.0, took_s - last * one_s)
     shutil.rmtree(folder)
     return PairSpeed(step_s=step_s, rest_s=rest_s)
 
@@ -217,7 +225,12 @@ def _result(
     assert validation is not None, "all runs are validated"
     ours, theirs = [pair.transfer for pair in pairs], [pair.scratch for pair in pairs]
     found = paired_difference(ours, theirs, validation.num_samples)
-    num_classes = read_run(_run_of(config, "scratch", 0)).record.num_classes
+    num_classes = caches.num_classes
+    if num_classes < (num_outputs := read_run(_run_of(config, "scratch", 0)).record.num_classes):
+        notes += (
+            f"The samples are of {num_classes:,} of the {num_outputs:,} classes, so that each has several. More "
+            "--samples take more classes.",
+        )
     if is_near_chance(ours, theirs, num_classes):
         notes += (
             f"Both kinds of student are near chance ({100 / num_classes:.3g}%; {config.mode} "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import atcache
 from atcache.cli.main import cli
@@ -90,19 +94,52 @@ def test_small_caches_of_other_samples_are_built_of_tars(digits_tars, tiny_vit, 
     assert (result["mode"], result["num_samples"], result["num_val_images"]) == ("distill", 20, 10)
     assert result["sentence"] in done.stderr
     assert "20 training samples, 4 steps; top-1 % on 10 others" in done.stderr
-    assert "Both kinds of student are near chance (10%; distill" in done.stderr
+    assert "Both kinds of student are near chance (14.3%; distill" in done.stderr, "of 7 classes"
     train, val = atcache.open(out / "train.zarr"), atcache.open(out / "val.zarr")
     keys = [set(cache.samples.sample_key.values.tolist()) for cache in (train, val)]
     assert [len(part) for part in keys] == [20, 10]
     assert not keys[0] & keys[1]
     assert (train.describe()["num_views"], val.describe()["views"]["policy"]["name"]) == (2, "eval")
-    for cache in (train, val):
-        labels = cache.samples.label.values.tolist()
-        assert {labels.count(label) for label in range(10)} <= {len(labels) // 10 - 1, len(labels) // 10, 3}
+    counts = [Counter(cache.samples.label.values.tolist()) for cache in (train, val)]
+    assert result["num_classes"] == len(counts[0]) == len(counts[1]) == 7, "as few as have 30 samples"
+    assert set(counts[0]) == set(counts[1])
+    assert set(counts[1].values()) == {1, 2}, "as even as can be; training takes what is left"
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def test_of_many_classes_only_those_are_probed_that_students_can_learn(many_classes, tiny_vit, tiny_weights, tmp_path):
+    """Each of 60 classes has 4 images. Of 20 to train on, drawn over all, no class would have two."""
+    settings = {"teacher": tiny_vit, "weights": tiny_weights, "views": 1, **FAST}
+    of_one = ProbeConfig(**settings, data=str(many_classes), samples=20, val_samples=8, out=tmp_path / "one")
+    result = probe(of_one)
+    caches = [atcache.open(of_one.out / name) for name in ("train.zarr", "val.zarr")]
+    trained, validated = (set(cache.samples.label.values.tolist()) for cache in caches)
+    assert validated <= trained
+    assert result.num_classes == len(trained) == 7, "as few as have 28 images"
+    assert (result.num_samples, result.num_val_images) == (20, 8)
+    assert any(note.startswith(f"The samples are of 7 of the {max(trained) + 1} classes") for note in result.notes)
+    of_two = replace(of_one, val_data=str(many_classes), out=tmp_path / "two")
+    of_two.out.mkdir()
+    built = open_probe_caches(of_two)
+    labels = [set(atcache.open(place).samples.label.values.tolist()) for place in (built.train, built.val)]
+    assert labels[1] <= labels[0]
+    assert (built.num_classes, len(labels[0])) == (5, 5)
+
+
+@pytest.fixture
+def many_classes(tmp_path) -> Path:
+    import webdataset
+
+    path = tmp_path / "many.tar"
+    with path.open("wb") as file, webdataset.TarWriter(file) as writer:
+        for sample in range(240):
+            png = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), sample, np.uint8)).save(png, format="PNG")
+            writer.write({"__key__": f"s{sample:03d}", "png": png.getvalue(), "cls": str(sample % 60).encode()})
+    return path
 
 
 def test_validation_images_may_come_from_elsewhere(digits_tars, tiny_vit, tiny_weights, tmp_path):
