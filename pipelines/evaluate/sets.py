@@ -116,7 +116,10 @@ def _classes_of(texts: Iterable[str], names: list[str]) -> dict[str, Path]:
         match = _NAMED.fullmatch(text)
         name, file = (match[1], match[2]) if match is not None else ("", text)
         if name and name not in names:
-            raise ConfigError(f"classes_of={text!r}: no set is named {name!r}. The sets are {', '.join(names)}.")
+            raise ConfigError(
+                f"classes_of={text!r}: no set is named {name!r}. The sets are {', '.join(names)}. If this is a "
+                f"file, write ./{text}."
+            )
         if name in found:
             raise ConfigError(
                 f"classes_of={text!r}: a file is given {'for all sets' if not name else 'for ' + name} already."

@@ -32,6 +32,7 @@ from atcache.teachers.inputs import normalise_images
 from atcache.teachers.record import TeacherRecord
 
 from ..compare.run import KL_FLOOR
+from ..train.scores import NUM_BINS
 from ..train.validation import ValidationSet
 
 MOST_SECONDS = 30.0
@@ -73,6 +74,13 @@ class Predictions:
     def correct_N(self) -> np.ndarray:
         """Which predictions are right."""
         return self.label_N == self.predicted_N
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error of a `Score`, in percentage points."""
+        bin_N = np.clip(np.ceil(self.confidence_N * NUM_BINS) - 1, 0, NUM_BINS - 1).astype(np.int64)
+        gap_K = np.bincount(bin_N, weights=self.correct_N - self.confidence_N, minlength=NUM_BINS)
+        return 100 * float(np.abs(gap_K).sum()) / len(bin_N)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,16 +37,20 @@ def commands_to_repeat(run: FinishedRun, places: ValidationPlaces) -> list[str]:
     caches: dict[Location, Location] = dict(zip(run.caches, run.caches, strict=True))
     if training is not None:
         caches = dict(zip(run.caches, training.caches, strict=False))
-    caches |= {cache: cache for cache in places.caches if cache.absolute() not in caches}
+    # All commands are for the folder where the training was typed. Paths of this folder are whole, if it is another.
+    typed_here = Path(str(run.places.get("folder", ""))) in (Path(), Path.cwd())
+    folder = run.folder if typed_here else run.folder.absolute()
+    val_caches = tuple(cache if typed_here else cache.absolute() for cache in places.caches)
+    caches |= {cache: cache for cache in val_caches if cache.absolute() not in caches}
     commands = [command for cache, name in caches.items() if (command := _build(cache, name)) is not None]
     if training is not None:
         commands.append(as_command("train", training))
     # A copying run that was validated with its teacher alone is predicted by neither: no cache has its maps.
-    if places and run.record.num_classes and (places.caches or run.record.mode != "copy"):
-        cache = (places.caches if len(places.caches) != 1 else places.caches[0]) or None
+    if places and run.record.num_classes and (val_caches or run.record.mode != "copy"):
+        cache = (val_caches if len(val_caches) != 1 else val_caches[0]) or None
         label_key = None if cache else places.label_key
-        evaluation = EvaluateConfig(runs=(run.folder,), cache=cache, data=places.data, label_key=label_key)
-        reporting = ReportConfig(run=run.folder, val_cache=cache, val_data=places.data, label_key=label_key)
+        evaluation = EvaluateConfig(runs=(folder,), cache=cache, data=places.data, label_key=label_key)
+        reporting = ReportConfig(run=folder, val_cache=cache, val_data=places.data, label_key=label_key)
         commands += [as_command("eval", evaluation), as_command("report", reporting)]
     return commands
 

@@ -111,19 +111,19 @@ def _curves(run: FinishedRun) -> str:
 
 
 def _accuracy(run: FinishedRun, predictions: Predictions | None) -> str:
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     score = run.summary.validation
     if score is not None:
         what = ("at the end of the training", f"{score.num_samples:,}")
-        rows.append((*what, f"{score.top1:.2f}", f"{score.top5:.2f}", f"{score.loss:.4g}"))
+        rows.append((*what, f"{score.top1:.2f}", f"{score.top5:.2f}", f"{score.loss:.4g}", f"{score.ece:.2f}"))
     if predictions is not None:
         values = 100 * predictions.correct_N.mean(), 100 * predictions.in_top5_N.mean(), predictions.loss_N.mean()
         what = ("for this page", f"{len(predictions.label_N):,} of {predictions.num_all:,}")
-        rows.append((*what, f"{values[0]:.2f}", f"{values[1]:.2f}", f"{values[2]:.4g}"))
+        rows.append((*what, f"{values[0]:.2f}", f"{values[1]:.2f}", f"{values[2]:.4g}", f"{predictions.ece:.2f}"))
     if not rows:
         return paragraph("No accuracy was measured.")
-    headings = ("measured", "images", "top-1 %", "top-5 %", "loss, nats")
-    shown = table(headings, rows, caption="Accuracy and loss on validation images", numbers=4)
+    headings = ("measured", "images", "top-1 %", "top-5 %", "loss, nats", "ECE %")
+    shown = table(headings, rows, caption="Accuracy, loss and calibration error on validation images", numbers=5)
     return shown + ("" if predictions is None else paragraph(_confidence(predictions)))
 
 

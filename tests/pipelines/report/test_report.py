@@ -8,6 +8,7 @@ import logging
 import re
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,10 +61,10 @@ def test_predictions_are_those_of_eval(run_of, named_caches, tmp_path):
         run = run_of(mode)
         summary, page = reported(run, tmp_path)
         scored = json.loads(json.dumps(evaluate(EvaluateConfig(runs=(run,), cache=named_caches[1], **PLACE)).to_json()))
-        top1, loss = (_first_value(scored, name) for name in ("top1", "loss"))
+        top1, loss, ece = (_first_value(scored, name) for name in ("top1", "loss", "ece"))
         assert summary.num_predicted == 48
         assert f"for this page 48 of 48 {top1:.2f}" in words_of(page)
-        assert f"{loss:.4g}" in words_of(page)
+        assert f"{loss:.4g} {ece:.2f}" in words_of(page)
 
 
 def _first_value(values, name: str) -> float:
@@ -169,6 +170,23 @@ def test_the_commands_make_the_same_run_and_the_same_caches(run_of, named_caches
         torch.equal(tensor, load_file(run / "model.safetensors")[name])
         for name, tensor in load_file(tmp_path / "again/model.safetensors").items()
     )
+
+
+def test_commands_hold_where_the_training_was_typed(named_caches, tmp_path, monkeypatch):
+    """Also if the report is written in another folder: build and train have paths of the first."""
+    (tmp_path / "elsewhere").mkdir()
+    for name, cache in zip(("train.zarr", "val.zarr"), named_caches, strict=True):
+        shutil.copytree(cache, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    places = {"cache": Path("train.zarr"), "val_cache": Path("val.zarr"), "out": Path("run")}
+    train(TrainConfig(mode="scratch", steps=3, batch_size=24, **places, **PLACE))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    report(ReportConfig(run=Path("../run"), **PLACE))
+    *_, evaluation, reporting = commands_of(tmp_path / "run/report.html")
+    monkeypatch.chdir(tmp_path)
+    for words in (evaluation, reporting):
+        assert Path(words[2]).samefile("run")
+        assert [Path(word).name for word in words if word.endswith(".zarr") and Path(word).exists()] == ["val.zarr"]
 
 
 def test_runs_of_other_kinds_have_a_page_too(run_of, named_caches, tiny_cache, digits_tars, tmp_path):
