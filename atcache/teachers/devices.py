@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atcache.choices import PRECISIONS
 from atcache.errors import ConfigError
+
+_SHORT_SEQUENCE = 150
+"""Patches up to which torch's plain attention trains faster on a CPU in bfloat16 than its fused one."""
 
 
 def resolve_precision(name: str, device: str | torch.device) -> torch.dtype:
@@ -35,6 +40,23 @@ def autocast(device: str | torch.device, dtype: torch.dtype) -> AbstractContextM
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
+
+
+@contextmanager
+def training_autocast(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> Generator[None]:
+    """`autocast` for a forward pass of `model` whose gradients are wanted.
+
+    On a CPU in bfloat16, the backward pass of torch's fused attention is slow where the sequence is short, so its plain
+    attention is taken there (`benchmarks/cpu_attention.py`).
+    """
+    num_patches: object = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    is_short = isinstance(num_patches, int) and num_patches <= _SHORT_SEQUENCE
+    with ExitStack() as stack:
+        stack.enter_context(autocast(device, dtype))
+        if torch.device(device).type == "cpu" and dtype == torch.bfloat16 and is_short:
+            choose_kernel: Any = sdpa_kernel  # torch types only a part of it
+            stack.enter_context(choose_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from atcache.choices import Mode
 from atcache.errors import ConfigError
 from atcache.students.pairing import TeacherFactors
 from atcache.students.student import Student, new_student
-from atcache.teachers.devices import autocast
+from atcache.teachers.devices import training_autocast
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.names import parse_model_name
 from atcache.teachers.run import TeacherRun
@@ -64,7 +64,7 @@ class StudentSteps:
 
         def step() -> None:
             images = normalise_images(self._pixels_BHWC, student.input.mean, student.input.std, device)
-            with autocast(device, self._run.dtype):
+            with training_autocast(student.model, device, self._run.dtype):
                 label_loss, attention_loss = student.train_step(images, label_B, factors(), 0.0)
             loss = label_loss if attention_loss is None else label_loss + attention_loss
             loss.backward()

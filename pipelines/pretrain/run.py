@@ -24,7 +24,7 @@ from atcache.fields import JsonFields
 from atcache.files.durable import check_can_write
 from atcache.images.source import Source, index_source
 from atcache.machine import kept_nbytes
-from atcache.teachers.devices import autocast, resolve_device, resolve_precision
+from atcache.teachers.devices import resolve_device, resolve_precision, training_autocast
 from atcache.teachers.inputs import input_config, normalise_images
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
@@ -188,7 +188,7 @@ class _Run:
         order_BT = self.model.draw_order(len(pixels_BHWC), torch.Generator().manual_seed(seed))
         self.scheduler.step_update(self.step)
         images_BCHW = normalise_images(pixels_BHWC, self.input.mean, self.input.std, self.device)
-        with autocast(self.device, self.dtype):
+        with training_autocast(self.model.encoder, self.device, self.dtype):
             loss = self.model(images_BCHW, order_BT.to(self.device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -18,7 +18,7 @@ from atcache.feed.order import step_seed
 from atcache.feed.prefetch import Prefetcher, copied
 from atcache.files.durable import encode_json, write_file
 from atcache.students.student import Student
-from atcache.teachers.devices import autocast, resolve_precision
+from atcache.teachers.devices import autocast, resolve_precision, training_autocast
 from atcache.teachers.inputs import normalise_images
 from atcache.views.jitter import draw_jitter, jitter_pixels
 
@@ -224,11 +224,11 @@ class TrainingRun:
         images = normalise_images(pixels_BHWC, self.student.input.mean, self.student.input.std, self.device)
         given = None if self.data.teacher is None else self.data.teacher.factors(part)
         if self.config.attention_only:
-            with autocast(self.device, self.dtype):
+            with training_autocast(self.student.model, self.device, self.dtype):
                 attention_loss = student.attention_loss(images, given)
             return {"loss": attention_loss, "attention_loss": attention_loss}
         targets = part.targets(self.student.num_classes)
-        with autocast(self.device, self.dtype):
+        with training_autocast(self.student.model, self.device, self.dtype):
             label_loss, attention_loss = student.train_step(images, targets, given, self.config.label_smoothing)
         if attention_loss is None:
             return {"label_loss": label_loss, "loss": label_loss}
