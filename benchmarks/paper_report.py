@@ -28,10 +28,10 @@ def write_report(
     found = accuracies(study, rows)
     said = sentences(study, found, left_out)
     head = (
-        f"{study.teacher}: {study.labels:,} labels, {study.views} views of each image, {study.val_samples:,} test "
-        f"images. All students see the same views for {study.epochs:g} epochs: batches of {study.batch_size}, drop "
-        f"path {study.drop_path:g}, label smoothing {study.label_smoothing:g}. finetune has a layer decay of "
-        f"{study.layer_decay:g}."
+        f"{study.teacher}: {study.labels:,} labels, {study.views} views of each image ({_policy(study)}), "
+        f"{study.val_samples:,} test images. All students see the same views for {study.epochs:g} epochs: batches of "
+        f"{study.batch_size}, drop path {study.drop_path:g}, label smoothing {study.label_smoothing:g}. finetune has a "
+        f"layer decay of {study.layer_decay:g}."
     )
     text = "\n\n".join([head, table(study, rows, found, recipes), _FOOT, "\n".join(f"- {one}" for one in said)])
     report: dict[str, Any] = {
@@ -47,6 +47,11 @@ def write_report(
     if found:
         draw(study, found, study.out / "paper.png")
     return text
+
+
+def _policy(study: Study) -> str:
+    mixed = {"mixup": study.mixup, "cutmix": study.cutmix}
+    return ", ".join([study.policy, *(f"{name} {alpha:g}" for name, alpha in mixed.items() if alpha)])
 
 
 def _as_json(row: Row) -> dict[str, Any]:

@@ -240,7 +240,9 @@ def cache_job(study: Study, maps: Maps, images: str) -> Job:
         keys=keys,
         max_samples=None if keys else num_samples,
         out=path,
-        policy="crop-flip" if trains else "eval",
+        policy=study.policy if trains else "eval",
+        mixup=study.mixup if trains else 0.0,
+        cutmix=study.cutmix if trains else 0.0,
         corrupt=None if keys or images == "test" or images in study.shift else images,
         views=maps.views if trains else 1,
         # One codec for all images and numbers of views, so that only what is compared differs.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atcache.choices import Mode, Precision
+from atcache.choices import Mode, PolicyName, Precision
 from atcache.errors import ConfigError
 from atcache.feed.order import choose_subset
 from atcache.files.durable import encode_json, make_folder, write_file
@@ -36,6 +36,10 @@ class Study:
     """Training images that no student gets, on which `tune` compares."""
     views: int
     """Views of each image in the caches, where views are not what is compared."""
+    policy: PolicyName
+    """How views are drawn."""
+    mixup: float
+    cutmix: float
     codec: str
     """How maps are stored, where this is not what is compared."""
     codecs: tuple[str, ...]

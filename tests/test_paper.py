@@ -196,6 +196,22 @@ def test_too_few_minutes_leave_steps_out_and_say_so(digits, tmp_path, capsys):
     assert "| not run |" in capsys.readouterr().out
 
 
+def test_all_students_get_views_of_the_policy_that_is_asked_for(digits, tmp_path, capsys):
+    from paper import main
+
+    import atcache
+
+    options = ["--out", str(tmp_path), *digits, "--policy", "randaug", "--mixup", "0.8", "--cutmix", "1"]
+    main([*options, "--minutes", "0.00001"])
+    (cache,) = (tmp_path / "caches").iterdir()
+    policy = atcache.open(cache).describe()["views"]["policy"]
+    assert policy["name"] == "randaug"
+    assert (policy["mixing"]["mixup_alpha"], policy["mixing"]["cutmix_alpha"]) == (0.8, 1)
+    assert "2 views of each image (randaug, mixup 0.8, cutmix 1)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"holds another study: mixup is 0.8 there and 0.0 here"):
+        main(["--out", str(tmp_path), *digits, "--policy", "randaug", "--cutmix", "1", "--minutes", "0.00001"])
+
+
 def test_another_study_in_the_folder_is_refused(digits, tmp_path):
     from paper import main
 
