@@ -226,7 +226,8 @@ def _result(
     ours, theirs = [pair.transfer for pair in pairs], [pair.scratch for pair in pairs]
     found = paired_difference(ours, theirs, validation.num_samples)
     num_classes = caches.num_classes
-    if num_classes < (num_outputs := read_run(_run_of(config, "scratch", 0)).record.num_classes):
+    num_outputs = read_run(_run_of(config, "scratch", 0)).record.num_classes
+    if config.cache is None and num_classes < num_outputs:  # of small caches that were built
         notes += (
             f"The samples are of {num_classes:,} of the {num_outputs:,} classes, so that each has several. More "
             "--samples take more classes.",
