@@ -111,6 +111,13 @@ def read_finished_run(folder: Path) -> FinishedRun:
 
 def places_to_look_at(config: ReportConfig, run: FinishedRun) -> ValidationPlaces:
     """The validation data that were asked for, or those of the run."""
-    if config.val_cache is None and config.val_data is None:
-        return run.validation()
-    return ValidationPlaces(caches=listed(config.val_cache), data=config.val_data, label_key=config.label_key)
+    own = run.validation()
+    if config.val_cache is not None:
+        return ValidationPlaces(caches=listed(config.val_cache), data=config.val_data, label_key=config.label_key)
+    if config.val_data is None:
+        return own
+    if config.label_key is not None:  # the labels of these tars are wanted, not those of a cache
+        return ValidationPlaces(data=config.val_data, label_key=config.label_key)
+    # The tars have moved; the run's caches still have the teacher's maps.
+    caches = tuple(cache for cache in own.caches if not isinstance(cache, Path) or cache.exists())
+    return ValidationPlaces(caches=caches, data=config.val_data)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from atcache import __version__
 from atcache.attention.indices import format_indices
 from atcache.cache.record import CacheRecord
-from atcache.errors import AtcacheError
-from atcache.files.location import Location
+from atcache.errors import AtcacheError, SourceError
+from atcache.files.location import Location, looks_like_url
+from atcache.images.tars import expand_braces, expand_tars
 from atcache.store.reader import CacheReader
 from atcache.teachers.names import ALIASES
 
@@ -26,6 +28,8 @@ from .config import ReportConfig
 from .finished import FinishedRun, ValidationPlaces
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "zarr", "webdataset", "pillow")
+_NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.DOTALL)
+"""The last number of a name, and what is before and behind it."""
 _WITH_PACKAGE = "demo-mae"
 """The teacher whose weights come with atcache."""
 
@@ -37,25 +41,31 @@ def commands_to_repeat(run: FinishedRun, places: ValidationPlaces) -> list[str]:
     caches: dict[Location, Location] = dict(zip(run.caches, run.caches, strict=True))
     if training is not None:
         caches = dict(zip(run.caches, training.caches, strict=False))
-    # All commands are for the folder where the training was typed. Paths of this folder are whole, if it is another.
-    typed_here = Path(str(run.places.get("folder", ""))) in (Path(), Path.cwd())
-    folder = run.folder if typed_here else run.folder.absolute()
-    val_caches = tuple(cache if typed_here else cache.absolute() for cache in places.caches)
+    folder, val_caches, val_data = run.folder, places.caches, places.data
+    if Path(str(run.places.get("folder", ""))) not in (Path(), Path.cwd()):
+        # All commands are for the folder where the training was typed, which is another one than this.
+        folder, val_caches = folder.absolute(), tuple(cache.absolute() for cache in val_caches)
+        given = (val_data,) if isinstance(val_data, str) else val_data or ()
+        val_data = tuple(map(_from_anywhere, given)) or None
     caches |= {cache: cache for cache in val_caches if cache.absolute() not in caches}
-    commands = [command for cache, name in caches.items() if (command := _build(cache, name)) is not None]
+    commands = [command for cache, name in caches.items() if (command := build_command(cache, name)) is not None]
     if training is not None:
         commands.append(as_command("train", training))
     # A copying run that was validated with its teacher alone is predicted by neither: no cache has its maps.
     if places and run.record.num_classes and (val_caches or run.record.mode != "copy"):
         cache = (val_caches if len(val_caches) != 1 else val_caches[0]) or None
         label_key = None if cache else places.label_key
-        evaluation = EvaluateConfig(runs=(folder,), cache=cache, data=places.data, label_key=label_key)
-        reporting = ReportConfig(run=folder, val_cache=cache, val_data=places.data, label_key=label_key)
+        evaluation = EvaluateConfig(runs=(folder,), cache=cache, data=val_data, label_key=label_key)
+        reporting = ReportConfig(run=folder, val_cache=cache, val_data=val_data, label_key=label_key)
         commands += [as_command("eval", evaluation), as_command("report", reporting)]
     return commands
 
 
-def _build(path: Location, name: Location) -> str | None:
+def _from_anywhere(tars: str) -> str:
+    return tars if looks_like_url(tars) or tars.startswith("~") else str(Path(tars).absolute())
+
+
+def build_command(path: Location, name: Location) -> str | None:
     """The command that builds a cache under a name, from what it records; None if it cannot be read or made."""
     try:
         reader = CacheReader(path)
@@ -63,14 +73,14 @@ def _build(path: Location, name: Location) -> str | None:
         identity, policy, selection = record.identity, record.policy, record.identity.selection
         alias = next((alias for alias, name in ALIASES.items() if name == identity.teacher), None)
         from_a_file = not record.weights_from.startswith("hub:") and alias != _WITH_PACKAGE
-        codec = dict(identity.codec)
-        kind, target_kl = str(codec.pop("name")), codec.get("target_kl")
         fields: dict[str, Any] = {
             "teacher": alias or identity.teacher,
             "weights": record.weights_from if from_a_file else None,
-            "data": _data(reader.samples.tars),
+            "data": data_of(reader.samples.tars),
             "out": name,
+            "codec": _codec(identity.codec),
             "policy": policy.name,
+            "decoding": policy.decoding,
             "corrupt": policy.corrupt,
             "seed": policy.seed,
             "views": identity.num_views,
@@ -81,11 +91,6 @@ def _build(path: Location, name: Location) -> str | None:
             "heads": _chosen(selection.heads, record.geometry.num_model_heads),
             "precision": {"float32": "fp32", "bfloat16": "bf16"}[identity.precision],
         }
-        if kind == "transform":
-            fields |= {"codec": kind, "target_kl": target_kl}
-        else:
-            given = ",".join(f"{key}={value}" for key, value in codec.items() if value is not None)
-            fields["codec"] = f"{kind}:{given}" if given else kind
         if policy.mixing is not None:
             mixing = policy.mixing
             fields |= {"mixup": mixing.mixup_alpha, "cutmix": mixing.cutmix_alpha, "mix_prob": mixing.prob}
@@ -100,12 +105,35 @@ def _build(path: Location, name: Location) -> str | None:
         return None
 
 
-def _data(tars: Sequence[Location]) -> str:
-    """One text for all tars: the only one, or their folder."""
+def _codec(recorded: Mapping[str, Any]) -> str:
+    """A codec as it is typed, with the fields that it recorded."""
+    fields = {name: value for name, value in recorded.items() if name != "name" and value is not None}
+    if "target_nbytes" in fields:
+        del fields["target_kl"]  # which is not met then
+    given = ",".join(f"{name}={value}" for name, value in fields.items())
+    return f"{recorded['name']}:{given}" if given else str(recorded["name"])
+
+
+def data_of(tars: Sequence[Location]) -> str:
+    """One text for these tars and no others: the only one, their folder, a range of numbers, or all of them in braces.
+
+    Raises:
+        SourceError: one has a name that braces cannot hold.
+    """
     if len(tars) == 1:
         return str(tars[0])
-    folders = {str(tar.parent) for tar in tars}
-    return folders.pop() if len(folders) == 1 else os.path.commonpath([*folders])
+    folder = tars[0].parent
+    if isinstance(folder, Path) and folder.is_dir() and tuple(expand_tars(folder)) == tuple(tars):
+        return str(folder)
+    names = [*map(str, tars)]
+    if unusual := [name for name in names if set("{},") & set(name)]:
+        raise SourceError(f"{unusual[0]} has braces or a comma in its name.")
+    first, last = _NUMBERED.fullmatch(names[0]), _NUMBERED.fullmatch(names[-1])
+    if first and last and int(last[2]) - int(first[2]) + 1 == len(tars):
+        as_range = f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
+        if expand_braces(as_range) == names:
+            return as_range
+    return f"{{{','.join(names)}}}"
 
 
 def _chosen(indices: tuple[int, ...] | str | None, num_all: int) -> str | None:

@@ -266,7 +266,10 @@ def _again(run: FinishedRun, commands: Sequence[str]) -> list[str]:
         return [paragraph("The run does not say where its data were, so that its commands are not known.")]
     where = f", typed in {run.places['folder']}," if "folder" in run.places else ""
     return [
-        paragraph(f"These commands{where} build the caches, train and evaluate, with the versions below:"),
+        paragraph(
+            f"These commands{where} build the caches, train and evaluate, with the versions below. "
+            "They do not know of a list of samples: add --keys where a cache was built with it."
+        ),
         command_boxes(commands),
     ]
 

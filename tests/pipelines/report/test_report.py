@@ -6,6 +6,7 @@ import html
 import json
 import logging
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -19,17 +20,22 @@ from reported_runs import HOSTILE, PLACE, commands_of, words_of
 from safetensors.torch import load_file, save_file
 
 import atcache
+from atcache.cache.record import CacheRecord
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError
+from atcache.files.location import parse_location
+from atcache.images.tars import expand_tars
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.pages.charts import thinned
 from atcache.pipelines.report.after_training import train, train_sweep
 from atcache.pipelines.report.config import ReportConfig
 from atcache.pipelines.report.looking import in_time
+from atcache.pipelines.report.repeat import build_command, data_of
 from atcache.pipelines.report.run import report
 from atcache.pipelines.running.metrics import read_metrics
 from atcache.pipelines.train.config import TrainConfig
+from atcache.store.reader import CacheReader
 from atcache.teachers.inputs import normalise_images
 
 SIZES = {"img_size": 8, "patch_size": 2, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -172,6 +178,44 @@ def test_the_commands_make_the_same_run_and_the_same_caches(run_of, named_caches
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"codec": "transform", "target_mb_per_view": 0.001},
+        {"codec": "transform:dct=false,target_kl=0.02", "decoding": "reduced"},
+        {"codec": "logmap", "policy": "eval", "corrupt": "fog:2", "tars": 2},
+        {"codec": "int8", "mixup": 0.8, "seed": 3, "tars": 1, "layers": "1"},
+        {"codec": "exact", "heads": "0", "views": 2, "max_samples": 20},
+    ],
+)
+def test_the_command_of_a_cache_builds_its_like(fields, tiny_cache, digits_tars, tiny_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_weights.parent)  # a cache records no more of its weights than the name of their file
+    names = [str(tar) for tar in digits_tars[: fields.get("tars", 3)]]
+    options = {name: value for name, value in fields.items() if name != "tars"}
+    first = tiny_cache(**options, data=names[0] if len(names) == 1 else f"{{{','.join(names)}}}")
+    words = shlex.split(build_command(first, tmp_path / "again.zarr"))
+    again = CliRunner().invoke(cli, [*words[1:], "--device", "cpu"])
+    assert again.exit_code == 0, again.output
+    identities = [CacheRecord.of(CacheReader(path)).identity for path in (first, tmp_path / "again.zarr")]
+    assert identities[0] == identities[1]
+    samples = [atcache.open(path).samples.sample_key.values.tolist() for path in (first, tmp_path / "again.zarr")]
+    assert samples[0] == samples[1]
+
+
+def test_tars_are_typed_as_shortly_as_names_no_others(tmp_path):
+    tars = [tmp_path / f"train-{number:03d}.tar" for number in range(12)]
+    for tar in tars:
+        tar.touch()
+    urls = [parse_location(f"s3://bucket/{name}.tar") for name in ("a/x", "b/y")]
+    assert data_of(tars) == str(tmp_path)
+    assert data_of(tars[:1]) == str(tars[0])
+    assert data_of(tars[8:11]) == f"{tmp_path}/train-{{008..010}}.tar"
+    assert data_of(tars[1:4:2]) == f"{{{tars[1]},{tars[3]}}}"
+    assert data_of(urls) == "{s3://bucket/a/x.tar,s3://bucket/b/y.tar}"
+    for chosen in (tars[8:11], tars[1:4:2], tars):
+        assert list(expand_tars(data_of(chosen))) == chosen
+
+
 def test_commands_hold_where_the_training_was_typed(named_caches, tmp_path, monkeypatch):
     """Also if the report is written in another folder: build and train have paths of the first."""
     (tmp_path / "elsewhere").mkdir()
@@ -207,6 +251,13 @@ def test_runs_of_other_kinds_have_a_page_too(run_of, named_caches, tiny_cache, d
     summary, page = reported(run_of("distill", cache=rows, val_cache=rows, steps=3), tmp_path)
     assert summary.num_compared == 48
     assert "what the class token attends to" in words_of(page)
+
+
+def test_tars_that_have_moved_are_read_with_the_maps_of_the_cache(run_of, named_caches, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(CacheReader(named_caches[1]).samples.tars[0].parent, moved)
+    summary, _ = reported(run_of("copy"), tmp_path, val_data=str(moved))
+    assert summary.num_predicted == 48, "a copying student predicts with maps"
 
 
 # When it is written
