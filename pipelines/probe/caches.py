@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
     num_usable = sum(map(len, labels))
     if not num_usable:
         raise ConfigError(f"{listed(train)[0]} has no samples with a label, which the students learn from.")
+    if is_given and (config.samples or 0) > num_usable:
+        raise ConfigError(f"samples={config.samples}: the cache has {num_usable} with a label. Give at most that.")
     wanted = min(config.samples or BUILT_SAMPLES, num_usable) if is_given else num_usable
     record = CacheRecord.of(readers[0])
     student = None if config.student is None else parse_model_name(config.student)
@@ -116,12 +119,23 @@ def _draw_samples(config: ProbeConfig) -> tuple[str, str]:
     _refuse_too_many(config, num_train + num_val, len(good_S), str(config.data))
     good_S = _of_some_classes(index, good_S, num_train, num_train + num_val)
     # Validation samples first: they stay the same if another probe trains on more, of the same classes.
-    val_S = choose_subset(index.label_S, good_S, num_val, _VAL)
+    spare_S = _spared_for_validation(index.label_S, good_S, num_val / (num_train + num_val))
+    val_S = choose_subset(index.label_S, spare_S, min(num_val, len(spare_S)), _VAL)
     train_S = choose_subset(index.label_S, np.setdiff1d(good_S, val_S), num_train, _TRAIN)
     val_S = val_S[np.isin(index.label_S[val_S], index.label_S[train_S])]
     if not len(val_S):
-        raise ConfigError(f"{config.data} has only one image of each class. Give --val-data.")
+        raise ConfigError(f"{config.data} has no two images of a class. Give --val-data.")
     return _as_lines(index, train_S), _as_lines(index, val_S)
+
+
+def _spared_for_validation(label_S: np.ndarray, good_S: np.ndarray, share: float) -> np.ndarray:
+    """At most a share of each class, so that small classes are not all validated and never trained on."""
+    shuffled_S = good_S[epoch_permutation(len(good_S), _VAL, -1)]
+    spared: list[np.ndarray] = []
+    for label in np.unique(label_S[good_S]).tolist():
+        of_class_S = shuffled_S[label_S[shuffled_S] == label]
+        spared.append(of_class_S[: min(len(of_class_S) - 1, math.ceil(share * len(of_class_S)))])
+    return np.sort(np.concatenate(spared))
 
 
 def _of_some_classes(index: SampleIndex, good_S: np.ndarray, num_samples: int, num_needed: int) -> np.ndarray:

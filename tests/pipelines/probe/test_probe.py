@@ -129,16 +129,39 @@ def test_of_many_classes_only_those_are_probed_that_students_can_learn(many_clas
     assert (built.num_classes, len(labels[0])) == (5, 5)
 
 
+def test_a_small_class_is_trained_on_and_validated(tiny_vit, tiny_weights, tmp_path):
+    """Of 3 images that one class has, validation would take all if it took as many as of the others."""
+    numbers = [40] * 4 + [3]
+    data = tar_of_classes(tmp_path, [label for label, number in enumerate(numbers) for _ in range(number)])
+    config = ProbeConfig(teacher=tiny_vit, weights=tiny_weights, data=str(data), views=1, out=tmp_path / "p", **FAST)
+    config.out.mkdir()
+    built = open_probe_caches(config)
+    counts = [Counter(atcache.open(place).samples.label.values.tolist()) for place in (built.train, built.val)]
+    assert built.num_classes == 5
+    assert (counts[0][4], counts[1][4]) == (1, 2)
+
+
+def test_more_samples_than_a_cache_has_are_refused(probed):
+    config, _, _ = probed
+    with pytest.raises(ConfigError, match=r"samples=49: the cache has 48 with a label"):
+        probe(replace(config, samples=49, out=config.out.parent / "more"))
+
+
 @pytest.fixture
 def many_classes(tmp_path) -> Path:
+    return tar_of_classes(tmp_path, [sample % 60 for sample in range(240)])
+
+
+def tar_of_classes(folder: Path, labels: list[int]) -> Path:
+    """A tar of an image for each label."""
     import webdataset
 
-    path = tmp_path / "many.tar"
+    path = folder / "classes.tar"
     with path.open("wb") as file, webdataset.TarWriter(file) as writer:
-        for sample in range(240):
+        for sample, label in enumerate(labels):
             png = io.BytesIO()
             Image.fromarray(np.full((8, 8, 3), sample, np.uint8)).save(png, format="PNG")
-            writer.write({"__key__": f"s{sample:03d}", "png": png.getvalue(), "cls": str(sample % 60).encode()})
+            writer.write({"__key__": f"s{sample:03d}", "png": png.getvalue(), "cls": str(label).encode()})
     return path
 
 
