@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ from atcache.choices import MODES, PRECISIONS, Mode
 from atcache.errors import AtcacheError, ConfigError
 from atcache.files.durable import encode_json, write_file
 from atcache.store.reader import CacheReader
-from atcache.views.corrupt import parse_corruptions
+from atcache.views.corrupt import GROUPS, NAMES, parse_corruptions
 
 CODECS = ("exact", *(f"transform:target_kl={kl}" for kl in (0.005, 0.02, 0.1, 0.5)))
 _BASE_LR = 2e-3
@@ -286,10 +287,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
 def _named_tars(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in given:
-        name, equals, tars = text.partition("=")
-        if not (name and equals and tars) or ":" in name or name in ("train", "test", "held-out", *named):
+        name, _, tars = text.partition("=")
+        # Files have it in their names, beside those of the other images.
+        is_taken = re.match(r"(train|test|held-out)\b", name) or name.partition("-")[0] in (*NAMES, *GROUPS, "all")
+        if not (tars and re.fullmatch(r"\w[\w.-]*", name)) or is_taken or name in named:
             parser.error(
-                f"--shift {text}: expected NAME=TARS; the name has no colon and is not train, test or held-out."
+                f"--shift {text}: expected NAME=TARS. A name has letters, digits, dots, - and _ only, comes once, and "
+                "does not begin with train, test, held-out or the name of a corruption."
             )
         named[name] = tars
     return named

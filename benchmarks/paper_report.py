@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -123,4 +124,6 @@ def draw(study: Study, found: Mapping[Row, Accuracy], path: Path) -> None:
     if lines:
         panels[0].legend(fontsize=8)
     figure.suptitle(f"{study.teacher.partition(':')[0]}, {study.labels:,} labels, {study.epochs:g} epochs", fontsize=10)
-    figure.savefig(path, dpi=130)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130)
+    write_file(path, png.getvalue())

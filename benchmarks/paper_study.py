@@ -18,6 +18,8 @@ from atcache.images.source import index_source
 _MAY_CHANGE = ("out", "codecs", "view_counts", "corrupt", "seeds", "side_seeds", "workers", "keep_mib", "device")
 """Settings that change no run: a study may be continued with more rows, or on another machine."""
 
+_BEFORE = {"policy": "crop-flip", "mixup": 0.0, "cutmix": 0.0}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
@@ -81,7 +83,8 @@ def keep_study(study: Study) -> None:
     file = study.out / "study.json"
     settings = json.loads(encode_json({**asdict(study), "out": None, "weights": study.weights and str(study.weights)}))
     asked = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
-    there = json.loads(file.read_text()) if file.exists() else asked
+    # An earlier version recorded neither policy nor mixing.
+    there = {**_BEFORE, **json.loads(file.read_text())} if file.exists() else asked
     asked["shift"] = {**there["shift"], **asked["shift"]}  # others may be added
     there["shift"] = {**asked["shift"], **there["shift"]}
     if different := [name for name, value in asked.items() if there.get(name) != value]:

@@ -238,7 +238,12 @@ def test_another_study_in_the_folder_is_refused(digits, tmp_path):
         (["--minutes", "1", "--base-lr", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "copy", "--init-values", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "--finetune-lr", "1", "2"], "--tune scratch copy finetune"),
-        (["--minutes", "1", "--shift", "test=x"], "expected NAME=TARS; the name has no colon and is not train"),
+        (["--minutes", "1", "--shift", "test=x"], "does not begin with train, test"),
+        (["--minutes", "1", "--shift", "train-8=x"], "does not begin with train, test"),
+        (["--minutes", "1", "--shift", "fog-3=x"], "or the name of a corruption"),
+        (["--minutes", "1", "--shift", "noise=x"], "or the name of a corruption"),
+        (["--minutes", "1", "--shift", "a:b=x"], "expected NAME=TARS"),
+        (["--minutes", "1", "--shift", "a=x", "a=y"], "comes once"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, sentence, capsys):

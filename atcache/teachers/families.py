@@ -51,7 +51,7 @@ _SMALL_GAINS = "The small model's student ends above one from scratch, also afte
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="MAE",
-        pattern=r"\.mae$|vit-mae(?!.*finetuned)",
+        pattern=r"vit_.*\.mae$|vit-mae(?!.*finetuned)",
         example="mae-vit-l",
         outcome="transfers",
         evidence="ViT-L on ImageNet-1k: copy closes 77.8% of the gap from scratch to fine-tuning, distill all of it.",
@@ -127,8 +127,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(name="SigLIP", pattern=r"siglip", example="siglip-vit-b", components=("no class token",)),
     Family(
         name="CLIP",
-        # Not those that were fine-tuned on labels, nor other models that were trained as CLIP was.
-        pattern=r"^(?!.*(eva|mobile|_ft)).*clip",
+        # ViTs only: not those that were fine-tuned on labels, nor other models that were trained as CLIP was. (Names
+        # of OpenCLIP begin with open-clip, whatever the model.)
+        pattern=r"^(?!.*(eva|mobile|coca|_ft)).*(clip.*vit[-_]|vit[-_].*clip)",
         example="clip-vit-b",
         components=("norm before the blocks",),
         outcome="needs its components",

@@ -67,7 +67,7 @@ def score_runs(config: EvaluateConfig) -> EvaluateSummary:
     if config.report is not None:
         check_output_file("report", config.report)
     # First, so that a cache that cannot be used is refused before models are loaded, which takes long.
-    places = {each.caches: open_caches(each.caches) for each in sets}
+    places = {caches: open_caches(caches) for caches in dict.fromkeys(each.caches for each in sets)}
     recorded = {caches: recorded_corruption(readers) for caches, readers in places.items()}
     if not config.live_teacher and any(read_run(folder).record.mode == "copy" for folder in config.runs):
         for each in sets:

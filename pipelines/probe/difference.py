@@ -84,8 +84,14 @@ def student_t(degrees: int, confidence: float = CONFIDENCE) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(confidence, mass_N / mass_N[-1], angles_N)))
 
 
-def in_words(found: Difference, mode: str) -> str:
-    """The answer as a sentence for a person, with what to do if there is none yet."""
+def in_words(found: Difference, mode: str, seeds: int) -> str:
+    """The answer as a sentence for a person, with what to do if there is none yet.
+
+    Args:
+        found: the difference.
+        mode: of the students with attention.
+        seeds: the pairs that were asked for; there may have been no time for all.
+    """
     place = "ahead of" if found.mean >= 0 else "behind"
     pairs = f"{found.num_pairs} pairs"
     size = f"{abs(found.mean):.1f} ± {found.standard_error:.1f} points"
@@ -95,11 +101,13 @@ def in_words(found: Difference, mode: str) -> str:
         return f"{ahead}: transfer works on your data."
     if found.answer == "fails":
         return f"{ahead}: transfer does not work on your data with this student."
-    seeds = seeds_needed(found)
-    more = (
-        f"about --seeds {seeds}" if seeds else "more --steps or --samples: so small a difference needs too many seeds"
-    )
-    return f"undecided: {ahead}, and 0 is within the interval. Give {more}."
+    if found.num_pairs < seeds:
+        more = f"The same command again adds pairs, up to {seeds}."
+    elif needed := seeds_needed(found):
+        more = f"Give about --seeds {needed}."
+    else:
+        more = "Give more --steps or --samples: so small a difference needs too many seeds."
+    return f"undecided: {ahead}, and 0 is within the interval. {more}"
 
 
 def seeds_needed(found: Difference) -> int | None:

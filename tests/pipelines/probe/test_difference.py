@@ -44,19 +44,39 @@ def test_equal_pairs_on_few_images_are_no_certainty():
 
 def test_the_answer_is_put_in_words():
     ahead = paired_difference([70.0, 71.0, 72.0], [60.0, 62.0, 62.0], 1000)
-    assert in_words(ahead, "copy") == (
+    assert in_words(ahead, "copy", 3) == (
         "copy is ahead of scratch by 9.7 ± 0.3 points (95% interval +8.2 to +11.1, 3 pairs): transfer works on your "
         "data."
     )
     behind = paired_difference([60.0, 62.0, 62.0], [70.0, 71.0, 72.0], 1000)
-    assert in_words(behind, "distill").startswith("distill is behind scratch by 9.7 ± 0.3 points")
-    assert in_words(behind, "distill").endswith("transfer does not work on your data with this student.")
+    assert in_words(behind, "distill", 3).startswith("distill is behind scratch by 9.7 ± 0.3 points")
+    assert in_words(behind, "distill", 3).endswith("transfer does not work on your data with this student.")
     unsure = paired_difference([60.0, 62.0, 64.0], [58.0, 58.0, 58.0], 1000)
-    assert in_words(unsure, "copy").endswith(f"0 is within the interval. Give about --seeds {seeds_needed(unsure)}.")
+    assert in_words(unsure, "copy", 3).endswith(f"0 is within the interval. Give about --seeds {seeds_needed(unsure)}.")
     hopeless = paired_difference([60.0, 62.1, 58.0], [60.0, 60.0, 60.0], 1000)
-    assert in_words(hopeless, "copy").endswith(
+    assert in_words(hopeless, "copy", 3).endswith(
         "Give more --steps or --samples: so small a difference needs too many seeds."
     )
+
+
+def test_pairs_that_there_was_no_time_for_come_first():
+    unsure = paired_difference([60.0, 62.0, 64.0], [58.0, 58.0, 58.0], 1000)
+    assert in_words(unsure, "copy", 40).endswith("The same command again adds pairs, up to 40.")
+
+
+def test_one_look_is_wrong_as_often_as_it_says_and_several_are_so_up_to_three_times_as_often():
+    """What the note on looks says, where there is no difference: pairs are added as the sentence advises."""
+    rng = np.random.default_rng(0)
+    wrong = {"at once": 0, "at last": 0}
+    for _ in range(2000):
+        pairs = rng.normal(50, 2, (50, 2))
+        found = paired_difference(*pairs[:3].T.tolist(), 10**6)
+        wrong["at once"] += found.answer != "undecided"
+        while found.answer == "undecided" and (seeds := seeds_needed(found)):
+            found = paired_difference(*pairs[:seeds].T.tolist(), 10**6)
+        wrong["at last"] += found.answer != "undecided"
+    assert 80 < wrong["at once"] < 125, "5 % of 2,000 is 100"
+    assert 200 < wrong["at last"] <= 340, "15 % is 300"
 
 
 def test_as_many_seeds_as_are_named_would_decide():

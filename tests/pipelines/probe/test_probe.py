@@ -71,6 +71,8 @@ def test_more_seeds_add_pairs_and_the_others_are_kept(probed):
     assert len(result.pairs) == 3
     assert [line.endswith("(trained before)") for line in said if line.startswith("seed ")] == [True, True, False]
     assert not any(line.startswith("timing") for line in said)
+    assert not any("There was an answer" in note for note in first.notes)
+    assert any(note.startswith("There was an answer after 2 pairs already") for note in result.notes)
 
 
 def test_other_options_and_other_folders_are_refused(probed, tmp_path):
