@@ -135,7 +135,8 @@ def corrupt(image_HWC: np.ndarray, corruption: str, *, seed: int = 0, sample_key
     """An image with one of the 15 common corruptions of Hendrycks & Dietterich (2019), uint8 of the same shape.
 
     Frost is drawn, not photographed; the other constants are those of ImageNet-C, for views of 224 pixels. Lengths in
-    pixels follow the shorter side. Equal arguments give equal pixels, on every machine.
+    pixels follow the shorter side. Equal arguments give equal pixels on every machine with the same Pillow, which
+    resizes and compresses.
 
     Args:
         image_HWC: RGB, uint8, shape (height, width, 3). It is not changed.

@@ -10,6 +10,8 @@ from atcache.errors import ConfigError
 from atcache.images.class_names import ClassNames
 
 _MAX_NBYTES = 2**24
+_MOST_DIGITS = 18
+"""Of the number of a class; Python refuses to read numbers of thousands of digits."""
 
 
 def read_kept_classes(file: Path, classes: ClassNames, num_classes: int) -> np.ndarray:
@@ -66,4 +68,4 @@ def read_kept_classes(file: Path, classes: ClassNames, num_classes: int) -> np.n
 
 
 def _number(line: str) -> int | None:
-    return int(line) if line.isascii() and line.isdecimal() else None
+    return int(line) if line.isascii() and line.isdecimal() and len(line) <= _MOST_DIGITS else None

@@ -2,8 +2,9 @@
 
 Each is a function of (pixels_HWC, severity, draws) that returns new pixels. Names and severities are parsed in
 `atcache.views.corrupt`. Constants are those of ImageNet-C; lengths in pixels, which are for views of 224, follow the
-shorter side of the view. The same seed gives the same pixels on every machine: what is random comes from raw words,
-weights are whole numbers so that sums do not depend on their order, and the rest is only + - * / of float64.
+shorter side of the view. The same seed gives the same pixels on every machine with the same Pillow: what is random
+comes from raw words, weights are whole numbers so that sums do not depend on their order, and the rest is only + - * /
+of float64.
 
 - `draws`: random numbers from a seed
 - `filters`: blur, shift and move pixels

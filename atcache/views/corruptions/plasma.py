@@ -14,7 +14,7 @@ _FEATHER_RADIUS, _FEATHER_SIGMA = 15, 8
 
 
 def clouds(height: int, width: int, decay: float, draws: Draws) -> np.ndarray:
-    """A height map of clouds, float64 (height, width), mostly within 0..1: diamond-square midpoint displacement.
+    """A height map of clouds, float64 (height, width), within 0..1: diamond-square midpoint displacement.
 
     Fournier, Fussell & Carpenter (1982). The map is made for a square of a power of two, which wraps around, and cut.
 

@@ -264,6 +264,7 @@ def test_options_that_name_no_set_are_refused(fields, message):
         ),
         ("1\n\n1", r"list, line 3: class '1' stands in line 1 already"),
         ("cat", "there is no class 'cat'"),
+        ("9" * 5000, "there is no class .99999"),
         ("# none", "list names no class"),
     ],
 )
