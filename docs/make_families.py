@@ -20,9 +20,9 @@ BEGINNING = """# Families of teachers: does their attention transfer?
 
 Attention transfer does not work for every teacher and every student.
 [arXiv 2605.07191](https://arxiv.org/abs/2605.07191) tried 20 teachers of 11 families with a plain ViT as the student.
-7 families transfer. 4 fail, up to 5.1% below training from scratch. For all 4 this is turned round if the student has
-the components of its teacher's architecture, with fresh weights. The components alone do not make training from
-scratch better.
+In 7 families attention transfers. In 4 it fails: the student ends up to 5.1% below one from scratch. If the student has
+the components of its teacher's architecture, with fresh weights, all 4 succeed. The components alone do not help a
+student from scratch. The table names those families of the 11 that the sources of this page name.
 
 By default, an atcache student has its teacher's architecture, so it has all components. `atcache plan` and
 `atcache train` say a teacher's family, what is known of it, its components, and what a `--student` of your own lacks.

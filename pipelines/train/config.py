@@ -106,7 +106,9 @@ class TrainConfig:
         "The student: a timm name, with arguments after a colon.  [default: the teacher's architecture]", default=None
     )
     weights: Path | None = option(
-        "File of the teacher's weights, for finetune and --live-teacher.  [default: timm's, from the hub]", default=None
+        "The teacher's weights, a file or the folder of a run, for finetune and --live-teacher.  [default: timm's, "
+        "from the hub]",
+        default=None,
     )
     layers: str | None = option(
         "Blocks whose attention is transferred, such as 0-17; the others use their own.  [default: all in the cache]",

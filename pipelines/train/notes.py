@@ -19,7 +19,7 @@ from .recipes import read_recipe, view_differences
 from .validation import ValidationSet
 
 _MANY_TIMES = 30
-"""How often a run may show a view before a note warns: benchmarks.md, "Views and codecs", has 12, 25 and 100 times."""
+"""How often a run may show a view before a note warns: docs/benchmarks/does-it-work.md has 12, 25 and 100."""
 
 
 def teacher_verdict(config: TrainConfig, student: ModelName, readers: Sequence[CacheReader]) -> TeacherVerdict | None:
