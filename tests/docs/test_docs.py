@@ -79,6 +79,7 @@ ORDER = [
     "benchmarks.md",
     "benchmarks/gpu.md",
     "benchmarks/does-it-work.md",
+    "benchmarks/papers-table.md",
     "benchmarks/codecs.md",
     "benchmarks/training.md",
     "benchmarks/reading.md",
