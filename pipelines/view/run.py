@@ -46,32 +46,39 @@ def view(config: ViewConfig, tell: Callable[[str], None]) -> None:
             for name, place, pictures in zip(name_caches(places), places, opened, strict=True)
         ]
     )
-    with _listen(config, site) as server, _stopped_by_signals() as is_over:
+    with _listen(config, site) as server, signals_as_bytes() as signals:
         for work in (server.serve_forever, *(pictures.warm_up for pictures in opened)):
             threading.Thread(target=work, daemon=True).start()
         address = _address(server, config)
         tell(address)
         if _wants_browser(config):
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        is_over.wait()  # open connections do not hold up the end: their threads end with the process
+        signals.recv(1)  # open connections do not hold up the end: their threads end with the process
 
 
 @contextmanager
-def _stopped_by_signals() -> Generator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set. They raise nothing, so that a second one does no harm."""
-    is_over = threading.Event()
+def signals_as_bytes() -> Generator[socket.socket]:
+    """A socket that gets a byte for each Ctrl-C and SIGTERM. They raise nothing: a second one does no harm.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        is_over.set()
-
+    A lock or an event cannot be waited for instead. A signal that comes just before the wait begins would only be
+    handled after the wait, which never ends then (https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd).
+    """
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield is_over
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    waiting, written = socket.socketpair()
+    with waiting, written:
+        written.setblocking(False)
+        handlers = [signal.signal(number, _do_nothing) for number in numbers]
+        wakeup_before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        try:
+            yield waiting
+        finally:
+            signal.set_wakeup_fd(wakeup_before)
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler, without which no byte would be written."""
 
 
 def _listen(config: ViewConfig, site: Site) -> ViewServer:

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -426,6 +428,22 @@ def test_a_signal_ends_it_though_connections_are_open(cache, number):
         assert connections[0].recv(100)
         assert served.stop(number) == 0  # it waits for less time than a connection may be idle
         assert "Traceback" not in served.process.stderr.read()
+
+
+SIGNALLED = """
+import os, signal, threading
+from atcache.pipelines.view.run import signals_as_bytes
+
+with signals_as_bytes() as signals:
+    for _ in range(20_000):  # the signal comes before, as and after the wait for it begins
+        threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGTERM)).start()
+        assert signals.recv(1) == bytes([signal.SIGTERM])
+"""
+
+
+def test_a_signal_that_comes_as_the_wait_for_it_begins_ends_the_wait():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_port_in_use_is_named_and_none_given_means_the_next(served, cache):
