@@ -19,6 +19,7 @@ _MAY_CHANGE = ("out", "codecs", "view_counts", "corrupt", "seeds", "side_seeds",
 """Settings that change no run: a study may be continued with more rows, or on another machine."""
 
 _BEFORE = {"policy": "crop-flip", "mixup": 0.0, "cutmix": 0.0}
+"""What studies of earlier versions had, which did not record it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,6 @@ def keep_study(study: Study) -> None:
     file = study.out / "study.json"
     settings = json.loads(encode_json({**asdict(study), "out": None, "weights": study.weights and str(study.weights)}))
     asked = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
-    # An earlier version recorded neither policy nor mixing.
     there = {**_BEFORE, **json.loads(file.read_text())} if file.exists() else asked
     asked["shift"] = {**there["shift"], **asked["shift"]}  # others may be added
     there["shift"] = {**asked["shift"], **there["shift"]}

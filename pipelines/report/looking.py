@@ -32,7 +32,7 @@ from atcache.teachers.inputs import normalise_images
 from atcache.teachers.record import TeacherRecord
 
 from ..compare.run import KL_FLOOR
-from ..train.scores import NUM_BINS
+from ..train.scores import bins_of
 from ..train.validation import ValidationSet
 
 MOST_SECONDS = 30.0
@@ -78,8 +78,8 @@ class Predictions:
     @property
     def ece(self) -> float:
         """The expected calibration error of a `Score`, in percentage points."""
-        bin_N = np.clip(np.ceil(self.confidence_N * NUM_BINS) - 1, 0, NUM_BINS - 1).astype(np.int64)
-        gap_K = np.bincount(bin_N, weights=self.correct_N - self.confidence_N, minlength=NUM_BINS)
+        bin_N = bins_of(torch.from_numpy(self.confidence_N)).numpy()
+        gap_K = np.bincount(bin_N, weights=self.correct_N - self.confidence_N)
         return 100 * float(np.abs(gap_K).sum()) / len(bin_N)
 
 

@@ -151,9 +151,7 @@ class _Tally:
         of_label_B = probability_BC.gather(1, label_B.unsqueeze(1)).clamp_min(torch.finfo(torch.float64).tiny)
         self.sums_4 += torch.stack([right_B.sum(), ranked_BC.any(1).sum(), -of_label_B.log().sum(), one_B.sum()])
         self.sums_2C.index_add_(1, label_B, torch.stack([right_B, one_B]))
-        # Bins are open below and closed above, so that a confidence of 1 is in the last.
-        bin_B = ((confidence_B * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
-        self.sums_2K.index_add_(1, bin_B, torch.stack([right_B, confidence_B]))
+        self.sums_2K.index_add_(1, bins_of(confidence_B), torch.stack([right_B, confidence_B]))
         return first_B
 
     def score(self, ranks: Ranks, classes: ClassNames | None) -> Score:
@@ -172,6 +170,11 @@ class _Tally:
             num_samples=int(count),
             classes=None if classes is None else _class_scores(by_class, classes),
         )
+
+
+def bins_of(confidence_B: Tensor) -> Tensor:
+    """The bin of each confidence. Bins are open below and closed above, so that a confidence of 1 is in the last."""
+    return ((confidence_B * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)
 
 
 def _class_scores(sums: Sequence[float], classes: ClassNames) -> tuple[ClassScore, ...]:
