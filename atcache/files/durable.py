@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import glob
 import json
 import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from atcache.errors import AtcacheError, ConfigError, DiskFullError, NotWritableError
 from atcache.files.location import Location
 
-_SECONDS_TO_WAIT = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
@@ -34,70 +30,6 @@ def partial_path(path: Path) -> Path:
 def is_partial(name: str) -> bool:
     """Whether this is the name of one of our temp files."""
     return _PARTIAL_NAME.fullmatch(name) is not None
-
-
-def sweep_partials(path: Path | str) -> int:
-    """Remove what killed writers of this cache left behind, and return how many. No other writer may be running.
-
-    These are temp files inside the cache, and temp folders beside it from caches whose creation did not finish.
-    """
-    path = Path(path)
-    num_removed = 0
-    for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if is_partial(sibling.name) and sibling.is_dir() and not sibling.is_symlink():
-            shutil.rmtree(sibling)
-            num_removed += 1
-    for folder, _, names in os.walk(path):
-        for name in names:
-            if is_partial(name):
-                (Path(folder) / name).unlink(missing_ok=True)
-                num_removed += 1
-    return num_removed
-
-
-@contextmanager
-def only_writer(folder: Path | str, *, where_possible: bool = False) -> Generator[None]:
-    """Keep other processes from writing into a folder: a lock that ends with the process that holds it.
-
-    Waits up to 10 s, because the workers of a killed writer hold the lock until they notice that it is gone.
-
-    Args:
-        folder: a cache, or the folder of a run.
-        where_possible: continue without a lock if the file system has no locks.
-
-    Raises:
-        ConfigError: another process writes to the folder, or its file system has no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        deadline_s = time.monotonic() + _SECONDS_TO_WAIT
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline_s:
-                    raise ConfigError(
-                        f"another process is writing to {folder}. Wait until it ends, or give another --out."
-                    ) from error
-                time.sleep(0.1)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
-                if where_possible:
-                    break
-                raise ConfigError(
-                    f"{folder} is on a file system without locks, which are needed to keep a second build out. Build "
-                    "on another disk, and copy the cache."
-                ) from error
-        try:
-            yield
-        finally:
-            # Forked workers share the lock. If they still run, closing our descriptor does not end it.
-            with suppress(OSError):  # the file system may have no locks
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from atcache.errors import CorruptCacheError
 from atcache.files.durable import is_partial
 from atcache.files.location import Location, Url
 from atcache.files.ranges import file_exists, list_files, read_file
+from atcache.files.writers import LOCK
 from atcache.store.growth import GROWTH, read_growth
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
 from atcache.store.metadata import consolidated_copies, is_old_table, list_arrays, load_root, seal_holds, split_root
@@ -189,7 +190,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
         ]
     for relative in list_files(path):
         folder, _, name = relative.rpartition("/")
-        if relative in known or (folder == COMMITS and RecordFile.parse(name) is not None):
+        if relative in known or relative == LOCK or (folder == COMMITS and RecordFile.parse(name) is not None):
             continue
         if is_old_table(relative, layout):  # of before the cache grew, for readers that were open then
             continue

@@ -31,6 +31,7 @@ from atcache.files.durable import (
 from atcache.files.location import Location, Url, parse_location
 from atcache.files.ranges import list_files
 from atcache.files.spool import Spool
+from atcache.files.writers import only_writer
 from atcache.store.bucket import Piece, put_together, replace_object
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
 from atcache.store.committed import check_commits
@@ -128,15 +129,17 @@ def new_cache_folder(path: Path) -> Generator[Path]:
     make_folder(path.absolute().parent)
     temp = partial_path(path)
     with disk_errors_explained(path):
+        temp.mkdir()
         try:
-            yield temp
-            fsync_tree(temp)
-            try:
-                temp.rename(path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                raise _exists(path) from error
+            with only_writer(temp, where_possible=True):  # lest another process sweeps it
+                yield temp
+                fsync_tree(temp)
+                try:
+                    temp.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    raise _exists(path) from error
             fsync_path(path.absolute().parent)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)

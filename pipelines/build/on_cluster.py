@@ -12,7 +12,7 @@ from typing import Any
 
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
-from atcache.files.durable import sweep_partials
+from atcache.files.writers import sweep_partials
 from atcache.store.reader import CacheReader
 from atcache.teachers.foreign.own import OwnTeacher
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 from atcache.cache.record import CacheRecord
-from atcache.files.durable import only_writer
 from atcache.files.location import Location
+from atcache.files.writers import only_writer
 from atcache.machine import num_processors
 from atcache.store.reader import CacheReader
 from atcache.store.writer import finish_cache

@@ -16,7 +16,7 @@ from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, DiskFullError
 from atcache.fields import JsonFields
-from atcache.files.durable import sweep_partials
+from atcache.files.writers import sweep_partials
 from atcache.store.joining import can_link, join_layouts, join_samples, write_joined
 from atcache.store.manifest import read_commits
 from atcache.store.parts import count_samples

@@ -16,9 +16,9 @@ from atcache.files.durable import (
     encode_json,
     fsync_path,
     make_folder,
-    only_writer,
     write_file,
 )
+from atcache.files.writers import only_writer
 from atcache.images.class_names import CLASSES_FILE
 from atcache.images.tars import PACK_RECORD, pack_folder
 
@@ -69,10 +69,8 @@ def pack(config: PackConfig) -> PackSummary:
     out = config.out
     _make_out(out, config.data.resolve())
     partial = pack_folder(out, config.tar_name)
-    with disk_errors_explained(out):
+    with disk_errors_explained(out), only_writer(out, where_possible=True, name=f"{partial.name}.lock"):
         partial.mkdir(exist_ok=True)
-    with disk_errors_explained(out), only_writer(partial, where_possible=True):
-        partial.mkdir(exist_ok=True)  # another pack may have ended, and removed it, while this one waited
         _undo(partial, out)
         try:
             _check_names(out, config.tar_name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atcache.errors import ConfigError
 from atcache.fields import JsonFields
-from atcache.files.durable import only_writer
+from atcache.files.writers import only_writer
 from atcache.store.manifest import delete_commits
 from atcache.teachers.devices import resolve_device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from made_store import LAYOUT, all_bytes, draw_codes, make_index, run_python, write_task
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, DiskFullError
-from atcache.files.durable import only_writer, sweep_partials
+from atcache.files.writers import LOCK, only_writer, sweep_partials
 from atcache.store.layout import Status
 from atcache.store.manifest import commit_path, read_commits, summarise_commits
 from atcache.store.reader import CacheReader
@@ -253,9 +254,9 @@ writer.commit()
 
 
 def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.3)
+    monkeypatch.setattr("atcache.files.writers._SECONDS_TO_WAIT", 0.3)
     program = (
-        "import sys, time\nfrom atcache.files.durable import only_writer\n"
+        "import sys, time\nfrom atcache.files.writers import only_writer\n"
         "with only_writer(sys.argv[1]):\n    print('locked', flush=True)\n    time.sleep(60)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
@@ -271,10 +272,54 @@ def test_a_cache_has_one_writer_at_a_time(tmp_path, monkeypatch):
         pass
 
 
-def test_a_writer_that_has_ended_leaves_no_lock_with_the_workers_it_forked(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.3)
+def test_a_file_is_locked_because_network_disks_lock_no_folders_and_it_is_removed(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for end in ("usual", "killed before"):
+        if end == "killed before":
+            (folder / LOCK).touch()
+        with only_writer(folder), (folder / LOCK).open("r+") as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = folder.rename(folder.with_name(f"renamed after {end}"))
+        assert list(folder.iterdir()) == []
+
+
+def test_a_lock_file_that_leads_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), only_writer(tmp_path / "folder"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_cache_that_another_process_is_making_is_not_swept(tmp_path):
     program = (
-        "import os, sys, time\nfrom atcache.files.durable import only_writer\n"
+        "import sys, time\nfrom pathlib import Path\nfrom atcache.store.writer import new_cache_folder\n"
+        "with new_cache_folder(Path(sys.argv[1])) as temp:\n"
+        "    (temp / 'file').touch()\n    print('filling', flush=True)\n    sys.stdin.readline()\n"
+    )
+    out = tmp_path / "out.zarr"
+    command = [sys.executable, "-c", program, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "filling\n"
+        assert sweep_partials(out) == 0
+        other.communicate("go on\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+    assert [path.name for path in out.iterdir()] == ["file"]
+    with subprocess.Popen([*command[:-1], str(tmp_path / "b")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"filling\n"
+        other.kill()
+    assert sweep_partials(tmp_path / "b") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
+def test_a_writer_that_has_ended_leaves_no_lock_with_the_workers_it_forked(tmp_path, monkeypatch):
+    monkeypatch.setattr("atcache.files.writers._SECONDS_TO_WAIT", 0.3)
+    program = (
+        "import os, sys, time\nfrom atcache.files.writers import only_writer\n"
         "with only_writer(sys.argv[1]):\n    child = os.fork()\n    if child == 0:\n        time.sleep(60)\n"
         "print(child, flush=True)\ntime.sleep(60)\n"
     )

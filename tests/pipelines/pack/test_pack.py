@@ -23,7 +23,7 @@ from PIL import Image
 
 from atcache.cli.pack import pack as pack_command
 from atcache.errors import ConfigError, DiskFullError, SourceError
-from atcache.files.durable import only_writer
+from atcache.files.writers import only_writer
 from atcache.images.source import Source, index_source
 from atcache.images.tars import expand_tars, pack_folder
 from atcache.pipelines.pack.config import PackConfig
@@ -255,16 +255,16 @@ def test_a_killed_pack_takes_back_only_its_own_tars(folder, tmp_path):
 
 
 def test_two_packs_of_one_name_do_not_meet(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr("atcache.files.writers._SECONDS_TO_WAIT", 0.1)
     config = PackConfig(data=folder, out=tmp_path / "out")
     (tmp_path / "out").mkdir()
-    pack_folder(config.out, "train").mkdir()
-    with (
-        only_writer(pack_folder(config.out, "train")),
-        pytest.raises(ConfigError, match=r"another process is writing .*out/\.train\.atcache-pack"),
-    ):
-        pack(config)
+    lock = f"{pack_folder(config.out, 'train').name}.lock"
+    with only_writer(config.out, name=lock):
+        with pytest.raises(ConfigError, match=r"another process is writing to .*out\. Wait"):
+            pack(config)
+        pack(replace(config, name="val"))
     pack(config)
+    assert {path.suffix for path in config.out.iterdir()} == {".tar", ".txt"}
 
 
 def test_what_cannot_be_packed_is_said(folder, tmp_path):

@@ -16,7 +16,8 @@ import atcache
 from atcache.cli.main import cli
 from atcache.errors import CacheMissError, ConfigError
 from atcache.files import durable
-from atcache.files.durable import encode_json, only_writer, partial_path
+from atcache.files.durable import encode_json, partial_path
+from atcache.files.writers import only_writer
 from atcache.pipelines.build.run import build
 from atcache.store.chunks import compress
 from atcache.store.layout import StoreLayout
