@@ -11,7 +11,7 @@ All students see the same views of the same labelled images, in the same number 
 rates (and with several `--init-values`, the start of LayerScale) for scratch and copy alike, on training images that no
 student gets.
 
-A folder of an earlier call is continued. With `--report`, nothing is made, and what is finished is shown.
+A folder of an earlier call is continued. `--out FOLDER --report` makes nothing, and shows what is finished of that.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from paper_steps import (
     seeds_of,
     timing_job,
 )
-from paper_study import Study, choose_images, keep_study
+from paper_study import Study, choose_images, keep_study, read_study
 from paper_tuning import choose_recipes, tuning_jobs
 from rich.console import Console
 
 from atcache.cache.record import CacheRecord
 from atcache.choices import MODES, PRECISIONS, Mode
-from atcache.errors import AtcacheError, ConfigError
+from atcache.errors import AtcacheError
 from atcache.files.durable import encode_json, write_file
 from atcache.store.reader import CacheReader
 from atcache.views.corrupt import GROUPS, NAMES, parse_corruptions
@@ -164,9 +164,9 @@ class Runner:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is missing while there is time; write and print the table."""
-    study, limit_s = parse(arguments)
     console = Console(stderr=True)
     try:
+        study, limit_s = parse(arguments)
         text = make(study, limit_s, console)
     except AtcacheError as error:
         sys.exit(f"paper.py: {error}")
@@ -175,13 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make(study: Study, limit_s: float | None, console: Console) -> str:
     """Make what is missing in at most `limit_s` seconds, nothing if it is None; returns the report."""
-    if limit_s is None and not (study.out / "study.json").exists():
-        raise ConfigError(f"--report: {study.out} is not the folder of an earlier study.")
-    for data in (study.val_data, *study.shift.values()):
-        num_labelled(data)  # tars that are not there are named now, not after hours
-    for text in study.corrupt:
-        parse_corruptions(text)
-    keep_study(study)
+    if limit_s is not None:
+        for data in (study.val_data, *study.shift.values()):
+            num_labelled(data)  # tars that are not there are named now, not after hours
+        for text in study.corrupt:
+            parse_corruptions(text)
+        keep_study(study)
     runner = Runner(study=study, clock=Clock(file=study.out / "times.json", limit_s=limit_s or 0), console=console)
     runner.clock.has_begun = limit_s is None
     choose_images(study)
@@ -220,12 +219,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, lrs = parser.add_argument, " ".join(f"{lr:g}" for lr in _LRS_TO_TRY)
     add("--out", type=Path, required=True, help="folder for caches, runs and results")
-    add("--teacher", required=True, help="as in `atcache build`")
+    add("--report", action="store_true", help="make nothing, show what is finished in --out; takes no other option")
+    add("--teacher", help="as in `atcache build` (needed)")
     add("--weights", type=Path, help="the teacher's weights")
-    add("--data", required=True, help="tars of training images with labels")
-    add("--val-data", required=True, help="tars of test images with labels")
-    add("--minutes", type=float, help="begin nothing that would end later (needed, except with --report)")
-    add("--report", action="store_true", help="make nothing, show what is finished")
+    add("--data", help="tars of training images with labels (needed)")
+    add("--val-data", help="tars of test images with labels (needed)")
+    add("--minutes", type=float, help="begin nothing that would end later (needed)")
     add("--labels", type=int, default=1000, help="labelled images for students (default 1000)")
     add("--val-samples", type=int, default=1000, help="test images (default 1000)")
     add("--held-out", type=int, default=1000, help="training images that --tune compares on (default 1000)")
@@ -259,8 +258,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
     add("--device", default="auto")
     add("--precision", choices=PRECISIONS, default="auto")
     options = parser.parse_args(arguments)
-    if options.minutes is None and not options.report:
-        parser.error("--minutes says how long this may take: give it, or --report.")
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    if options.report:
+        if len(given) > len(("out", "report")):
+            parser.error("--report shows the study in --out as it was asked for: give no other option.")
+        return read_study(options.out), None
+    if missing := [name for name in ("teacher", "data", "val_data", "minutes") if name not in given]:
+        parser.error(f"--{missing[0].replace('_', '-')} is missing. Give it, or only --out and --report.")
     tune = () if options.tune is None else tuple(dict.fromkeys(options.tune or ("scratch", "copy")))
     base_lrs = tuple(options.base_lr or (_LRS_TO_TRY if tune else (_BASE_LR,)))
     finetune_lrs = tuple(options.finetune_lr or (base_lrs if "finetune" in tune else (_BASE_LR,)))
@@ -281,7 +285,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Study, float | None]:
         "corrupt": tuple(options.corrupt),
     }
     study = Study(**{one.name: values[one.name] for one in fields(Study)})
-    return study, None if options.report else 60 * options.minutes
+    return study, 60 * options.minutes
 
 
 def _named_tars(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from atcache.errors import ConfigError
 from atcache.feed.order import choose_subset
 from atcache.files.durable import encode_json, make_folder, write_file
 from atcache.images.source import index_source
+
+_FILE = "study.json"
 
 _MAY_CHANGE = ("out", "codecs", "view_counts", "corrupt", "seeds", "side_seeds", "workers", "keep_mib", "device")
 """Settings that change no run: a study may be continued with more rows, or on another machine."""
@@ -76,25 +78,41 @@ class Study:
 
 
 def keep_study(study: Study) -> None:
-    """Record the settings in the study's folder, or refuse to continue one with others.
+    """Record the settings in the study's folder, or refuse to continue one with others that change its runs.
 
     Raises:
         ConfigError: names the first setting that differs.
     """
-    file = study.out / "study.json"
-    settings = json.loads(encode_json({**asdict(study), "out": None, "weights": study.weights and str(study.weights)}))
-    asked = {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
+    file = study.out / _FILE
+    asked = json.loads(encode_json({**asdict(study), "out": None, "weights": study.weights and str(study.weights)}))
     there = {**_BEFORE, **json.loads(file.read_text())} if file.exists() else asked
-    asked["shift"] = {**there["shift"], **asked["shift"]}  # others may be added
-    there["shift"] = {**asked["shift"], **there["shift"]}
-    if different := [name for name, value in asked.items() if there.get(name) != value]:
-        name = different[0]
-        raise ConfigError(
-            f"{study.out} holds another study: {name} is {there.get(name)!r} there and {asked[name]!r} here. Give "
-            "another --out, or the same options."
-        )
+    shift = {**asked["shift"], **there["shift"]}  # others may be added
+    asked["shift"] = {**there["shift"], **asked["shift"]}
+    for name, value in asked.items():
+        before = shift if name == "shift" else there.get(name)
+        if name not in _MAY_CHANGE and before != value:
+            raise ConfigError(
+                f"{study.out} holds another study: {name} is {before!r} there and {value!r} here. Give another --out, "
+                "or the same options."
+            )
     make_folder(study.out)
     write_file(file, encode_json(asked))
+
+
+def read_study(out: Path) -> Study:
+    """The settings that a folder's study was last continued with.
+
+    Raises:
+        ConfigError: the folder holds no study, or one of an earlier version that did not record all settings.
+    """
+    file = out / _FILE
+    if not file.exists():
+        raise ConfigError(f"--report: {out} is not the folder of an earlier study.")
+    kept = json.loads(file.read_text())
+    if missing := [one.name for one in fields(Study) if one.name not in kept]:
+        raise ConfigError(f"--report: {file} does not say {missing[0]}. Continue the study once with its options.")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    return Study(**{**values, "out": out, "weights": kept["weights"] and Path(kept["weights"])})
 
 
 def choose_images(study: Study) -> None:

@@ -79,7 +79,7 @@ def _results(out):
     return [path.with_name("model.safetensors") for path in out.rglob("summary.json") if "timing" not in path.parts]
 
 
-def test_a_killed_study_continues_and_has_every_row(study):
+def test_a_killed_study_continues_and_has_every_row(study, capsys):
     out, finished = study
     assert 4 + 2 <= len(finished) < len(_results(out))  # four were trained to tune
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -87,6 +87,10 @@ def test_a_killed_study_continues_and_has_every_row(study):
     assert (report["missing"], report["left_out"]) == ([], [])
     text = (out / "paper.md").read_text()
     assert "not run" not in text
+    from paper import main
+
+    main(["--out", str(out), "--report"])
+    assert capsys.readouterr().out.strip() == text.strip() == (out / "paper.md").read_text().strip()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(report["rows"])
     steps = [row["row"]["step"] for row in report["rows"]]
@@ -191,7 +195,7 @@ def test_too_few_minutes_leave_steps_out_and_say_so(digits, tmp_path, capsys):
     assert left_out[0]["seconds"] is None  # nothing was trained yet
     assert f"{len(left_out)} commands, first runs/{MAPS}/scratch-0" in text
     before = sorted(tmp_path.rglob("*"))
-    main([*options, "--report"])
+    main(["--out", str(tmp_path / "short"), "--report"])
     assert sorted(tmp_path.rglob("*")) == before
     assert "| not run |" in capsys.readouterr().out
 
@@ -224,7 +228,7 @@ def test_another_study_in_the_folder_is_refused(digits, tmp_path):
     with pytest.raises(SystemExit, match="nothing-there"):  # before anything is run
         main([*options[:-1], "other=nothing-there.tar"])
     with pytest.raises(SystemExit, match="nothing-there is not the folder of an earlier study"):
-        main([*options, "--report", "--out", str(tmp_path / "nothing-there")])
+        main(["--report", "--out", str(tmp_path / "nothing-there")])
     with pytest.raises(
         SystemExit, match=r"1297 images have labels, but 5000 for students and 0 held-out ones are 5000"
     ):
@@ -234,7 +238,8 @@ def test_another_study_in_the_folder_is_refused(digits, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "--minutes says how long this may take"),
+        ([], "--minutes is missing. Give it, or only --out and --report."),
+        (["--report"], "give no other option"),
         (["--minutes", "1", "--base-lr", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "copy", "--init-values", "1", "2"], "are for --tune, of scratch and copy alike"),
         (["--minutes", "1", "--tune", "--finetune-lr", "1", "2"], "--tune scratch copy finetune"),
