@@ -102,6 +102,12 @@ def token_layout(model: nn.Module) -> TokenLayout:
     )
 
 
+def has_class_token(model: nn.Module) -> bool:
+    """Whether the blocks of a model attend with a class token."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    return token_layout(model).num_prefix_tokens > 0 and not names.isdisjoint(_CLASS_TOKENS)
+
+
 def check_has_queries(model: nn.Module, queries: Queries) -> None:
     """Refuse a model that lacks the tokens whose rows are wanted.
 
@@ -116,7 +122,7 @@ def check_has_queries(model: nn.Module, queries: Queries) -> None:
             f"queries={queries}: {model_label(model)} attends with no prefix tokens (class token, registers), only "
             "with patches. Leave --queries out."
         )
-    if queries == "cls" and not any(name.split(".")[-1] in _CLASS_TOKENS for name, _ in model.named_parameters()):
+    if queries == "cls" and not has_class_token(model):
         raise ConfigError(
             f"queries=cls: {model_label(model)} has {num_prefix_tokens} prefix tokens, and none is a class token. Give "
             "--queries prefix for their rows."

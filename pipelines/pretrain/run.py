@@ -36,7 +36,7 @@ from ..running.interrupts import Interrupts
 from ..running.metrics import METRICS_FILE, MetricsLog, read_metrics
 from ..running.progress import Progress
 from ..running.run_files import WEIGHTS_FILE, save_weights
-from ..running.run_folder import keep_record, read_record, run_folder, settle_precision
+from ..running.run_folder import keep_record, read_saved_record, run_folder, settle_precision
 from .autoencoder import MaskedAutoencoder
 from .config import PretrainConfig
 
@@ -78,7 +78,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     """
     kept_nbytes(config.keep_mib, config.workers)  # raises here, before anything takes long
     device = resolve_device(config.device)
-    begun = read_record(config.out / CONFIG_FILE)
+    begun = read_saved_record(config.out / CONFIG_FILE)
     config = replace(config, precision=settle_precision(config.precision, begun, device))
     if not (config.out / WEIGHTS_FILE).exists():
         check_can_write(config.out)

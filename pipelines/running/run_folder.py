@@ -16,7 +16,8 @@ import torch
 
 from atcache.cache.differences import find_differences
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
-from atcache.files.durable import encode_json, make_folder, only_writer, write_file
+from atcache.files.durable import encode_json, make_folder, write_file
+from atcache.files.writers import only_writer
 from atcache.teachers.devices import resolve_precision
 
 from .checkpoint import CHECKPOINT_FILE
@@ -107,6 +108,15 @@ def keep_record(file: Path, record: Mapping[str, Any], *, may_change: Sequence[s
             listed = "; ".join(dict.fromkeys(_in_words(name, *values) for name, values in differences.items()))
             raise CacheMismatchError(f"{folder} holds another run: {listed}. Give another --out, or the same options.")
     write_file(file, encode_json(record))
+
+
+def read_saved_record(file: Path) -> dict[str, Any] | None:
+    """The record in `file` of a run that has saved something: only such a run is continued, see `keep_record`.
+
+    Raises:
+        CorruptCacheError: the record cannot be read.
+    """
+    return read_record(file) if _first_of(_SAVED, file.parent) else None
 
 
 def settle_precision(asked: str, settings: object, device: torch.device) -> str:

@@ -76,7 +76,7 @@ class _Loop:
             with self._saved_when_stopped():
                 batch = next(batches)
             if not self._alone:  # one copy to the device for all; a single run may take the batch in parts
-                batch = self._runs[0].on_device(batch)
+                batch = self._for_all(batch)
             # A run whose checkpoint is of a later step joins when the stream gets there.
             current = [run for run in self._unfinished() if run.step == step]
             for run in current:
@@ -101,6 +101,11 @@ class _Loop:
             workers=self._runs[0].config.workers,
         )
         return iter(stream)
+
+    def _for_all(self, batch: Batch) -> Batch:
+        """The batch on the device. A run with a teacher looks at its codes, which all others of that teacher share."""
+        by_teacher = next((run for run in self._runs if run.data.teacher is not None), self._runs[0])
+        return by_teacher.on_device(batch)
 
     def _unfinished(self) -> list[TrainingRun]:
         return [run for run in self._runs if run.config.out not in self._results]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from atcache.attention.blocks import has_class_token
 from atcache.attention.capture import FactorCapture
 from atcache.feed.batch import Batch
 from atcache.feed.loader import validation_batches
@@ -57,10 +58,10 @@ class MapPictures:
         usable_S = np.sort(usable_S)
         self._sample_S = usable_S[np.unique(np.linspace(0, len(usable_S) - 1, number).astype(int))]
         self._batch: Batch | None = None
-        if data.student.pairing is None:  # else its maps were seen when it was made
-            model, size = data.student.model, data.student.input
-            _capture(model.eval())(torch.zeros(1, 3, size.height, size.width, device=device))
-            model.train()
+        model, size = data.student.model, data.student.input
+        blocks = None if data.student.pairing is None else _spread(data.student.pairing.student_layers)
+        _capture(model.eval(), blocks)(torch.zeros(1, 3, size.height, size.width, device=device))
+        model.train()
 
     def draw(self, student: Student) -> Mapping[str, np.ndarray]:
         """One picture of each sample, uint8 (height, width, 3), by the name of its row.
@@ -98,9 +99,8 @@ class MapPictures:
 
 
 def _capture(model: nn.Module, blocks: list[int] | None = None) -> FactorCapture:
-    """What captures the rows that are drawn: the class token's, or all without one."""
-    has_prefix = getattr(model, "num_prefix_tokens", 0) > 0
-    return FactorCapture(model, blocks, queries="cls" if has_prefix else "all")
+    """What captures the rows that are drawn: the class token's, or all where the blocks attend without one."""
+    return FactorCapture(model, blocks, queries="cls" if has_class_token(model) else "all")
 
 
 def _spread(layers: tuple[int, ...]) -> list[int]:

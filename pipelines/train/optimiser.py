@@ -27,10 +27,16 @@ def make_optimizer(config: TrainConfig, model: nn.Module, device: torch.device) 
             layer_decay=config.layer_decay,
             **fused,
         )
-    except ValueError as error:
+    except (ValueError, AssertionError, ImportError) as error:  # timm asserts that the library of an optimiser is there
         raise ConfigError(
-            f"optimizer={config.optimizer!r}: {error}. timm.optim.list_optimizers() lists all names."
+            f"optimizer={config.optimizer!r}: {error}. timm.optim.list_optimizers() lists all names; those of bnb and "
+            "fused need libraries of their own."
         ) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise ConfigError(
+            f"optimizer={config.optimizer!r} needs second derivatives, which are not made here. Choose another, such "
+            "as adamw."
+        )
     if config.beta2 is not None:
         _set_beta2(optimizer, config.optimizer, config.beta2)
     return optimizer

@@ -22,7 +22,14 @@ from atcache.teachers.devices import resolve_device
 
 from ..running.ranks import Ranks
 from ..running.run_files import RUN_FILE, WEIGHTS_FILE
-from ..running.run_folder import GIVEN_UP_FILE, keep_record, read_record, run_folder, settle_precision
+from ..running.run_folder import (
+    GIVEN_UP_FILE,
+    keep_record,
+    read_record,
+    read_saved_record,
+    run_folder,
+    settle_precision,
+)
 from .config import TrainConfig
 from .data import TrainingData, open_training_data
 from .loop import train_to_the_end
@@ -92,7 +99,7 @@ def _train_together(configs: Sequence[TrainConfig], *, alone: bool) -> list[Swee
 
 def _settled(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The config with its precision decided: the one its run started with, or that of a new run."""
-    begun = read_record(config.out / RUN_FILE) or {}
+    begun = read_saved_record(config.out / RUN_FILE) or {}
     return replace(config, precision=settle_precision(config.precision, begun.get("settings"), device))
 
 

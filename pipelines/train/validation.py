@@ -164,6 +164,11 @@ def _check_maps_fit(reader: CacheReader, teacher: TeacherRecord, pairings: Seque
             f"{reader.path} holds maps of {theirs.name} (sha256 {theirs.weights_sha256[:12]}...), but the student "
             f"copies {teacher.name} ({teacher.weights_sha256[:12]}...). Build a validation cache with that teacher."
         )
+    if not theirs.geometry.keeps_all_queries:
+        raise CacheMismatchError(
+            f"{reader.path} keeps only some rows of the maps (it was built with --queries {theirs.geometry.queries}), "
+            "and a student that copies needs the rows of all tokens. Build a validation cache without --queries."
+        )
     layers = {layer for pairing in pairings for layer in pairing.teacher_layers}
     if missing := sorted(layers - set(theirs.geometry.layers)):
         raise CacheMismatchError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError
-from atcache.pipelines.running.run_folder import keep_record, run_folder, settle_precision
+from atcache.pipelines.running.run_folder import keep_record, read_saved_record, run_folder, settle_precision
 from atcache.teachers.devices import resolve_precision
 
 CPU = torch.device("cpu")
@@ -69,6 +69,14 @@ def test_a_run_that_saved_nothing_gives_way_to_another(saved, tmp_path):
         keep_record(file, RECORD)
 
 
+def test_only_a_run_that_saved_something_is_continued(tmp_path):
+    assert read_saved_record(tmp_path / "run.json") is None
+    keep_record(tmp_path / "run.json", RECORD)
+    assert read_saved_record(tmp_path / "run.json") is None
+    (tmp_path / "checkpoint.pt").touch()
+    assert read_saved_record(tmp_path / "run.json") == json.loads((tmp_path / "run.json").read_text())
+
+
 def test_auto_is_the_precision_a_run_was_begun_in():
     assert settle_precision("auto", {"precision": "fp32"}, CPU) == "fp32"
     assert settle_precision("auto", {"precision": "bf16"}, CPU) == "bf16"
@@ -110,7 +118,7 @@ with run_folder(Path(sys.argv[1])):
 
 
 def test_only_one_process_works_in_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("atcache.files.durable._SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr("atcache.files.writers._SECONDS_TO_WAIT", 0.2)
     folder = tmp_path / "deep" / "run"
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS_FOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

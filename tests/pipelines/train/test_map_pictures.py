@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import CPU, assert_equal_weights, training_of
 
+from atcache.attention.blocks import has_class_token
 from atcache.errors import ConfigError, UnsupportedAttentionError
 from atcache.pipelines.train.map_pictures import MapPictures, is_pictured
 from atcache.pipelines.train.run import train, train_sweep
+from atcache.teachers.load import create_student
+from atcache.teachers.names import parse_model_name
 
 
 def pictures_of(folder) -> dict[str, list]:
@@ -104,3 +107,20 @@ def test_a_student_without_maps_is_refused_before_it_trains(config_for):
 def test_a_student_that_copies_has_nothing_to_compare(config_for):
     with pytest.raises(ConfigError, match="log_maps=2: a student that copies has the teacher's maps"):
         config_for("copy", log_maps=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [
+        ("vit_tiny_patch16_224:img_size=32", True),
+        ("vit_little_patch16_reg1_gap_256:img_size=32,depth=2", False),
+        ("vit_tiny_patch16_224:img_size=32,class_token=False,global_pool=avg", False),
+        ("cait_xxs24_224:img_size=32,depth=2", False),  # its class token comes after the blocks
+    ],
+)
+def test_students_without_a_class_token_among_their_tokens_are_drawn_too(name, has, config_for, digits_tars):
+    name = f"{name},num_classes=10"
+    assert has_class_token(create_student(parse_model_name(name), 10)) == has
+    config = config_for("scratch", cache=None, data=str(digits_tars[0]), student=name, log_maps=1, steps=1)
+    train(config)
+    assert [step for step, _ in pictures_of(config.out)["maps/row-0"]] == [1]

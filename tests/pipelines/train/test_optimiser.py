@@ -97,6 +97,12 @@ def test_label_smoothing_is_that_of_torch(config_for):
 def test_an_optimizer_that_timm_does_not_know_is_refused(config_for):
     with pytest.raises(ConfigError, match=r"optimizer='adamx': .*timm\.optim\.list_optimizers\(\) lists all names"):
         train(config_for("scratch", optimizer="adamx"))
+    with pytest.raises(
+        ConfigError, match=r"optimizer='bnbadam': .* those of bnb and fused need libraries of their own"
+    ):
+        train(config_for("scratch", optimizer="bnbadam"))
+    with pytest.raises(ConfigError, match=r"optimizer='adahessian' needs second derivatives"):
+        train(config_for("scratch", optimizer="adahessian"))
 
 
 def test_beta2_reaches_every_optimizer_with_two_betas_and_is_refused_by_others(config_for):

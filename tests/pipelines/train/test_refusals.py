@@ -106,6 +106,8 @@ def test_validation_that_does_not_fit_the_student_is_refused(config_for, tiny_ca
         train(config_for("copy", val_cache=tiny_cache(policy="eval", layers="1")))
     with pytest.raises(CacheMismatchError, match="has no maps of head 0, which the student copies"):
         train(config_for("copy", val_cache=tiny_cache(policy="eval", heads="1")))
+    with pytest.raises(CacheMismatchError, match=r"keeps only some rows .*--queries cls\).* needs the rows of all"):
+        train(config_for("copy", val_cache=tiny_cache(policy="eval", queries="cls", codec="logmap")))
     with pytest.raises(ConfigError, match="a copying student needs the teacher's maps to predict, and no cache"):
         train(config_for("copy", val_data=str(digits_tars[0])))
     # Students with attention of their own do not mind whose maps these are.

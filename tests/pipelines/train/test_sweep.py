@@ -21,6 +21,7 @@ from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import train, train_sweep
 from atcache.pipelines.train.student_run import TrainingRun
+from atcache.students.teacher_side import CacheTeacher
 
 
 @pytest.fixture
@@ -301,3 +302,17 @@ def test_a_live_teacher_runs_once_a_batch_for_all_students(config_for, tiny_weig
         alone = replace(config, out=tmp_path / "alone" / config.out.name)
         train(alone)
         assert_same_run(config, alone)
+
+
+def test_codes_are_decoded_once_whichever_student_is_first(config_for, monkeypatch):
+    decoded = 0
+    own = CacheTeacher.factors
+
+    def counted(self, batch):
+        nonlocal decoded
+        decoded += 1
+        return own(self, batch)
+
+    monkeypatch.setattr(CacheTeacher, "factors", counted)
+    train_sweep([config_for("scratch", "scratch"), config_for("copy", "copy"), config_for("copy-1", "copy", seed=1)])
+    assert decoded <= 20 + 2  # two are seen before the first step
