@@ -148,7 +148,7 @@ def _read_type(annotation: Any) -> OptionType:  # noqa: ANN401 - any annotation
 def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
     """Convert texts to paths and lists to tuples, and check each value."""
     hints = get_type_hints(cast("type[object]", type(settings)))
-    for name, (_, about, kind) in options_of(cast("type[object]", type(settings))).items():
+    for name, (field, about, kind) in options_of(cast("type[object]", type(settings))).items():
         value = getattr(settings, name)
         is_list = isinstance(value, list | tuple)
         if kind.base is Path:
@@ -158,6 +158,9 @@ def _settle(settings: Any) -> None:  # noqa: ANN401 - a config
         try:
             object.__setattr__(settings, name, fit(value, hints[name], name, about))
         except Misfit as misfit:
+            if value is None and field.default is dataclasses.MISSING:
+                where = name if about.is_argument else f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{name} is missing: give {where}, or {name}= in Python. {about.help}") from misfit
             # The text of a model passed by mistake fills pages.
             found = textwrap.shorten(repr(misfit.found), 200) if len(repr(misfit.found)) > 200 else repr(misfit.found)
             raise ConfigError(f"{misfit.place}={found}: expected {misfit.expected}.") from misfit

@@ -134,7 +134,8 @@ def open_joined_views(
 
     Raises:
         CacheMismatchError: a cache is not complete.
-        ConfigError: `data` is given, and every cache stores its images.
+        ConfigError: `data` is given, and every cache stores its images; or labels are required, and views are mixed
+            with those of samples without a label.
         SourceError: the tars cannot be found, or a cache has no sample that can be used.
     """
     if data is not None and all(reader.layout.pixels is not None for reader in readers):
@@ -167,6 +168,8 @@ def open_joined_views(
                 "images with labels, or learn from maps alone: `train --mode distill --attention-only`, or "
                 'atcache.batches(labels="none").'
             )
+        if labels == "required" and are_mixed(reader):
+            _check_partners_have_labels(reader, len(usable_S))
         usable.append(start + usable_S)
         start += layout.num_samples
     label_S = np.concatenate([reader.labels_S for reader in readers])
@@ -204,6 +207,16 @@ def usable_samples(reader: CacheReader, labels: Labels = "required") -> np.ndarr
     """The rows of a cache that are stored in every view and, if it is required, have a label; ascending int64."""
     is_stored_S = (reader.status_VS == STORED).all(axis=0)
     return np.flatnonzero(is_stored_S & (reader.labels_S >= 0) if labels == "required" else is_stored_S)
+
+
+def _check_partners_have_labels(reader: CacheReader, num_usable: int) -> None:
+    """Refuse mixed views of which some would show a sample without a label: what to predict would be half unknown."""
+    if without := len(usable_samples(reader, "none")) - num_usable:
+        raise ConfigError(
+            f"the views of {reader.path} are mixed with each other, and {without} of its samples have no label. Build "
+            "a cache without --mixup and --cutmix, or of samples with labels only (--labels required), or learn from "
+            "maps alone: `train --mode distill --attention-only`."
+        )
 
 
 def are_mixed(reader: CacheReader) -> bool:

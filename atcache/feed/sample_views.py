@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from atcache.cache.record import CacheRecord
-from atcache.errors import ConfigError
+from atcache.errors import ConfigError, CorruptCacheError
 from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
+from atcache.store.layout import Status
 from atcache.store.reader import CacheReader
 from atcache.views.apply import apply_view, render_alone
 from atcache.views.draw import draw_view
@@ -178,6 +179,12 @@ class CachedViews(Views):
         mix = NOT_MIXED
         if self._policy.mixing is not None:
             mix = stored_mix(self._policy, self._reader.parameters(view, sample))
+            partner = sample + mix.partner
+            if not 0 <= partner < self.num_samples or self._reader.status(view, partner) == Status.NO_SAMPLE:
+                raise CorruptCacheError(
+                    f"{self._reader.path}: view {view} of sample {sample} is mixed with sample {partner}, which is not "
+                    "in the cache. Build or pull it again."
+                )
         return SampleView(self._read_pixels(view, sample), codes_LTC, mix)
 
     def _read_pixels(self, view: int, sample: int) -> np.ndarray:

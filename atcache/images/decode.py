@@ -97,6 +97,8 @@ def _errors_of(where: str) -> Generator[None]:
     """Within it, whatever Pillow raises becomes a BadImageError."""
     try:
         yield
+    except MemoryError:  # which says nothing about the image
+        raise
     except Exception as error:  # Pillow's parsers raise errors of many types for damaged files.
         raise BadImageError(
             f"{where}: the image cannot be decoded: {error}. Take it out of the tar; `atcache build` can skip it."

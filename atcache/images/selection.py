@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +23,27 @@ def select_keys(index: SampleIndex, file: Path) -> SampleIndex:
         ConfigError: the file cannot be read, is empty, or lists a key that the index has not, or has in several tars.
     """
     keys = _read_keys(file)
-    bare = {key.encode() for key in keys} | {key.partition("/")[2].encode() for key in keys}
-    # Only rows that may be meant become Python texts: there may be many millions of others.
-    found: dict[str, list[int]] = {key: [] for key in keys}
-    for row in np.flatnonzero(np.isin(index.keys_S, np.array(sorted(bare)))).tolist():
-        for name in (index.sample_key(row), index.keys_S[row].decode()):
-            if name in found:
-                found[name].append(row)
+    found = _rows_by_key(index, keys)
+    # A key may begin or end with a space. Where there is no such key, the space is the file's.
+    stripped = _rows_by_key(index, [key.strip() for key, rows in found.items() if not rows])
+    found = {key: rows or stripped[key.strip()] for key, rows in found.items()}
     if unknown := [key for key, rows in found.items() if not rows]:
         raise ConfigError(
             f"{file}: the data lack {len(unknown)} of its {len(keys)} keys, the first is {unknown[0]!r}. "
             f"Expected one sample a line, such as {index.sample_key(0)} or {index.keys_S[0].decode()}."
         )
     return index.select(np.unique([_only_row(index, key, rows, file) for key, rows in found.items()]))
+
+
+def _rows_by_key(index: SampleIndex, keys: Sequence[str]) -> dict[str, list[int]]:
+    bare = {key.encode() for key in keys} | {key.partition("/")[2].encode() for key in keys}
+    # Only rows that may be meant become Python texts: there may be many millions of others.
+    found: dict[str, list[int]] = {key: [] for key in keys}
+    for row in np.flatnonzero(np.isin(index.keys_S, np.array(sorted(bare)))).tolist() if bare else ():
+        for name in (index.sample_key(row), index.keys_S[row].decode()):
+            if name in found:
+                found[name].append(row)
+    return found
 
 
 def _read_keys(file: Path) -> list[str]:
@@ -45,7 +54,7 @@ def _read_keys(file: Path) -> list[str]:
         raise ConfigError(
             f"keys={file} cannot be read ({error}). Expected a text file, one sample key a line."
         ) from error
-    keys = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    keys = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
     if not keys:
         raise ConfigError(f"keys={file} is empty. Expected one sample key a line.")
     return keys

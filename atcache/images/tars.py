@@ -77,6 +77,7 @@ def _expand(spec: str) -> Sequence[Location]:
         )
     for path in paths:
         _check_suffix(path)
+        _check_can_be_recorded(path)
     for out, name in dict.fromkeys((path.parent, path.stem.rpartition("-")[0]) for path in paths):
         if (pack_folder(out, name) / PACK_RECORD).exists():
             raise SourceError(
@@ -84,6 +85,16 @@ def _expand(spec: str) -> Sequence[Location]:
                 "this folder. Run the same `atcache pack` command again."
             )
     return paths
+
+
+def _check_can_be_recorded(path: Path) -> None:
+    """Refuse a path that no JSON file can hold, before anything long is done with it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{str(path)!r}: the name is no UTF-8 text, so a cache cannot record it. Rename it, or give a link to it."
+        ) from error
 
 
 def _find(path: Path) -> list[Path]:

@@ -39,3 +39,10 @@ def plan_layers_per_chunk(layer_nbytes: int, num_layers: int, target_nbytes: int
     """
     fitting = [count for count in range(1, num_layers + 1) if num_layers % count == 0]
     return max([count for count in fitting if count * layer_nbytes <= target_nbytes], default=1)
+
+
+def settle_samples_per_shard(wanted: int, num_samples: int) -> int:
+    """The samples of a shard where the user says how many. A shard may have room for more than there are, since caches
+    that grow or are merged keep it; but not much more, as each shard has an index of all its places.
+    """
+    return min(wanted, max(num_samples, MAX_SAMPLES_PER_SHARD))

@@ -19,6 +19,7 @@ from atcache.files.location import Location
 from atcache.images.source import SampleIndex, Source, relocate
 from atcache.store.layout import Status
 from atcache.store.reader import CacheReader
+from atcache.store.shard_size import settle_samples_per_shard
 from atcache.teachers.load import Teacher
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED, Rendered
@@ -72,6 +73,24 @@ class GivenViews:
     def stores_pixels(self) -> bool:
         """Whether the cache has the images themselves, so that no tars are needed."""
         return self._reader.layout.pixels is not None
+
+    def shard_size(self, asked: int | None) -> int | None:
+        """The samples of a shard of the new cache: those of this one where views are mixed, else what is asked for.
+
+        A mixed view and its partner are in one shard. `atcache pull --tars` takes whole shards, and relies on that.
+
+        Raises:
+            ConfigError: another number is asked for.
+        """
+        own = self._reader.layout.samples_per_shard
+        if self._record.policy.mixing is None:
+            return asked
+        if asked is not None and settle_samples_per_shard(asked, self.samples.num_samples) != own:
+            raise ConfigError(
+                f"samples_per_shard={asked}: the views of {self._reader.path} are mixed within its shards of {own} "
+                "samples, so the new cache has such shards too. Leave --samples-per-shard out."
+            )
+        return own
 
     def policy_for(self, teacher: Teacher) -> ViewPolicy:
         """How the views were drawn.

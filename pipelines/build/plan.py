@@ -20,7 +20,7 @@ from atcache.store.chunks import ChunkEncoder
 from atcache.store.committed import check_commits
 from atcache.store.layout import MAX_FOLDER_ENTRIES, StoreLayout
 from atcache.store.reader import CacheReader
-from atcache.store.shard_size import MAX_SAMPLES_PER_SHARD, plan_samples_per_shard
+from atcache.store.shard_size import plan_samples_per_shard, settle_samples_per_shard
 from atcache.store.writer import encode_pixels
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
@@ -171,13 +171,6 @@ def _indices_of(record: CacheRecord) -> Selection:
     layers = selection.layers if isinstance(selection.layers, tuple) else geometry.layers
     heads = geometry.heads if isinstance(selection.heads, str) else selection.heads
     return replace(selection, layers=layers, heads=heads)
-
-
-def settle_samples_per_shard(wanted: int, num_samples: int) -> int:
-    """The samples of a shard where the user says how many. A shard may have room for more than there are, since caches
-    that grow or are merged keep it; but not much more, as each shard has an index of all its places.
-    """
-    return min(wanted, max(num_samples, MAX_SAMPLES_PER_SHARD))
 
 
 def plan_layout(

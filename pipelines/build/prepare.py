@@ -16,13 +16,15 @@ import torch
 from atcache.cache.record import CacheRecord
 from atcache.codecs.base import Codec, State
 from atcache.errors import ConfigError, DiskFullError
-from atcache.files.durable import check_can_write, sweep_partials
+from atcache.files.durable import check_can_write
 from atcache.files.location import Location, Url
 from atcache.files.ranges import file_exists
 from atcache.files.remote.putting import patiently
 from atcache.files.spool import spool_free_nbytes, sweep_spools
+from atcache.files.writers import sweep_partials
 from atcache.images.class_names import same_classes
 from atcache.images.source import SampleIndex
+from atcache.images.tar_samples import Problem
 from atcache.store.bucket import check_can_begin, obeyed_conditions, sweep_probes
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.manifest import delete_commits
@@ -119,6 +121,7 @@ class Prepared:
         if self.existing is not None and self.growth is not None:
             self.growth.begin(self.existing)
         if isinstance(self.config.out, Path):
+            self._check_unchanged()
             sweep_partials(self.config.out)
             # Here and not by those who do the tasks, who would split the same joined file at once.
             delete_commits(self.config.out, [task.name for task in numbered_tasks(self.layout, self.to_do)])
@@ -128,6 +131,15 @@ class Prepared:
             sweep_probes(self.config.out)
             sweep_spools()
         return _grown(self.existing, self.growth) or CacheReader(self.config.out)
+
+    def _check_unchanged(self) -> None:
+        """Refuse to do again what another process has done since this build looked: it may be read by now."""
+        is_to_do = {task.name for task in numbered_tasks(self.layout, self.to_do)} - self.damaged
+        if done := CacheReader(self.config.out).committed_tasks() & is_to_do:
+            raise ConfigError(
+                f"another process has built {len(done)} tasks of {self.config.out} since this build began. Run the "
+                "same command again to continue."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -176,8 +188,8 @@ def prepare(
     calibration, new_layout, view_nbytes = _calibrate(config, named, wanted, existing, given)
     cache = _grown(existing, growth)
     layout = new_layout if cache is None else cache.layout
-    if wanted.identity.policy.mixing is not None and layout.samples_per_shard == 1:
-        raise ConfigError("a shard holds one sample only, so there is none to mix it with: raise samples_per_shard.")
+    if wanted.identity.policy.mixing is not None:
+        _check_mixing(layout, index)
     done, damaged = set[str](), set[str]()
     if existing is not None:  # of a growth that was not begun, nothing can be done
         done, damaged = committed_tasks(config.out, layout if growth is None or growth.is_begun else existing.layout)
@@ -199,6 +211,19 @@ def prepare(
         damaged=frozenset(damaged),
         plan=plan_build(config.out, wanted.run.teacher, calibration, layout, view_nbytes, done=done),
     )
+
+
+def _check_mixing(layout: StoreLayout, index: SampleIndex) -> None:
+    """Refuse views that have nothing to be mixed with, or of which what to predict would be half unknown."""
+    if layout.samples_per_shard == 1:
+        raise ConfigError("a shard holds one sample only, so there is none to mix it with: raise samples_per_shard.")
+    has_label_S = index.label_S[index.problem_S == Problem.NONE] >= 0
+    if has_label_S.any() and not has_label_S.all():
+        raise ConfigError(
+            f"{np.count_nonzero(~has_label_S)} of {len(has_label_S)} samples have no label, and views that are mixed "
+            "with theirs would have half a label. Leave --mixup and --cutmix out, give --labels required for samples "
+            "with labels only, or --labels none to learn from maps alone."
+        )
 
 
 def _named_samples(config: BuildConfig, views: GivenViews | None) -> SampleIndex:
@@ -254,7 +279,7 @@ def _calibrate(
         views,
         named.num_samples,
         config.views,
-        config.samples_per_shard,
+        config.samples_per_shard if wanted.given is None else wanted.given.shard_size(config.samples_per_shard),
         stores_pixels=config.pixels == "store",
         compressor=None if given is None else given.compressor,
     )

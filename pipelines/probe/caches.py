@@ -155,10 +155,11 @@ def _of_some_classes(index: SampleIndex, good_S: np.ndarray, num_samples: int, n
 
 
 def _read_index(data: str | None, config: ProbeConfig) -> tuple[SampleIndex, np.ndarray]:
-    """The samples of tars, and the rows of those with an image and a label."""
+    """The samples of tars, and the rows of those with an image, a label, and a key that a line of a file can hold."""
     assert data is not None, "checked by ProbeConfig"
     index = index_source(data, label_key=config.label_key, on_bad="skip")
-    return index, np.flatnonzero((index.problem_S == Problem.NONE) & (index.label_S >= 0))
+    is_line_S = np.char.find(index.keys_S, b"\n") < 0
+    return index, np.flatnonzero((index.problem_S == Problem.NONE) & (index.label_S >= 0) & is_line_S)
 
 
 def _refuse_too_many(config: ProbeConfig, wanted: int, available: int, data: str) -> None:

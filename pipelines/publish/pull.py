@@ -17,24 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, CorruptCacheError, DiskFullError
 from atcache.fields import JsonFields
-from atcache.files.durable import (
-    check_can_write,
-    disk_errors_explained,
-    existing_folder,
-    make_folder,
-    only_writer,
-    sweep_partials,
-)
+from atcache.files.durable import check_can_write, disk_errors_explained, existing_folder, make_folder
+from atcache.files.location import Location
 from atcache.files.remote.download import download
+from atcache.files.writers import only_writer, sweep_partials
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.manifest import Commit, read_commit, read_commits, write_commit
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
 from atcache.store.writer import RESERVED_ATTRIBUTES, create_cache, finish_cache
+from atcache.views.rendering import stored_mix
 
 from ..running.progress import Progress
 from .chosen import Chosen, choose
@@ -149,7 +147,8 @@ def _attributes(reader: CacheReader, chosen: Chosen) -> dict[str, Any]:
 
 def _fetch_tasks(out: Path, reader: CacheReader, chosen: Chosen) -> int:
     """Fetch what is missing, several tasks at once. Returns the bytes of the shards."""
-    done, layout = CacheReader(out).committed_tasks(), chosen.layout
+    copy, layout = CacheReader(out), chosen.layout
+    done = copy.committed_tasks()
     missing = {task: whole for task, whole in chosen.tasks(reader.layout).items() if task.name not in done}
     stop = threading.Event()
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
@@ -159,7 +158,7 @@ def _fetch_tasks(out: Path, reader: CacheReader, chosen: Chosen) -> int:
             _check_space(out, nbytes)
             with Progress("pull", total=layout.num_tasks, unit="tasks", done=layout.num_tasks - len(missing)) as shown:
                 futures = [
-                    pool.submit(_fetch_task, out, layout, task, reader, record, stop)
+                    pool.submit(_fetch_task, copy, layout, task, reader, record, stop)
                     for task, record in records.items()
                 ]
                 for future in as_completed(futures):
@@ -203,13 +202,32 @@ def _check_space(out: Path, nbytes: int) -> None:
 
 
 def _fetch_task(
-    out: Path, layout: StoreLayout, task: Task, reader: CacheReader, record: Commit, stop: threading.Event
+    copy: CacheReader, layout: StoreLayout, task: Task, reader: CacheReader, record: Commit, stop: threading.Event
 ) -> None:
     """Fetch the shards of one task, then commit it."""
+    out = copy.path
+    assert isinstance(out, Path), "a copy is on a disk"
     files = {}
     for spec in layout.arrays():  # `views/status` is last, as in a build
         old, new = spec.shard_file(record.task), spec.shard_file(task)
         files[new] = about = record.files[old]
         make_folder((out / new).parent)
         download(reader.path / old, out / new, about.nbytes, about.crc32, stop)
+    _check_partners(copy, task, reader.path)
     write_commit(out, replace(record, task=task, files=files))
+
+
+def _check_partners(copy: CacheReader, task: Task, path: Location) -> None:
+    """Refuse a task with views that are mixed with samples of another one, whose rows mean others in a part."""
+    policy = CacheRecord.of(copy).policy
+    if policy.mixing is None:
+        return
+    row_S = np.arange(task.start, task.stop)
+    for row, parameters_P in zip(row_S.tolist(), copy.parameters_of(task.view, row_S), strict=True):
+        partner = row + stored_mix(policy, parameters_P).partner
+        if not task.start <= partner < task.stop:
+            raise CacheMismatchError(
+                f"{path}: a view of {copy.samples.sample_key(row)} is mixed with a sample of another shard, so no part "
+                "of this cache can be used. It was made with --views-from by an earlier version: build it again, or "
+                "copy its whole folder."
+            )

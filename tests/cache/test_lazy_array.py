@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import dask.array as da
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 import atcache
 from atcache.cache.lazy_array import LazyArray
+from atcache.store.manifest import delete_commits, list_commits
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,18 @@ def test_it_is_pickled_as_what_was_picked(maps, values):
     assert again.name == picked.name
     agree(again[1].compute(), values[0, 11])
     assert picked.name != maps[0, 11:13].name
+
+
+def test_another_cache_at_the_same_place_has_other_dask_names(tiny_cache, tmp_path):
+    path, names = tmp_path / "cache.zarr", []
+    for fields in ({}, {"seed": 1}, {}):
+        shutil.copytree(tiny_cache(policy="crop-flip", **fields), path)
+        names.append(atcache.open(path).maps(1).name)
+        assert atcache.open(path).maps(1).name == names[-1]
+        if len(names) == 3:
+            delete_commits(path, sorted(list_commits(path))[:1])
+            names.append(atcache.open(path).maps(1).name)
+            names.append(atcache.open(path).maps(1).name)
+        shutil.rmtree(path)
+    assert names[0] == names[2]
+    assert len(set(names)) == 4

@@ -487,3 +487,22 @@ def test_importing_the_source_loads_neither_torch_nor_webdataset():
     code += "print([m for m in ('torch', 'webdataset', 'PIL', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_too_little_memory_says_nothing_about_an_image():
+    program = """
+import io, resource
+import numpy
+from PIL import Image
+from atcache.images.decode import decode_image
+encoded = io.BytesIO()
+Image.new("RGB", (8000, 8000)).save(encoded, "PNG")
+used = 1024 * int(open("/proc/self/status").read().partition("VmSize:")[2].split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+try:
+    decode_image(encoded.getvalue(), where="x")
+except MemoryError:
+    print("no memory")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "no memory\n", done.stderr

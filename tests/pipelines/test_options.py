@@ -212,6 +212,7 @@ def test_texts_become_paths_and_lists_tuples():
         ({"count": 1.5}, "count=1.5: expected a whole number."),
         ({"count": True}, "count=True: expected a whole number."),
         ({"count": None}, "count=None: expected a whole number."),
+        ({"path": None}, "path is missing: give --path, or path= in Python. A path."),
         ({"share": 1.0}, "share=1.0: expected more than 0 and less than 1."),
         ({"share": float("nan")}, "share=nan: expected a finite number."),
         ({"share": "0.5"}, "share='0.5': expected a number."),

@@ -17,9 +17,10 @@ from builds import MIXED, differences, files, in_a_child
 from disks import largest_file, mounted
 
 import atcache
-from atcache.errors import CacheMismatchError, CorruptCacheError, DiskFullError
+from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, DiskFullError
+from atcache.pipelines.build.prepare import Prepared, prepare
 from atcache.pipelines.build.run import build
-from atcache.store.manifest import check_commit, list_commits, read_commits
+from atcache.store.manifest import check_commit, delete_commits, list_commits, read_commits
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
 
@@ -222,3 +223,15 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(config, small_dis
     with pytest.raises(DiskFullError, match=r"\d+ MiB are still to be written, 2 MiB are free.*smaller --budget or"):
         build(replace(config, out=small_disk / "cache.zarr", views=30, codec="int8"))
     assert list(small_disk.iterdir()) == []
+
+
+def test_what_another_build_has_done_meanwhile_is_not_done_again(config):
+    build(replace(config, views=2))
+    shutil.copytree(config.out, kept := config.out.with_name("kept.zarr"))
+    delete_commits(config.out, list_commits(config.out))
+    _, waiting = prepare(replace(config, views=2))
+    build(replace(config, views=2))
+    assert isinstance(waiting, Prepared)
+    with pytest.raises(ConfigError, match=r"another process has built \d+ tasks of .* Run the same command again"):
+        waiting.begin()
+    assert differences(config.out, kept) == []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import pytest
-from builds import picture, run_cli, write_tar
+from builds import MIXED, picture, run_cli, write_tar
 
 import atcache
 from atcache.errors import CacheMismatchError, ConfigError, SourceError
@@ -133,3 +134,30 @@ def test_a_label_that_training_would_refuse_is_noted_before_the_build(config, tm
     caplog.clear()
     index_samples(tar, replace(config, labels="none"), on_bad="raise")
     assert caplog.text == ""
+
+
+def test_keys_may_have_spaces_and_other_programs_may_add_some(config, tmp_path):
+    samples = [{"__key__": key, "jpg": picture(seed), "cls": 0} for seed, key in enumerate(("a ", " b", "a", "c"))]
+    tar, keys = write_tar(tmp_path / "x.tar", samples), tmp_path / "keys.txt"
+    config = replace(config, data=str(tar), keys=keys)
+    for lines, chosen in (("a \n b\r\n", ["x.tar/a ", "x.tar/ b"]), ("x.tar/a\n c \n", ["x.tar/a", "x.tar/c"])):
+        keys.write_text(lines, newline="")
+        index = index_samples(config.data, config, on_bad="raise")
+        assert [index.sample_key(row) for row in range(index.num_samples)] == chosen
+
+
+def test_a_folder_whose_name_no_cache_can_record_is_refused_at_once(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    tar = write_tar(folder / "x.tar", [{"jpg": picture(0), "cls": 0}])
+    with pytest.raises(SourceError, match=r"caf.udce9.x\.tar': the name is no UTF-8 text, .*Rename it"):
+        index_source(str(tar))
+
+
+def test_views_are_not_mixed_with_samples_that_have_no_label(config, tmp_path):
+    samples = [{"jpg": picture(seed), **({"cls": seed} if seed % 2 else {})} for seed in range(8)]
+    config = replace(config, data=str(write_tar(tmp_path / "x.tar", samples)), samples_per_shard=8, **MIXED)
+    with pytest.raises(ConfigError, match=r"4 of 8 samples have no label, .*half a label. Leave --mixup"):
+        build(replace(config, labels="optional"))
+    assert not config.out.exists()
+    build(replace(config, labels="none"))

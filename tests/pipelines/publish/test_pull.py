@@ -18,6 +18,7 @@ from range_server import FolderServer
 import atcache
 from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
+from atcache.pipelines.build.given_views import GivenViews
 from atcache.pipelines.build.run import build
 from atcache.store.manifest import delete_commits, list_commits, read_commits
 
@@ -189,3 +190,24 @@ def test_an_empty_folder_that_cannot_be_replaced_is_named(tiny_cache, tmp_path, 
     with pytest.raises(CacheMismatchError, match=r"the working folder.* such as cache.zarr"):
         atcache.pull(cache=tiny_cache(), out=".")
     atcache.pull(cache=tiny_cache(), out=tmp_path / "link/cache.zarr", views=1)
+
+
+def test_a_part_of_mixed_views_has_the_partners_also_if_they_are_those_of_another_cache(
+    hub, tiny_cache, digits_build, tmp_path, monkeypatch
+):
+    mixed = tiny_cache(samples_per_shard=16, **MIXED)
+    config = replace(digits_build, data=None, views_from=mixed, samples_per_shard=None)
+    build(replace(config, out=tmp_path / "again.zarr"))
+    assert atcache.open(tmp_path / "again.zarr").reader.layout.samples_per_shard == 16
+    atcache.pull(cache=tmp_path / "again.zarr", out=tmp_path / "part.zarr", tars="digits-0001.tar")
+    part, whole = atcache.open(tmp_path / "part.zarr"), atcache.open(mixed)
+    for row in range(16):
+        np.testing.assert_array_equal(part.image(row), whole.image(16 + row))
+    with pytest.raises(ConfigError, match=r"samples_per_shard=24: the views of .* are mixed within its shards of 16"):
+        build(replace(config, out=tmp_path / "refused.zarr", samples_per_shard=24))
+    # As an earlier version built it.
+    monkeypatch.setattr(GivenViews, "shard_size", lambda _, asked: asked)
+    build(replace(config, out=tmp_path / "old.zarr", samples_per_shard=8, pixels="store"))
+    with pytest.raises(CacheMismatchError, match="is mixed with a sample of another shard, so no part of this cache"):
+        atcache.pull(cache=tmp_path / "old.zarr", out=tmp_path / "bad.zarr", tars="digits-0001.tar")
+    assert not atcache.open(tmp_path / "bad.zarr").reader.is_complete

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from builds import MIXED, picture, write_tar
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 
@@ -11,6 +14,7 @@ from atcache.errors import ConfigError
 from atcache.feed.batch import Batch
 from atcache.feed.loader import BatchStream
 from atcache.feed.sample_views import FreshViews
+from atcache.pipelines.build.run import build
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.metrics import read_metrics
@@ -21,7 +25,6 @@ from atcache.pipelines.train.student_run import TrainingRun
 from atcache.teachers.inputs import normalise_images
 
 CPU = torch.device("cpu")
-MIXED = {"mixup": 0.8, "cutmix": 1.0}
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_a_subset_of_a_mixed_cache_is_refused(config_for, tiny_cache):
 
 def test_a_mixed_cache_is_no_validation_cache(config_for, tiny_cache):
     mixed = tiny_cache(**MIXED)
-    with pytest.raises(ConfigError, match="are mixed with each other, so they have no single label to predict"):
+    with pytest.raises(ConfigError, match=r"are mixed with each other, so they have no single label to predict"):
         train(config_for("copy", cache=mixed, val_cache=mixed))
     config = config_for("copy", cache=mixed)
     train(config)
@@ -146,3 +149,16 @@ def test_a_mixed_cache_is_no_validation_cache(config_for, tiny_cache):
 def test_mixing_that_cannot_be_is_refused_before_anything_is_read(config_for, fields, message):
     with pytest.raises(ConfigError, match=message):
         config_for("scratch", **{**MIXED, **fields})
+
+
+@pytest.mark.parametrize("mode", ["copy", "scratch"])
+def test_views_mixed_with_unlabelled_samples_are_refused(mode, config_for, digits_build, monkeypatch, tmp_path):
+    """A build of an earlier version made such caches."""
+    samples = [{"jpg": picture(seed), **({"cls": seed % 4} if seed % 2 else {})} for seed in range(16)]
+    tar = write_tar(tmp_path / "x.tar", samples)
+    monkeypatch.setattr("atcache.pipelines.build.prepare._check_mixing", lambda *_: None)
+    build(replace(digits_build, data=str(tar), labels="optional", samples_per_shard=8, **MIXED))
+    config = config_for(mode, cache=digits_build.out, batch_size=8, steps=2)
+    with pytest.raises(ConfigError, match=r"are mixed with each other, and 8 of its samples have no label. Build"):
+        train(config)
+    train(config_for("distill", cache=digits_build.out, batch_size=8, steps=2, attention_only=True))
