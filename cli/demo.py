@@ -58,10 +58,12 @@ def _print_table(summary: DemoSummary) -> None:
         f"cache: {summary.cache_nbytes_per_view:.0f} bytes a view (float16 maps: {summary.map_nbytes_per_view}), "
         f"{summary.num_views} views; {summary.seconds:.0f} s in all"
     )
-    console.print(
-        f"left in {summary.out}: digits/ teacher/ train.zarr val.zarr runs/ maps.png commands.sh demo.json demo.html"
-    )
+    console.print(f"left in {summary.out}: {' '.join(sorted(_names_in(Path(summary.out))))}", highlight=False)
     console.print(f"the results with pictures: open {summary.page} in a browser", soft_wrap=True)
     console.print("next, with your own images, one folder a class:")
     for command in NEXT_COMMANDS:
         console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir()]

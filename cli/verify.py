@@ -63,7 +63,8 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
     if not summary.problems:
         return [*lines, f"{summary.path} is {'whole' if summary.is_complete else 'whole as far as built'}: {looked_at}"]
     tasks = {finding.task for finding in summary.problems if finding.task is not None}
-    num_others = sum(finding.task is None for finding in summary.problems)
+    num_of_tars = sum(finding.is_of_tars for finding in summary.problems)
+    num_others = sum(finding.task is None for finding in summary.problems) - num_of_tars
     lines.append(f"{summary.path}: {_count(len(summary.problems), 'problem')}; looked at {looked_at}")
     if repair and not summary.is_metadata_whole:
         lines.append("nothing was repaired: its zarr.json files are damaged, so it is not known what the tasks are")
@@ -77,6 +78,8 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
             f"{_count(len(tasks), 'task')} can be redone: run `atcache verify {summary.path} --repair`, then the same "
             "`atcache build`"
         )
+    if num_of_tars == len(summary.problems):
+        lines.append("the images could not be compared; all else that was looked at is whole")
     if num_others:
         lines.append(
             f"{_count(num_others, 'problem')} in files that a build does not write again: restore them from a copy, or "

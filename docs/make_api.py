@@ -139,8 +139,9 @@ def attribute_docs(cls: type) -> dict[str, str]:
             if not (isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(below, ast.Expr)):
                 continue
             name = ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0])
-            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                docs[name.removeprefix("self.")] = inspect.cleandoc(below.value.value)
+            field, value = name.removeprefix("self."), below.value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str) and not field.startswith("_"):
+                docs[field] = inspect.cleandoc(value.value)
     return docs
 
 

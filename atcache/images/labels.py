@@ -60,7 +60,11 @@ class LabelRule:
     @property
     def advice(self) -> str:
         """What to do about a sample without a label."""
-        mend = "Add it, or name its place by --label-key if it is in the .json" if self.key is None else "Add it"
+        mend = (
+            "Add it, or name its place by --label-key if it is in the .json"
+            if self.key is None
+            else "Add it, correct the key, or leave --label-key out if the tars have .cls files"
+        )
         return (
             f"{mend}. `atcache build` and `plan` need no labels: give them --labels none, or --labels optional if only "
             "some samples lack one."

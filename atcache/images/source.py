@@ -237,7 +237,7 @@ def _open_tar(index: SampleIndex, tar: int) -> RangeFile:
         file = open_file(path)
     except OSError as error:
         raise SourceError(
-            f"{path} cannot be opened: {error.strerror}. If the tars were moved, name their new folder as the data."
+            f"{path} cannot be opened: {error.strerror}. If the tars were moved, give their place with --data."
         ) from error
     if file.nbytes != expected_nbytes:
         raise SourceError(

@@ -69,7 +69,10 @@ def _expand(spec: str) -> Sequence[Location]:
     paths = [path for name in names for path in _find(name)]
     missing = [path for path in paths if not path.is_file()]
     if len(missing) == len(paths):
-        raise SourceError(f"{spec!r} matches no file. Check the folder ({path.parent}) and the pattern.")
+        raise SourceError(
+            f"{spec!r} matches no file (looked in {path.parent.absolute()}). Give a folder of tars, one tar, or a "
+            "pattern such as 'train-{0000..0099}.tar'."
+        )
     if missing:
         raise SourceError(
             f"{len(missing)} of the {len(paths)} tars of {spec!r} are missing, the first is {missing[0]}. Copy them "

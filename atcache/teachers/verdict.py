@@ -19,7 +19,7 @@ from atcache.teachers.trained import Trained
 # Arguments of timm's ViTs that give a component. What cannot be had by an argument, such as a relative position bias,
 # only another architecture has.
 _ARGUMENTS: dict[str, dict[str, object]] = {
-    "LayerScale": {"init_values": 1e-5},
+    "LayerScale": {"init_values": 1.0},
     "q/k norm": {"qk_norm": True},
     "norm before the blocks": {"pre_norm": True},
     "norm on the attention output": {"scale_attn_norm": True},

@@ -231,7 +231,10 @@ class BuildConfig:
 
         LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
         if self.policy == "eval" and self.views > 1:
-            raise ConfigError(f"views={self.views}: policy eval always makes the same view; use --policy crop-flip.")
+            raise ConfigError(
+                f"views={self.views}: policy eval always makes the same view, so a cache of it has one. Give --views 1 "
+                "(atcache.toml or a recipe may set views), or --policy crop-flip for a cache to train from."
+            )
         if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
             raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
         if self.corrupt is not None:

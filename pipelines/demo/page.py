@@ -16,9 +16,11 @@ from ..report.config import REPORT_FILE
 from .summary import AVERAGED, DemoSummary, ModeResult
 
 NEXT_COMMANDS = (
-    "atcache pack --data photos --out tars",
-    "atcache build --teacher dinov2-vit-s --data tars --out train.zarr",
-    "atcache train --mode copy --cache train.zarr --out runs/copy",
+    "atcache pack --data photos/train --out tars/train",
+    "atcache pack --data photos/val --classes tars/train --out tars/val",
+    "atcache build --teacher mae-vit-b --data tars/train --out train.zarr --views 4",
+    "atcache build --teacher mae-vit-b --data tars/val --out val.zarr --policy eval",
+    "atcache train --mode copy --cache train.zarr --val-cache val.zarr --out runs/copy",
 )
 """What to type with images of one's own, which lie in one folder a class."""
 _WORDS = {
@@ -53,12 +55,9 @@ def write_page(summary: DemoSummary) -> None:
             section("The runs", _links(out)),
             section(
                 "Next: your own images",
-                paragraph("Put the images into one folder a class, in the folder photos, and type:"),
+                paragraph("Put the images into one folder a class, in photos/train and photos/val, and type:"),
                 commands(NEXT_COMMANDS),
-                paragraph(
-                    "The weights of this teacher come from the Hugging Face hub. To see accuracies, make a second "
-                    "cache of validation images with --policy eval, and give it to train as --val-cache."
-                ),
+                paragraph("The weights of this teacher come from the Hugging Face hub."),
             ),
             section("What the demo ran", commands(summary.commands)),
         ]

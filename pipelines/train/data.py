@@ -37,7 +37,7 @@ from atcache.views.mixing import mix_policy
 from ..running.run_record import RunRecord
 from ..running.run_teacher import run_of_weights
 from .config import TrainConfig
-from .notes import teacher_verdict, training_notes, validation_notes, view_notes
+from .notes import start_notes, teacher_verdict, training_notes, validation_notes, view_notes
 from .validation import ValidationSet, open_validation
 
 
@@ -225,6 +225,7 @@ def _open_student(config: TrainConfig, plan: _Plan, stream: _Stream) -> Training
         about_teacher=None if verdict is None else verdict.line,
         notes=(
             *training_notes(config, plan.student, num_classes, stream.readers, verdict),
+            *start_notes(config, plan.student, student.model),
             *view_notes(config, len(seen_label_S), stream.readers),
             *(() if validation is None else validation_notes(stream.views, seen_label_S, validation)),
         ),

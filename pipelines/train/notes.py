@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from atcache.cache.record import CacheRecord
 from atcache.feed.caches import usable_samples
@@ -18,6 +20,9 @@ from .config import TrainConfig
 from .recipes import read_recipe, view_differences
 from .validation import ValidationSet
 
+_LAYER_SCALES = ("gamma", "gamma_1", "gamma_2")
+"""What timm calls the parameters of LayerScale."""
+_LOW_SCALE = 1e-2
 _MANY_TIMES = 30
 """How often a run may show a view before a note warns: docs/benchmarks/does-it-work.md has 12, 25 and 100."""
 
@@ -73,6 +78,26 @@ def _notes_on_labels(readers: Sequence[CacheReader]) -> Iterator[str]:
         yield (
             f"NOTE: {num_stored - num_labelled:,} of {num_stored:,} samples have no label and are left out. To learn "
             "from the teacher's maps of all: --mode distill --attention-only."
+        )
+
+
+def start_notes(config: TrainConfig, name: ModelName, student: nn.Module) -> Iterator[str]:
+    """A note if a student begins so near to doing nothing that it learns its teacher's attention slowly.
+
+    Args:
+        config: the run.
+        name: the student's architecture.
+        student: the student as it begins.
+    """
+    if config.mode != "distill":
+        return  # a student that copies loses nothing: docs/benchmarks/papers-table.md
+    scales = [scale for path, scale in student.named_parameters() if path.rpartition(".")[2] in _LAYER_SCALES]
+    start = max((float(scale.detach().abs().max()) for scale in scales), default=1.0)
+    if start < _LOW_SCALE:
+        better = replace(name, arguments={**name.arguments, "init_values": 1.0})
+        yield (
+            f"NOTE: the student's LayerScale begins at {start:.0e}, as timm has it, and so the student learns its "
+            f"teacher's attention slowly. It may learn better from 1: --student '{better}'."
         )
 
 

@@ -31,6 +31,8 @@ class Finding:
     """One sentence that names the file."""
     task: str | None = None
     """The task that a build must redo to repair it; None if no build would write the damaged part again."""
+    is_of_tars: bool = False
+    """Whether it is about the tars of the images, not about the cache."""
 
 
 class Report:
@@ -41,9 +43,9 @@ class Report:
         self._on_finding = on_finding
         self._seen: set[Finding] = set()
 
-    def add(self, message: str, task: str | None = None) -> None:
+    def add(self, message: str, task: str | None = None, *, is_of_tars: bool = False) -> None:
         """Add one finding, unless it was added before; see `Finding` for the arguments."""
-        finding = Finding(message=message, task=task)
+        finding = Finding(message=message, task=task, is_of_tars=is_of_tars)
         if finding not in self._seen:
             self._seen.add(finding)
             self.findings.append(finding)

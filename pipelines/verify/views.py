@@ -82,11 +82,12 @@ def _check_tars(cache: Cache, report: Report) -> frozenset[int]:
         try:
             found = open_file(tar).nbytes
         except OSError as error:
-            report.add(f"{tar} cannot be read: {error.strerror}. If the tars were moved, give their place with --data.")
+            advice = "If the tars were moved, give their place with --data."
+            report.add(f"{tar} cannot be read: {error.strerror}. {advice}", is_of_tars=True)
         else:
             if found == nbytes:
                 continue
-            report.add(f"{tar} has {found} bytes, but had {nbytes} when it was indexed. Restore it.")
+            report.add(f"{tar} has {found} bytes, but had {nbytes} when it was indexed. Restore it.", is_of_tars=True)
         unusable.add(number)
     return frozenset(unusable)
 

@@ -57,6 +57,24 @@ def test_a_student_is_told_how_to_get_what_it_lacks(config_for, tiny_cache, tiny
     assert open_training_data([replace(plain, student=better)], CPU)[0].notes == ()
 
 
+def test_a_distilled_student_whose_layer_scale_begins_near_nothing_is_told(config_for, tiny_cache, tmp_path):
+    for start in ("low", "mid"):
+        (tmp_path / start).mkdir()
+    low, mid = (
+        tiny_cache(**tiny_teacher(tmp_path / start, init_values=value))
+        for start, value in (("low", 1e-5), ("mid", 0.1))
+    )
+    config = config_for("distill", cache=low)
+    (note,) = open_training_data([config], CPU)[0].notes
+    assert note.startswith("NOTE: the student's LayerScale begins at 1e-05, as timm has it")
+    (better,) = re.findall(r"from 1: --student '(.*)'\.$", note)
+    (data,) = open_training_data([replace(config, student=better)], CPU)
+    assert data.notes == ()
+    assert data.student.model.get_parameter("blocks.0.ls1.gamma").eq(1).all()
+    for other in (config_for("copy", cache=low), config_for("distill", cache=mid)):
+        assert open_training_data([other], CPU)[0].notes == ()
+
+
 def test_the_labels_say_how_many_classes_a_student_has(config_for, tiny_vit, capsys):
     for num_classes in (5, 0, 10):
         student = tiny_vit.replace("num_classes=10", f"num_classes={num_classes}")

@@ -6,9 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from verifying import TASK, build_config, look, messages, rewrite_task
 
 import atcache
+from atcache.cli.main import cli
 from atcache.errors import ConfigError, SourceError
 from atcache.pipelines.build.run import build
 from atcache.store.manifest import list_commits
@@ -59,6 +61,10 @@ def test_moved_tars_are_named_once_each_and_found_by_data(tiny_vit, tiny_weights
         f"{tmp_path}/here/digits-0000.tar cannot be read: No such file or directory. If the tars were moved, give "
         "their place with --data."
     )
+    shown = CliRunner().invoke(cli, ["verify", str(config.out)])
+    assert shown.exit_code == 1
+    assert "the images could not be compared; all else that was looked at is whole" in shown.output
+    assert "build the cache again" not in shown.output
     assert messages(look(config.out, data=str(tmp_path / "there"))) == []
     with (tmp_path / "there/digits-0002.tar").open("ab") as file:
         file.write(b"\0")
