@@ -134,15 +134,12 @@ def new_cache_folder(path: Path) -> Generator[Path]:
             with only_writer(temp, where_possible=True):  # lest another process sweeps it
                 yield temp
                 fsync_tree(temp)
-                try:
-                    temp.rename(path)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    raise _exists(path) from error
+                temp.rename(path)
             fsync_path(path.absolute().parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temp, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.exists():
+                raise _exists(path) from error
             raise
 
 

@@ -234,7 +234,7 @@ def test_tars_may_have_moved_and_stored_pixels_need_none(digits_tars, run_of, ti
     build(BuildConfig(out=tmp_path / "given.zarr", **common))
     build(BuildConfig(out=tmp_path / "stored.zarr", pixels="store", **common))
     first.rename(second)
-    with pytest.raises(SourceError, match=r"digits-0000\.tar cannot be opened: No such file.* name their new folder"):
+    with pytest.raises(SourceError, match=r"digits-0000\.tar cannot be opened: No such file.* give their place"):
         maps_of(run_of(), tmp_path / "own.zarr", cache=tmp_path / "given.zarr")
     assert not (tmp_path / "own.zarr").exists()
     own = maps_of(run_of(), tmp_path / "own.zarr", cache=tmp_path / "given.zarr", data=str(second))

@@ -102,4 +102,4 @@ def test_the_demos_page_leads_to_the_reports_and_to_the_next_commands(demo_page)
     links = [link for link in links if not link.startswith("data:")]
     assert links == ["runs/copy-0/report.html", "runs/scratch-0/report.html"]
     assert all((demo_page.parent / link).exists() for link in links)
-    assert "atcache pack --data photos --out tars" in text
+    assert "atcache pack --data photos/train --out tars/train" in text

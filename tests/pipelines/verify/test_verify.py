@@ -15,7 +15,7 @@ from verifying import CODES, RECORD, TASK, build_config, contents, flip, look, m
 import atcache
 from atcache.cli.main import cli
 from atcache.errors import CacheMissError, ConfigError
-from atcache.files import durable
+from atcache.files import writers
 from atcache.files.durable import encode_json, partial_path
 from atcache.files.writers import only_writer
 from atcache.pipelines.build.run import build
@@ -139,7 +139,7 @@ def test_nothing_is_repaired_while_metadata_is_damaged(cache):
 
 
 def test_repair_waits_its_turn(cache, monkeypatch):
-    monkeypatch.setattr(durable, "_SECONDS_TO_WAIT", 0.2)
+    monkeypatch.setattr(writers, "_SECONDS_TO_WAIT", 0.2)
     flip(cache / CODES, 0.3)
     with only_writer(cache), pytest.raises(ConfigError, match="another process is writing"):
         look(cache, repair=True)
