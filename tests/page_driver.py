@@ -123,10 +123,9 @@ class Page:
     def focus(self, selector) -> None:
         self.page.focus(selector)
 
-    def choose(self, selector, value, *, only_if_visible=False) -> None:
-        if not only_if_visible or self.page.is_visible(selector):
-            self.page.select_option(selector, value)
-            self.page.evaluate("document.activeElement.blur()")
+    def choose(self, selector, value) -> None:
+        self.page.select_option(selector, value)
+        self.page.evaluate("document.activeElement.blur()")
 
     def slide(self, selector, value) -> None:
         self.page.fill(selector, str(value))
