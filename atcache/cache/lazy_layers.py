@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, cast
-from uuid import uuid4
 
 import numpy as np
 
 from atcache.store.layout import Status, StoreLayout
-from atcache.store.metadata import SEAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,10 +90,9 @@ class LazyLayers:
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         axes = [str(axis) if isinstance(axis, range) else axis for axis in self.axes]
-        # Another cache may come to the same place, and tasks may still be built: their values must not be mistaken.
-        reader = self.cache.reader
-        state = reader.attributes.get(SEAL) if reader.is_complete else uuid4().hex
-        return (type(self).__name__, str(self.cache.path.absolute()), state, self.kind, axes)
+        # Another cache may come to the same place: its values must not be mistaken for those of this one.
+        where = (str(self.cache.path.absolute()), self.cache.reader.name_of_values)
+        return (type(self).__name__, *where, self.kind, axes)
 
     def pick(self, index: Any) -> LazyLayers:  # noqa: ANN401 - numpy's
         """The part that an index takes. Nothing is read.

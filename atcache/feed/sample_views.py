@@ -15,7 +15,6 @@ from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError, CorruptCacheError
 from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
-from atcache.store.layout import Status
 from atcache.store.reader import CacheReader
 from atcache.views.apply import apply_view, render_alone
 from atcache.views.draw import draw_view
@@ -180,7 +179,7 @@ class CachedViews(Views):
         if self._policy.mixing is not None:
             mix = stored_mix(self._policy, self._reader.parameters(view, sample))
             partner = sample + mix.partner
-            if not 0 <= partner < self.num_samples or self._reader.status(view, partner) == Status.NO_SAMPLE:
+            if not 0 <= partner < self.num_samples or partner >= self._reader.layout.task_of(view, partner).stop:
                 raise CorruptCacheError(
                     f"{self._reader.path}: view {view} of sample {sample} is mixed with sample {partner}, which is not "
                     "in the cache. Build or pull it again."

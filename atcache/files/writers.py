@@ -69,9 +69,10 @@ def only_writer(folder: Path | str, *, where_possible: bool = False, name: str =
         try:
             yield
         finally:
-            with suppress(OSError):  # the folder may be gone, or the file system have no locks
+            with suppress(OSError):  # the folder may be gone
                 os.unlink(name, dir_fd=descriptor)
-                # Forked workers share the lock. If they still run, closing our descriptor does not end it.
+            # Forked workers share the lock. If they still run, closing our descriptor does not end it.
+            with suppress(OSError):  # the file system may have no locks
                 fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
+from uuid import uuid4
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from atcache.files.ranges import RangeFile, expect_together, file_exists, promis
 from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import how_to_redo, list_commits
-from atcache.store.metadata import ATTRIBUTES, load_root, split_root
+from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, split_root
 from atcache.store.open_shards import OpenShard, OpenShards
 from atcache.store.tables import read_array, read_samples, read_state
 
@@ -89,6 +90,14 @@ class CacheReader:
     def is_complete(self) -> bool:
         """Whether the build finished and no commit record was deleted since, as is done to build a task again."""
         return self.attributes.get("complete") is not None and not self.missing_tasks()
+
+    @cached_property
+    def name_of_values(self) -> str:
+        """Equal for readers that give the same values: of a complete cache, what its metadata says of it.
+
+        The tasks that an incomplete cache lacks may come at any time, so each of its readers has a name of its own.
+        """
+        return str(self.attributes.get(SEAL)) if self.is_complete else uuid4().hex
 
     @property
     def _can_list(self) -> bool:
