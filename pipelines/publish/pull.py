@@ -32,7 +32,7 @@ from atcache.store.manifest import Commit, read_commit, read_commits, write_comm
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
 from atcache.store.writer import RESERVED_ATTRIBUTES, create_cache, finish_cache
-from atcache.views.rendering import stored_mix
+from atcache.views.rendering import STORED, stored_mix
 
 from ..running.progress import Progress
 from .chosen import Chosen, choose
@@ -223,6 +223,7 @@ def _check_partners(copy: CacheReader, task: Task, path: Location) -> None:
     if policy.mixing is None:
         return
     row_S = np.arange(task.start, task.stop)
+    row_S = row_S[copy.statuses(task.view, row_S) == STORED]
     for row, parameters_P in zip(row_S.tolist(), copy.parameters_of(task.view, row_S), strict=True):
         partner = row + stored_mix(policy, parameters_P).partner
         if not task.start <= partner < task.stop:

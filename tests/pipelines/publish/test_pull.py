@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builds import MIXED, differences
+from builds import MIXED, differences, picture, write_tar
 from click.testing import CliRunner
 from range_server import FolderServer
 
@@ -211,3 +211,13 @@ def test_a_part_of_mixed_views_has_the_partners_also_if_they_are_those_of_anothe
     with pytest.raises(CacheMismatchError, match="is mixed with a sample of another shard, so no part of this cache"):
         atcache.pull(cache=tmp_path / "old.zarr", out=tmp_path / "bad.zarr", tars="digits-0001.tar")
     assert not atcache.open(tmp_path / "bad.zarr").reader.is_complete
+
+
+def test_a_part_of_mixed_views_may_have_images_that_could_not_be_read(hub, digits_build, tmp_path):
+    samples = [{"jpg": b"no image" if seed == 5 else picture(seed), "cls": 0} for seed in range(8)]
+    tars = [write_tar(tmp_path / f"{name}.tar", samples) for name in "ab"]
+    config = replace(digits_build, data=str(tmp_path / "{a,b}.tar"), samples_per_shard=8, on_bad_image="skip", **MIXED)
+    build(config)
+    pulled = atcache.pull(cache=config.out, out=tmp_path / "part.zarr", tars=tars[1].name)
+    assert (pulled.num_samples, pulled.complete["num_bad"]) == (8, 1)
+    np.testing.assert_array_equal(atcache.open(tmp_path / "part.zarr").image(6), atcache.open(config.out).image(14))

@@ -66,8 +66,8 @@ def test_a_distilled_student_whose_layer_scale_begins_near_nothing_is_told(confi
     )
     config = config_for("distill", cache=low)
     (note,) = open_training_data([config], CPU)[0].notes
-    assert note.startswith("NOTE: the student's LayerScale begins at 1e-05, as timm has it")
-    (better,) = re.findall(r"from 1: --student '(.*)'\.$", note)
+    assert note.startswith("NOTE: the student's LayerScale begins at 1e-05, timm's value.")
+    (better,) = re.findall(r"from 1 .*: --student '(.*)'\.$", note)
     (data,) = open_training_data([replace(config, student=better)], CPU)
     assert data.notes == ()
     assert data.student.model.get_parameter("blocks.0.ls1.gamma").eq(1).all()
