@@ -130,7 +130,7 @@ def test_a_subset_of_a_mixed_cache_is_refused(config_for, tiny_cache):
 
 def test_a_mixed_cache_is_no_validation_cache(config_for, tiny_cache):
     mixed = tiny_cache(**MIXED)
-    with pytest.raises(ConfigError, match=r"are mixed with each other, so they have no single label to predict"):
+    with pytest.raises(ConfigError, match="are mixed with each other, so they have no single label to predict"):
         train(config_for("copy", cache=mixed, val_cache=mixed))
     config = config_for("copy", cache=mixed)
     train(config)
