@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from atcache.files.writers import opened_folder, try_lock
 
 _PREFIX = "atcache-spool-"
 
@@ -15,20 +16,19 @@ _PREFIX = "atcache-spool-"
 class Spool:
     """A new folder in the place for temp files (`TMPDIR`), until it is closed or its process ends.
 
-    Its process holds a lock on it, by which `sweep_spools` knows that it is still used. Threads may share it.
+    Its process holds a lock, by which `sweep_spools` knows that it is still used. The locked file lies beside the
+    folder, so that it is not stored with the others. Threads may share a spool.
     """
 
     def __init__(self) -> None:
-        self._fd = -1
-        while self._fd < 0:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            fd = os.open(self.path, os.O_RDONLY)
-            with suppress(OSError):  # without locks, a killed process's folder stays until somebody removes it
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if self.path.exists():
-                self._fd = fd
-            else:  # swept between its making and its lock
-                os.close(fd)
+        self._lock: int | None = None
+        while self._lock is None:
+            self._made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            with suppress(FileNotFoundError), opened_folder(self._made) as made:  # it may be swept before its lock
+                # Without locks, a killed process's folder stays until somebody removes it.
+                self._lock = try_lock(made, where_possible=True)
+        self.path = self._made / "files"
+        self.path.mkdir()
 
     def write(self, name: str, data: bytes) -> Path:
         """A new file in the folder; its name may have folders before it."""
@@ -39,10 +39,10 @@ class Spool:
 
     def close(self) -> None:
         """Remove the folder with all that is in it. More calls do nothing."""
-        if self._fd >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._fd)
-            self._fd = -1
+        if self._lock is not None:
+            shutil.rmtree(self._made, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Spool:
         return self
@@ -61,13 +61,9 @@ def sweep_spools() -> int:
     """Remove the folders of this user's processes that were killed, and return how many there were."""
     num_removed = 0
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, or no longer there
-            fd = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-            try:
-                if os.fstat(fd).st_uid == os.geteuid():
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    num_removed += 1
-            finally:
-                os.close(fd)
+        with suppress(OSError), opened_folder(folder, follow_links=False) as made:  # without locks, or gone by now
+            if os.fstat(made).st_uid == os.geteuid() and (lock := try_lock(made)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+                num_removed += 1
     return num_removed

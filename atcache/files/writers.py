@@ -31,8 +31,8 @@ def sweep_partials(path: Path | str) -> int:
     num_removed = 0
     for sibling in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         if is_partial(sibling.name) and sibling.is_dir() and not sibling.is_symlink():
-            with suppress(FileNotFoundError), _opened(sibling) as folder:  # it may become a cache meanwhile
-                lock = _try_lock(folder, where_possible=True)
+            with suppress(FileNotFoundError), opened_folder(sibling) as folder:  # it may become a cache meanwhile
+                lock = try_lock(folder, where_possible=True)
                 if lock is not None:
                     shutil.rmtree(sibling)
                     os.close(lock)
@@ -64,7 +64,7 @@ def only_writer(folder: Path | str, *, where_possible: bool = False, name: str =
         ConfigError: another process writes to the folder, or its file system has no locks.
         NotWritableError: no file can be made in the folder.
     """
-    with _opened(folder) as descriptor:
+    with opened_folder(folder) as descriptor:
         lock = _wait_for_lock(Path(folder), descriptor, where_possible, name)
         try:
             yield
@@ -82,7 +82,7 @@ def _wait_for_lock(folder: Path, descriptor: int, where_possible: bool, name: st
     while True:
         try:
             with disk_errors_explained(folder):
-                lock = _try_lock(descriptor, where_possible=where_possible, name=name)
+                lock = try_lock(descriptor, where_possible=where_possible, name=name)
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 raise
@@ -97,8 +97,17 @@ def _wait_for_lock(folder: Path, descriptor: int, where_possible: bool, name: st
         time.sleep(0.1)
 
 
-def _try_lock(folder: int, *, where_possible: bool = False, name: str = LOCK) -> int | None:
-    """The descriptor of a file that holds the lock of a folder; None if another process holds it."""
+def try_lock(folder: int, *, where_possible: bool = False, name: str = LOCK) -> int | None:
+    """The descriptor of a file that holds the lock of a folder; None if another process holds it.
+
+    Args:
+        folder: its descriptor.
+        where_possible: without the lock if the file system has no locks.
+        name: of the file in the folder. It is made if need be.
+
+    Raises:
+        OSError: the file cannot be made, or its file system has no locks.
+    """
     while True:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
         try:
@@ -118,8 +127,9 @@ def _try_lock(folder: int, *, where_possible: bool = False, name: str = LOCK) ->
 
 
 @contextmanager
-def _opened(folder: Path | str) -> Generator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def opened_folder(folder: Path | str, *, follow_links: bool = True) -> Generator[int]:
+    """The descriptor of a folder. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (0 if follow_links else os.O_NOFOLLOW))
     try:
         yield descriptor
     finally:

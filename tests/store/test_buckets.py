@@ -17,7 +17,7 @@ from s3_servers import faulty_proxy, moto_server, rclone_server, reached, restar
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, NotWritableError, RemoteError
 from atcache.files.location import parse_location
-from atcache.files.ranges import open_file, read_file
+from atcache.files.ranges import list_files, open_file, read_file
 from atcache.files.remote import putting
 from atcache.files.spool import Spool, sweep_spools
 from atcache.store import bucket, records
@@ -299,6 +299,7 @@ def test_what_killed_processes_left_on_their_way_is_swept_and_what_is_used_is_no
         (tmp_path / "atcache-spool-link").symlink_to(used.path)
         assert sweep_spools() == 1
         assert (used.path / "a/b").read_bytes() == b"1"
+        assert list_files(used.path) == ["a/b"], "what is locked is not put with the others"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["atcache-spool-link"]
 
 
