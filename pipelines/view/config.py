@@ -8,9 +8,11 @@ from pathlib import Path
 from atcache.errors import ConfigError
 from atcache.files.location import Location
 
-from ..options import config, option
+from ..options import config, option, options_of
 
 DEFAULT_SAMPLES = 32
+_OF_SERVING = ("port", "host", "allow_origin", "browser")
+_OF_EXPORT = ("samples", "max_mib")
 
 
 @config
@@ -59,11 +61,20 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if not 1 <= len(self.caches) <= 2:
             raise ConfigError(f"caches: {len(self.caches)} are named; expected one to look at, or two to compare.")
-        if self.samples is not None and self.export is None:
-            raise ConfigError(f"samples={self.samples!r}: only --export takes samples. All are served.")
+        if self.export is None:
+            self._refuse(_OF_EXPORT, "an export. Give --export too, or leave this option out.")
+        else:
+            self._refuse(_OF_SERVING, "serving. Leave --export out, or this option.")
         origin = self.allow_origin
         if origin not in (None, "*") and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin):
             raise ConfigError(
                 f"allow_origin={origin!r}: expected scheme, host and port of a web page, such as "
                 "https://viewer.example.org, or *."
             )
+
+    def _refuse(self, names: tuple[str, ...], what_for: str) -> None:
+        """Refuse options that nothing would read."""
+        for name in names:
+            value = getattr(self, name)
+            if value != options_of(type(self))[name][0].default:
+                raise ConfigError(f"{name}={value!r} is only for {what_for}")

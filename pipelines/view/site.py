@@ -50,6 +50,7 @@ _MIME_TYPES = {
     ".txt": "text/plain; charset=utf-8",
 }
 
+_NUMBER = re.compile(r"[0-9]{1,6}")
 _IMAGE = re.compile(r"([0-9]{1,10})")
 _VIEW = re.compile(r"([0-9]{1,5})/([0-9]{1,10})\.png")
 
@@ -102,7 +103,7 @@ class Site:
             return Found(Memory(data), mime_type(path or "index.html"))
         kind, _, rest = path.partition("/")
         number, _, name = rest.partition("/")
-        if not number.isdecimal() or int(number[:6]) >= len(self._caches):
+        if not _NUMBER.fullmatch(number) or int(number) >= len(self._caches):
             raise NotThereError(f"there is nothing at {path}.")
         cache = self._caches[int(number)]
         if kind == "caches":
@@ -152,6 +153,6 @@ def _size(query: Mapping[str, Sequence[str]]) -> int | None:
     if "size" not in query:
         return None
     text = query["size"][-1]
-    if not text.isdecimal() or not 16 <= int(text[:6]) <= 1024:
+    if not _NUMBER.fullmatch(text) or not 16 <= int(text) <= 1024:
         raise NotThereError(f"size={text[:20]}: expected 16 to 1024 pixels.")
     return int(text)

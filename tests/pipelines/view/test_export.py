@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,8 +159,26 @@ def test_a_large_export_and_one_over_something_else_are_refused_before_they_begi
     with pytest.raises(ConfigError, match=r"page\.html' exists already"):
         write(tmp_path / "page.html", path)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    with pytest.raises(ConfigError, match="only --export takes samples"):
-        ViewConfig(caches=(path,), samples="0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read_by"),
+    [
+        ("port", 0, "serving"),
+        ("host", "0.0.0.0", "serving"),
+        ("allow_origin", "*", "serving"),
+        ("browser", False, "serving"),
+        ("samples", "0", "an export"),
+        ("max_mib", 512.0, "an export"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused_by_name(name, value, read_by):
+    config = partial(ViewConfig, caches=("in1k.zarr",), **{name: value})
+    unread, read = (None, "site") if read_by == "an export" else ("site", None)
+    assert getattr(config(export=read), name) == value
+    value = re.escape(repr(value))
+    with pytest.raises(ConfigError, match=rf"^{name}={value} is only for {read_by}\. .*--export .*\.$"):
+        config(export=unread)
 
 
 def test_a_script_cannot_end_its_element():

@@ -196,6 +196,36 @@ def test_search_and_sorting(open_page, served, cache_path):
         for row in range(30, 40)
     }
     assert shown == sorted(entropy, key=lambda name: -entropy[name])
+    page.page.fill("#search", "nobody")
+    page.wait_until("document.querySelector('#samples-count').textContent === 'No sample has this key and class.'")
+    assert page.evaluate("document.querySelectorAll('#samples .name').length") == 0
+
+
+def test_sorting_again_lists_only_the_new_order(open_page, served, cache_path):
+    """Of more samples than are listed at once. Their statistics are known then: no sort waits for the tiles."""
+    cache = atcache.open(cache_path)
+    entropy_LHS = np.array(
+        [atcache.stats.attention_entropy(cache.view(row).maps_LHQK).mean(axis=-1) for row in range(48)]
+    ).transpose(1, 2, 0)
+    page = open_page(f"{served}#layer=1&head=0&sort=entropy")
+
+    def check(entropy_S, sign):
+        page.wait_until("document.querySelector('#samples-count').textContent === '48 of 48 samples'")
+        page.wait_until("document.querySelectorAll('#samples .name').length >= 32")
+        page.settle()
+        shown = page.evaluate("[...document.querySelectorAll('#samples .name')].map((name) => name.textContent)")
+        rows = [int(name.removeprefix("digit-")) for name in shown]
+        assert len(set(rows)) == len(rows)
+        # Samples whose numbers are the same but for rounding may stand in either order.
+        assert entropy_S[rows] == pytest.approx(sign * np.sort(sign * entropy_S)[: len(rows)], abs=1e-5)
+
+    check(entropy_LHS[1, 0], sign=-1)
+    page.press("ArrowRight")
+    page.wait_until("location.hash.includes('head=1')")
+    check(entropy_LHS[1, 1], sign=-1)
+    page.click("#direction")
+    page.wait_until("document.querySelector('#direction').dataset.descending === 'false'")
+    check(entropy_LHS[1, 1], sign=1)
 
 
 def test_a_head_that_looks_left(open_page, tiny_cache, tmp_path):

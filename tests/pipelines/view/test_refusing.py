@@ -94,6 +94,14 @@ def setter(*names, value):
         (setter("layout", "num_components", value=2**40), "damaged", '"layout.num_components" is 1099511627776'),
         (setter("layout", "compressor", value="lzma"), "damaged", '"layout.compressor" is "lzma", expected one of'),
         (setter("layout", "samples_per_shard", value="2"), "damaged", '"layout.samples_per_shard" is "2", expected a'),
+        # Python reads such a cache: it is not damaged.
+        (setter("layout", "samples_per_shard", value=2**20), "too-large", "each shard has 2097152 chunks, more than"),
+        (setter("geometry", "tokens", "grid_height", value=4097), "damaged", "is 4097, expected a whole number from 1"),
+        (
+            setter("geometry", "tokens", value={"num_prefix_tokens": 1, "grid_height": 4096, "grid_width": 64}),
+            "damaged",
+            '"grid_width":64}, expected at most 262144 tokens in all',
+        ),
     ],
 )
 def test_what_it_does_not_know_is_refused(show, path, change, kind, sentence):

@@ -169,6 +169,7 @@ def test_locks_and_temp_files_are_not_served(cache, tmp_path):
         "/caches/-1/zarr.json",
         "/caches/1/zarr.json",
         "/caches/99999999999999999999/zarr.json",
+        "/caches/0000001/zarr.json",
         "/images/0/-1",
         "/views/0/0/../0.png",
     ],
@@ -339,7 +340,7 @@ def test_thumbnails_are_small(served):
         answer = served.get(path)
         assert answer.headers["content-type"] == "image/jpeg"
         assert max(Image.open(io.BytesIO(answer.body)).size) <= 16
-    for size in ("0", "99999999999999", "x", ""):
+    for size in ("0", "99999999999999", "0000169999999", "x", ""):
         assert served.get(f"images/0/5?size={size}").status == (200 if size == "" else 404)
 
 

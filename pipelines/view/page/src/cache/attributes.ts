@@ -54,7 +54,9 @@ export const ITEMSIZES = { int8: 1, uint8: 1, int16: 2, int32: 4 };
 
 const MAX_COUNT = 2 ** 31 - 1;
 const MAX_CHUNK_NBYTES = 2 ** 30;
-const MAX_CHUNKS_PER_SHARD = 2 ** 20; // an index of 16 MiB
+const MAX_CHUNKS_PER_SHARD = 2 ** 20; // an index of 16 MiB, kept whole; the store allows 2 ** 24
+const MAX_GRID_SIDE = 4096;
+const MAX_TOKENS = 2 ** 18;
 const GEOMETRY_MEMBERS = (
   "layers heads num_model_heads num_kv_heads head_dim tokens scale kind v_head_dim input_width queries"
 ).split(" ");
@@ -229,10 +231,11 @@ function readGeometry(geometry: Reader, codec: CodecFields): Geometry {
   geometry.onlyMembers(GEOMETRY_MEMBERS);
   const tokens = geometry.object("tokens");
   tokens.onlyMembers(["num_prefix_tokens", "grid_height", "grid_width"]);
-  const numPrefix = tokens.count("num_prefix_tokens", 0, 2 ** 20);
-  const gridHeight = tokens.count("grid_height", 1, 2 ** 20);
-  const gridWidth = tokens.count("grid_width", 1, 2 ** 20);
+  const numPrefix = tokens.count("num_prefix_tokens", 0, MAX_TOKENS);
+  const gridHeight = tokens.count("grid_height", 1, MAX_GRID_SIDE);
+  const gridWidth = tokens.count("grid_width", 1, MAX_GRID_SIDE);
   const numTokens = numPrefix + gridHeight * gridWidth;
+  if (numTokens > MAX_TOKENS) geometry.fail("tokens", `at most ${MAX_TOKENS} tokens in all`);
   const queries = geometry.oneOf("queries", ["all", "cls", "prefix"], "all");
   if (queries !== "all" && (numPrefix === 0 || codec.name !== "logmap")) {
     geometry.fail("queries", `"all", as there are ${numPrefix} prefix tokens and the codec is ${codec.name}`);
@@ -293,10 +296,9 @@ function checkAgreement(file: string, layout: Layout, geometry: Geometry, codec:
     [codec.name === "logmap" ? layout.numComponents === least : layout.numComponents >= least, "num_components"],
     [layout.codesDtype === dtype, "codes_dtype"],
     [
-      layout.samplesPerShard * (layout.numLayers / layout.layersPerChunk) <= MAX_CHUNKS_PER_SHARD &&
-        layout.layersPerChunk * layout.numTokens * layout.numComponents * ITEMSIZES[layout.codesDtype] <=
-          MAX_CHUNK_NBYTES,
-      "samples_per_shard",
+      layout.layersPerChunk * layout.numTokens * layout.numComponents * ITEMSIZES[layout.codesDtype] <=
+        MAX_CHUNK_NBYTES,
+      "layers_per_chunk",
     ],
   ];
   for (const [holds, name] of rules) {
@@ -305,6 +307,14 @@ function checkAgreement(file: string, layout: Layout, geometry: Geometry, codec:
       "damaged",
       `${file}: "layout.${name}" does not fit codec ${codec.name}, ${layers.length} layers, ${heads.length} heads and ` +
         `${numTokens} tokens. Restore the file from a copy.`,
+    );
+  }
+  const numChunks = layout.samplesPerShard * (layout.numLayers / layout.layersPerChunk);
+  if (numChunks > MAX_CHUNKS_PER_SHARD) {
+    throw new CacheError(
+      "too-large",
+      `${file}: each shard has ${numChunks} chunks, more than the ${MAX_CHUNKS_PER_SHARD} that this page can read. ` +
+        "Look at the cache in Python, or build it with a lower --samples-per-shard.",
     );
   }
 }

@@ -18,13 +18,15 @@ export class Strip {
   readonly list = make("div", { role: "listbox", tabindex: 0, "aria-label": "Samples", class: "tiles", id: "samples" });
   readonly count = make("p", { class: "count", role: "status", id: "samples-count" });
   private readonly sorter: Sorter;
-  /** Rows in the order of the list; all rows of the cache if nothing is searched or sorted. */
+  /** Rows in the order of the list; all rows of the cache if nothing is searched or sorted. Only `restart` sets it. */
   private rows: number[] | null = null;
   private values = new Map<number, number>();
   private asked: Asked | null = null;
   private chosen = -1;
   private numTiles = 0;
   private generation = 0;
+  /** Counts how often the list was begun anew: an older fill that still waits must add nothing to it. */
+  private filling = 0;
   private readonly seen: IntersectionObserver;
   private readonly tileOf = new Map<number, HTMLElement>();
 
@@ -56,30 +58,28 @@ export class Strip {
     const isSearched = search.trim() !== "" || className !== "";
     const isNewSearch = this.asked?.search !== search || this.asked.class !== className;
     this.asked = asked;
+    const { cache } = this.lane;
+    let rows: number[] | null = null;
     if (isSearched) {
-      const found = await this.lane.cache.search(search.trim(), className || undefined, MAX_LISTED);
+      rows = await cache.search(search.trim(), className || undefined, MAX_LISTED);
       if (generation !== this.generation) return;
-      this.rows = found;
-    } else {
-      const all = this.lane.cache.numSamples;
-      this.rows = sort === "none" ? null : Array.from({ length: Math.min(all, MAX_LISTED) }, (_, row) => row);
+    } else if (sort !== "none") {
+      rows = Array.from({ length: Math.min(cache.numSamples, MAX_LISTED) }, (_, row) => row);
     }
-    if (isNewSearch || sort === "none" || !this.numTiles) this.restart();
+    if (isNewSearch || sort === "none" || !this.numTiles) this.restart(rows);
     this.describe();
-    if (sort !== "none") await this.sort(generation, { ...key, sort });
+    if (sort !== "none" && rows?.length) await this.sort(generation, rows, { ...key, sort });
   }
 
-  private async sort(generation: number, key: SortKey): Promise<void> {
-    const rows = [...(this.rows ?? [])];
+  private async sort(generation: number, rows: number[], key: SortKey): Promise<void> {
     setText(this.count, `Sorting: 0 of ${rows.length}`);
     await this.sorter.rank(rows, key, (values, done) => {
       if (generation !== this.generation) return;
       this.values = values;
       const sign = this.asked!.descending ? -1 : 1;
       const ofRow = (row: number) => values.get(row) ?? sign * Infinity;
-      this.rows = [...rows].sort((a, b) => sign * (ofRow(a) - ofRow(b)) || a - b);
       const isLast = done === rows.length;
-      if (done % 8 === 0 || isLast) this.restart();
+      if (done % 8 === 0 || isLast) this.restart([...rows].sort((a, b) => sign * (ofRow(a) - ofRow(b)) || a - b));
       setText(this.count, isLast ? this.summary() : `Sorting: ${done} of ${rows.length}`);
     });
   }
@@ -97,7 +97,10 @@ export class Strip {
     if (this.asked?.sort === "none") this.values.clear();
   }
 
-  private restart(): void {
+  /** Begin the list anew, with these rows. */
+  private restart(rows: number[] | null): void {
+    this.rows = rows;
+    this.filling++;
     this.seen.disconnect();
     const scrolled = this.list.scrollTop;
     const kept = this.numTiles;
@@ -108,16 +111,15 @@ export class Strip {
 
   /** Add tiles until the end of the list is out of sight. */
   private async fill(atLeast = 0): Promise<void> {
-    const generation = this.generation;
+    const { filling, list } = this;
     const total = this.rows?.length ?? this.lane.cache.numSamples;
-    const { list } = this;
     const isNear = () =>
       list.scrollTop + list.clientHeight * 2 >= list.scrollHeight && list.scrollLeft + list.clientWidth * 2 >= list.scrollWidth;
     while (this.numTiles < total && (this.numTiles < atLeast || isNear())) {
       const start = this.numTiles;
       const stop = (this.numTiles = Math.min(total, start + BATCH));
       const samples = await this.samplesAt(start, stop);
-      if (generation !== this.generation) return;
+      if (filling !== this.filling) return;
       list.append(...samples.map((sample) => this.tile(sample)));
     }
   }
