@@ -54,14 +54,24 @@ def is_torch(array: Array) -> bool:
 
 
 def tiny(array: Array) -> float:
-    """The smallest positive normal number of the array's dtype.
+    """The smallest positive normal number of the array's dtype. Raises what `_limits_of` does."""
+    return float(_limits_of(array).tiny)
+
+
+def epsilon(array: Array) -> float:
+    """The distance from 1 to the next number of the array's dtype. Raises what `_limits_of` does."""
+    return float(_limits_of(array).eps)
+
+
+def _limits_of(array: Array) -> Any:  # noqa: ANN401 - numpy's or torch's finfo
+    """The limits of the array's dtype.
 
     Raises:
         AttentionShapeError: its numbers are no floating-point numbers.
     """
     namespace = sys.modules["torch"] if is_torch(array) else np
     try:
-        return float(namespace.finfo(array.dtype).tiny)
+        return namespace.finfo(array.dtype)
     except (TypeError, ValueError):
         raise AttentionShapeError(
             f"maps of dtype {array.dtype}: expected floating-point probabilities, such as float32."

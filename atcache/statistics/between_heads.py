@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atcache.statistics.arrays import Array, at_least, check_axes, in_float32, namespace_of, tiny
+from atcache.statistics.arrays import Array, at_least, check_axes, epsilon, in_float32, namespace_of, tiny
 from atcache.statistics.rows import attention_entropy
 
 
@@ -29,6 +29,8 @@ def head_cka(attn_HQK: Array) -> Array:
     check_axes(attn_HQK, "head, query, key")
     attn_HQK = in_float32(attn_HQK)
     centred_HQK = attn_HQK - attn_HQK.mean(axis=-2)[..., None, :]
+    # A sum of n numbers is off by up to n roundings. Where rows are all alike, those are all that is left.
+    centred_HQK = centred_HQK * (abs(centred_HQK) > attn_HQK.shape[-2] * epsilon(attn_HQK) * attn_HQK)
     # |Y'X|^2 is the inner product of the kernels XX' and YY', which needs one product of matrices for each head.
     kernel_HQQ = centred_HQK @ centred_HQK.swapaxes(-1, -2)
     num_queries = attn_HQK.shape[-2]

@@ -176,6 +176,15 @@ def test_cka_does_not_see_where_keys_are_and_is_zero_without_a_pattern():
     np.testing.assert_allclose(cka_HH, [[1, 1, 0], [1, 1, 0], [0, 0, 0]], atol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [17, 50, 197, 257])
+def test_heads_whose_rows_are_all_alike_are_like_no_other(make, num_tokens):
+    """Also where the mean of equal rows is not exactly these, as with 197 tokens."""
+    row_K = np.random.default_rng(0).dirichlet(np.ones(num_tokens)).astype(np.float32)
+    flat_K = np.full(num_tokens, 1 / num_tokens, np.float32)
+    attn_VLHQK = np.stack([np.tile(one, (num_tokens, 1)) for one in (row_K, flat_K)])[None, None]
+    np.testing.assert_array_equal(as_numpy(stats.head_cka(make(attn_VLHQK))), np.zeros((1, 1, 2, 2)))
+
+
 @pytest.mark.parametrize("heads", ["mean", "max"])
 def test_rollout_layer_by_layer(make, heads):
     attn = random_maps(5)
