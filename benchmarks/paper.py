@@ -42,7 +42,7 @@ from paper_steps import (
     seeds_of,
     timing_job,
 )
-from paper_study import Study, choose_images, keep_study, read_study
+from paper_study import Study, keep_study, read_study
 from paper_tuning import choose_recipes, tuning_jobs
 from rich.console import Console
 
@@ -150,13 +150,14 @@ class Runner:
         self.console.print(f"{job.kind}: {name}{about}; {left} left", highlight=False, soft_wrap=True)
         self.clock.has_begun = True
         try:
-            num_images, seconds = job.run()
+            took = job.run()
         except AtcacheError as error:
             self.left_out[name] = LeftOut(seconds, str(error))
             self.console.print(f"{name}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             return
         self.left_out.pop(name, None)
-        self.clock.keep(job.kind, num_images, seconds)
+        if took is not None:
+            self.clock.keep(job.kind, *took)
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.study.out))
@@ -183,11 +184,12 @@ def make(study: Study, limit_s: float | None, console: Console) -> str:
         keep_study(study)
     runner = Runner(study=study, clock=Clock(file=study.out / "times.json", limit_s=limit_s or 0), console=console)
     runner.clock.has_begun = limit_s is None
-    choose_images(study)
     maps = Maps(study.views, study.codec)
     if not runner.run(cache_jobs(study, maps)):
         return write_report(study, [], None, runner.left_out)
-    recipes = choose_recipes(study) if not study.tune or runner.run(tuning_jobs(study)) else None
+    if study.tune:
+        runner.run(tuning_jobs(study))
+    recipes = choose_recipes(study)
     rows = _rows(study)
     if recipes is None:
         runner.left_out["all rows"] = LeftOut(None, "the recipes are not tuned yet.")

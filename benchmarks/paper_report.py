@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paper_results import Accuracy, LeftOut, accuracies, codec_sizes, sentences
+from paper_results import NBYTES, REPORT_FILE, Accuracy, LeftOut, accuracies, codec_sizes, sentences
 from paper_steps import STEPS, Recipe, Row
 from paper_study import Study
 
@@ -39,11 +39,12 @@ def write_report(
         "study": {**asdict(study), "out": str(study.out), "weights": study.weights and str(study.weights)},
         "recipes": {mode: recipe._asdict() for mode, recipe in (recipes or {}).items()},
         "rows": [{**asdict(one), "row": _as_json(one.row)} for one in found.values()],
+        NBYTES: {codec: nbytes for codec, nbytes, _ in codec_sizes(study, found)},
         "missing": [_as_json(row) for row in rows if row not in found],
         "said": said,
         "left_out": [{"name": name, **one._asdict()} for name, one in left_out.items()],
     }
-    write_file(study.out / "paper.json", encode_json(report))
+    write_file(study.out / REPORT_FILE, encode_json(report))
     write_file(study.out / "paper.md", f"{text.strip()}\n".encode())
     if found:
         draw(study, found, study.out / "paper.png")

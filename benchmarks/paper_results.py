@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,15 @@ from typing import NamedTuple
 
 from paper_steps import Row, cache_path, scores_of, seeds_of
 from paper_study import Study
-from paper_tuning import recipes_to_try, tuned
+from paper_tuning import given_up, recipes_to_try, tuned
 
 from atcache.cache.record import CacheRecord
 from atcache.pipelines.train.scores import Score
 from atcache.store.reader import CacheReader
+
+REPORT_FILE = "paper.json"
+NBYTES = "nbytes_a_view"
+"""The member of the report that has the bytes of each codec."""
 
 
 class LeftOut(NamedTuple):
@@ -193,9 +198,11 @@ def _about_tuning(study: Study) -> list[str]:
     for mode in study.tune:
         scores = tuned(study, mode)
         tries = ", ".join(f"{one}: {score.top1:.1f}" for one, score in scores.items())
-        missing = len(recipes_to_try(study, mode)) - len(scores)
+        diverged = [str(one) for one in given_up(study, mode)]
+        missing = len(recipes_to_try(study, mode)) - len(scores) - len(diverged)
         said.append(
             f"{mode} was tuned on {study.held_out:,} held-out training images: {tries or 'nothing is finished'}."
+            + (f" The loss became NaN or infinite with {'; '.join(diverged)}." if diverged else "")
             + (f" {missing} recipes are missing." if missing else "")
         )
     if study.tune and "distill" not in study.tune:
@@ -214,11 +221,18 @@ def difference(one: Accuracy, other: Accuracy) -> tuple[float, float]:
 
 
 def codec_sizes(study: Study, found: Mapping[Row, Accuracy]) -> list[tuple[str, float, Accuracy]]:
-    """Codec, bytes for each view and accuracy of the finished rows that compare codecs."""
+    """Codec, bytes for each view and accuracy of the finished rows that compare codecs.
+
+    Whoever has no room deletes the caches of finished rows: their sizes stay in the report.
+    """
+    file = study.out / REPORT_FILE
+    kept: dict[str, float] = json.loads(file.read_text()).get(NBYTES, {}) if file.exists() else {}
     sizes: list[tuple[str, float, Accuracy]] = []
     for row, one in found.items():
         if row.step == "codecs":
-            complete = CacheRecord.of(CacheReader(cache_path(study, row.students[0].maps, "train"))).complete
-            assert complete is not None, "its student was trained from it"
-            sizes.append((row.label, complete.nbytes / complete.num_stored, one))
+            path = cache_path(study, row.students[0].maps, "train")
+            complete = CacheRecord.of(CacheReader(path)).complete if path.exists() else None
+            nbytes = complete.nbytes / complete.num_stored if complete is not None else kept.get(row.label)
+            if nbytes is not None:
+                sizes.append((row.label, nbytes, one))
     return sizes

@@ -17,15 +17,17 @@ from typing import NamedTuple
 from paper_study import Study
 
 from atcache.choices import Mode, What
+from atcache.errors import ConfigError
 from atcache.files.durable import encode_json, make_folder, write_file
 from atcache.images.source import index_source
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import EvaluateSummary, evaluate
+from atcache.pipelines.running.run_folder import GIVEN_UP_FILE
 from atcache.pipelines.running.run_teacher import recorded_name, run_folder_of
 from atcache.pipelines.train.config import TrainConfig
-from atcache.pipelines.train.run import train
+from atcache.pipelines.train.run import train_sweep
 from atcache.pipelines.train.scores import Score
 from atcache.pipelines.train.summary import read_finished
 from atcache.store.reader import CacheReader
@@ -135,13 +137,20 @@ class Job(NamedTuple):
             *(run for run in self.after if read_finished(run) is None),
         ]
 
-    def run(self) -> tuple[float, float]:
-        """Do it, or what is left of it; returns the images and the seconds it took."""
+    def run(self) -> tuple[float, float] | None:
+        """Do it, or what is left of it; returns the images and the seconds it took, None if it took only a part.
+
+        Raises:
+            AtcacheError: what the command raises, or its loss became NaN or infinite.
+        """
         if isinstance(self.config, BuildConfig):
             built = build(self.config)
-            return max(1, built.num_built_views), built.seconds
+            return (self.num_images, built.seconds) if built.num_built_views >= self.num_images else None
         if isinstance(self.config, TrainConfig):
-            trained = train(self.config)
+            # A sweep of one, because a sweep records what it gave up: it is not trained in vain by every call.
+            (result,) = train_sweep([self.config])
+            if (trained := result.summary) is None:
+                raise ConfigError(f"given up, {result.problem} Delete {self.path} to train it again.")
             return self.num_images, self.num_images / trained.img_per_s if self.config.steps else trained.seconds
         evaluated = evaluate(self.config)
         make_folder(self.path.parent)
@@ -200,8 +209,10 @@ def seeds_of(study: Study, row: Row) -> range:
 def jobs_of(study: Study, row: Row, seed: int, recipes: Mapping[Mode, Recipe]) -> Iterator[Job]:
     """All that one row needs for one seed, in this order."""
     for student in row.students:
-        yield from cache_jobs(study, student.maps)
-        yield train_job(study, student, seed, recipes[student.mode])
+        training = train_job(study, student, seed, recipes[student.mode])
+        if not training.is_done:  # else its caches may have been deleted
+            yield from cache_jobs(study, student.maps)
+        yield training
     live = any(student.live for student in row.students)
     for images, path in evaluation_files(study, row, seed).items():
         job = cache_job(study, row.students[0].maps, images)
@@ -338,6 +349,11 @@ def tuning_folder(study: Study, mode: Mode, recipe: Recipe) -> Path:
     """The folder of a run that tries a recipe."""
     start = "" if recipe.init_values is None else f"-init-{recipe.init_values:g}"
     return study.out / "tuning" / f"{mode}-lr-{recipe.base_lr:g}{start}"
+
+
+def is_given_up(run: Path) -> bool:
+    """Whether its loss became NaN or infinite."""
+    return (run / GIVEN_UP_FILE).exists()
 
 
 def evaluation_files(study: Study, row: Row, seed: int) -> dict[str, Path]:

@@ -80,12 +80,16 @@ class Study:
 def keep_study(study: Study) -> None:
     """Record the settings in the study's folder, or refuse to continue one with others that change its runs.
 
+    Before its first cache is there, all settings may change: it may have none because one of them was wrong. Until
+    then it chooses its images, too.
+
     Raises:
-        ConfigError: names the first setting that differs.
+        ConfigError: names the first setting that differs; or there are too few images.
     """
     file = study.out / _FILE
     asked = json.loads(encode_json({**asdict(study), "out": None, "weights": study.weights and str(study.weights)}))
-    there = {**_BEFORE, **json.loads(file.read_text())} if file.exists() else asked
+    has_begun = file.exists() and any(any(study.out.glob(made)) for made in ("caches/*/zarr.json", "runs/*/*"))
+    there = {**_BEFORE, **json.loads(file.read_text())} if has_begun else asked
     shift = {**asked["shift"], **there["shift"]}  # others may be added
     asked["shift"] = {**there["shift"], **asked["shift"]}
     for name, value in asked.items():
@@ -96,6 +100,8 @@ def keep_study(study: Study) -> None:
                 "or the same options."
             )
     make_folder(study.out)
+    if not has_begun:
+        _choose_images(study)
     write_file(file, encode_json(asked))
 
 
@@ -115,11 +121,9 @@ def read_study(out: Path) -> Study:
     return Study(**{**values, "out": out, "weights": kept["weights"] and Path(kept["weights"])})
 
 
-def choose_images(study: Study) -> None:
+def _choose_images(study: Study) -> None:
     """Write which training images students get, and which are held out, as even over the classes as possible."""
     numbers = {"labels.txt": study.labels, "held-out.txt": study.held_out}
-    if all((study.out / name).exists() for name, number in numbers.items() if number):
-        return
     index = index_source(study.data)
     good_S = np.flatnonzero(index.label_S >= 0)
     if len(good_S) < (needed := study.labels + study.held_out):

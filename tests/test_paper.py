@@ -89,7 +89,11 @@ def test_a_killed_study_continues_and_has_every_row(study, capsys):
     assert "not run" not in text
     from paper import main
 
+    exact = out / "caches/exact-train-2.zarr"
+    exact.rename(out / "deleted")  # by somebody who needs its room
     main(["--out", str(out), "--report"])
+    (out / "deleted").rename(exact)
+    assert re.search(r"exact \([\d,]+ bytes a view\)", text)
     assert capsys.readouterr().out.strip() == text.strip() == (out / "paper.md").read_text().strip()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(report["rows"])
@@ -229,10 +233,40 @@ def test_another_study_in_the_folder_is_refused(digits, tmp_path):
         main([*options[:-1], "other=nothing-there.tar"])
     with pytest.raises(SystemExit, match="nothing-there is not the folder of an earlier study"):
         main(["--report", "--out", str(tmp_path / "nothing-there")])
+
+
+def test_a_study_that_could_not_begin_is_begun_with_other_options(digits, tmp_path, capsys):
+    from paper import main
+
+    options = ["--out", str(tmp_path), *digits, "--minutes", "0.00001"]
     with pytest.raises(
         SystemExit, match=r"1297 images have labels, but 5000 for students and 0 held-out ones are 5000"
     ):
-        main(["--out", str(tmp_path / "many"), *digits, "--minutes", "1", "--labels", "5000"])
+        main([*options, "--labels", "5000"])
+    main([*options, "--labels", "30", "--teacher", "no-such-teacher"])
+    assert "no-such-teacher" in capsys.readouterr().out
+    main(options)
+    assert len((tmp_path / "labels.txt").read_text().splitlines()) == 40
+    with pytest.raises(SystemExit, match=r"holds another study: labels is 40 there and 30 here"):
+        main([*options, "--labels", "30"])
+
+
+def test_a_learning_rate_that_is_too_high_is_tried_once_and_not_taken(digits, tmp_path, capsys):
+    from paper import main
+
+    options = ["--out", str(tmp_path), *digits, "--tune", "--base-lr", "0.02", "1e30", "--epochs", "2"]
+    for minutes in ("0.3", "0.00001"):
+        main([*options, "--minutes", minutes])
+        printed = capsys.readouterr()
+        assert re.search(
+            r"scratch was tuned on 30 .*base-lr 0.02: [\d.]+\. The loss became NaN or infinite with base-lr "
+            r"1e\+30\.",
+            printed.out,
+        )
+    assert printed.err.count("1e+30") == 0, "what was given up is not trained again"
+    assert {
+        json.loads(path.read_text())["settings"]["base_lr"] for path in tmp_path.glob("runs/*/scratch-*/run.json")
+    } <= {0.02}
 
 
 @pytest.mark.parametrize(
