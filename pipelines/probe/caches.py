@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
-from atcache.feed.caches import open_caches, usable_samples
+from atcache.feed.caches import are_mixed, open_caches, usable_samples
 from atcache.feed.order import choose_subset, epoch_permutation
 from atcache.files.durable import write_file
 from atcache.files.location import listed
@@ -27,6 +28,10 @@ _TRAIN, _VAL = 0, 1
 """Seeds of the samples that are drawn: always the same, so that a probe can be repeated."""
 _FEWEST_OF_A_CLASS = 5
 """With fewer training samples a class, there are fewer classes: from one image each, no student learns in minutes."""
+
+
+_CACHES = "train.zarr", "val.zarr"
+_KEYS = "train-keys.txt", "val-keys.txt"
 
 
 class ProbeCaches(NamedTuple):
@@ -61,7 +66,14 @@ def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
         raise ConfigError(f"{listed(train)[0]} has no samples with a label, which the students learn from.")
     if is_given and (config.samples or 0) > num_usable:
         raise ConfigError(f"samples={config.samples}: the cache has {num_usable} with a label. Give at most that.")
-    wanted = min(config.samples or BUILT_SAMPLES, num_usable) if is_given else num_usable
+    mixed = next(filter(are_mixed, readers), None) if is_given else None
+    if mixed is not None and config.samples not in (None, num_usable):
+        raise ConfigError(
+            f"samples={config.samples}: the views of {mixed.path} are mixed with those of other samples, so all "
+            f"{num_usable} are needed. Leave --samples out."
+        )
+    takes_some = is_given and mixed is None
+    wanted = min(config.samples or BUILT_SAMPLES, num_usable) if takes_some else num_usable
     record = CacheRecord.of(readers[0])
     student = None if config.student is None else parse_model_name(config.student)
     return ProbeCaches(
@@ -74,9 +86,18 @@ def open_probe_caches(config: ProbeConfig) -> ProbeCaches:
     )
 
 
+def remove_built_caches(out: Path) -> None:
+    """Remove the small caches of a probe that is begun again with other ones, and the lists of their samples."""
+    for name in (*_CACHES, *_KEYS):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
 def _build_both(config: ProbeConfig) -> tuple[Path, Path]:
-    train, val = config.out / "train.zarr", config.out / "val.zarr"
-    keys = config.out / "train-keys.txt", config.out / "val-keys.txt"
+    train, val = (config.out / name for name in _CACHES)
+    keys = [config.out / name for name in _KEYS]
     if not all(file.exists() for file in keys):
         for file, text in zip(keys, _draw_samples(config), strict=True):
             write_file(file, text.encode())

@@ -15,7 +15,9 @@ from ..train.config import TrainConfig
 
 BUILT_SAMPLES, BUILT_VAL_SAMPLES, BUILT_VIEWS = 1000, 1000, 4
 _OF_BUILT_CACHES = ("teacher", "weights", "val_samples", "policy", "views", "label_key")
-"""Options that say what small caches are built of."""
+"""Options that are for small caches alone."""
+CACHE_OPTIONS = (*_OF_BUILT_CACHES, "data", "val_data", "samples")
+"""All options that decide what is in small caches."""
 
 
 @config
@@ -118,8 +120,9 @@ class ProbeConfig:
         names = ("mode", "data", "val_data", "label_key", "samples", "val_samples", "policy", "views")
         of_runs = ("student", "steps", "batch_size", "base_lr", "precision")
         places = {name: [str(place) for place in listed(getattr(self, name))] for name in ("cache", "val_cache")}
-        teacher = None if self.teacher is None else str(self.teacher)
-        return {**{name: getattr(self, name) for name in (*names, *of_runs)}, **places, "teacher": teacher}
+        given = {"teacher": self.teacher, "weights": self.weights}
+        texts = {name: None if value is None else str(value) for name, value in given.items()}
+        return {**{name: getattr(self, name) for name in (*names, *of_runs)}, **places, **texts}
 
     def training(
         self, mode: Mode, seed: int, out: Path, *, steps: int, subset: int | None, caches: tuple[Any, Any]

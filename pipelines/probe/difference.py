@@ -106,7 +106,7 @@ def in_words(found: Difference, mode: str, seeds: int) -> str:
     elif needed := seeds_needed(found):
         more = f"Give about --seeds {needed}."
     else:
-        more = "Give more --steps or --samples: so small a difference needs too many seeds."
+        more = "So small a difference needs too many seeds: give another --out, and more --steps or --samples."
     return f"undecided: {ahead}, and 0 is within the interval. {more}"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atcache.cache.differences import name_differences
+from atcache.cache.differences import find_differences, name_differences
 from atcache.choices import Mode
 from atcache.errors import CacheMismatchError, ConfigError
 from atcache.fields import JsonFields
@@ -29,8 +29,8 @@ from ..running.run_record import read_run
 from ..train.run import train
 from ..train.student_run import LOG_EVERY
 from ..train.summary import TrainSummary
-from .caches import ProbeCaches, open_probe_caches
-from .config import ProbeConfig
+from .caches import ProbeCaches, open_probe_caches, remove_built_caches
+from .config import CACHE_OPTIONS, ProbeConfig
 from .difference import Answer, Difference, in_words, is_near_chance, paired_difference
 from .schedule import PairSpeed, Schedule, fit_schedule, fit_seeds
 
@@ -40,6 +40,8 @@ RESULT_FILE = "result.json"
 _TIMED_STEPS = LOG_EVERY, 2 * LOG_EVERY
 """Time is measured between these two: the first steps also start workers and fill caches."""
 _TIMING = "timing"
+_RUNS = "runs"
+"""The folder of all students. Before it is there, other options may replace those of the probe."""
 
 Say = Callable[[str], None]
 
@@ -96,11 +98,9 @@ def probe(config: ProbeConfig, say: Say = lambda _: None) -> ProbeResult:
         AtcacheError: what building and training raise.
     """
     start_s = time.monotonic()
-    stored = _read_stored(config)
+    _check_folder(config)
     with run_folder(config.out):
-        if stored is None:
-            stored = {"settings": config.settings()}
-            write_file(config.out / PROBE_FILE, encode_json(stored))
+        stored = _keep_settings(config)
         caches = open_probe_caches(config)
         for line in filter(None, (caches.verdict.line, caches.verdict.warning)):
             say(line)
@@ -112,19 +112,33 @@ def probe(config: ProbeConfig, say: Say = lambda _: None) -> ProbeResult:
     return result
 
 
-def _read_stored(config: ProbeConfig) -> dict[str, Any] | None:
-    """The record of the probe in the folder; None if the folder is new or empty."""
+def _check_folder(config: ProbeConfig) -> None:
+    """Refuse a folder that holds something else."""
     out = config.out
-    stored = read_record(out / PROBE_FILE)
-    if stored is None:
-        if out.is_dir() and any(path.name[0] != "." for path in out.iterdir()):
-            raise ConfigError(f"{out} holds something else than a probe: there is no {PROBE_FILE}. Give another --out.")
-        return None
+    is_used = out.is_dir() and any(path.name[0] != "." for path in out.iterdir())
+    if is_used and not (out / PROBE_FILE).exists():
+        raise ConfigError(f"{out} holds something else than a probe: there is no {PROBE_FILE}. Give another --out.")
+
+
+def _keep_settings(config: ProbeConfig) -> dict[str, Any]:
+    """The record of the probe in the folder; a new one if there is none, or if it has trained no pair yet."""
+    file = config.out / PROBE_FILE
     asked = json.loads(encode_json(config.settings()))
-    if differences := name_differences(stored.get("settings") or {}, asked):
-        raise CacheMismatchError(
-            f"{out} holds another probe: {'; '.join(differences)}. Give another --out, or the same options."
-        )
+    stored = read_record(file)
+    if stored is not None:
+        before: dict[str, Any] = stored.get("settings") or {}
+        changed = find_differences(before, asked)
+        if not changed:
+            return stored
+        if (config.out / _RUNS).exists():
+            raise CacheMismatchError(
+                f"{config.out} holds another probe: {'; '.join(name_differences(before, asked))}. Give another --out, "
+                "or the same options."
+            )
+        if set(changed) & set(CACHE_OPTIONS):
+            remove_built_caches(config.out)
+    stored = {"settings": asked}
+    write_file(file, encode_json(stored))
     return stored
 
 
@@ -169,7 +183,7 @@ def _note_on_looks(config: ProbeConfig, num_pairs: int) -> tuple[str, ...]:
     before = ", ".join(map(str, looks[: looks.index(num_pairs)]))
     return (
         f"There was an answer after {before} pairs already. Whoever adds pairs until there is another one finds a "
-        "difference more often than the interval says: where there is none, in up to 15% of probes instead of 5%.",
+        "difference more often than the interval says: where there is none, in 15% to 35% of probes instead of 5%.",
     )
 
 
@@ -197,7 +211,7 @@ def _training(config: ProbeConfig, caches: ProbeCaches, mode: Mode, seed: int, o
 
 
 def _run_of(config: ProbeConfig, mode: str, seed: int) -> Path:
-    return config.out / "runs" / f"{mode}-{seed}"
+    return config.out / _RUNS / f"{mode}-{seed}"
 
 
 def _is_finished(config: ProbeConfig, seed: int) -> bool:
@@ -251,7 +265,7 @@ def _result(
         notes += (
             f"Both kinds of student are near chance ({100 / num_classes:.3g}%; {config.mode} "
             f"{statistics.fmean(ours):.3g}%, scratch {statistics.fmean(theirs):.3g}%), so the difference says little. "
-            "Give more --steps, more --samples or another --base-lr.",
+            "Give another --out, and more --steps, more --samples or another --base-lr.",
         )
     return ProbeResult(
         out=str(config.out),

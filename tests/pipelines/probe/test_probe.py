@@ -20,6 +20,7 @@ from atcache.pipelines.probe.caches import open_probe_caches
 from atcache.pipelines.probe.config import ProbeConfig
 from atcache.pipelines.probe.run import ProbeResult, probe
 from atcache.pipelines.running.run_folder import read_record
+from atcache.store.reader import CacheReader
 
 FAST = {"steps": 4, "batch_size": 12, "seeds": 2, "device": "cpu", "precision": "fp32"}
 
@@ -141,6 +142,36 @@ def test_a_small_class_is_trained_on_and_validated(tiny_vit, tiny_weights, tmp_p
     counts = [Counter(atcache.open(place).samples.label.values.tolist()) for place in (built.train, built.val)]
     assert built.num_classes == 5
     assert (counts[0][4], counts[1][4]) == (1, 2)
+
+
+def test_a_probe_that_could_not_begin_is_begun_with_other_options(digits_tars, tiny_vit, tiny_weights, tmp_path):
+    """In the same folder, as its messages advise, until the first students are trained."""
+    good = {"teacher": tiny_vit, "weights": tiny_weights, "data": str(digits_tars[0].parent)}
+    common = {"out": tmp_path / "p", "policy": "eval", "val_samples": 12, **FAST}
+
+    def begin(**fields) -> ProbeResult:
+        return probe(ProbeConfig(**{**common, **good, **fields}))
+
+    with pytest.raises(SourceError):
+        begin(data=str(tmp_path / "typo.tar"))
+    with pytest.raises(ConfigError, match="Give fewer"):
+        begin(samples=40)
+    with pytest.raises(ConfigError, match=r"minutes=1e-05 is too short: .* a smaller --batch-size or fewer"):
+        begin(samples=30, minutes=1e-5)
+    assert CacheReader(tmp_path / "p/train.zarr").layout.num_samples == 30
+    result = begin(samples=20, batch_size=10)
+    assert CacheReader(tmp_path / "p/train.zarr").layout.num_samples == result.num_samples == 20
+    with pytest.raises(CacheMismatchError, match=r"holds another probe: samples is 20 there and 30 here"):
+        begin(samples=30, batch_size=10)
+
+
+def test_of_mixed_views_all_samples_are_taken(tiny_cache, tmp_path):
+    mixed, val = tiny_cache(mixup=0.8, seed=1), tiny_cache(policy="eval")
+    config = ProbeConfig(cache=mixed, val_cache=val, samples=30, out=tmp_path, **FAST)
+    with pytest.raises(ConfigError, match=r"samples=30: .* are mixed .* all 48 are needed\. Leave --samples out"):
+        open_probe_caches(config)
+    caches = open_probe_caches(replace(config, samples=None))
+    assert (caches.subset, caches.num_samples) == (None, 48)
 
 
 def test_more_samples_than_a_cache_has_are_refused(probed):
