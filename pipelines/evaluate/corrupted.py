@@ -42,22 +42,17 @@ def has_same_images(main: ValidationSet, other: ValidationSet) -> bool:
     ]
 
 
-def corrupted_set(
-    main: ValidationSet, readers: Sequence[CacheReader], corrupt: str, *, reads_maps: bool
-) -> ValidationSet:
+def corrupted_set(main: ValidationSet, readers: Sequence[CacheReader], corrupt: str) -> ValidationSet:
     """The main set under a corruption: the same samples, classes and live teacher.
 
     Args:
         main: the main set.
         readers: its caches; empty if its views are drawn from tars.
         corrupt: the corruption, such as "fog:3".
-        reads_maps: whether a run takes the teacher's maps from caches.
 
     Raises:
-        ConfigError: a run needs maps, which no cache has of these images, or the main set is not clean.
+        ConfigError: the main set is not clean.
     """
-    if reads_maps:
-        raise maps_are_missing(corrupt)
     if readers:
         parts = [Drawn(CacheRecord.of(reader).policy, reader.samples, str(reader.path)) for reader in readers]
     else:
@@ -72,6 +67,15 @@ def maps_are_missing(corrupt: str) -> ConfigError:
     return ConfigError(
         "a copying student needs the teacher's maps of the corrupted images. Build a cache of them with --policy "
         f"eval --corrupt {corrupt}, and give it as --val-cache {name}=CACHE; or give --live-teacher."
+    )
+
+
+def maps_are_of_others(corrupt: str, name: str) -> ConfigError:
+    """The error if the set that has the teacher's maps under a corruption is not of the main set's images."""
+    return ConfigError(
+        f"a copying student needs the teacher's maps of the main set under {corrupt}, but the set {name}, which has "
+        "this corruption, has other images or other classes than the main set. Build both caches of the same --data, "
+        f"--keys and --max-samples, or leave --corrupt {corrupt} out: {name} is scored as it is."
     )
 
 

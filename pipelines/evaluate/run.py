@@ -23,7 +23,7 @@ from ..running.run_record import RunRecord, load_run, read_run
 from ..train.scores import score_students
 from ..train.validation import ValidationSet, open_validation
 from .config import EvaluateConfig
-from .corrupted import corrupted_set, has_same_images, maps_are_missing, recorded_corruption
+from .corrupted import corrupted_set, has_same_images, maps_are_missing, maps_are_of_others, recorded_corruption
 from .report import report_text
 from .sets import EvalSet
 from .summary import EvaluateSummary, SetScores
@@ -84,8 +84,10 @@ def score_runs(config: EvaluateConfig) -> EvaluateSummary:
     for each in sets:
         # A cache of these images with this corruption is the same set, with the teacher's maps.
         if each.corrupt is not None and each.corrupt not in corruptions.values():
-            reads_maps = runs.teacher is not None and runs.live_teacher is None
-            opened[each] = corrupted_set(main, places[each.caches], each.corrupt, reads_maps=reads_maps)
+            if runs.teacher is not None and runs.live_teacher is None:
+                other = next(one for one in given if recorded[one.caches] == each.corrupt)
+                raise maps_are_of_others(each.corrupt, other.name)
+            opened[each] = corrupted_set(main, places[each.caches], each.corrupt)
             corruptions[each] = each.corrupt
     dtype = resolve_precision(config.precision, device)
     scores: list[SetScores] = []

@@ -65,6 +65,10 @@ def test_a_corrupted_cache_of_other_images_stands_for_no_set_of_these(runs, val_
     sets = evaluate(config_of(runs["distill"][0], cache=val_cache, **place)).sets
     found = [(each.name, each.corrupt, each.runs[0].num_samples) for each in sets]
     assert found == [("val", None, 48), ("others", None, 16), ("shot_noise:4", "shot_noise:4", 48)]
+    with pytest.raises(
+        ConfigError, match=r"under shot_noise:4, but the set others, .* has other images or other class"
+    ):
+        evaluate(config_of(runs["copy"][0], cache=val_cache, **place))
     clean = tiny_cache(data=str(digits_tars[1]), **kept)
     with pytest.raises(ConfigError, match=r"not corrupted alike \(.*: shot_noise:4, .*: clean\)\. Give each"):
         evaluate(config_of(runs["distill"][0], cache=(others, clean)))
