@@ -90,6 +90,23 @@ def _expand(spec: str) -> Sequence[Location]:
     return paths
 
 
+def as_typed_in(folder: Path, spec: str) -> str:
+    """Tars that were named in a working folder, in a form that means the same in every one.
+
+    >>> as_typed_in(Path("/work"), "tars/{0..3}.tar"), as_typed_in(Path("/work"), "{/a,/b}/0.tar")
+    ('/work/tars/{0..3}.tar', '{/a,/b}/0.tar')
+    """
+    if looks_like_url(spec):
+        return spec
+    names = expand_braces(spec) if spec.startswith("{") else [spec]
+    full = [str(folder / expand_home(Path(name))) for name in names]
+    if full == names:
+        return spec
+    if any(Path(name).is_absolute() for name in names):
+        return f"{{{','.join(full)}}}"
+    return str(folder / expand_home(Path(spec)))
+
+
 def _check_can_be_recorded(path: Path) -> None:
     """Refuse a path that no JSON file can hold, before anything long is done with it."""
     try:

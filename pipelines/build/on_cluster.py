@@ -13,11 +13,12 @@ from typing import Any
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
 from atcache.files.writers import sweep_partials
+from atcache.images.tars import as_typed_in
 from atcache.store.reader import CacheReader
 from atcache.teachers.foreign.own import OwnTeacher
 
 from ..cluster.cluster import Cluster
-from ..cluster.connect import as_sent, connected
+from ..cluster.connect import connected
 from ..fidelity import Expectation
 from ..running.run_teacher import run_folder_of
 from .board import Counts
@@ -113,7 +114,7 @@ def config_as_sent(config: BuildConfig) -> BuildConfig:
         scheduler=None,
         client=None,
         teacher=config.teacher if folder is None else str(folder.absolute()),
-        data=None if config.data is None else as_sent(config.data),
+        data=None if config.data is None else as_typed_in(Path.cwd(), config.data),
         **{
             name: path.absolute()
             for name in ("out", "keys", "weights", "codec_from", "views_from")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import ConfigError
 from atcache.files.location import Location, expand_home, looks_like_url
+from atcache.images.tars import as_typed_in
 from atcache.machine import num_processors
 
 from .cluster import Cluster
@@ -92,16 +93,6 @@ def mapper_of(scheduler: str | None, client: Any, num_threads: int | None) -> Ge
         yield OnCluster(cluster)
 
 
-def as_sent(data: str) -> str:
-    """What `--data` names, in a form that means the same in another working folder.
-
-    >>> as_sent("{/a,/b}/0.tar")
-    '{/a,/b}/0.tar'
-    """
-    is_from_root = data.startswith("{") and all(one.startswith("/") for one in data[1:].partition("}")[0].split(","))
-    return data if is_from_root or looks_like_url(data) else str(expand_home(Path(data)).absolute())
-
-
 def check_workers_option(workers: int | None, scheduler: str | None, client: object) -> None:
     """Refuse a number of threads of this process for work that is done elsewhere.
 
@@ -116,7 +107,9 @@ def open_for(cache: Location, data: str | None, *, sends: bool) -> Cache:
     """A cache, opened so that it can be sent to workers, if it is to be: they have other working folders."""
     from atcache.cache.cache import Cache
 
-    return Cache(cache.absolute() if sends else cache, data=as_sent(data) if sends and data is not None else data)
+    if not sends:
+        return Cache(cache, data=data)
+    return Cache(cache.absolute(), data=None if data is None else as_typed_in(Path.cwd(), data))
 
 
 def _check_device(device: str) -> None:

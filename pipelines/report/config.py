@@ -29,7 +29,9 @@ class ReportConfig:
         metavar="TARS",
     )
     label_key: str | None = label_key_option()
-    out: Path | None = option("The page to write.  [default: report.html in the run's folder]", default=None)
+    out: Path | None = option(
+        "The page to write.  [default: report.html in the run's folder]", default=None, is_written=True
+    )
     samples: int = option(
         "Validation samples to predict, drawn at random, always the same ones; 0 leaves predictions out.",
         default=1024,
@@ -42,6 +44,8 @@ class ReportConfig:
     precision: Precision = precision_option()
 
     def __post_init__(self) -> None:
+        if self.out is not None and self.out.is_dir():
+            raise ConfigError(f"out={str(self.out)!r} is a folder: expected the name of a file, such as report.html.")
         if self.label_key is not None and (self.val_cache is not None or self.val_data is None):
             raise ConfigError(
                 f"label_key={self.label_key} says where labels are in the .json files of --val-data; labels of a cache "

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from atcache.errors import ConfigError
-from atcache.files.location import Location, listed, looks_like_url, parse_location
+from atcache.files.location import Location, listed, parse_location
+from atcache.images.tars import as_typed_in
 
 from ..options import options_of
 from ..running.metrics import read_metrics
@@ -63,21 +64,15 @@ class FinishedRun:
 
     def validation(self) -> ValidationPlaces:
         """Where the data are that it was validated on."""
+        folder = Path(self.places.get("folder", ""))
+        if folder == Path.cwd():
+            folder = Path()
+        caches = [parse_location(text) for text in _texts(self.places.get("val_cache"))]
         return ValidationPlaces(
-            caches=tuple(self._location(text) for text in _texts(self.places.get("val_cache"))),
-            data=tuple(self._from_here(text) for text in _texts(self.places.get("val_data"))) or None,
+            caches=tuple(folder / cache if isinstance(cache, Path) else cache for cache in caches),
+            data=tuple(as_typed_in(folder, tars) for tars in _texts(self.places.get("val_data"))) or None,
             label_key=self.places.get("label_key"),
         )
-
-    def _location(self, typed: str) -> Location:
-        return parse_location(self._from_here(typed))
-
-    def _from_here(self, typed: str) -> str:
-        """A path that was typed in another folder, as it is called from the working folder."""
-        folder = str(self.places.get("folder", ""))
-        if looks_like_url(typed) or typed.startswith("~") or not folder or Path(folder) == Path.cwd():
-            return typed
-        return str(Path(folder) / typed)
 
 
 def _texts(value: object) -> list[str]:
@@ -120,4 +115,4 @@ def places_to_look_at(config: ReportConfig, run: FinishedRun) -> ValidationPlace
         return ValidationPlaces(data=config.val_data, label_key=config.label_key)
     # The tars have moved; the run's caches still have the teacher's maps.
     caches = tuple(cache for cache in own.caches if not isinstance(cache, Path) or cache.exists())
-    return ValidationPlaces(caches=caches, data=config.val_data)
+    return ValidationPlaces(caches=caches, data=config.val_data, label_key=None if caches else own.label_key)

@@ -16,9 +16,10 @@ from atcache import __version__
 from atcache.attention.indices import format_indices
 from atcache.cache.record import CacheRecord
 from atcache.errors import AtcacheError, SourceError
-from atcache.files.location import Location, looks_like_url
-from atcache.images.tars import expand_braces, expand_tars
+from atcache.files.location import Location, Url
+from atcache.images.tars import as_typed_in, expand_braces, expand_tars
 from atcache.store.reader import CacheReader
+from atcache.teachers.foreign.names import OWN
 from atcache.teachers.names import ALIASES
 
 from ..build.config import BuildConfig
@@ -46,7 +47,7 @@ def commands_to_repeat(run: FinishedRun, places: ValidationPlaces) -> list[str]:
         # All commands are for the folder where the training was typed, which is another one than this.
         folder, val_caches = folder.absolute(), tuple(cache.absolute() for cache in val_caches)
         given = (val_data,) if isinstance(val_data, str) else val_data or ()
-        val_data = tuple(map(_from_anywhere, given)) or None
+        val_data = tuple(as_typed_in(Path.cwd(), tars) for tars in given) or None
     caches |= {cache: cache for cache in val_caches if cache.absolute() not in caches}
     commands = [command for cache, name in caches.items() if (command := build_command(cache, name)) is not None]
     if training is not None:
@@ -61,10 +62,6 @@ def commands_to_repeat(run: FinishedRun, places: ValidationPlaces) -> list[str]:
     return commands
 
 
-def _from_anywhere(tars: str) -> str:
-    return tars if looks_like_url(tars) or tars.startswith("~") else str(Path(tars).absolute())
-
-
 def build_command(path: Location, name: Location) -> str | None:
     """The command that builds a cache under a name, from what it records; None if it cannot be read or made."""
     try:
@@ -72,6 +69,8 @@ def build_command(path: Location, name: Location) -> str | None:
         record = CacheRecord.of(reader)
         identity, policy, selection = record.identity, record.policy, record.identity.selection
         alias = next((alias for alias, name in ALIASES.items() if name == identity.teacher), None)
+        if identity.teacher.startswith(OWN):
+            return None  # a class in Python, which no command can name
         from_a_file = not record.weights_from.startswith("hub:") and alias != _WITH_PACKAGE
         fields: dict[str, Any] = {
             "teacher": alias or identity.teacher,
@@ -91,6 +90,8 @@ def build_command(path: Location, name: Location) -> str | None:
             "heads": _chosen(selection.heads, record.geometry.num_model_heads),
             "precision": {"float32": "fp32", "bfloat16": "bf16"}[identity.precision],
         }
+        if reader.samples.problem_S.any() or (record.complete is not None and record.complete.num_bad):
+            fields["on_bad_image"] = "skip"
         if policy.mixing is not None:
             mixing = policy.mixing
             fields |= {"mixup": mixing.mixup_alpha, "cutmix": mixing.cutmix_alpha, "mix_prob": mixing.prob}
@@ -118,7 +119,7 @@ def data_of(tars: Sequence[Location]) -> str:
     """One text for these tars and no others: the only one, their folder, a range of numbers, or all of them in braces.
 
     Raises:
-        SourceError: one has a name that braces cannot hold.
+        SourceError: one has a name that braces cannot hold, or they are on several servers.
     """
     if len(tars) == 1:
         return str(tars[0])
@@ -133,7 +134,12 @@ def data_of(tars: Sequence[Location]) -> str:
         as_range = f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
         if expand_braces(as_range) == names:
             return as_range
-    return f"{{{','.join(names)}}}"
+    # A URL is known by its beginning, so scheme and server stay before the braces.
+    prefix = os.path.commonprefix(names)  # noqa: RUF071 - by characters, as commonpath would take a slash from s3://
+    folder = prefix[: prefix.rfind("/") + 1]
+    if isinstance(tars[0], Url) and folder.count("/") <= 2:
+        raise SourceError(f"{names[0]} and {names[-1]} are on two servers.")
+    return f"{folder}{{{','.join(name.removeprefix(folder) for name in names)}}}"
 
 
 def _chosen(indices: tuple[int, ...] | str | None, num_all: int) -> str | None:

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import dask
 import pytest
@@ -15,8 +16,9 @@ from distributed import Client, Scheduler, SpecCluster
 from atcache import __version__
 from atcache.attention.finite import NotFinite, NotFiniteError
 from atcache.errors import AtcacheError, ConfigError, WorkerLostError
+from atcache.images.tars import as_typed_in
 from atcache.pipelines.cluster.cluster import Cluster
-from atcache.pipelines.cluster.connect import as_sent, check_scheduler, connected
+from atcache.pipelines.cluster.connect import check_scheduler, connected
 from atcache.pipelines.stats.config import StatsConfig
 from atcache.pipelines.verify.config import VerifyConfig
 
@@ -181,9 +183,10 @@ def test_threads_of_this_process_are_no_option_of_a_cluster(config, tmp_path):
         ("a/{0..3}.tar", "/here/a/{0..3}.tar"),
         ("{train,extra}-*.tar", "/here/{train,extra}-*.tar"),
         ("{/data/a,/data/b}/t.tar", "{/data/a,/data/b}/t.tar"),
+        ("{/data/a,b}/t.tar", "{/data/a/t.tar,/here/b/t.tar}"),
         ("s3://bucket/t.tar", "s3://bucket/t.tar"),
     ],
 )
 def test_data_means_the_same_in_another_working_folder(data, sent, monkeypatch):
     monkeypatch.setattr("os.getcwd", lambda: "/here")
-    assert as_sent(data) == sent
+    assert as_typed_in(Path.cwd(), data) == sent

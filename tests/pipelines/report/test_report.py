@@ -16,13 +16,14 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from made_tars import encoded, member, picture, write_tar
 from reported_runs import HOSTILE, PLACE, commands_of, words_of
 from safetensors.torch import load_file, save_file
 
 import atcache
 from atcache.cache.record import CacheRecord
 from atcache.cli.main import cli
-from atcache.errors import CacheMismatchError, ConfigError
+from atcache.errors import CacheMismatchError, ConfigError, SourceError
 from atcache.files.location import parse_location
 from atcache.images.tars import expand_tars
 from atcache.pipelines.evaluate.config import EvaluateConfig
@@ -210,9 +211,12 @@ def test_tars_are_typed_as_shortly_as_names_no_others(tmp_path):
     assert data_of(tars) == str(tmp_path)
     assert data_of(tars[:1]) == str(tars[0])
     assert data_of(tars[8:11]) == f"{tmp_path}/train-{{008..010}}.tar"
-    assert data_of(tars[1:4:2]) == f"{{{tars[1]},{tars[3]}}}"
-    assert data_of(urls) == "{s3://bucket/a/x.tar,s3://bucket/b/y.tar}"
-    for chosen in (tars[8:11], tars[1:4:2], tars):
+    assert data_of(tars[1:4:2]) == f"{tmp_path}/{{train-001.tar,train-003.tar}}"
+    assert data_of([Path("a/x.tar"), Path("b/y.tar")]) == "{a/x.tar,b/y.tar}"
+    assert data_of(urls) == "s3://bucket/{a/x.tar,b/y.tar}"
+    with pytest.raises(SourceError, match=r"s3://bucket/a/x.tar and s3://other/y.tar are on two servers"):
+        data_of([urls[0], parse_location("s3://other/y.tar")])
+    for chosen in (tars[8:11], tars[1:4:2], tars, urls):
         assert list(expand_tars(data_of(chosen))) == chosen
 
 
@@ -295,6 +299,28 @@ def test_validation_data_that_are_gone_leave_a_page_without_them(named_caches, t
     assert "No class was predicted" in words_of(page)
 
 
+def test_moved_tars_have_their_labels_where_the_run_had_them(tmp_path, named_caches):
+    """Also if there are others, in .cls files."""
+    members = []
+    for seed in range(6):
+        members += [member(f"{seed}.png", encoded(picture(seed))), member(f"{seed}.cls", b"1")]
+        members.append(member(f"{seed}.json", json.dumps({"id": 5 + seed % 3}).encode()))
+    for name in ("before.tar", "moved.tar"):
+        write_tar(tmp_path / name, members)
+    common = {"cache": named_caches[0], "steps": 2, "batch_size": 24, "report": False, **PLACE}
+    validation = {"val_data": str(tmp_path / "before.tar"), "label_key": "id"}
+    train(TrainConfig(mode="scratch", out=tmp_path / "run", **validation, **common))
+    (tmp_path / "before.tar").unlink()
+    summary, page = reported(tmp_path / "run", tmp_path, val_data=str(tmp_path / "moved.tar"))
+    assert summary.num_predicted == 6
+    assert all("--label-key id" in " ".join(words) for words in commands_of(page) if words[1] in ("eval", "report"))
+    evaluation = EvaluateConfig(
+        runs=(tmp_path / "run",), data=str(tmp_path / "moved.tar"), label_key="id", device="cpu"
+    )
+    score = evaluate(evaluation).score
+    assert f"for this page 6 of 6 {score.top1:.2f} {score.top5:.2f} {score.loss:.4g}" in words_of(page)
+
+
 def test_a_place_that_was_typed_in_another_folder_is_found(named_caches, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "there")
@@ -315,6 +341,16 @@ def test_a_place_that_was_typed_in_another_folder_is_found(named_caches, tmp_pat
 def test_a_folder_without_a_finished_run_is_refused(tmp_path, named_caches):
     with pytest.raises(ConfigError, match=r"is not a run's folder: run.json cannot be read"):
         report(ReportConfig(run=tmp_path, **PLACE))
+
+
+@pytest.mark.parametrize(("out", "message"), [(".", "is a folder"), ("s3://bucket/page.html", "s3://bucket/page.html")])
+def test_a_page_that_could_not_be_written_is_refused_at_once(out, message, run_of, tmp_path, monkeypatch):
+    run = run_of("distill")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, ["report", str(run), "--out", out])
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_label_key_without_tars_is_refused(tmp_path):
