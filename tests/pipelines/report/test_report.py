@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import logging
 import re
 import shlex
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -201,6 +203,27 @@ def test_the_command_of_a_cache_builds_its_like(fields, tiny_cache, digits_tars,
     assert identities[0] == identities[1]
     samples = [atcache.open(path).samples.sample_key.values.tolist() for path in (first, tmp_path / "again.zarr")]
     assert samples[0] == samples[1]
+
+
+def test_a_cache_that_left_out_bad_images_is_built_so_again(tiny_cache, digits_tars, tmp_path):
+    shutil.copy(digits_tars[0], tmp_path / "digits.tar")
+    with tarfile.open(tmp_path / "digits.tar", "a") as tar:
+        for info, data in (member("bad.png", b"no image"), member("bad.cls", b"1")):
+            tar.addfile(info, io.BytesIO(data))
+    path = tiny_cache(data=str(tmp_path / "digits.tar"), on_bad_image="skip")
+    words = shlex.split(build_command(path, tmp_path / "again.zarr"))
+    assert words[words.index("--on-bad-image") + 1] == "skip"
+    assert "--on-bad-image" not in build_command(tiny_cache(), tmp_path / "again.zarr")
+
+
+def test_no_command_builds_from_a_class_in_python(tiny_cache, tmp_path):
+    shutil.copytree(tiny_cache(), tmp_path / "own.zarr")
+    root = json.loads((tmp_path / "own.zarr/zarr.json").read_text())
+    edited = json.dumps(root).replace(
+        json.dumps(CacheRecord.of(CacheReader(tiny_cache())).identity.teacher), '"own:Net@12"'
+    )
+    (tmp_path / "own.zarr/zarr.json").write_text(edited)
+    assert build_command(tmp_path / "own.zarr", tmp_path / "again.zarr") is None
 
 
 def test_tars_are_typed_as_shortly_as_names_no_others(tmp_path):
