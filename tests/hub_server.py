@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,10 @@ COMMIT = "0123456789" * 4
 
 @contextmanager
 def serve_hub(root: Path) -> Iterator[str]:
-    """The address of a hub with the repositories root/ORG/MODEL; those of the organisation "gated" need a licence."""
+    """The address of a hub with the repositories root/ORG/MODEL.
+
+    Those of the organisation "gated" need a licence, and downloads from "broken" end in the middle.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -28,6 +33,16 @@ def serve_hub(root: Path) -> Iterator[str]:
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
+
+        def break_off(self, nbytes):
+            self.send_response(200)
+            self.send_header("Content-Length", str(nbytes))
+            self.end_headers()
+            # Without lingering, the other side sees a reset connection.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()
+            self.connection.close()
+            self.close_connection = True
 
         def do_GET(self):
             match self.path.partition("?")[0].strip("/").split("/"):
@@ -49,6 +64,8 @@ def serve_hub(root: Path) -> Iterator[str]:
             if not file.is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             body = file.read_bytes()
+            if org == "broken" and self.command == "GET":
+                return self.break_off(len(body))
             return self.answer(200, body, ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=COMMIT)
 
         do_HEAD = do_GET

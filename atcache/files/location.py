@@ -156,29 +156,48 @@ def parse_location(place: str | Path | Url) -> Location:
 
 
 def _parse_url(text: str) -> Url:
+    shown = _without_secrets(text)
     try:
         found = urlsplit(text)
         found.port  # noqa: B018 - raises if it is not a number
-    except ValueError as error:
-        raise ConfigError(f"{text!r} is not a URL ({error}). Check how it is written.") from None
+    except ValueError:  # its message may hold a part of a password
+        raise ConfigError(
+            f"{shown!r} is not a URL: its host or port cannot be read. Check how it is written; it must have no "
+            "password."
+        ) from None
     if found.scheme not in _SCHEMES:
         raise ConfigError(
-            f"{text!r} cannot be read: expected a path, or a URL that begins with "
+            f"{shown!r} cannot be read: expected a path, or a URL that begins with "
             f"{', '.join(f'{scheme}://' for scheme in _SCHEMES)}."
         )
     if "@" in found.netloc or found.query or found.fragment:
         # They are often secret, and would appear in caches and messages.
         raise ConfigError(
-            f"{found.scheme}://{found.netloc.rpartition('@')[2]}{found.path}: a URL must have no password, query or "
-            "fragment. Give credentials in the environment variables of the store."
+            f"{shown}: a URL must have no password, query or fragment. Give credentials in the environment variables "
+            "of the store."
         )
     if found.scheme == "hf":
         return _parse_hub(text)
     if not found.netloc or not re.fullmatch(r"[A-Za-z0-9._:\[\]-]+", found.netloc):
-        raise ConfigError(f"{text!r} does not name a host or bucket; expected a URL such as s3://bucket/folder.")
+        raise ConfigError(f"{shown!r} does not name a host or bucket; expected a URL such as s3://bucket/folder.")
     root = f"{found.scheme}://{found.netloc}"
     path = found.path.strip("/")
     return Url(root, _split(path, text, encoded=found.scheme in _WEB_SCHEMES))
+
+
+def _without_secrets(text: str) -> str:
+    """A URL for messages: without what comes before an "@", and without query and fragment.
+
+    >>> _without_secrets("ftp://me:pass/word@host/x?sig=1"), _without_secrets("https://me:pass?word@host/x")
+    ('ftp://host/x', 'https://...')
+    """
+    scheme, _, rest = text.partition("://")
+    if scheme == text:
+        return f"{text.partition(':')[0]}:..."
+    place, *behind = re.split("[?#]", rest)
+    if "@" in "".join(behind):  # a password or a query: it cannot be told where it ends
+        return f"{scheme}://..."
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def _parse_hub(text: str) -> Url:

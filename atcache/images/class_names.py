@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from atcache.errors import CacheMismatchError, RemoteError, SourceError
+from atcache.errors import CacheMismatchError, SourceError
 from atcache.files.location import Location
 from atcache.files.ranges import open_file
+from atcache.files.remote.fetcher import DeniedError
 
 CLASSES_FILE = "classes.txt"
 _MAX_NBYTES = 2**24
@@ -48,13 +49,14 @@ def read_class_names(file: Location) -> tuple[str, ...]:
 
     Raises:
         SourceError: the file is too large.
+        RemoteError: its server fails, so that nobody knows whether there is such a file.
     """
     try:
         opened = open_file(file)
         if opened.nbytes > _MAX_NBYTES:
             raise SourceError(f"{file} has {opened.nbytes} bytes; expected at most {_MAX_NBYTES}, one name a line.")
         data = opened.pread(opened.nbytes, 0)
-    except (OSError, RemoteError):  # some servers refuse a file that does not exist; the tars themselves were readable
+    except (OSError, DeniedError):  # some servers refuse a file that does not exist; the tars themselves were readable
         return ()
     # Not `splitlines`, which also splits at characters that a name may contain.
     names = data.removeprefix(b"\xef\xbb\xbf").decode(errors="backslashreplace").rstrip("\r\n").split("\n")

@@ -22,6 +22,13 @@ class BadLabelError(ValueError):
     """A label cannot be used. The message continues a sentence that begins with the sample's key."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Unclear:
+    """What stands in for a value that the text of a .json leaves open. Only where a label is, it matters."""
+
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelRule:
     """Where labels are, and whether a sample needs one."""
@@ -106,25 +113,24 @@ def _not_a_number(text: str) -> BadLabelError:
 def _find(data: bytes, key: str) -> Any:  # noqa: ANN401 - any JSON value
     """The member at a dotted key; None if there is none."""
     try:
-        value: Any = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
+        value: Any = json.loads(data.decode(), parse_constant=_constant, object_pairs_hook=_members)
     except (ValueError, RecursionError) as error:
         raise BadLabelError(f"has a .json that cannot be read ({type(error).__name__}: {error})") from error
     for part in key.split("."):
-        if not isinstance(value, dict):
-            return None
-        value = cast("dict[str, Any]", value).get(part)
+        value = cast("dict[str, Any]", value).get(part) if isinstance(value, dict) else None
+        if isinstance(value, _Unclear):
+            raise BadLabelError(f"has a .json that cannot be read ({value.why})")
     return value
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
+def _constant(text: str) -> _Unclear:
+    return _Unclear(f"{text} is not JSON")
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):  # which of the two is meant is not certain
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice")
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for name, value in pairs:  # of a name that comes again, it is not certain which of the values is meant
+        members[name] = _Unclear(f"{name!r} occurs twice") if name in members else value
     return members
 
 
@@ -136,7 +142,7 @@ def _parse_value(value: Any, key: str) -> int | None:  # noqa: ANN401 - any JSON
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_LABEL:
-        shown = json.dumps(value)
+        shown = json.dumps(value, default=lambda unclear: unclear.why)
         shown = shown if len(shown) <= _MAX_NBYTES else shown[:_MAX_NBYTES] + "..."
         if isinstance(value, list):
             raise BadLabelError(

@@ -135,10 +135,17 @@ def _expand_url(spec: str) -> list[Url]:
         except ConfigError as error:
             raise SourceError(str(error)) from None
         assert isinstance(url, Url), "it looks like a URL"
-        tars += _list_tars(url) if glob.has_magic(url.name) or not url.suffix else [url]
+        tars += _list_tars(url) if glob.has_magic(url.name) or _is_folder(url) else [url]
     for tar in tars:
         _check_suffix(tar)
     return tars
+
+
+def _is_folder(url: Url) -> bool:
+    """Whether a URL names a folder: on a server that lists, all that is not called as a file, as imagenet-1.0."""
+    if not url.can_list:
+        return not url.suffix
+    return not url.name.lower().endswith((".tar", *_COMPRESSED, *IMAGE_EXTENSIONS, *_TABLES))
 
 
 def _list_tars(url: Url) -> list[Url]:
@@ -150,6 +157,8 @@ def _list_tars(url: Url) -> list[Url]:
         )
     folder, pattern = (url.parent, url.name) if glob.has_magic(url.name) else (url, "*.tar")
     names = [name for name in list_files(folder) if "/" not in name and fnmatchcase(name, pattern)]
+    if not pattern.startswith("."):  # `*` matches no hidden file, as in a shell: macOS makes ._train-000000.tar
+        names = [name for name in names if not name.startswith(".")]
     if not names:
         raise SourceError(f"{str(url)!r} matches no file on the server. Check the folder and the pattern.")
     return [folder / name for name in names]
@@ -192,7 +201,7 @@ def _check_suffix(path: Location) -> None:
 
 
 def _tars_in(folder: Path) -> list[Path]:
-    entries = sorted(folder.iterdir())
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     tars = [path for path in entries if path.suffix.lower() == ".tar" and path.is_file()]
     if tars:
         return tars

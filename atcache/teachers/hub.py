@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atcache.errors import TeacherError
+from atcache.errors import AtcacheError, TeacherError
 from atcache.files.durable import disk_errors_explained
 
 _REACH_TIMEOUT_S = 10.0
@@ -70,6 +70,8 @@ def fetch_file(repository: str, filenames: Sequence[str], *, who: str, then: str
         try:
             with disk_errors_explained(Path(HF_HUB_CACHE)):
                 return Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
+        except AtcacheError:
+            raise
         except errors.LocalEntryNotFoundError as error:
             raise TeacherError(unreachable) from error
         except errors.EntryNotFoundError:
@@ -88,4 +90,6 @@ def fetch_file(repository: str, filenames: Sequence[str], *, who: str, then: str
             ) from error
         except errors.HfHubHTTPError as error:
             raise TeacherError(f"{who}: downloading hub:{repository}/{filename} failed ({error}). {by_hand}") from error
+        except Exception as error:  # the connection broke: errors of the HTTP client, RuntimeErrors of hf_xet
+            raise TeacherError(unreachable) from error
     raise TeacherError(f"{who}: {page} has no file {' or '.join(filenames)}.")

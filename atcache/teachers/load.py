@@ -222,8 +222,9 @@ def _create(name: ModelName, overrides: Mapping[str, Any]) -> nn.Module:
         if not unknown:
             raise TeacherError(f"model {name}: {error}.") from error
         raise TeacherError(f"model {name.timm_name} has no argument {unknown!r}.{_close_arguments(unknown)}") from error
-    except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise TeacherError(f"model {name}: timm cannot make it with these arguments ({error}).") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        reason = f"it knows no {error}" if isinstance(error, KeyError) else error
+        raise TeacherError(f"model {name}: timm cannot make it with these arguments ({reason}).") from error
     _check_patches_fit(name, model)
     return model
 

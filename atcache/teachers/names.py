@@ -170,7 +170,7 @@ def _parse_arguments(model: str, text: str) -> dict[str, Any]:
             str(k.arg): k.value.id if isinstance(k.value, ast.Name) else ast.literal_eval(k.value)
             for k in call.keywords
         }
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (AssertionError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         raise TeacherError(
             f"model {model}: cannot read its arguments {text!r}. Write name=value, each once, separated by "
             "commas, such as img_size=224,patch_size=16."

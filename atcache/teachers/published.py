@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from atcache.errors import TeacherError
+from atcache.files.location import expand_home
 from atcache.teachers.hub import fetch_file
 
 SOURCES = ("hf-hub", "local-dir")
@@ -57,7 +58,7 @@ def read_published(source: str) -> Published:
 def _read_published(source: str) -> Published:
     kind, _, place = source.partition(":")
     if kind == "local-dir":
-        folder = Path(place).expanduser().absolute()
+        folder = expand_home(Path(place)).absolute()
         file = folder / "config.json"
         if not folder.is_dir():
             raise TeacherError(f"model {source}: there is no folder {folder}.")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from atcache.errors import TeacherError
+from atcache.files.location import expand_home
 
 GRID_KEY = "patch_grid"
 """Key of a safetensors file's metadata under which atcache writes the grid of patches, such as "14x14"."""
@@ -94,8 +95,9 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         TeacherError: the file is missing, is something else than weights, holds pickled objects, or no tensors.
+        ConfigError: the path begins with the home folder of nobody.
     """
-    path = Path(path).expanduser()
+    path = expand_home(Path(path))
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():

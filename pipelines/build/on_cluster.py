@@ -12,6 +12,7 @@ from typing import Any
 
 from atcache.cache.record import CacheRecord
 from atcache.errors import ConfigError
+from atcache.files.location import expand_home
 from atcache.files.writers import sweep_partials
 from atcache.images.tars import as_typed_in
 from atcache.store.reader import CacheReader
@@ -126,7 +127,7 @@ def config_as_sent(config: BuildConfig) -> BuildConfig:
 def _check_teacher(teacher: str | OwnTeacher) -> None:
     # A worker would look in its own working folder and, for a model of transformers, then on the hub.
     kind, _, place = teacher.partition(":") if isinstance(teacher, str) else ("", "", "")
-    is_folder = kind == "local-dir" or (kind == "transformers" and Path(place).expanduser().is_dir())
+    is_folder = kind == "local-dir" or (kind == "transformers" and expand_home(Path(place)).is_dir())
     if is_folder and not place.startswith("/"):
         raise ConfigError(f"teacher={teacher!r}: on a cluster, name the folder from the root, as {kind}:/...")
 

@@ -14,10 +14,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from atcache import __version__
-from atcache.errors import ConfigError, WorkerLostError
+from atcache.errors import WorkerLostError
 
 from .local import GPU
-from .worker import Answer, answer, versions
+from .worker import Answer, answer, check_versions, other_atcache, versions
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -161,7 +161,7 @@ class Cluster:
 
         client: Any = self._client
         name = f"atcache-{uuid.uuid4().hex}"
-        client.register_plugin(Given(given), name=name)
+        client.register_plugin(Given(given, versions()), name=name)
         try:
             yield name
         finally:
@@ -224,7 +224,7 @@ class Cluster:
                 f"or a smaller --batch-size. {_GO_ON}"
             ) from error
         if isinstance(error, ImportError) and "atcache" in str(error):
-            raise _other_atcache("a worker", "none, or another one") from error
+            raise other_atcache("a worker", "none, or another one", __version__) from error
         raise error
 
     def _result_of(self, answered: Answer[Any]) -> Any:  # noqa: ANN401 - what the work returned
@@ -242,20 +242,14 @@ class Cluster:
         del work
 
     def _check_versions(self) -> None:
-        found: dict[str, Any] = cast("Any", self._client).run(versions, on_error="return")
-        here, python = versions()
-        for address, answered in found.items():
+        all_found: dict[str, Any] = cast("Any", self._client).run(versions, on_error="return")
+        for address, answered in all_found.items():
             if isinstance(answered, OSError):  # it was lost meanwhile
                 continue
             if isinstance(answered, Exception):
-                raise _other_atcache(f"the worker {address}", f"none, or another one ({answered})") from answered
-            if answered[0] != here:
-                raise _other_atcache(f"the worker {address}", answered[0])
-            if answered[1].rpartition(".")[0] != python.rpartition(".")[0]:
-                raise ConfigError(
-                    f"the worker {address} runs Python {answered[1]}, and this is Python {python}: objects cannot be "
-                    "sent between them. Use the same on both."
-                )
+                found = f"none, or another one ({answered})"
+                raise other_atcache(f"the worker {address}", found, __version__) from answered
+            check_versions(f"the worker {address}", answered, versions())
 
     def _scheduler_gone(self) -> WorkerLostError:
         return WorkerLostError(f"the scheduler at {self._address} has ended or does not answer. {_GO_ON}")
@@ -311,7 +305,3 @@ def _has_gpu(worker: dict[str, Any]) -> bool:
 def _keep_number(given: tuple[Callable[[Given, Item], Result], Given], item: tuple[int, Item]) -> Result:
     work, own = given
     return work(own, item[1])
-
-
-def _other_atcache(whose: str, found: str) -> ConfigError:
-    return ConfigError(f"{whose} has another atcache than {__version__}: {found}. Install the same one on all workers.")

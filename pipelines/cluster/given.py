@@ -14,14 +14,15 @@ class Given(WorkerPlugin):
     depends on, and so none to those that join later.
     """
 
-    def __init__(self, value: Any) -> None:  # noqa: ANN401 - what pickles
-        self.value = value
+    def __init__(self, value: Any, versions: tuple[str, str]) -> None:  # noqa: ANN401 - what pickles
+        """Of what is given: the value, and the versions of atcache and Python of the process that gives it."""
+        self.value, self.versions = value, versions
 
     def setup(self, worker: Any) -> None:  # noqa: ANN401 - dask's
         """Nothing to do: the worker keeps its plugins."""
 
 
-def given_here(name: str) -> Any:  # noqa: ANN401 - what was given
-    """The value that was sent to this worker under a name."""
-    plugin: Any = get_worker().plugins[name]
-    return plugin.value
+def given_here(name: str) -> Given:
+    """What was sent to this worker under a name."""
+    plugins: Any = get_worker().plugins
+    return plugins[name]

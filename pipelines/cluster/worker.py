@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from atcache import __version__
-from atcache.errors import AtcacheError, WorkerLostError
+from atcache.errors import AtcacheError, ConfigError, WorkerLostError
 from atcache.machine import num_processors
 
 Item = TypeVar("Item")
@@ -45,7 +45,9 @@ def answer(work: Callable[[Any, Item], Result], given_name: str, item: Item) -> 
     # images, end when it does: they read from a pipe that breaks.
     multiprocessing.current_process().daemon = False
     try:
-        return Answer(result=work(given_here(given_name), item))
+        given = given_here(given_name)
+        check_versions("a worker", versions(), given.versions)  # it may have joined after all others were checked
+        return Answer(result=work(given.value, item))
     except WorkerLostError:
         raise
     except AtcacheError as error:
@@ -60,6 +62,26 @@ def dask_setup(_: object) -> None:
 def versions() -> tuple[str, str]:
     """Versions of atcache and of Python."""
     return __version__, platform.python_version()
+
+
+def check_versions(whose: str, found: tuple[str, str], wanted: tuple[str, str]) -> None:
+    """Refuse a worker with other versions than the process that gives it work.
+
+    Raises:
+        ConfigError: it has another atcache, or another Python, up to the number that says what was mended.
+    """
+    if found[0] != wanted[0]:
+        raise other_atcache(whose, found[0], wanted[0])
+    if found[1].rpartition(".")[0] != wanted[1].rpartition(".")[0]:
+        raise ConfigError(
+            f"{whose} runs Python {found[1]}, and this is Python {wanted[1]}: objects cannot be sent between them. Use "
+            "the same on both."
+        )
+
+
+def other_atcache(whose: str, found: str, wanted: str) -> ConfigError:
+    """The error for a worker with another atcache."""
+    return ConfigError(f"{whose} has another atcache than {wanted}: {found}. Install the same one on all workers.")
 
 
 def own_processors(num_on_machine: int) -> int:

@@ -7,5 +7,6 @@
 - `csv_labels`: labels from a CSV file
 - `folders`: the images of an image folder
 - `tables`: the images of Hugging Face datasets: parquet and arrow files
+- `splits`: which files belong to which subset and split, from their names
 - `hub`: datasets on the Hugging Face hub
 """

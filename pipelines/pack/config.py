@@ -25,7 +25,7 @@ class PackConfig:
     out: Path = option("Folder for the tars and classes.txt; created if it is missing.", is_written=True)
     name: str | None = option(
         "Name of the tars: NAME-000000.tar and so on. It becomes part of each sample's identity, so give training and "
-        "validation tars different names.  [default: the name of the data, and the split]",
+        "validation tars different names.  [default: the name of the data, the subset and the split]",
         default=None,
     )
     classes: Path | None = option(
@@ -39,6 +39,9 @@ class PackConfig:
         "numbers, or all names of classes. none packs images without labels.",
         default=None,
         metavar="FILE.csv|none",
+    )
+    subset: str | None = option(
+        "The subset of a Hugging Face dataset that has several, by the name of its folder.", default=None
     )
     split: str | None = option("The split of a Hugging Face dataset, such as train.", default=None)
     revision: str | None = option(
@@ -87,4 +90,4 @@ class PackConfig:
         if self.name is not None:
             return self.name
         own = self.data.name if self.hub_name is not None else self.data.resolve().name
-        return own if self.split is None else f"{own}-{self.split}"
+        return "-".join([own, *(part for part in (self.subset, self.split) if part is not None)])

@@ -77,13 +77,21 @@ def plan_folder(config: PackConfig) -> PackPlan:
 def _class_folders(root: Path, ignored: Counter[str]) -> list[str]:
     """The names of the class folders, in the order of their labels if no list says otherwise."""
     names: list[str] = []
-    num_images = 0
+    num_images = num_links = 0
     for entry in root.iterdir():
         if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
             names.append(entry.name)
         else:
             ignored["linked or hidden folders" if entry.is_dir() else "files outside the class folders"] += 1
+            num_links += entry.is_dir() and not entry.name.startswith(".")
             num_images += entry.suffix.lower() in IMAGE_EXTENSIONS
+    if not names and num_links:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(ignored.items()))
+        raise SourceError(
+            f"{root} holds no class folders that can be packed; left out: {left_out}. Links to folders are not "
+            "followed. Give real folders, one per class; or as --data the folder that the links lead into, with "
+            "--labels FILE.csv."
+        )
     if not names:
         advice = " For images without labels, give --labels none; for labels in a file, --labels FILE.csv."
         raise SourceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +11,9 @@ from atcache.errors import AtcacheError, SourceError
 from atcache.files.durable import disk_errors_explained
 
 from ..running.progress import Progress
-from .tables import PARQUET, choose_split
+from .config import PackConfig
+from .splits import choose_files
+from .tables import PARQUET
 
 _CONVERTED = "refs/convert/parquet"
 """The branch on which the hub keeps a parquet copy of a dataset that has other files."""
@@ -26,30 +29,38 @@ class HubFiles:
     """What they are: hf:ORG/NAME@COMMIT."""
 
 
-def fetch_dataset(name: str, split: str | None, revision: str | None) -> HubFiles:
+def fetch_dataset(name: str, config: PackConfig) -> HubFiles:
     """The parquet files of a dataset on this machine, in the hub's own cache, which fetches each file only once.
 
     Args:
         name: ORG/NAME.
-        split: None if there is only one.
-        revision: a branch, tag or commit; None takes main, or the hub's parquet copy if main has no parquet files.
+        config: the subset, split and revision that are wanted. Without a revision it is main, or the hub's parquet
+            copy if main has no parquet files.
 
     Raises:
-        SourceError: the hub cannot be reached or refuses, or there is no such dataset or split.
+        SourceError: the hub cannot be reached or refuses, or there is no such dataset, subset or split.
     """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    revision = config.revision
     try:
         commit, files = _listed(name, revision)
         if not files and revision is None:
-            commit, files = _listed(name, _CONVERTED)
+            with suppress(RevisionNotFoundError):  # the hub copies only what it can read without running code
+                commit, files = _listed(name, _CONVERTED)
         if not files:
             raise SourceError(
                 f"hf:{name} has no parquet files. Load it with `datasets`, save it with save_to_disk and pack that "
                 "folder."
             )
-        chosen = choose_split(files, split, f"hf:{name}")
+        chosen = choose_files(files, config.subset, config.split, f"hf:{name}")
         paths: list[Path] = []
         with Progress("download", total=len(chosen), unit="files") as progress:
             for file in chosen:
@@ -65,7 +76,7 @@ def fetch_dataset(name: str, split: str | None, revision: str | None) -> HubFile
             f"hf:{name} is given only to those who ask: accept its terms on https://huggingface.co/datasets/{name} and "
             "set the environment variable HF_TOKEN."
         ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise SourceError(
             f"hf:{name}: the hub has no such dataset{'' if revision is None else f' or revision {revision!r}'}. Check "
             "the name, ORG/NAME; a private one needs the environment variable HF_TOKEN."

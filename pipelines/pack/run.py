@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,20 @@ from atcache.files.durable import (
     write_file,
 )
 from atcache.files.writers import only_writer
-from atcache.images.class_names import CLASSES_FILE
+from atcache.images.class_names import CLASSES_FILE, read_class_names
 from atcache.images.tars import PACK_RECORD, pack_folder
 
 from ..running.progress import Progress
-from .classes import Classes
+from .classes import Classes, read_classes
 from .config import PackConfig
 from .folders import plan_folder
 from .hub import fetch_dataset
 from .plan import PackedSample, PackPlan
-from .tables import Tables, choose_split, find_tables
+from .splits import choose_files
+from .tables import Tables, find_tables
 
 _IMAGES_FILE = "images"  # in the hidden folder: the images of tables, which the tars take in another order
-_OF_TABLES = ("split", "image_column", "label_column")
+_OF_TABLES = ("subset", "split", "image_column", "label_column")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def pack(config: PackConfig) -> PackSummary:
                 names = (*names, CLASSES_FILE)
             if config.hub_name is not None:  # the name alone does not say which version of the dataset these are
                 about = f"{config.tar_name}-source.json"
-                write_file(partial / about, encode_json({"source": source, "split": config.split}))
+                chosen = {"subset": config.subset, "split": config.split}
+                write_file(partial / about, encode_json({"source": source, **chosen}))
                 names = (*names, about)
             _put_in_place(partial, out, names)
         finally:
@@ -112,7 +115,7 @@ def _find(config: PackConfig) -> PackPlan | _Found:
             f"labels={config.labels} is for image folders; {config.data} is a dataset with labels of its own."
         )
     if config.hub_name is not None:
-        fetched = fetch_dataset(config.hub_name, config.split, config.revision)
+        fetched = fetch_dataset(config.hub_name, config)
         return _Found(Tables.open(fetched.files, config), fetched.source)
     if not files:
         if (asked := next((name for name in _OF_TABLES if getattr(config, name) is not None), None)) is not None:
@@ -122,7 +125,8 @@ def _find(config: PackConfig) -> PackPlan | _Found:
             )
         return plan_folder(config)
     root = config.data.resolve()
-    chosen = choose_split([file.relative_to(root) for file in files], config.split, str(config.data))
+    names = [file.relative_to(root) for file in files]
+    chosen = choose_files(names, config.subset, config.split, str(config.data))
     return _Found(Tables.open([root / file for file in chosen], config), str(root))
 
 
@@ -166,27 +170,35 @@ def _make_out(out: Path, root: Path) -> None:
 
 def _check_names(out: Path, tar_name: str) -> None:
     """Refuse a folder that has tars of this name."""
-    existing = sorted(out.glob(f"{tar_name}-*.tar"))
+    number = re.compile(rf"{re.escape(tar_name)}-[0-9]{{6,}}\.tar")
+    existing = sorted(path for path in out.iterdir() if number.fullmatch(path.name))
     if existing:
         raise SourceError(
-            f"{out} already holds {len(existing)} tars called {tar_name}-*.tar, such as {existing[0].name}. Remove "
-            "them, or give another --out or --name."
+            f"{out} already holds {len(existing)} tars called {tar_name}-NUMBER.tar, such as {existing[0].name}. "
+            "Remove them, or give another --out or --name."
         )
 
 
 def _check_out(out: Path, plan: PackPlan) -> None:
     """Refuse a folder whose tars have other classes, or whose disk is too small, before any tar is written."""
     classes_path = out / CLASSES_FILE
-    if classes_path.exists() and plan.num_classes:
-        there = classes_path.read_bytes()
-        if there != Classes(plan.classes).text() if plan.classes is not None else plan.num_classes > there.count(b"\n"):
-            raise SourceError(
-                f"{classes_path} names other classes than these images have, so labels would not agree. Number them "
-                f"alike with --classes {out}, or give another --out."
-            )
+    if classes_path.exists() and plan.num_classes and not _agrees(classes_path, plan):
+        raise SourceError(
+            f"{classes_path} names other classes than these images have, so labels would not agree. Number them "
+            f"alike with --classes {out}, or give another --out."
+        )
     free_nbytes = shutil.disk_usage(out).free
     if plan.nbytes > free_nbytes:
         raise DiskFullError(f"{out} has {free_nbytes} bytes free, but the tars need {plan.nbytes}. Free some space.")
+
+
+def _agrees(classes_path: Path, plan: PackPlan) -> bool:
+    """Whether the labels of a plan mean the classes that a file names; the file may be written by hand."""
+    if plan.classes is None:
+        return plan.num_classes <= len(read_class_names(classes_path))
+    # The bytes are looked at first: `pack` may itself have written names that `read_classes` refuses or trims.
+    is_own = classes_path.read_bytes() == Classes(plan.classes).text()
+    return is_own or read_classes(classes_path).names == plan.classes
 
 
 def _write_tar(path: Path, samples: tuple[PackedSample, ...]) -> None:

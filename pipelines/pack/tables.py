@@ -26,10 +26,9 @@ from ..running.progress import Progress
 from .classes import Classes, in_order, read_classes
 from .config import PackConfig
 from .plan import PackedSample, PackPlan, plan_tars, unique_key
+from .splits import ARROW
 
-PARQUET, ARROW = ".parquet", ".arrow"
-_PART = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}.*")
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+PARQUET = ".parquet"
 _ROWS_AT_A_TIME = 16
 # What begins the files of each kind; the name in a dataset may have no extension, or a wrong one.
 _MAGIC = (
@@ -42,9 +41,13 @@ _MAGIC = (
 
 
 def find_tables(root: Path) -> list[Path]:
-    """The parquet or arrow files of a dataset; none if the folder begins with images.
+    """The parquet or arrow files of a dataset; none if the folder begins with images, or only its folders hold any.
 
     Only as much is listed as is needed to tell the two apart.
+
+    Raises:
+        SourceError: a file beside images cannot be read.
+        ConfigError: there are images and such files, and pyarrow is not installed.
     """
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -53,47 +56,26 @@ def find_tables(root: Path) -> list[Path]:
             return []
         if suffix := next((suffix for suffix in (PARQUET, ARROW) if suffix in suffixes), None):
             found = chain(Path(folder).glob(f"*{suffix}"), root.rglob(f"*{suffix}"))
-            return sorted({path for path in found if _is_data(path.relative_to(root))})
+            tables = sorted({path for path in found if _is_data(path.relative_to(root))})
+            # Tables beside class folders may be about the images instead of holding them, as metadata.parquet.
+            return tables if not _holds_images(root) or any(map(_images_in, tables)) else []
     return []
+
+
+def _holds_images(root: Path) -> bool:
+    return any(Path(name).suffix.lower() in IMAGE_EXTENSIONS for *_, files in os.walk(root) for name in files)
+
+
+def _images_in(file: Path) -> list[str]:
+    """The columns of images that a file has."""
+    schema = _schema(file)
+    features = _features(schema)
+    return [field.name for field in schema if _is_image(field, features)]
 
 
 def _is_data(path: PurePath) -> bool:
     # `datasets` keeps results of its own beside the data, in cache-0123abcd.arrow.
     return not any(part.startswith(".") for part in path.parts) and not path.name.startswith(("cache-", "tmp"))
-
-
-def choose_split(files: Sequence[PurePath], split: str | None, where: str) -> list[PurePath]:
-    """The files of one split, from their names: train-00000-of-00002.parquet, train/0000.parquet or name-train.arrow.
-
-    Args:
-        files: relative to the dataset.
-        split: None if there is only one.
-        where: what the dataset is called, for messages.
-
-    Raises:
-        SourceError: there is no such split, or several and none is asked for.
-    """
-    split_of = {file: _split_of(file) for file in files}
-    splits = sorted({name for name in split_of.values() if name is not None})
-    if split is None and len(splits) <= 1:
-        return list(files)
-    if split not in splits:
-        have = f"it has {', '.join(splits)}" if splits else "its files name no splits"
-        said = "there is more than one split" if split is None else f"there is no split {split!r}"
-        raise SourceError(f"{where}: {said}; {have}. {'Give one with --split' if splits else 'Leave --split out'}.")
-    return [file for file, name in split_of.items() if name == split]
-
-
-def _split_of(file: PurePath) -> str | None:
-    stem = file.stem
-    if part := _PART.fullmatch(stem):
-        stem = part["stem"]
-    if stem == "data" or stem.isdecimal() or stem.startswith("part"):
-        return file.parent.name or None
-    last = stem.rpartition("-")[2]  # `load_dataset` names files dataset-train.arrow
-    if file.suffix == ARROW or last in _SPLITS:
-        return last
-    return stem if part else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,18 +91,18 @@ class Tables:
 
     @classmethod
     def open(cls, files: Sequence[Path], config: PackConfig) -> Tables:
-        """Find the columns of images and labels.
+        """Find the columns of images and labels, which are the same in all files.
 
         Raises:
-            SourceError: a file cannot be read, or its columns are not those of images.
+            SourceError: a file cannot be read, its columns are not those of images, or they mean other classes than
+                those of the first file.
             ConfigError: pyarrow is not installed.
         """
         schema = _schema(files[0])
         features = _features(schema)
-        image = _only(
-            [field.name for field in schema if _is_image(field, features)], config.image_column, "image", files[0]
-        )
+        image = _only(_images_in(files[0]), config.image_column, "image", files[0])
         if not config.has_labels:
+            _check_alike(files, image, None)
             return cls(files=tuple(files), image=image, label=None, names=None)
         classed = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
         plain = [field.name for field in schema if field.name in ("label", "labels") and _is_label(field)]
@@ -128,9 +110,8 @@ class Tables:
         if asked is not None:
             plain, classed = [field.name for field in schema if _is_label(field)], []
         label = _only(classed or plain, asked, "label", files[0])
-        names = features.get(label, {}).get("names")
-        is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return cls(files=tuple(files), image=image, label=label, names=tuple(names) if is_names and names else None)
+        _check_alike(files, image, label)
+        return cls(files=tuple(files), image=image, label=label, names=_class_names(features, label))
 
     def plan(self, config: PackConfig, spool: Path) -> PackPlan:
         """Copy the images to one file, from which they can be read in any order, and plan their tars.
@@ -322,6 +303,39 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401 - a pya
     except (KeyError, TypeError, ValueError):
         return {}
     return {name: about for name, about in found.items() if isinstance(about, dict)} if isinstance(found, dict) else {}
+
+
+def _class_names(features: dict[str, dict[str, Any]], label: str) -> tuple[str, ...] | None:
+    """What the numbers in a column stand for, if it says so."""
+    names = features.get(label, {}).get("names")
+    is_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_names and names else None
+
+
+def _check_alike(files: Sequence[Path], image: str, label: str | None) -> None:
+    """Refuse files that lack a column of the first, or in which its labels mean something else."""
+    first: Any = None
+    for file in files:
+        schema = _schema(file)
+        features = _features(schema)
+        if image not in schema.names or not _is_image(schema.field(image), features):
+            raise SourceError(_not_alike(file, files[0], f"it has no images in the column {image!r}"))
+        if label is None:
+            continue
+        if label not in schema.names or not _is_label(schema.field(label)):
+            raise SourceError(_not_alike(file, files[0], f"it has no labels in the column {label!r}"))
+        is_number = _pyarrow().types.is_integer(schema.field(label).type)
+        meaning = is_number, _class_names(features, label)
+        first = first or meaning
+        if meaning != first:
+            raise SourceError(_not_alike(file, files[0], f"its column {label!r} names other classes"))
+
+
+def _not_alike(file: Path, first: Path, what: str) -> str:
+    return (
+        f"{file} cannot be packed together with {first}: {what}. Give --data a folder with only the files that belong "
+        "together, or choose them with --subset and --split."
+    )
 
 
 def _is_image(field: Any, features: dict[str, dict[str, Any]]) -> bool:  # noqa: ANN401 - a pyarrow.Field

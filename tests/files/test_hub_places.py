@@ -122,8 +122,30 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch, hub):
 
 
 def test_a_mistake_of_ours_keeps_its_own_error(hub):
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as raised:
         ask_hub(parse_location("hf://datasets/lab/maps"), lambda: 1 // 0)
+    assert raised.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("num_failures", "cause"), [(1, None), (9, None), (9, RemoteError("x: it is full."))])
+def test_plain_runtime_errors_of_transfers_are_failed_connections(num_failures, cause, monkeypatch):
+    monkeypatch.setattr(asking, "_WAITS_S", (0.01,))
+    asked = []
+
+    def question():
+        asked.append(1)
+        if len(asked) <= num_failures:
+            raise RuntimeError("Data processing error: CAS service error: connection reset") from cause
+        return "answer"
+
+    place = parse_location("hf://datasets/lab/maps")
+    if num_failures == 1:
+        assert ask_hub(place, question) == "answer"
+        return
+    with pytest.raises(RemoteError, match="x: it is full" if cause else r"maps: the hub cannot be reached") as raised:
+        ask_hub(place, question)
+    assert len(asked) == (1 if cause else 2)
+    assert (raised.value.__cause__ is None) == (cause is not None)
 
 
 def test_tars_on_a_hub_are_indexed_as_local_ones(hub, digits_tars):

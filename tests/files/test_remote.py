@@ -23,8 +23,9 @@ from atcache.cli.main import cli
 from atcache.errors import AtcacheError, CacheMismatchError, CorruptCacheError, RemoteError, SourceError
 from atcache.files.location import parse_location
 from atcache.files.ranges import open_file
-from atcache.files.remote import block_cache
+from atcache.files.remote import block_cache, remote_file
 from atcache.files.remote.block_cache import BLOCK_NBYTES, BlockCache
+from atcache.images.class_names import read_class_names
 from atcache.images.source import Source, index_source, relocate
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
@@ -149,7 +150,7 @@ def test_a_damaged_row_is_fetched_again_also_if_nothing_can_be_written(place, is
     file = open_url(server, "file")
     assert file.pread(100, 0) == data
     blocks, key = block_cache.shared_blocks(), file._keys[0]
-    file._claims.wait(key)  # until it is stored, which may be after its reader has it
+    file._claims.wait(key, time.monotonic() + 60)  # until it is stored, which may be after its reader has it
     first, rows = blocks._rows_of(key)
     row = block_cache._HEADER_NBYTES + first * block_cache._ROW.size + rows.index(key)
     os.pwrite(blocks._fd, (2**31 + 1).to_bytes(4, "little"), row + place)  # its number of bytes, or its checksum
@@ -161,7 +162,7 @@ def test_a_damaged_row_is_fetched_again_also_if_nothing_can_be_written(place, is
         os.close(reads_only)
         assert blocks._fd == writable
     assert read_within_seconds(file, 100) == data
-    file._claims.wait(key)
+    file._claims.wait(key, time.monotonic() + 60)
     assert blocks.get(key) == data
 
 
@@ -221,6 +222,25 @@ def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeyp
     start_s = time.monotonic()
     assert open_url(server, "file").pread(len(data), 0) == data
     assert time.monotonic() - start_s < 5
+
+
+def test_a_reader_that_is_stopped_while_it_fetches_is_not_waited_for_without_end(server, monkeypatch):
+    monkeypatch.setattr(remote_file, "_PATIENCE_S", 0.5)
+    data = serve_bytes(server, "file", 2**20)
+    server.delay_s = 0.3
+    reader = run_python(_READER, f"{server.url}/file")
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "open\n"
+    time.sleep(0.15)  # it has asked, and no answer came yet
+    reader.send_signal(signal.SIGSTOP)
+    server.delay_s = 0
+    try:
+        start_s = time.monotonic()
+        assert open_url(server, "file").pread(len(data), 0) == data
+        assert 0.4 < time.monotonic() - start_s < 20
+    finally:
+        reader.send_signal(signal.SIGCONT)
+    assert reader.communicate(timeout=60)[0] == "done\n"
 
 
 def test_forked_processes_and_threads_read(server):
@@ -374,6 +394,9 @@ def test_names_of_classes_are_read_beside_tars_on_a_server(server, digits_tars):
     (server.folder / "classes.txt").write_text("".join(f"digit {label}\n" for label in range(10)))
     named = index_source(url).classes
     assert named.name(9) == "digit 9"
+    server.fault = "fail"
+    with pytest.raises(RemoteError, match=r"classes\.txt cannot be read: .*500"):
+        read_class_names(parse_location(named.where))
     assert named.where == url.rpartition("/")[0] + "/classes.txt"
 
 
@@ -424,7 +447,7 @@ import json, sys
 import atcache
 from atcache.images.source import index_source
 cache = atcache.open(sys.argv[1])
-tars = [index_source(f"s3://bucket/{name}").num_samples for name in ("tars", "tars/digits-*.tar")]
+tars = [index_source(f"s3://bucket/{name}").num_samples for name in sys.argv[2:]]
 missing = [task.name for task in cache.reader.missing_tasks()]
 print(json.dumps([float(cache.maps(1)[0, 3].compute().sum()), missing, tars]))
 """
@@ -434,17 +457,19 @@ def test_an_object_store_is_listed_so_caches_there_may_be_incomplete(server, tin
     """Against a server of our own that knows what of S3 is asked here; moto's whole S3 was tried by hand."""
     cache = tiny_cache(codec="int8")
     shutil.copytree(cache, server.folder / "bucket" / "my caches" / "digits.zarr")
-    shutil.copytree(digits_tars[0].parent, server.folder / "bucket" / "tars")
+    shutil.copytree(digits_tars[0].parent, server.folder / "bucket" / "tars-1.0")
+    (server.folder / "bucket/tars-1.0/._digits-000000.tar").write_bytes(b"what macOS makes")
     settings = {"ENDPOINT_URL": server.url, "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key"}
     for name, value in {**settings, "REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     commits = server.folder / "bucket" / "my caches" / "digits.zarr" / "commits"
     expected = float(atcache.open(cache).maps(1)[0, 3].compute().sum())
     (commits / "v0000-b000001.json").unlink()
-    reader = run_python(_OBJECT_STORE, "s3://bucket/my caches/digits.zarr")
+    named = ["tars-1.0", "tars-1.0/digits-*.tar", "tars-1.0/*.tar"]
+    reader = run_python(_OBJECT_STORE, "s3://bucket/my caches/digits.zarr", *named)
     out, errors = reader.communicate(timeout=100)
     assert reader.returncode == 0, errors
-    assert json.loads(out) == [expected, ["v0000-b000001"], [48, 48]]
+    assert json.loads(out) == [expected, ["v0000-b000001"], [48, 48, 48]]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +478,13 @@ def test_an_object_store_is_listed_so_caches_there_may_be_incomplete(server, tin
         ("ftp://host/a.zarr", r"cannot be read: expected a path, or a URL that begins with http://"),
         ("file:///etc/passwd", r"cannot be read: expected a path"),
         ("pipe:cat /etc/passwd", r"cannot be read: expected a path"),
+        ("ftp://me:secret@host/a.zarr", r"^'ftp://host/a.zarr' cannot be read: expected a path"),
+        ("ftp://host/a.zarr?sig=secret", r"^'ftp://host/a.zarr' cannot be read: expected a path"),
+        ("pipe:curl -u me:secret host", r"^'pipe:...' cannot be read"),
+        ("https://me:secret/secret@host/a.zarr", r"^'https://host/a.zarr' is not a URL: its host or port"),
+        ("https://me:secret?secret@host/a.zarr", r"^'https://...' is not a URL"),
+        ("https://host/a.zarr?sig=1@secret", r"^https://...: a URL must have no password"),
+        ("https:///me:secret@host", r"^'https://host' does not name a host"),
         ("https://me:secret@host/a.zarr", r"^https://host/a.zarr: a URL must have no password"),
         ("https://host/a.zarr?sig=secret", r"^https://host/a.zarr: a URL must have no password, query"),
         ("s3://bucket/../other/a.zarr", r"is not a path on a server"),

@@ -65,6 +65,8 @@ BAD_JSON = {
     "several": (as_json(class_id=[1, 2]), r"a list as class_id .*\[1, 2\].*--labels none"),
     "twice": (b'{"class_id": 1, "class_id": 2}', "'class_id' occurs twice"),
     "not JSON": (b"{class_id: 1}", "cannot be read"),
+    "a place that is twice": (b'{"class_id": {"a": 1}, "class_id": 1}', "'class_id' occurs twice"),
+    "a list with NaN": (b'{"class_id": [NaN, 1]}', r"a list as class_id .*NaN is not JSON"),
     "NaN": (b'{"class_id": NaN}', "NaN is not JSON"),
     "deep": (b"[" * 100_000, "cannot be read"),
     "a long number": (b'{"class_id": ' + b"1" * 5000 + b"}", "cannot be read"),
@@ -73,6 +75,12 @@ BAD_JSON = {
     "no such key": (as_json(label=1), r"no label \(\.json, key class_id\)"),
     "no object": (b"3", r"no label \(\.json, key class_id\)"),
 }
+
+
+def test_what_is_not_json_elsewhere_in_a_json_does_no_harm(tmp_path):
+    about = b'{"score": NaN, "twice": 1, "twice": 2, "meta": {"max": Infinity, "id": 4}, "meta2": {"a": 1, "a": 1}}'
+    path = write_tar(tmp_path / "t.tar", [member("a.json", about), *sample("a", 1)])
+    assert index_source(path, label_key="meta.id").label_S.tolist() == [4]
 
 
 @pytest.mark.parametrize("name", BAD_JSON)

@@ -266,6 +266,7 @@ def test_any_changed_byte_gives_an_index_or_a_source_error(tmp_path, position, v
 def test_tars_can_be_named_in_every_way(tmp_path, monkeypatch):
     paths = [write_tar(tmp_path / f"t-{number:02d}.tar", sample("a")) for number in range(3)]
     (tmp_path / "readme.txt").write_text("x")
+    (tmp_path / "._t-00.tar").write_bytes(b"what macOS makes")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     expected = [path.name for path in paths]

@@ -83,7 +83,9 @@ def test_positions_are_resized_when_the_processor_makes_larger_images(folders, t
 def test_the_same_weights_have_the_same_hash_and_others_another(folders, tmp_path):
     again = save_transformers(tmp_path / "again", "vit")
     other = save_transformers(tmp_path / "other", "vit", seed=1)
-    first, second, third = (load_teacher(f"transformers:{path}") for path in (folders["vit"], again, other))
+    at = shutil.copytree(again, tmp_path / "me@work/vit@2")
+    assert load_teacher(f"transformers:{at}").source == "vit@2"
+    first, second, third = (load_teacher(f"transformers:{path}") for path in (folders["vit"], at, other))
     assert first.weights_sha256 == second.weights_sha256 != third.weights_sha256
     assert first.source == "vit"
 
@@ -250,11 +252,12 @@ TINY_CLIP = {
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A file of random weights of the model "tiny-clip", which OpenCLIP then knows."""
+    """A file of random weights of the model "tiny-clip", which OpenCLIP then knows, also with QuickGELU."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("open-clip")
     (folder / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    (folder / "tiny-clip-quickgelu.json").write_text(json.dumps({**TINY_CLIP, "quick_gelu": True}))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-clip", load_weights=False)
@@ -285,6 +288,28 @@ def test_maps_of_open_clip_are_those_that_torchs_attention_returns(tiny_clip):
             for attention, x in zip(attentions, inputs, strict=True)
         ]
     assert_maps(teacher, expected)
+
+
+def test_the_activation_of_open_clip_is_the_one_that_a_tags_weights_were_trained_with(tiny_clip, monkeypatch):
+    import open_clip
+
+    weights, visual = tiny_clip
+    tags = {"gelu": {"file": str(weights)}, "quick": {"file": str(weights), "quick_gelu": True}}
+    for tag in tags.values():
+        tag |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", tags)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip-quickgelu", tags)
+    plain, quick = (load_teacher(f"open-clip:tiny-clip/{tag}") for tag in tags)
+    own = open_clip.create_model("tiny-clip-quickgelu", pretrained="quick", require_pretrained=True).visual.eval()
+    for teacher, tower in ((plain, visual), (quick, own)):
+        with torch.no_grad():
+            torch.testing.assert_close(teacher.model.module(IMAGES), tower(IMAGES))
+    # A cache of the same weights with the other activation is not continued.
+    assert plain.weights_sha256 != quick.weights_sha256
+    named = load_teacher("open-clip:tiny-clip-quickgelu/quick")
+    assert_maps(named, [layer.maps() for layer in FactorCapture(quick.model)(IMAGES)])
+    with pytest.raises(TeacherError, match=r"has the activation QuickGELU, .* trained with GELU\. .* --weights FILE\."):
+        load_teacher("open-clip:tiny-clip-quickgelu/gelu")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_server import serve_hub
 from safetensors.torch import save_file
 
 from atcache.errors import ConfigError, TeacherError, UnsupportedAttentionError
 from atcache.teachers.components import component_differences
 from atcache.teachers.devices import rounded_products
+from atcache.teachers.hub import fetch_file
 from atcache.teachers.inputs import input_config
 from atcache.teachers.load import create_student, load_teacher
 from atcache.teachers.names import ALIASES, ModelName, parse_model_name
@@ -85,6 +87,11 @@ def test_arguments_after_an_alias_overrule_its_own():
 def test_a_name_in_the_home_of_nobody_is_refused():
     with pytest.raises(ConfigError, match="begins with ~, but there is no user 'nouser-of-atcache'"):
         parse_model_name("~nouser-of-atcache/vit")
+    for name in ("local-dir:~nouser-of-atcache/vit", "transformers:~nouser-of-atcache/vit"):
+        with pytest.raises(ConfigError, match="there is no user 'nouser-of-atcache'"):
+            load_teacher(name)
+    with pytest.raises(ConfigError, match="there is no user 'nouser-of-atcache'"):
+        load_teacher(TINY, weights=Path("~nouser-of-atcache/w.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,8 @@ def test_a_name_in_the_home_of_nobody_is_refused():
         ("vit_tiny_patch16_224:32", "cannot read its arguments '32'. Write name=value"),
         ("vit_tiny_patch16_224:img_size=f()", "cannot read its arguments"),
         ("vit_tiny_patch16_224:img_size=32,img_size=16", "cannot read its arguments"),
+        ("vit_tiny_patch16_224:img_size={[1]:2}", "cannot read its arguments"),
+        (f"vit_tiny_patch16_224:img_size={'-' * 9999}1", "cannot read its arguments"),
         ("vit_tiny_patch16_224:**{}", "cannot read its arguments"),
         ("vit_tiny_patch16_224:checkpoint_path='x'", "the argument checkpoint_path cannot be given"),
         ("hf-hub:vit", "expected hf-hub:ORG/MODEL or hf-hub:ORG/MODEL@REVISION"),
@@ -114,6 +123,10 @@ def test_names_that_cannot_be_used_say_why(text, message):
     ("arguments", "message"),
     [
         ("imgsize=32", "vit_tiny_patch16_224 has no argument 'imgsize'. Did you mean img_size"),
+        ("act_layer=silu2", r"cannot make it with these arguments \(it knows no 'silu2'\)"),
+        ("depth=two", "model vit_tiny_patch16_224:depth=two: "),
+        ("norm_layer=5", "vit_tiny_patch16_224:norm_layer=5"),
+        ("img_size=(1,)", "timm cannot make it with these arguments"),
         ("embed_dim=50", "cannot make it with these arguments .*divisible by num_heads"),
     ],
 )
@@ -184,6 +197,19 @@ def test_an_unreachable_hub_names_the_file_to_fetch_within_seconds(offline, tmp_
     assert time.monotonic() - start_s < 60
     assert "hub cannot be reached. Download model.safetensors of https://huggingface.co/timm/vit_tiny" in done.stdout
     assert "--weights FILE" in done.stdout
+
+
+def test_a_connection_that_breaks_during_a_download_is_a_sentence(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    (tmp_path / "broken/vit").mkdir(parents=True)
+    (tmp_path / "broken/vit/model.safetensors").write_bytes(bytes(5000))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serve_hub(tmp_path) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with pytest.raises(TeacherError, match=r"vit: the Hugging Face hub cannot be reached\. Download model\.safe"):
+            fetch_file("broken/vit", ["model.safetensors"], who="vit", then="give it with --weights FILE")
 
 
 def test_a_copy_in_the_hubs_cache_needs_no_network(tiny, tmp_path):

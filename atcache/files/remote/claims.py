@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
+
+_PAUSE_S = 0.01
 
 
 class Claims:
@@ -42,18 +45,36 @@ class Claims:
             fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
             self._held.pop(key).set()
 
-    def wait(self, key: bytes) -> None:
-        """Wait until nobody claims a block. The caller must hold no claim, or two callers could wait for each other."""
-        with self._lock:
-            event = self._held.get(key)
-        if event is not None:
-            event.wait()
-            return
+    def wait(self, key: bytes, until_s: float) -> bool:
+        """Wait until nobody claims a block. The caller must hold no claim, or two callers could wait for each other.
+
+        Args:
+            key: the block.
+            until_s: the time, on the monotonic clock, after which another process is not waited for: it may be stopped.
+
+        Returns:
+            Whether nobody claims it now.
+        """
+        while True:
+            with self._lock:
+                event = self._held.get(key)
+                if event is None and self._is_free(key):
+                    return True
+            if event is not None:
+                event.wait()
+                return True
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(_PAUSE_S)
+
+    def _is_free(self, key: bytes) -> bool:
+        """Whether no other process claims a block."""
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, _place(key))
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(key))
         except OSError:
-            return  # the system may see a deadlock, as it looks at processes, not threads; the caller tries again
+            return False
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, _place(key))
+        return True
 
 
 def _place(key: bytes) -> int:

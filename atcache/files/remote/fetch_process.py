@@ -14,9 +14,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import islice
@@ -40,7 +40,7 @@ sys.path.append(str(Path(__file__).parents[3]))  # if atcache is not installed: 
 from atcache.files.remote.web import Found, Web, WebError
 
 NUM_THREADS = 40
-_RETRIES: Any = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
+_MAX_RETRIES = 6
 
 _KINDS: tuple[tuple[type[BaseException], str], ...] = (
     (FileNotFoundError, "missing"),
@@ -72,15 +72,19 @@ def _store(root: str) -> Any:  # noqa: ANN401 - one of obstore's store classes
     # Each store reads region, endpoint, credentials and timeouts from its own environment variables. Client options
     # given here would override them.
     store = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
-    return store(host, retry_config=_RETRIES)
+    return store(host, retry_config=_retries(1))
+
+
+def _retries(minutes: int) -> Any:  # noqa: ANN401 - obstore's RetryConfig
+    return {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(minutes=minutes)}
 
 
 _ENVIRONMENT = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _SLOWEST_NBYTES_PER_S = 500_000
 
 
-def _store_to_write(root: str, nbytes: int) -> Any:  # noqa: ANN401 - one of obstore's store classes
-    """A store that gives a request time for a body of this size. By default one would end after 30 seconds."""
+def _store_for(root: str, nbytes: int) -> Any:  # noqa: ANN401 - one of obstore's store classes
+    """A store that gives a request time for so many bytes. By default one would end after 30 seconds."""
     scheme, _, host = root.partition("://")
     if f"{_ENVIRONMENT[scheme]}_TIMEOUT" in os.environ:
         return _store(root)
@@ -90,7 +94,29 @@ def _store_to_write(root: str, nbytes: int) -> Any:  # noqa: ANN401 - one of obs
 @cache
 def _patient_store(scheme: str, host: str, minutes: int) -> Any:  # noqa: ANN401 - one of obstore's store classes
     store: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
-    return store(host, config={"timeout": f"{60 * minutes}s"}, retry_config=_RETRIES)
+    return store(host, config={"timeout": f"{60 * minutes}s"}, retry_config=_retries(minutes))
+
+
+class _OnTheWay:
+    """Counts the bytes that all present requests read together, because they share one connection to the network."""
+
+    def __init__(self) -> None:
+        self._lock, self._nbytes = Lock(), 0
+
+    @contextmanager
+    def adding(self, nbytes: int) -> Generator[int]:
+        """A context of one request; gives the bytes of all."""
+        with self._lock:
+            self._nbytes += nbytes
+            total = self._nbytes
+        try:
+            yield total
+        finally:
+            with self._lock:
+                self._nbytes -= nbytes
+
+
+_on_the_way = _OnTheWay()
 
 
 class _ChangedError(Exception):
@@ -120,17 +146,18 @@ def _get(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         options["range"] = request["start"], request["stop"]
     if request["version"].startswith('"'):  # a weak entity tag never matches
         options["if_match"] = request["version"]
-    try:
-        result = _get_checked(request, options)
-    except GenericError as error:
-        if "range" not in options or _IS_WHOLE not in str(error):
-            raise
-        return {}, _cut_from_whole(request)
-    return {}, result.bytes().to_bytes()
+    with _on_the_way.adding(request["stop"] - request["start"]) as nbytes:
+        try:
+            return {}, _get_checked(request, options, nbytes).bytes().to_bytes()
+        except GenericError as error:
+            if "range" not in options or _IS_WHOLE not in str(error):
+                raise
+    return {}, _cut_from_whole(request)
 
 
-def _get_checked(request: dict[str, Any], options: dict[str, Any]) -> Any:  # noqa: ANN401 - obstore's GetResult
-    result = obstore.get(_store(request["root"]), request["key"], options=cast("Any", options))
+def _get_checked(request: dict[str, Any], options: dict[str, Any], nbytes: int) -> Any:  # noqa: ANN401 - obstore's GetResult
+    """The answer to a request that has time for so many bytes."""
+    result = obstore.get(_store_for(request["root"], nbytes), request["key"], options=cast("Any", options))
     # Some servers ignore `If-Match`, so the answer is checked too.
     if (result.meta["size"], _version(result.meta)) != (request["size"], request["version"]):
         raise _ChangedError
@@ -143,7 +170,7 @@ def _cut_from_whole(request: dict[str, Any]) -> bytes:
     start, stop = request["start"], request["stop"]
     found, at = bytearray(), 0
     with _one_whole_file:
-        for piece in _get_checked(request, {}).stream(min_chunk_size=2**20):
+        for piece in _get_checked(request, {}, request["stop"]).stream(min_chunk_size=2**20):
             found += memoryview(bytes(piece))[max(start - at, 0) : max(stop - at, 0)]
             at += len(piece)
             if at >= stop:
@@ -163,10 +190,15 @@ def _tell_of_ranges(root: str) -> None:
 def _read(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     if web := _web(request):
         return {}, web.read(request["key"], request["limit"])
-    result = obstore.get(_store(request["root"]), request["key"])
+    store = _store_for(request["root"], 0)
+    result = obstore.get(store, request["key"])
     if result.meta["size"] > request["limit"]:
         raise ValueError(f"it has {result.meta['size']} bytes, expected at most {request['limit']}")
-    return {}, result.bytes().to_bytes()
+    with _on_the_way.adding(result.meta["size"]) as nbytes:
+        patient = _store_for(request["root"], nbytes)
+        if patient is not store:  # only now is the size known; the bytes were not fetched yet
+            result = obstore.get(patient, request["key"])
+        return {}, result.bytes().to_bytes()
 
 
 def _list(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -179,7 +211,7 @@ def _put(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Store a local file whole, in one request. What goes wrong is an answer: the parent decides what to do."""
     file, mode = Path(request["file"]), request["mode"]
     try:
-        store = _store_to_write(request["root"], file.stat().st_size)
+        store = _store_for(request["root"], file.stat().st_size)
         result = obstore.put(store, request["key"], file, mode=mode, use_multipart=False)
     except AlreadyExistsError:
         return {"outcome": "exists"}, b""

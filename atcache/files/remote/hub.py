@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from urllib.parse import quote
 
 from atcache.errors import AtcacheError, RemoteError
@@ -66,12 +66,18 @@ def ask_hub(place: Url, question: Callable[[], _Answer]) -> _Answer:
             return question()
         except Exception as error:  # whatever huggingface_hub raises; what it does not know is raised again
             if not _will_pass(error):
-                raise _explained(place, error) from error
+                _raise_explained(place, error)
             time.sleep(max(wait_s, _wanted_wait_s(error)))
     try:
         return question()
     except Exception as error:  # as above
-        raise _explained(place, error) from error
+        _raise_explained(place, error)
+
+
+def _raise_explained(place: Url, error: Exception) -> NoReturn:
+    explained = _explained(place, error)
+    # An error must not become the cause of itself, nor of its own cause.
+    raise explained from None if explained in (error, error.__cause__) else error
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -89,7 +95,10 @@ def _status(error: BaseException) -> int | None:
 
 def _failed_on_the_way(error: BaseException) -> bool:
     """Whether the connection failed. Versions of huggingface_hub use different HTTP clients."""
-    return _status(error) is None and type(_cause(error)).__module__.split(".")[0] in ("httpx2", "httpx", "requests")
+    kind = type(_cause(error))
+    # hf_xet, which moves large files, raises plain RuntimeErrors.
+    is_of_client = kind is RuntimeError or kind.__module__.split(".")[0] in ("httpx2", "httpx", "requests", "hf_xet")
+    return _status(error) is None and is_of_client
 
 
 def _will_pass(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -28,6 +29,8 @@ _MAX_EXPECTED_SHARE = 1 / 8
 _MAX_HOLE_BLOCKS = 2
 # Reads this close together count as one pass over the file. The blocks that follow are then fetched ahead.
 _NEAR_BLOCKS = 8
+# How long a read waits for blocks that another process fetches. That process may be stopped, as by a debugger.
+_PATIENCE_S = 120.0
 _MAX_AHEAD_BLOCKS = 4 * STRETCH_BLOCKS
 
 _Fetched = Future[tuple[dict[str, Any], bytes]]
@@ -137,17 +140,32 @@ class RemoteFile:
         return self._is_read_whole and self._blocks.has_room
 
     def _read_blocks(self, numbers: range) -> list[bytes]:
+        until_s = time.monotonic() + _PATIENCE_S
         found = {number: self._blocks.get(self._keys[number]) for number in numbers}
         while missing := [number for number, data in found.items() if data is None]:
             for run, future in self._fetch_for(missing):
                 fetched = self._cut(run, future.result()[1])
                 found.update({number: data for number, data in fetched.items() if number in numbers})
             # Others fetch the rest, or have just done so. Here we hold no claim, as `Claims.wait` demands.
+            abandoned: list[int] = []
             for number in missing:
                 if found[number] is None:
-                    self._claims.wait(self._keys[number])
+                    is_free = self._claims.wait(self._keys[number], until_s)
                     found[number] = self._blocks.get(self._keys[number])
+                    if found[number] is None and not is_free:
+                        abandoned.append(number)
+            found.update(self._fetch_unclaimed(abandoned))
         return [data for data in found.values() if data is not None]
+
+    def _fetch_unclaimed(self, numbers: list[int]) -> dict[int, bytes]:
+        """Blocks that another process claims and does not bring. A block that comes twice does no harm."""
+        fetched: dict[int, bytes] = {}
+        for run in _runs(numbers):
+            stop = min(run.stop * BLOCK_NBYTES, self.nbytes)
+            fetched |= self._cut(run, get_range(self._url, self._meta, run.start * BLOCK_NBYTES, stop).result()[1])
+        for number, data in fetched.items():
+            self._blocks.put(self._keys[number], data, was_read=True)
+        return fetched
 
     def _fetch_for(self, wanted: list[int]) -> list[tuple[range, _Fetched]]:
         """Start to fetch blocks that a reader waits for; the requests for those that nobody else fetches."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from atcache.attention.survey import describe
 from atcache.errors import TeacherError
+from atcache.files.location import expand_home
 from atcache.teachers.foreign.image_processor import processor_input
 from atcache.teachers.foreign.loaded import ForeignModel
 from atcache.teachers.foreign.names import TRANSFORMERS, ForeignName
@@ -56,8 +57,11 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
         UnsupportedAttentionError: its attention cannot be cached.
     """
     transformers = _import_transformers(text)
-    place, _, revision = text.removeprefix(TRANSFORMERS).partition("@")
-    folder = Path(place).expanduser()
+    place, revision = text.removeprefix(TRANSFORMERS), ""
+    folder = expand_home(Path(place))
+    if not folder.is_dir():  # the path of a folder may hold an @ of its own
+        place, _, revision = place.partition("@")
+        folder = expand_home(Path(place))
     is_local = bool(place) and folder.is_dir()
     if not is_local and (place.count("/") != 1 or place[:1] in "./~"):
         raise TeacherError(f"model {text}: there is no folder {place}, and a name on the hub is ORG/MODEL.")

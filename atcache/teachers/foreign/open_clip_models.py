@@ -5,6 +5,7 @@ The image tower is the teacher. Torch files are read with `weights_only=True`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -44,13 +45,20 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
     _check_name(open_clip, text, architecture, tag, weights)
     chosen = tag if weights is None else str(weights)
     entry = cast("Mapping[str, Any]", open_clip.get_pretrained_cfg(architecture, tag))
+    lacks_quick_gelu = bool(tag) and _lacks_quick_gelu(open_clip, text, architecture, entry)
     repository = str(entry.get("hf_hub", "")).strip("/")
     if repository:
         # Some entries have a file's name behind the repository's.
         check_reach(text, "/".join(repository.split("/")[:2]), "Give weights fetched elsewhere with --weights FILE.")
     # Initial weights are replaced; drawing them must not change the random numbers of a student made later.
     with torch.random.fork_rng(devices=[]), _quiet(), _told_plainly(text):
-        model: Any = open_clip.create_model(architecture, pretrained=chosen, precision="fp32", require_pretrained=True)
+        model: Any = open_clip.create_model(
+            architecture,
+            pretrained=chosen,
+            precision="fp32",
+            require_pretrained=True,
+            force_quick_gelu=lacks_quick_gelu,
+        )
     visual = model.visual.to(device).eval().requires_grad_(False)
     grid = getattr(visual, "grid_size", None)
     if grid is None:
@@ -58,11 +66,15 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
     if grid is None:
         raise TeacherError(f"model {text}: its image tower, {type(visual).__name__}, is not a ViT with a patch grid.")
     inputs = _input(visual.preprocess_cfg)
+    sha256 = weights_sha256(visual)
+    if lacks_quick_gelu:
+        # Early versions ran these teachers with GELU. Another hash keeps their caches from being continued.
+        sha256 = hashlib.sha256(f"{sha256} with QuickGELU".encode()).hexdigest()
     return ForeignModel(
         model=describe(visual, label=text, image_size=(inputs.height, inputs.width), grid=(int(grid[0]), int(grid[1]))),
         name=ForeignName(text),
         source=Path(weights).name if weights is not None else f"open-clip:{tag}",
-        weights_sha256=weights_sha256(visual),
+        weights_sha256=sha256,
         input=inputs,
     )
 
@@ -83,6 +95,22 @@ def _check_name(open_clip: Any, text: str, architecture: str, tag: str, weights:
             f"model {text}: OpenCLIP has no weights {tag!r} for it. Known: {', '.join(tags) or 'none'}. Give one of "
             f"them as {OPEN_CLIP}{architecture}/TAG, or a file with --weights."
         )
+
+
+def _lacks_quick_gelu(open_clip: Any, text: str, architecture: str, entry: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    """Whether a tag's weights were trained with QuickGELU and the model's own activation is GELU.
+
+    OpenCLIP only warns of that, and runs the model with GELU, which gives other maps.
+    """
+    is_trained_with = bool(entry.get("quick_gelu"))
+    is_built_with = bool(open_clip.get_model_config(architecture).get("quick_gelu"))
+    if is_built_with and not is_trained_with:
+        raise TeacherError(
+            f"model {text}: OpenCLIP's model has the activation QuickGELU, and its list of weights says that these "
+            "were trained with GELU. If the model is right, fetch the weights and give "
+            f"{OPEN_CLIP}{architecture} with --weights FILE."
+        )
+    return is_trained_with and not is_built_with
 
 
 def _input(settings: dict[str, Any]) -> InputConfig:

@@ -116,6 +116,19 @@ def test_another_atcache_on_a_worker_is_refused(client, version):
         client.run(be_honest, __version__, workers=[victim])
 
 
+def test_a_worker_that_gets_another_atcache_later_is_refused(client):
+    """As one that joins later, which was not there to be checked."""
+    cluster = Cluster.checked(client, is_local=False)
+    victim = next(iter(client.scheduler_info()["workers"]))
+    client.run(pretend, "9.9.9", workers=[victim])
+    sentence = rf"a worker has another atcache than {__version__}: 9\.9\.9\. .* \(This was on the worker {victim}\.\)"
+    try:
+        with pytest.raises(ConfigError, match=sentence):
+            list(cluster.waves(place, None, range(40), name_of=name_of))
+    finally:
+        client.run(be_honest, __version__, workers=[victim])
+
+
 def kinds(base: type) -> list[type]:
     return [base, *(kind for sub in base.__subclasses__() for kind in kinds(sub))]
 

@@ -138,15 +138,24 @@ def test_links_out_of_the_folder_are_not_followed(folder, tmp_path):
     assert plan.ignored["links that lead out of the folder"] == 1
     assert plan.ignored["broken links and special files"] == 1
     assert plan.ignored["linked or hidden folders"] == 2
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/cat").symlink_to(folder / "cat")
+    (tmp_path / "links/.git").mkdir()
+    sentence = r"no class folders that can be packed; left out: 2 linked or hidden folders\. .* Give real folders"
+    with pytest.raises(SourceError, match=sentence):
+        plan_folder(PackConfig(data=tmp_path / "links", out=tmp_path / "out"))
 
 
 def test_nothing_is_overwritten(folder, tmp_path):
     out = tmp_path / "out"
     pack(PackConfig(data=folder, out=out))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(SourceError, match=r"already holds 1 tars called train-\*\.tar, such as train-000000\.tar"):
+    with pytest.raises(SourceError, match=r"already holds 1 tars called train-NUMBER\.tar, such as train-000000\.tar"):
         pack(PackConfig(data=folder, out=out))
     pack(PackConfig(data=folder, out=out, name="val"))
+    pack(PackConfig(data=folder, out=out, name="train-extra"))
+    (out / "train-000000.tar").rename(tmp_path / "moved.tar")
+    pack(PackConfig(data=folder, out=out))  # train-extra-000000.tar has another name
     (folder / "dog").mkdir()
     with pytest.raises(SourceError, match=r"classes\.txt names other classes"):
         pack(PackConfig(data=folder, out=out, name="test"))

@@ -28,7 +28,7 @@ PNG = bytes.fromhex(
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, dict[str, bytes]]:
-    """The files of each repository and commit: parquet on main; only on the converted branch; and none."""
+    """The files of each repository and commit: on main; on the converted branch; in neither; no such branch."""
     features = {"image": {"_type": "Image"}, "label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}
 
     def parquet(num_rows: int) -> bytes:
@@ -54,6 +54,7 @@ def files(tmp_path) -> dict[str, dict[str, bytes]]:
         f"org/pictures {CONVERTED}": {"default/train/0000.parquet": parquet(3)},
         f"org/texts {COMMIT}": {"README.md": b"x"},
         f"org/texts {CONVERTED}": {},
+        f"org/code {COMMIT}": {"README.md": b"x"},
     }
 
 
@@ -75,7 +76,9 @@ def hub(files) -> Iterator[str]:
                 commit = {"main": COMMIT, "refs/convert/parquet": CONVERTED}.get(revision, revision)
                 found = files.get(f"{name} {commit}")
                 if found is None:
-                    return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+                    is_known = any(known.startswith(f"{name} ") for known in files)
+                    code = "RevisionNotFound" if is_known else "RepoNotFound"
+                    return self._answer(404, b"", {"X-Error-Code": code})
                 about = {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in found]}
                 return self._answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
             name, commit, file = "/".join(parts[1:3]), parts[4], "/".join(parts[5:])
@@ -122,7 +125,7 @@ def test_a_split_of_a_dataset_is_packed_and_its_commit_is_recorded(hub, tmp_path
         "classes.txt",
     ]
     recorded = json.loads((tmp_path / "out/animals-train-source.json").read_text())
-    assert recorded == {"source": f"hf:org/animals@{COMMIT}", "split": "train"}
+    assert recorded == {"source": f"hf:org/animals@{COMMIT}", "subset": None, "split": "train"}
     index = index_source(tmp_path / "out")
     assert sorted(zip(index.keys_S.tolist(), index.label_S.tolist(), strict=True)) == [
         (f"{row}".encode(), row % 2) for row in range(5)
@@ -146,6 +149,7 @@ def test_a_dataset_without_parquet_files_is_taken_from_the_hubs_own_copy(hub, tm
         (["hf:org/animals", "--revision", "v9"], "the hub has no such dataset or revision 'v9'"),
         (["hf:org/gated"], "accept its terms on https://huggingface.co/datasets/org/gated and set the environment"),
         (["hf:org/texts"], "hf:org/texts has no parquet files. Load it with `datasets`"),
+        (["hf:org/code"], "hf:org/code has no parquet files. Load it with `datasets`"),  # nor a copy of the hub's
         (["hf:a/b/c", "--name", "x"], "hf:a/b/c: the hub has no such dataset"),
     ],
 )

@@ -50,6 +50,21 @@ def test_without_the_list_the_same_folder_is_refused_and_told_of_it(tmp_path):
         pack(PackConfig(data=val, out=tmp_path / "tars"))
 
 
+@pytest.mark.parametrize("text", [b"ant\nbee", b"ant\r\nbee\r\n", b"\xef\xbb\xbfant\nbee\n"])
+def test_a_list_that_was_written_by_hand_may_lie_in_the_folder_of_the_tars(text, tmp_path):
+    data = make_images(tmp_path / "train", "ant/0.png", "bee/0.png")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/classes.txt").write_bytes(text)
+    assert pack(PackConfig(data=data, out=tmp_path / "tars")).num_classes == 2
+    assert (tmp_path / "tars/classes.txt").read_bytes() == text
+    (tmp_path / "labels.csv").write_text("path,label\nant/0.png,0\nbee/0.png,1\n")
+    by_number = PackConfig(data=data, out=tmp_path / "tars", labels=str(tmp_path / "labels.csv"), name="numbers")
+    assert pack(by_number).num_classes == 2
+    (tmp_path / "tars/classes.txt").write_bytes(b"bee\nant")
+    with pytest.raises(SourceError, match="names other classes than these images have"):
+        pack(PackConfig(data=data, out=tmp_path / "tars", name="again"))
+
+
 def test_imagenets_list_of_synsets_gives_its_numbers(tmp_path):
     file = tmp_path / "LOC_synset_mapping.txt"
     file.write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from atcache.images.source import Source, index_source
 from atcache.images.tars import expand_tars
 from atcache.pipelines.pack.config import PackConfig
 from atcache.pipelines.pack.run import pack
-from atcache.pipelines.pack.tables import choose_split, find_tables
+from atcache.pipelines.pack.splits import choose_files
+from atcache.pipelines.pack.tables import find_tables
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = ["wolf", "ant", "cat"]
@@ -120,6 +122,17 @@ def test_splits_of_one_folder_are_chosen_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("files", "split", "chosen"),
     [
+        (["train/images_0.parquet", "test/images_0.parquet"], "train", ["train/images_0.parquet"]),
+        (["train-0001.parquet", "train-0002.parquet", "test-0001.parquet"], "train", 2),
+        (["x_train.parquet", "x_test.parquet"], "test", ["x_test.parquet"]),
+        (["train/a/x.parquet", "train/b/y.parquet", "test/a/x.parquet"], "train", 2),
+        (["Train/images.parquet", "Test/images.parquet"], "train", ["Train/images.parquet"]),
+        (["part_train.parquet", "part_test.parquet"], "train", ["part_train.parquet"]),
+        (["data/train_small-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"], "train", 1),
+        (["default/partial-train/0000.parquet", "default/test/0000.parquet"], "partial-train", 1),
+        (["default/unlabeled/0000.parquet", "default/train/0000.parquet"], "unlabeled", 1),
+        (["train_val.parquet", "train.parquet"], "train", ["train.parquet"]),
+        (["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"], None, 2),
         (["train/0000.parquet", "test/0000.parquet"], "test", ["test/0000.parquet"]),
         (["default/train/0000.parquet", "default/train/0001.parquet"], None, 2),
         (["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"], "train", 1),
@@ -129,8 +142,66 @@ def test_splits_of_one_folder_are_chosen_by_name(tmp_path):
     ],
 )
 def test_splits_are_read_from_the_names_that_datasets_have(files, split, chosen):
-    found = choose_split([Path(file) for file in files], split, "x")
+    found = choose_files([Path(file) for file in files], None, split, "x")
     assert len(found) == chosen if isinstance(chosen, int) else [str(file) for file in found] == chosen
+    if split is not None:
+        with pytest.raises(SourceError, match=r"x: there is more than one split; it has .*Give one with --split\."):
+            choose_files([Path(file) for file in files], None, None, "x")
+
+
+TWO_SUBSETS = ["path/small/train-00000-of-00001.parquet", "derma/train-00000-of-00001.parquet"]
+
+
+@pytest.mark.parametrize(("subset", "chosen"), [("path/small", 0), ("path", 0), ("small", 0), ("derma", 1)])
+def test_a_subset_is_chosen_by_its_folder(subset, chosen):
+    assert choose_files([Path(file) for file in TWO_SUBSETS], subset, "train", "x") == [Path(TWO_SUBSETS[chosen])]
+
+
+@pytest.mark.parametrize(
+    ("files", "subset", "split", "sentence"),
+    [
+        (TWO_SUBSETS, None, "train", "x: there is more than one subset; it has derma, path/small. Give one with --sub"),
+        (TWO_SUBSETS, "blood", None, "x: there is no subset 'blood'; it has derma, path/small. Give one with --subset"),
+        (["x.parquet", "a/x.parquet"], None, None, "more than one subset; it has ., a. Give one with --subset"),
+        (
+            ["train.parquet", "more.parquet"],
+            None,
+            "train",
+            "x: the names of some files say a split (train), and 1 say none, the first is more.parquet. Move the",
+        ),
+        (["more.parquet"], None, "train", "there is no split 'train'; its files name no splits. Leave --split out."),
+    ],
+)
+def test_files_that_may_not_belong_together_are_refused(files, subset, split, sentence):
+    with pytest.raises(SourceError, match=re.escape(sentence)):
+        choose_files([Path(file) for file in files], subset, split, "x")
+
+
+def test_each_subset_is_packed_with_its_own_classes(tmp_path):
+    root = write_parquet(tmp_path / "mnist", "path/train-00000-of-00001.parquet", table_of(ROWS))
+    write_parquet(root, "derma/train-00000-of-00001.parquet", table_of(ROWS, names=["x", "y", "z"]))
+    with pytest.raises(SourceError, match="it has derma, path"):
+        pack(PackConfig(data=root, out=tmp_path / "out", split="train"))
+    summary = pack(PackConfig(data=root, out=tmp_path / "out", subset="derma", split="train"))
+    assert Path(summary.tars[0]).name == "mnist-derma-train-000000.tar"
+    assert (tmp_path / "out/classes.txt").read_text() == "x\ny\nz\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (table_of(ROWS, names=["x", "y", "z"]), "its column 'label' names other classes"),
+        (table_of(ROWS, names=None), "its column 'label' names other classes"),
+        (table_of(ROWS, label=None), "it has no labels in the column 'label'"),
+        (table_of(ROWS, image="img"), "it has no images in the column 'image'"),
+    ],
+)
+def test_files_with_other_columns_or_classes_are_refused_before_anything_is_read(other, sentence, tmp_path):
+    root = write_parquet(tmp_path / "mixed", "train-0001.parquet", table_of(ROWS))
+    write_parquet(root, "train-0002.parquet", other)
+    with pytest.raises(SourceError, match=rf"0002\.parquet cannot be packed together with .*0001\.parquet: {sentence}"):
+        pack(PackConfig(data=root, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_labels_of_other_kinds(tmp_path):
@@ -247,4 +318,11 @@ def test_a_folder_of_images_with_a_table_beside_them_is_an_image_folder(tmp_path
     (tmp_path / "folder/a/x.png").write_bytes(encoded(0))
     write_parquet(tmp_path / "folder", "b/metadata.parquet", table_of(ROWS))
     assert find_tables(tmp_path / "folder") == []
+    about = pa.table({"file_name": ["c/x.png"], "caption": ["a cat"]})
+    write_parquet(tmp_path / "above", "metadata.parquet", about)
+    (tmp_path / "above/c").mkdir()
+    (tmp_path / "above/c/x.png").write_bytes(encoded(0))
+    assert pack(PackConfig(data=tmp_path / "above", out=tmp_path / "out")).num_samples == 1
+    holds = write_parquet(tmp_path / "above", "train.parquet", table_of(ROWS))
+    assert len(find_tables(holds)) == 2
     assert len(find_tables(two_parquet_files(tmp_path / "tables"))) == 2
