@@ -35,7 +35,7 @@ def info(cache: Location, as_json: bool) -> None:
         options.print_json({**about, "bad": bad})
         return
     for name, value in _lines(about, bad):
-        click.echo(f"{name:<10} {value}")
+        click.echo(f"{name:<10} {options.plain(value)}")
     for line in _card(about):
         click.echo(line)
 
@@ -75,13 +75,9 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
         ("codec", str(codec.get("name")) + (f" ({settings})" if settings else "")),
     ]
     if about["num_stored"]:
-        lines.append(
-            (
-                "size",
-                f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view; codes are "
-                f"{options.compare_sizes(about['times_smaller_than_float16_maps'])} than float16 maps",
-            )
-        )
+        ratio = about["times_smaller_than_float16_maps"]
+        codes = "" if ratio is None else f"; codes are {options.compare_sizes(ratio)} than float16 maps"
+        lines.append(("size", f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view{codes}"))
     calibration = _part(about, "calibration")
     if "row_kl_nats" in calibration and "injected_error" in calibration:
         lines.append(("held back", _held_back(calibration, codec)))

@@ -10,6 +10,9 @@ from atcache.fields import JsonFields, Range
 
 MOST_VALUES = 2**20
 """More than any count of heads, of tokens or of a head's components comes near."""
+MOST_TOKENS = 2**18
+"""The most tokens of one map: a grid of 512 x 512. Codecs hold matrices and lists of them."""
+_MOST_SIDE = 4096
 
 TokenKind = Literal["cls", "register", "patch"]
 """A class token, another token before the patches, or a patch."""
@@ -20,11 +23,11 @@ class TokenLayout(JsonFields):
     """The order of a ViT's tokens: prefix tokens (CLS, registers) first, then the patches row by row."""
 
     is_strict: ClassVar[bool] = True
-    num_prefix_tokens: Annotated[int, Range(at_least=0, at_most=MOST_VALUES)]
+    num_prefix_tokens: Annotated[int, Range(at_least=0, at_most=MOST_TOKENS)]
     """The number of tokens before the first patch; 0 for models that pool their patches."""
-    grid_height: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
+    grid_height: Annotated[int, Range(at_least=1, at_most=_MOST_SIDE)]
     """The number of patch rows."""
-    grid_width: Annotated[int, Range(at_least=1, at_most=MOST_VALUES)]
+    grid_width: Annotated[int, Range(at_least=1, at_most=_MOST_SIDE)]
     """The number of patches in a row."""
 
     def __post_init__(self) -> None:
@@ -32,6 +35,11 @@ class TokenLayout(JsonFields):
             raise ConfigError(
                 f"the token layout has {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
                 f"{self.grid_width}: expected at least 0 prefix tokens and a grid of at least 1 x 1."
+            )
+        if self.num_tokens > MOST_TOKENS:
+            raise ConfigError(
+                f"the token layout has {self.num_prefix_tokens} prefix tokens and a grid of {self.grid_height} x "
+                f"{self.grid_width}, {self.num_tokens} tokens in all: expected at most {MOST_TOKENS}."
             )
 
     @property

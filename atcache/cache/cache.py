@@ -319,7 +319,7 @@ class Cache:
         index = self.reader.samples
         tar_name, _, key = sample_key.partition("/")
         tar = next((number for number, tar in enumerate(index.tars) if tar.name == tar_name), -1)
-        rows = np.flatnonzero((index.tar_S == tar) & (index.keys_S == key.encode()))
+        rows = np.flatnonzero((index.tar_S == tar) & (index.keys_S == key.encode(errors="surrogatepass")))
         if not len(rows):
             raise CacheMissError(
                 f"no sample has the key {sample_key!r} in {self.path}; the first is {index.sample_key(0)!r}."
@@ -358,7 +358,7 @@ class Cache:
             "codes_nbytes_per_view": round(code_nbytes),
             "nbytes_per_view": round(totals["nbytes"] / num_stored),
             "map_nbytes_per_view": map_nbytes,
-            "times_smaller_than_float16_maps": round(map_nbytes / code_nbytes, 2) if code_nbytes else None,
+            "times_smaller_than_float16_maps": map_nbytes / code_nbytes if code_nbytes else None,
             "is_complete": reader.is_complete,
             "growth": describe_growth(self.path, reader.committed_tasks()) if isinstance(self.path, Path) else None,
         }

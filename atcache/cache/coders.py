@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from atcache.errors import CodecError, CorruptCacheError
 from atcache.store.reader import CacheReader
 
@@ -22,11 +24,11 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
         device: where the coder runs.
 
     Raises:
-        CorruptCacheError: the codec cannot use the state, or its codes are not those of the cache's layout.
+        CorruptCacheError: the codec cannot use the state or the bias, or its codes are not those of the cache's layout.
     """
     import torch
 
-    bias_LHQK = reader.bias_LHQK
+    bias_LHQK = _read_bias(reader, geometry)
     try:
         coder = codec.coder(
             geometry,
@@ -54,3 +56,24 @@ def stored_coder(reader: CacheReader, codec: Codec, geometry: FactorGeometry, de
             "build the cache again."
         )
     return coder
+
+
+def _read_bias(reader: CacheReader, geometry: FactorGeometry) -> np.ndarray | None:
+    """The teacher's bias, of the shape and type that it must have; else nothing of it is read."""
+    if reader.bias_kind is None:
+        return None
+    shape, dtype = reader.bias_kind
+    num_layers, num_heads, num_tokens = len(geometry.layers), len(geometry.heads), geometry.tokens.num_tokens
+    expected = [(num_layers, heads, geometry.num_queries, num_tokens) for heads in (num_heads, 1)]
+    if shape not in expected or dtype != "float32":
+        raise CorruptCacheError(
+            f"{reader.path}/attention/bias has shape {shape} and type {dtype}, expected {expected[0]} or {expected[1]} "
+            "and float32, as the cache's geometry says. Restore it from a copy."
+        )
+    bias_LHQK = reader.bias_LHQK
+    if bias_LHQK is not None and np.isnan(bias_LHQK).any():
+        raise CorruptCacheError(
+            f"{reader.path}/attention/bias holds a NaN, expected numbers, or -inf for masked keys. Restore it from a "
+            "copy."
+        )
+    return bias_LHQK

@@ -273,6 +273,13 @@ def _check_agreement(record: CacheRecord, layout: StoreLayout) -> None:
         )
         words = f"{num_bad}, with {complete.num_stored} of {num_views} views stored"
         _require(complete.num_bad == num_bad, "complete.num_bad", complete.num_bad, words)
+        least, most = min(1, complete.num_stored), complete.nbytes
+        _require(
+            least <= complete.codes_nbytes <= most,
+            "complete.codes_nbytes",
+            complete.codes_nbytes,
+            f"{least} to {most}, with {complete.num_stored} views stored in {most} bytes",
+        )
         _require(
             (complete.num_checked or 0) <= num_views,
             "complete.num_checked",

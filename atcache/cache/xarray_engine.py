@@ -6,7 +6,6 @@ So importing it and answering must be fast.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ from xarray.backends import BackendEntrypoint
 from atcache.errors import AtcacheError
 from atcache.files.location import looks_like_url, parse_location
 from atcache.files.ranges import read_file
+from atcache.store.metadata import parse_json
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -75,6 +75,6 @@ class AtcacheBackend(BackendEntrypoint):
         try:
             root = read_file(parse_location(place) / "zarr.json")
             # Most stores of others are told apart before anything is parsed: theirs may have megabytes of metadata.
-            return b'"atcache"' in root and isinstance(json.loads(root)["attributes"]["atcache"], dict)
+            return b'"atcache"' in root and isinstance(parse_json(root)["attributes"]["atcache"], dict)
         except (AtcacheError, OSError, ValueError, TypeError, LookupError):
             return False

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from atcache.files.location import Location
+
+MAX_WHOLE_NBYTES = 2**31
+"""The largest file that is read as a whole: what claims to be larger is no part of a cache."""
+
+
+class NotAFileError(OSError):
+    """There is something else at a path, whose bytes may never come or never end."""
 
 
 class RangeFile(Protocol):
@@ -46,10 +55,17 @@ class LocalFile:
     version = ""
 
     def __init__(self, path: Path) -> None:
-        """Open the file; raises an OSError if that fails."""
+        """Open the file; raises an OSError if that fails, or if it is a folder, a pipe or a device."""
         self._fd = -1  # for `__del__`, if opening fails
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self.nbytes = os.fstat(self._fd).st_size
+        # Without waiting for the other end, should it be a pipe.
+        flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+        self._fd = os.open(path, flags)
+        about = os.fstat(self._fd)
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(about.st_mode):
+            raise NotAFileError(errno.EINVAL, "not a plain file, but a pipe or a device", str(path))
+        self.nbytes = about.st_size
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -121,10 +137,18 @@ def open_file(location: Location) -> RangeFile:
     return RemoteFile(location)
 
 
-def read_file(location: Location) -> bytes:
-    """All bytes of a small file; see `open_file` for the errors."""
+def read_file(location: Location, most_nbytes: int = MAX_WHOLE_NBYTES) -> bytes:
+    """All bytes of a small file; see `open_file` for the errors.
+
+    Args:
+        location: the file.
+        most_nbytes: a larger local file is an OSError. Servers' files have a limit of their own.
+    """
     if isinstance(location, Path):
-        return location.read_bytes()
+        file = LocalFile(location)
+        if file.nbytes > most_nbytes:
+            raise OSError(errno.EFBIG, f"it has {file.nbytes} bytes, expected at most {most_nbytes}", str(location))
+        return file.pread(file.nbytes, 0)
     from atcache.files.remote.fetcher import read_whole
 
     return read_whole(location)

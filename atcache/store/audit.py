@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -14,11 +13,20 @@ import numpy as np
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import is_partial
 from atcache.files.location import Location, Url
-from atcache.files.ranges import file_exists, list_files, read_file
+from atcache.files.ranges import list_files, read_file
 from atcache.files.writers import LOCK
 from atcache.store.growth import GROWTH, read_growth
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
-from atcache.store.metadata import consolidated_copies, is_old_table, list_arrays, load_root, seal_holds, split_root
+from atcache.store.metadata import (
+    consolidated_copies,
+    has_array,
+    is_old_table,
+    list_arrays,
+    load_root,
+    parse_json,
+    seal_holds,
+    split_root,
+)
 from atcache.store.records import COMMITS, RecordFile
 from atcache.store.tables import SAMPLE_DTYPES, array_files, check_array, read_samples
 
@@ -68,7 +76,7 @@ def _check_node(
 ) -> list[str]:
     file = path / f"{name}/zarr.json"
     try:
-        found: Any = json.loads(read_file(file))
+        found: Any = parse_json(read_file(file))
     except FileNotFoundError:
         return [f"{file} is missing" + (f", though {path}/zarr.json lists it." if copy is not None else ".")]
     except (OSError, ValueError) as error:
@@ -148,7 +156,7 @@ def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: St
         return [str(error)]
     source: Any = attributes.get("source")
     file = path / layout.samples_group / "zarr.json"
-    table: Any = json.loads(read_file(file))["attributes"]
+    table: Any = parse_json(read_file(file))["attributes"]
     recorded: dict[Location, Any] = {file: table.get("fingerprint")}
     if isinstance(source, dict):  # a cache that `create_cache` made without a build may have none
         recorded[path / "zarr.json"] = cast("dict[str, Any]", source).get("fingerprint")
@@ -165,9 +173,9 @@ def _sample_arrays(layout: StoreLayout) -> list[str]:
 
 
 def _extra_arrays(path: Location) -> list[str]:
-    """Names of the arrays of the codec's state, and of the bias, that are there."""
+    """Names of the arrays of the codec's state, and of the bias, that the cache has."""
     state = [f"attention/state/{name}" for name in list_arrays(path, "attention/state")]
-    return ["attention/bias", *state] if file_exists(path / "attention/bias/zarr.json") else state
+    return ["attention/bias", *state] if has_array(path, "attention/bias") else state
 
 
 def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> list[str]:

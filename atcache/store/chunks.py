@@ -7,6 +7,7 @@ Compression goes through numcodecs directly because zarr-python adds about half 
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from numcodecs import (
     zstd as _zstd,  # pyright: ignore
 )
 
+from atcache.errors import ConfigError
 from atcache.store.layout import COMPRESSORS, ArraySpec
 
 BLOSC_LEVEL = 5
@@ -51,6 +53,19 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 class DamagedChunkError(Exception):
     """Bytes are not a chunk or index of the expected size; the store turns this into an error that names the file."""
+
+
+def check_byte_order() -> None:
+    """Refuse a machine of the other byte order: caches hold little-endian numbers, which are taken as they are.
+
+    Raises:
+        ConfigError: it is big-endian.
+    """
+    if sys.byteorder != "little":
+        raise ConfigError(
+            "this machine is big-endian, and atcache reads and writes caches only on little-endian ones, such as "
+            "x86-64 and ARM. Use one of these."
+        )
 
 
 def use_single_threaded_blosc() -> None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import disk_errors_explained, encode_json, fsync_path, fsync_tree, write_file
+from atcache.files.ranges import read_file
 from atcache.store.layout import StoreLayout
 from atcache.store.manifest import delete_commits, list_commits
-from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, seal, seal_holds, split_root
+from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, parse_json, seal, seal_holds, split_root
 from atcache.store.records import COMMITS
 from atcache.store.tables import write_samples
 
@@ -38,7 +39,7 @@ def read_growth(path: Path) -> tuple[dict[str, Any], StoreLayout] | None:
     """
     file = path / GROWTH
     try:
-        growth: Any = json.loads(file.read_bytes())
+        growth: Any = parse_json(read_file(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -108,7 +109,7 @@ def enlarge_arrays(path: Path, layout: StoreLayout) -> None:
     """Give all arrays that tasks write their shape in this layout; those that have it are left alone."""
     for spec in layout.arrays():
         file = path / spec.name / "zarr.json"
-        metadata: dict[str, Any] = json.loads(file.read_bytes())
+        metadata: dict[str, Any] = parse_json(read_file(file))
         if metadata["shape"] != list(spec.shape):
             metadata["shape"] = list(spec.shape)
             write_file(file, json.dumps(metadata, indent=2).encode())  # as zarr-python writes it

@@ -53,6 +53,10 @@ MAX_CHUNKS_PER_SHARD = 2**24
 MAX_NUM_TASKS = 10**7
 MAX_NUM_SAMPLES = 2**31 - 1
 MAX_NUM_VIEWS = 10_000
+MAX_VIEW_NBYTES = 2**32
+"""Limit for the codes of one view of one sample, decompressed, which a reader holds in memory as a whole."""
+MAX_NUM_ROWS = 2**33
+"""Limit for views times samples: a reader may hold a status for each."""
 
 MAX_FOLDER_ENTRIES = 10_000
 """The most that a folder should hold: Hugging Face's hub takes no more. All shards of a view are in one folder."""
@@ -87,6 +91,11 @@ def describe_status(status: int) -> str:
     """
     known = {int(member): member.name.lower().replace("_", " ") for member in Status}
     return known.get(status, f"status {status}")
+
+
+def max_encoded_nbytes(nbytes: int) -> int:
+    """An upper bound for an encoded chunk of `nbytes`: zstd and blosc add less than this to incompressible data."""
+    return nbytes + nbytes // 64 + 1024
 
 
 def task_name(view: int, block: int) -> str:
@@ -159,8 +168,8 @@ class ArraySpec:
 
     @property
     def max_encoded_nbytes(self) -> int:
-        """An upper bound for an encoded chunk: zstd and blosc add less than this to incompressible data."""
-        return self.chunk_nbytes + self.chunk_nbytes // 64 + 1024
+        """An upper bound for an encoded chunk."""
+        return max_encoded_nbytes(self.chunk_nbytes)
 
     def shard_file(self, task: Task) -> str:
         """Path of a task's shard inside the cache.
@@ -243,6 +252,11 @@ class StoreLayout(JsonFields):
                 f"{self.num_views} views of {self.num_samples} samples in shards of {self.samples_per_shard} are "
                 f"{self.num_views * self.num_blocks} tasks, over {MAX_NUM_TASKS}. Raise samples_per_shard."
             )
+        if self.num_views * self.num_samples > MAX_NUM_ROWS:
+            raise ConfigError(
+                f"{self.num_views} views of {self.num_samples} samples are over the limit of {MAX_NUM_ROWS} in a "
+                "cache. Split the samples among several caches, or make fewer views."
+            )
         if self.part_stops:
             self._check_parts()
         for spec in self.arrays():
@@ -252,6 +266,12 @@ class StoreLayout(JsonFields):
                     f"shard; the limits are {MAX_CHUNK_NBYTES} and {MAX_CHUNKS_PER_SHARD}. Lower samples_per_shard "
                     "or layers_per_chunk."
                 )
+        codes_nbytes = self.codes.chunk_nbytes * (self.num_layers // self.layers_per_chunk)
+        if codes_nbytes > MAX_VIEW_NBYTES:
+            raise ConfigError(
+                f"the codes of one view would be {codes_nbytes} bytes ({self.num_layers} x {self.num_tokens} x "
+                f"{self.num_components} of {self.codes_dtype}), over {MAX_VIEW_NBYTES}. Store fewer layers or heads."
+            )
 
     def _check_parts(self) -> None:
         for stop in self.part_stops:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
 from atcache.files.durable import encode_json
 from atcache.files.location import Location, Url, parse_location
-from atcache.files.ranges import list_files, read_file
+from atcache.files.ranges import file_exists, list_files, read_file
 from atcache.store.layout import FORMAT, StoreLayout
 
 SEAL = "crc32"
@@ -37,8 +37,16 @@ def seal_holds(values: Mapping[str, Any]) -> bool:
         return not any(len(name) == len(SEAL) and sum(map(ne, name, SEAL)) == 1 for name in values)
     try:
         return seal(values)[SEAL] == values[SEAL]
-    except ValueError:  # NaN: JSON does not allow it, but Python reads it
+    except (ValueError, RecursionError):  # NaN: JSON does not allow it, but Python reads it; or nested too deeply
         return False
+
+
+def parse_json(data: bytes) -> Any:  # noqa: ANN401 - any JSON value
+    """The value of a JSON text, as `json.loads` has it; ValueError is all that it raises, also for hostile texts."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:  # 100,000 brackets
+        raise ValueError("lists or objects are nested too deeply") from error
 
 
 ATTRIBUTES = "atcache"
@@ -61,7 +69,7 @@ def load_root(path: Location) -> dict[str, Any]:
     """The cache's own zarr.json as it is; see `read_root` for the errors."""
     file = path / "zarr.json"
     try:
-        root: Any = json.loads(read_file(file))
+        root: Any = parse_json(read_file(file))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissError(f"{path} is not a cache: {file} does not exist. Make one with `atcache build`.") from error
     except (OSError, ValueError) as error:
@@ -96,9 +104,19 @@ def consolidated_copies(root: Mapping[str, Any]) -> dict[str, Any] | None:
     return cast("dict[str, Any]", copies) if isinstance(copies, dict) else None
 
 
+def has_array(path: Location, name: str) -> bool:
+    """Whether a cache has an array; see `list_arrays`."""
+    copies = consolidated_copies(load_root(path))
+    return file_exists(path / f"{name}/zarr.json") if copies is None else name in copies
+
+
 def list_arrays(path: Location, group: str) -> list[str]:
-    """Names of the arrays in a group of a cache, in order; taken from the root's copies of metadata if it is remote."""
-    if isinstance(path, Url) and (copies := consolidated_copies(load_root(path))) is not None:
+    """Names of the arrays in a group of a cache, in order.
+
+    A finished cache's root lists them, so that one that was lost in a copy is missed: maps that are decoded without it
+    would be wrong. In an unfinished cache they are those that are there.
+    """
+    if (copies := consolidated_copies(load_root(path))) is not None:
         files = [f"{name.removeprefix(f'{group}/')}/zarr.json" for name in copies if name.startswith(f"{group}/")]
     else:
         files = list_files(path / group)
@@ -121,7 +139,7 @@ def collect_metadata(folder: Path, prefix: str = "") -> dict[str, Any]:
     nodes: dict[str, Any] = {}
     for file in sorted(folder.glob("*/zarr.json")):
         name = f"{prefix}{file.parent.name}"
-        nodes[name] = json.loads(file.read_bytes())
+        nodes[name] = parse_json(file.read_bytes())
         if nodes[name]["node_type"] == "group":
             nodes.update(collect_metadata(file.parent, f"{name}/"))
     return nodes
@@ -134,4 +152,4 @@ def read_metadata(root: Url, layout: StoreLayout) -> dict[str, Any]:
     for folder in (layout.samples_group, "attention/state", "attention/bias"):
         files = [f"{folder}/{name}" for name in list_files(root / folder)]
         names += [name.removesuffix("/zarr.json") for name in files if name.endswith("/zarr.json")]
-    return {name: json.loads(read_file(root / f"{name}/zarr.json")) for name in names}
+    return {name: parse_json(read_file(root / f"{name}/zarr.json")) for name in names}

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from atcache.files.location import Location
-from atcache.files.ranges import RangeFile, open_file
+from atcache.files.ranges import NotAFileError, RangeFile, open_file
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec, Task
 
@@ -168,7 +168,11 @@ class OpenShards:
 
 
 def _open_shard(path: Location, find: Callable[[Location], RangeFile], spec: ArraySpec, task: Task) -> OpenShard:
-    return OpenShard(find(path / spec.shard_file(task)), spec)
+    try:
+        file = find(path / spec.shard_file(task))
+    except (IsADirectoryError, NotAFileError) as error:
+        raise DamagedChunkError(f"it is {error.strerror}") from error
+    return OpenShard(file, spec)
 
 
 def _read_block(path: Location, find: Callable[[Location], RangeFile], spec: ArraySpec, task: Task) -> np.ndarray:

@@ -16,13 +16,13 @@ import numpy as np
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
 from atcache.files.location import Location, Url, parse_location
-from atcache.files.ranges import RangeFile, expect_together, file_exists, promise
-from atcache.store.chunks import EMPTY, DamagedChunkError, use_single_threaded_blosc
+from atcache.files.ranges import RangeFile, expect_together, promise
+from atcache.store.chunks import EMPTY, DamagedChunkError, check_byte_order, use_single_threaded_blosc
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import how_to_redo, list_commits
-from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, split_root
+from atcache.store.metadata import ATTRIBUTES, SEAL, has_array, load_root, split_root
 from atcache.store.open_shards import OpenShard, OpenShards
-from atcache.store.tables import read_array, read_samples, read_state
+from atcache.store.tables import describe_array, read_array, read_samples, read_state
 
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
@@ -60,7 +60,9 @@ class CacheReader:
             CacheMissError: there is no cache at `path`.
             CacheMismatchError: it has another format number, or is on a web server and not complete.
             CorruptCacheError: its metadata is damaged.
+            ConfigError: this machine is big-endian.
         """
+        check_byte_order()
         use_single_threaded_blosc()
         self.path = _pinned(parse_location(path))
         self.attributes: dict[str, Any]
@@ -293,9 +295,12 @@ class CacheReader:
     @cached_property
     def bias_LHQK(self) -> np.ndarray | None:
         """The teacher's bias for the stored layers and heads, float32; None if it has none."""
-        if not file_exists(self.path / "attention/bias/zarr.json"):
-            return None
-        return read_array(self.path, "attention/bias")
+        return None if self.bias_kind is None else read_array(self.path, "attention/bias")
+
+    @cached_property
+    def bias_kind(self) -> tuple[tuple[int, ...], str] | None:
+        """Shape and type that the bias has, by its zarr.json; None if there is no bias."""
+        return describe_array(self.path, "attention/bias") if has_array(self.path, "attention/bias") else None
 
     def _check_place(self, view: int, sample: int) -> None:
         layout = self.layout

@@ -21,6 +21,7 @@ from atcache.files.ranges import list_files, read_file
 from atcache.files.remote.putting import delete_file, patiently, put_file
 from atcache.files.spool import Spool
 from atcache.store.layout import MAX_RECORDS_PER_FILE, StoreLayout, task_name
+from atcache.store.metadata import parse_json
 
 Result = TypeVar("Result")
 
@@ -204,7 +205,7 @@ def _read_file(path: Location, file: RecordFile, tasks: list[str]) -> list[Recor
 
 def _parse(data: bytes) -> tuple[dict[str, Any] | None, str]:
     try:
-        value: Any = json.loads(data)
+        value: Any = parse_json(data)
     except ValueError as error:
         return None, f"{type(error).__name__}: {error}"
     if not isinstance(value, dict):

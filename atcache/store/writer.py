@@ -33,7 +33,7 @@ from atcache.files.ranges import list_files
 from atcache.files.spool import Spool
 from atcache.files.writers import only_writer
 from atcache.store.bucket import Piece, put_together, replace_object
-from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder
+from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder, check_byte_order
 from atcache.store.committed import check_commits
 from atcache.store.growth import end_growth, enlarge_arrays, read_growth
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
@@ -97,11 +97,11 @@ def create_cache(
         DiskFullError: no space is left.
         NotWritableError: the object store refuses, or fails for minutes.
     """
+    check_byte_order()
     path = parse_location(path)
     if len(index.keys_S) != layout.num_samples:
         raise ConfigError(f"the layout is for {layout.num_samples} samples, the source has {len(index.keys_S)}.")
-    reserved = sorted(set(attributes) & set(RESERVED_ATTRIBUTES))
-    if reserved:
+    if reserved := sorted(set(attributes) & set(RESERVED_ATTRIBUTES)):
         raise ConfigError(f"attributes {', '.join(reserved)} are written by the store; give others.")
     if isinstance(path, Path):
         with new_cache_folder(path) as temp:

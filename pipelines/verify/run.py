@@ -69,9 +69,9 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
             cache that stores its images.
     """
     start_s = time.monotonic()
-    cache = open_for(config.cache, config.data, sends=config.scheduler is not None or config.client is not None)
-    layout = cache.reader.layout
-    if config.data is not None and layout.pixels is not None:
+    sends = config.scheduler is not None or config.client is not None
+    cache = open_for(config.cache, config.data, sends=sends)
+    if config.data is not None and cache.reader.layout.pixels is not None:
         raise ConfigError(f"data={config.data}: {cache.path} stores its images and reads no tars. Leave --data out.")
     # First, so that a wrong teacher is refused before hours of reading.
     run = None
@@ -82,6 +82,9 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
     # Locked from the first check to the deletion, so that no build changes in between what is deleted.
     locked = only_writer(cache.path) if config.repair and isinstance(cache.path, Path) else nullcontext()
     with locked, mapper_of(config.scheduler, config.client, config.workers) as mapper:
+        if config.repair:
+            # A growth may have ended before the lock was held: by the older layout all of its tasks would be strangers.
+            cache = open_for(config.cache, config.data, sends=sends)
         metadata = check_all_metadata(cache, report)
         checked = check_all_tasks(cache, mapper, report)
         num_views = check_views(cache, checked.whole, config.num_compared_views, mapper, report)
@@ -94,7 +97,7 @@ def verify(config: VerifyConfig, on_finding: Callable[[Finding], None] = lambda 
     return VerifySummary(
         path=str(cache.path),
         is_complete=checked.is_complete,
-        num_tasks=layout.num_tasks,
+        num_tasks=cache.reader.layout.num_tasks,
         num_committed=checked.num_committed,
         nbytes=checked.nbytes,
         num_views=num_views,

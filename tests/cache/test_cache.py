@@ -29,6 +29,7 @@ from atcache.errors import CacheMismatchError, CacheMissError, CorruptCacheError
 from atcache.images.source import SampleIndex, Source, index_source
 from atcache.stats import attention_entropy
 from atcache.store.layout import Status, StoreLayout
+from atcache.store.tables import write_array
 from atcache.store.writer import TaskWriter, create_cache, encode_pixels, encode_view, finish_cache
 from atcache.views.apply import library_versions
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
@@ -378,6 +379,42 @@ def test_of_duplicate_keys_the_good_sample_is_meant(tmp_path, digits_tars):
     attributes = made_attributes(layout, index, GEOMETRY, POLICY, parse_codec("exact").to_json())
     create_cache(tmp_path / "b.zarr", layout, attributes, index, {})
     assert atcache.open(tmp_path / "b.zarr").find_sample("digits-0000.tar/digit-00003") == 4
+
+
+def test_a_key_that_is_no_unicode_text_is_a_miss(cache):
+    """As a shell gives one whose bytes are not UTF-8."""
+    for key in ("digits-0000.tar/\udcff", "digits-0000.tar/\ud800"):
+        with pytest.raises(CacheMissError, match="no sample has the key"):
+            cache.find_sample(key)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (np.zeros((3, 2, 5, 5), np.float32), r"has shape \(3, 2, 5, 5\) and type float32, expected \(3, 4, 5, 5\) or "),
+        (np.zeros((3, 1, 5, 6), np.float32), r"has shape \(3, 1, 5, 6\) .* or \(3, 1, 5, 5\) and float32, as the"),
+        (np.zeros((3, 4, 5, 5), np.float16), r"and type float16, expected .* and float32"),
+        (np.full((3, 1, 5, 5), np.nan, np.float32), r"attention/bias holds a NaN, expected numbers"),
+    ],
+)
+def test_a_bias_that_is_not_of_these_layers_and_heads_is_refused(path, tmp_path, bias, message):
+    copy = Path(shutil.copytree(path, tmp_path / "copy.zarr"))
+    shutil.rmtree(copy / "attention/bias")
+    write_array(copy, "attention/bias", bias, None)
+    with pytest.raises(CorruptCacheError, match=message):
+        atcache.open(copy).maps(1)[0, 0].compute()
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_a_bias_of_all_heads_or_of_each_may_mask_keys(path, tmp_path, num_heads):
+    copy = Path(shutil.copytree(path, tmp_path / "copy.zarr"))
+    shutil.rmtree(copy / "attention/bias")
+    bias = np.zeros((3, num_heads, 5, 5), np.float32)
+    bias[..., 4] = -np.inf
+    write_array(copy, "attention/bias", bias, None)
+    attn_HQK = atcache.open(copy).maps(1)[0, 0].compute()
+    assert (attn_HQK[..., 4] == 0).all()
+    assert attn_HQK.sum(axis=-1) == pytest.approx(1, abs=1e-5)
 
 
 def test_codec_int8_is_close(digits_tars, tmp_path, expected_LVSHQK):

@@ -325,6 +325,7 @@ def test_a_member_that_changed_under_its_seal_is_found_by_verify(path):
         (("teacher", "precision"), "float64", r"\"teacher\.precision\" is 'float64', expected one of float32"),
         (("teacher", "input", "std"), [0.5, 0, 0.5], r'"teacher\.input\.std\[1\]" is 0, expected more than 0'),
         (("complete", "num_bad"), 7, r'"complete\.num_bad" is 7, expected 0, with 96 of 96 views stored'),
+        (("complete", "codes_nbytes"), 0, r'"complete\.codes_nbytes" is 0, expected 1 to \d+, with 96 views st'),
         (("views", "policy", "spec"), 3, r'"views\.policy" cannot be used: views of spec 3 .* Use the version'),
         (("views", "policy", "mixing", "prob"), 2, r'"views\.policy\.mixing" cannot be used: mix_prob=2: expected'),
     ],

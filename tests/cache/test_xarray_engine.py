@@ -275,6 +275,8 @@ def test_what_is_no_cache_is_refused_in_silence(path, tmp_path):
         "number": '{"attributes": {"atcache": 1}}',
         "broken": '{"attributes": {"atcache": {',
         "binary": "\xff\x00",
+        "nested": '"atcache"' + "[" * 100_000,
+        "deep": "[" * 100_000 + '"atcache"',
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "zarr.json").write_text(text, encoding="latin-1")

@@ -225,3 +225,21 @@ def test_a_cache_as_large_as_imagenet_opens_in_a_moment(tmp_path):
 def test_sizes_are_compared_in_words_that_are_true():
     assert compare_sizes(3.04) == "3.0x smaller"
     assert compare_sizes(0.5) == "2.0x larger"
+
+
+def test_names_from_a_cache_cannot_move_the_cursor(cache):
+    root = json.loads((cache / "zarr.json").read_text())
+    root["attributes"]["atcache"]["teacher"]["licence"] = "\x1b[2Kmit\nstate      complete"
+    (cache / "zarr.json").write_text(json.dumps(root))
+    lines = show(cache).stdout.splitlines()
+    assert "licence    ?[2Kmit?state      complete" in lines
+
+
+def test_codes_that_are_far_larger_than_their_maps_are_told_so(cache):
+    root = json.loads((cache / "zarr.json").read_text())
+    complete = root["attributes"]["atcache"]["complete"]
+    complete["codes_nbytes"] = complete["nbytes"] = 10**9
+    (cache / "zarr.json").write_text(json.dumps(root))
+    result = show(cache)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"; codes are \d+\.\dx larger than float16 maps", result.stdout)

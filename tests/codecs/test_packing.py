@@ -100,6 +100,19 @@ def test_rows_of_a_hostile_cache_raise_nothing_and_touch_no_other_layer():
     assert [opened.layer(number).shape for number in (0, 1)] == [(5, 11, 4)] * 2
 
 
+def test_a_slot_of_distance_0_ends_the_list_of_escapes():
+    packing = Packing(choose_buckets(torch.full((1, 3, 2), 0.1), torch.ones(1, 3, 2, dtype=torch.bool)), BANDS, CPU)
+    codes = torch.zeros(2, 11, 2, dtype=torch.int32)
+    codes[:, 2, 1], codes[:, 5, 0], codes[:, 9, 1] = 1000, 2000, 3000
+    rows = packing.pack([codes])
+    num_slots = rows.shape[2] // 5
+    rows[1, 1, 1 : 2 * num_slots : num_slots] = 0  # the distance of the second slot of the second view
+    back = packing.open(rows).layer(0)
+    assert torch.equal(back[0], codes[0])
+    assert back[1, 2, 1] == 1000
+    assert back[1].abs().sum() < 1000 + 2 * 128, "cells of later slots hold all ones, and nothing is added"
+
+
 def test_stored_bytes_are_near_the_entropy():
     """Within 5 % of order-0 entropy with a table a component, on integers like a teacher's."""
     numbers = np.random.default_rng(0)

@@ -17,9 +17,10 @@ from atcache.attention.tokens import TokenLayout
 from atcache.codecs.fidelity import row_kl
 from atcache.codecs.registry import parse_codec
 from atcache.codecs.search import find_step
+from atcache.codecs.transform.coder import _check_cells
 from atcache.codecs.transform.grid_dct import GridDCT
 from atcache.codecs.transform.metric import kl_metric
-from atcache.errors import CodecError
+from atcache.errors import CodecError, ConfigError
 from atcache.store.chunks import compress
 
 
@@ -120,6 +121,27 @@ def test_state_that_does_not_fit_is_refused_by_name():
         codec.coder(geometry, {**state, "shrink_L3": state["shrink_L3"] * math.nan})
     with pytest.raises(CodecError, match=r"bucket_LBJ of its state is torch.float32, expected uint8"):
         codec.coder(geometry, {**state, "bucket_LBJ": state["bucket_LBJ"].float()})
+    with pytest.raises(CodecError, match=r"bucket_LBJ of its state has \d bands, expected \d, as the patch grid has"):
+        codec.coder(geometry, {**state, "bucket_LBJ": state["bucket_LBJ"][:, 1:]})
+    wide = {"bucket_LBJ": state["bucket_LBJ"].repeat(1, 1, 49), "basis_LJC": state["basis_LJC"].repeat(1, 49, 1)}
+    with pytest.raises(CodecError, match=r"basis_LJC of its state has \d+ rows, expected at most 48"):
+        codec.coder(geometry, {**state, **wide})
+
+
+def test_state_of_another_grid_is_refused_before_anything_is_made_of_the_grid():
+    geometry = make_geometry()
+    codec = parse_codec("transform")
+    state = codec.fit(geometry, [make_factors(geometry)])
+    with pytest.raises(ConfigError, match=r"grid of 4000 x 4000, 16000001 tokens in all: expected at most 262144"):
+        make_geometry(grid=(4000, 4000))
+    with pytest.raises(CodecError, match=r"mean_left_LTR of its state has shape .*expected \(2, 262144, "):
+        codec.coder(make_geometry(grid=(512, 512), prefix=0), state)
+
+
+def test_a_state_of_more_cells_than_any_view_has_is_refused():
+    bucket_LBJ = torch.ones(1, 1, 1, dtype=torch.uint8).expand(40, 1, 4096)
+    with pytest.raises(CodecError, match=r"has 42949672960 cells a view, expected at most 536870912"):
+        _check_cells(bucket_LBJ, (slice(0, 2**18),))
 
 
 def test_a_target_in_bytes_needs_a_way_to_measure_them():

@@ -69,6 +69,7 @@ ORDER = [
     "format/parts.md",
     "format/records.md",
     "format/buckets.md",
+    "format/limits.md",
     "design.md",
     "design/data-and-training.md",
     "design/growth.md",

@@ -18,7 +18,7 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, DiskFullError
 from atcache.pipelines.build.run import build
 from atcache.pipelines.merge.config import MergeConfig
-from atcache.pipelines.merge.run import merge
+from atcache.pipelines.merge.run import _check_is_part, merge
 from atcache.store.reader import CacheReader
 
 
@@ -149,6 +149,14 @@ def test_codecs_that_were_fitted_apart_are_refused(digits_build, digits_tars, tm
         build(replace(config, data=str(tar), out=path))
     with pytest.raises(CacheMismatchError, match=r"are not parts of one cache: .* --codec-from the first"):
         merge(MergeConfig(caches=paths, out=tmp_path / "merged.zarr"))
+
+
+def test_of_all_parts_only_the_first_ones_state_stays_in_memory(parts):
+    _, paths = parts(target_kl=0.01)
+    readers = [CacheReader(path) for path in paths]
+    for reader in readers[1:]:
+        _check_is_part(readers[0], reader)
+    assert ["state" in vars(reader) for reader in readers] == [True, False, False]
 
 
 def test_on_another_disk_shards_are_copied_if_they_fit(parts, tmp_path):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import obstore
 import pytest
 from made_store import LAYOUT, all_bytes, build, make_index, write_task
-from s3_servers import faulty_proxy, moto_server, rclone_server, reached, restart_fetching
+from s3_servers import Server, faulty_proxy, moto_server, rclone_server, reached, restart_fetching
 
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, NotWritableError, RemoteError
 from atcache.files.location import parse_location
@@ -315,6 +318,49 @@ def test_parts_are_read_from_a_server_that_answers_them_in_a_way_of_its_own(tmp_
         for offset, nbytes in ((0, 10), (4_999_000, 1_000), (2_000_000, 700_000), (1_000_000, 1)):
             assert file.pread(nbytes, offset) == content[offset : offset + nbytes]
     assert capfd.readouterr().err.count("does not answer requests for parts of files as S3 does") == 1
+
+
+def test_a_slow_connection_has_time_for_what_is_read(tmp_path, monkeypatch):
+    """obstore by itself gives up after 30 seconds, however much was asked for."""
+    monkeypatch.setenv("ATCACHE_BLOCKS_DIR", str(tmp_path / "blocks"))
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.05")
+    content = random.Random(0).randbytes(100_000)
+    with a_slow_bucket(content, seconds=33) as server, reached(server), ThreadPoolExecutor(2) as pool:
+        place = parse_location("s3://bucket/file")
+        whole, part = pool.submit(read_file, place), pool.submit(lambda: open_file(place).pread(10, 500))
+        assert (whole.result(), part.result()) == (content, content[500:510])
+
+
+@contextmanager
+def a_slow_bucket(content, seconds):
+    """An S3 server with one file, which sends each body in this time."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            """Say nothing."""
+
+        def do_GET(self):
+            start, _, stop = (
+                self.headers.get("Range", f"bytes=0-{len(content) - 1}").removeprefix("bytes=").partition("-")
+            )
+            body = content[int(start) : int(stop) + 1]
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Range", f"bytes {start}-{stop}/{len(content)}")
+            self.send_header("ETag", '"1"')
+            self.send_header("Last-Modified", "Wed, 21 Oct 2015 07:28:00 GMT")
+            self.end_headers()
+            if self.command == "GET":
+                for piece in range(10):
+                    time.sleep(seconds / 10)
+                    self.wfile.write(body[len(body) * piece // 10 : len(body) * (piece + 1) // 10])
+
+        do_HEAD = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Server(server.server_port, None)
+        server.shutdown()
 
 
 def test_a_store_that_nobody_answers_for_is_named_with_what_to_look_at(moto):

@@ -118,6 +118,11 @@ def test_status_has_the_numbers_of_the_sources_problems():
         ({"num_samples": 1.5}, r'"num_samples" is 1\.5, expected a whole number'),
         ({"num_views": 10**9}, r"num_views"),
         ({"num_tokens": 2**20, "num_components": 2**24}, r"attention/codes would have chunks of 35184372088832 bytes"),
+        (
+            {"num_layers": 4096, "num_components": 2**20, "layers_per_chunk": 1},
+            r"the codes of one view would be 21474836480 bytes \(4096 x 5 x 1048576 of int8\), over 4294967296\.",
+        ),
+        ({"num_samples": 2**31 - 1, "num_views": 5, "samples_per_shard": 2**20}, r"5 views of .* limit of 8589934592"),
         ({"num_samples": 2**31 - 1, "samples_per_shard": 1}, r"tasks, over 10000000\. Raise samples_per_shard"),
         ({"layers_per_chunk": 3}, r"layers_per_chunk=3 does not divide num_layers=4"),
         ({"codes_dtype": "object"}, r"codes_dtype='object': expected one of int8"),

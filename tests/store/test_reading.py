@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -284,3 +285,13 @@ def test_names_of_many_tars_are_checked_in_no_time():
     assert find_bad_tar_name(names) is None
     assert find_bad_tar_name([*names, names[7]]) == names[7]
     assert time.process_time() - start_s < 5, "it took minutes when each name was compared with all before it"
+
+
+def test_a_big_endian_machine_is_refused_in_one_sentence(cache, tmp_path, monkeypatch):
+    reader = CacheReader(cache)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(ConfigError, match="this machine is big-endian"):
+        CacheReader(cache)
+    with pytest.raises(ConfigError, match="this machine is big-endian"):
+        create_cache(tmp_path / "new.zarr", reader.layout, {}, reader.samples, {})
+    assert not (tmp_path / "new.zarr").exists()

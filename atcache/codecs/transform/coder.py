@@ -32,6 +32,8 @@ _ROUNDING = 0.38
 """Added to a magnitude before it is cut to an integer. Below 0.5, since most codes are 0 or 1 and zeros cost least."""
 _LARGEST_CODE = 2**22
 """Larger ones are cut. The largest components of real teachers have some thousand steps."""
+_MOST_CELLS = 2**29
+"""More than any view has: a ViT-7B of 1024 patches has a third of that."""
 PROJECTION = "projection_"
 """The names of a state's arrays that say how q and k follow from a layer's input begin with this."""
 
@@ -101,14 +103,15 @@ class TransformCoder(Coder):
     ) -> None:
         super().__init__(geometry, bias_LHQK, device)
         self._predict = predict
-        self.dct = GridDCT(geometry.tokens, self.device, is_on=dct)
         self.projections = _read_projections(state, geometry)
         width = (
             self._num_head_vectors * geometry.head_dim
             if self.projections is None
             else self.projections[0].weight_NC.shape[1]
         )
-        _check_state(state, geometry, width, len(self.dct.bands), self._num_head_vectors)
+        _check_state(state, geometry, width, self._num_head_vectors)
+        self.dct = GridDCT(geometry.tokens, self.device, is_on=dct)
+        _check_cells(state["bucket_LBJ"], self.dct.bands)
         if self.projections is not None:
             self.projections = tuple(projection.to(self.device) for projection in self.projections)
         self.layers = [self._layer_arrays(state, position) for position in range(len(geometry.layers))]
@@ -352,12 +355,11 @@ _SHAPES = {
 }
 
 
-def _check_state(state: State, geometry: FactorGeometry, width: int, num_bands: int, num_vectors: int) -> None:
-    """Refuse arrays that do not fit together: a cache may come from anybody."""
+def _check_state(state: State, geometry: FactorGeometry, width: int, num_vectors: int) -> None:
+    """Refuse arrays that do not fit together, before anything is made of them: a cache may come from anybody."""
     sides: dict[str, int] = {
         "L": len(geometry.layers),
         "C": width,
-        "B": num_bands,
         "V": num_vectors,
         "E": geometry.head_dim * (geometry.head_dim + 1) // 2,
         "T": geometry.tokens.num_tokens,
@@ -370,16 +372,32 @@ def _check_state(state: State, geometry: FactorGeometry, width: int, num_bands: 
         found = tuple(array.shape)
         if len(found) == len(axes):
             for axis, side in zip(axes, found, strict=True):
-                sides.setdefault(axis, side)  # J and R: any length, the same everywhere
+                sides.setdefault(axis, side)  # B, J and R: any length, the same everywhere
         expected = tuple(sides.get(axis, 0) for axis in axes)
         if found != expected:
             raise CodecError(f"codec transform: {name} of its state has shape {found}, expected {expected}.")
         if not bool(torch.isfinite(array.float()).all()):
             raise CodecError(f"codec transform: {name} of its state has a value that is not finite.")
+    if sides["J"] > width:
+        raise CodecError(f"codec transform: basis_LJC of its state has {sides['J']} rows, expected at most {width}.")
     if state["bucket_LBJ"].dtype != torch.uint8:
         raise CodecError(f"codec transform: bucket_LBJ of its state is {state['bucket_LBJ'].dtype}, expected uint8.")
     if not bool((state["bucket_LBJ"] > 0).flatten(1).any(dim=1).all()):
         raise CodecError("codec transform: bucket_LBJ of its state stores nothing of a layer.")
+
+
+def _check_cells(bucket_LBJ: Tensor, bands: Sequence[slice]) -> None:
+    """Refuse a plan of other bands than the grid has, or of so many cells that lists of them would fill the memory."""
+    if bucket_LBJ.shape[1] != len(bands):
+        raise CodecError(
+            f"codec transform: bucket_LBJ of its state has {bucket_LBJ.shape[1]} bands, expected {len(bands)}, as the "
+            "patch grid has."
+        )
+    num_cells = bucket_LBJ.shape[0] * bucket_LBJ.shape[2] * bands[-1].stop
+    if num_cells > _MOST_CELLS:
+        raise CodecError(
+            f"codec transform: bucket_LBJ of its state has {num_cells} cells a view, expected at most {_MOST_CELLS}."
+        )
 
 
 def _of_triangles(triangles: Tensor, size: int) -> Tensor:

@@ -21,6 +21,7 @@ from atcache.store.reader import CacheReader
 from atcache.store.records import read_record
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_state
+from atcache.store.writer import finish_cache
 
 
 @pytest.mark.parametrize("place", [0, 0.3, -30, -9, -1])
@@ -134,6 +135,7 @@ def test_another_sample_table_is_found_by_its_fingerprint(cache):
 @pytest.mark.parametrize("name", ["attention/state/steps", "attention/bias"])
 def test_damaged_codec_state_is_named(cache, name, tiny_vit, tiny_weights):
     write_state(cache, {"steps": np.ones((2, 32), np.float32)}, np.zeros((2, 2, 17, 17), np.float32))
+    finish_cache(cache)  # which lists them
     (file,) = [file for file in (cache / name / "c").rglob("*") if file.is_file()]
     assert messages(look(cache, sample=0)) == []
     flip(file, 0.5)

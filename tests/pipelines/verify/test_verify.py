@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +129,19 @@ def test_a_record_of_no_task_is_deleted_and_does_no_harm_before(cache):
     assert contents(cache) == before
 
 
+def test_a_growth_that_ends_before_the_lock_is_held_loses_nothing(cache, tiny_vit, tiny_weights, digits_tars, tmp_path):
+    grown = Path(shutil.copytree(cache, tmp_path / "grown.zarr"))
+    build(replace(build_config(tiny_vit, tiny_weights, digits_tars[0].parent, grown), views=3, grow=True))
+    with ThreadPoolExecutor(1) as pool:
+        with only_writer(cache):
+            repairing = pool.submit(look, cache, repair=True)
+            time.sleep(1)  # it has opened the cache and waits for the lock
+            shutil.copytree(grown, cache, dirs_exist_ok=True)
+        summary = repairing.result()
+    assert (summary.problems, summary.repaired_tasks, summary.num_tasks) == ((), (), 9)
+    assert len(list_commits(cache)) == 9
+
+
 def test_nothing_is_repaired_while_metadata_is_damaged(cache):
     """A wrong layout would make every task look damaged."""
     text = (cache / "zarr.json").read_text()
@@ -178,6 +194,13 @@ def test_the_command_says_that_all_is_well(cache):
     record = json.loads(result.stdout)
     assert (record["problems"], record["num_views"]) == ([], 5)
     assert result.stderr.splitlines()[-1].startswith(f"{cache} is whole: 6 of 6 tasks, ")
+
+
+def test_names_from_a_cache_cannot_move_the_cursor(cache):
+    (cache / "samples/a\x1b[2Kb\nc").write_text("stray")
+    result = run_cli(cache, "--sample", 0)
+    assert f"note: {cache}/samples/a?[2Kb?c is not part of the cache." in result.stderr.splitlines()
+    assert "\x1b" not in result.output
 
 
 def test_two_numbers_of_views_are_refused(cache):
