@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import ConfigError
-from atcache.files.location import Location, expand_home, looks_like_url
+from atcache.files.location import Location, expand_home
 from atcache.images.tars import as_typed_in
 from atcache.machine import num_processors
 
