@@ -10,6 +10,7 @@ import atcache
 from atcache.attention.indices import format_indices
 from atcache.files.location import Location
 
+from ..pipelines.pages.plain import plain
 from . import options
 from .paths import LOCATION
 
@@ -35,7 +36,7 @@ def info(cache: Location, as_json: bool) -> None:
         options.print_json({**about, "bad": bad})
         return
     for name, value in _lines(about, bad):
-        click.echo(f"{name:<10} {options.plain(value)}")
+        click.echo(f"{name:<10} {plain(value)}")
     for line in _card(about):
         click.echo(line)
 

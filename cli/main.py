@@ -24,6 +24,7 @@ from atcache import __version__
 from atcache.errors import AtcacheError
 from atcache.machine import limit_threads
 
+from ..pipelines.pages.plain import plain
 from .defaults import DEFAULT_FILE, read_defaults
 from .paths import EXISTING_FILE
 
@@ -141,7 +142,7 @@ class LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except AtcacheError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(plain(str(error))) from error
         except KeyboardInterrupt as error:
             raise Stopped("Stopped. What was stored stays; type the same command again to continue.") from error
         except BrokenPipeError as error:

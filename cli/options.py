@@ -48,11 +48,6 @@ recipe = click.option(
 )
 
 
-def plain(text: str) -> str:
-    """A text that may hold names from a cache as one line, without what would move the cursor or change colours."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 def compare_sizes(times_smaller: float) -> str:
     """The size of codes against that of the same maps in float16. With few tokens, factors are larger than maps."""
     return f"{times_smaller:.1f}x smaller" if times_smaller >= 1 else f"{1 / times_smaller:.1f}x larger"

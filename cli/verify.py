@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..pipelines.pages.plain import plain
 from ..pipelines.verify.config import VerifyConfig
 from . import options
 from .fields import options_from
@@ -33,11 +34,11 @@ def verify(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of Veri
     from ..pipelines.verify.run import verify as run_verify
 
     def print_finding(finding: Finding) -> None:
-        click.echo(options.plain(finding.message), err=True)
+        click.echo(plain(finding.message), err=True)
 
     summary = run_verify(VerifyConfig(**config), on_finding=print_finding)
     for line in (*(f"note: {note}" for note in summary.notes), *_closing_lines(summary, repair=config["repair"])):
-        click.echo(options.plain(line), err=True)
+        click.echo(plain(line), err=True)
     options.print_json(summary.to_json())
     if summary.problems:
         raise click.exceptions.Exit(1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from .plain import plain
+
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --panel: #f4f6f9; --ink: #1b222c; --faint: #535d6b;
   --line: #d3d9e1; --link: #0b57b8; --one: #1f5fbf; --two: #b04a0c; --three: #2b7331; }
@@ -75,8 +77,7 @@ def page(title: str, body: str) -> str:
 
 def text(value: object) -> str:
     """Any value as HTML text. Signs that cannot be printed become question marks; no line ends before a per cent."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in str(value))
-    return escape(shown).replace(" %", "&nbsp;%")
+    return escape(plain(str(value))).replace(" %", "&nbsp;%")
 
 
 def section(title: str, *parts: str) -> str:

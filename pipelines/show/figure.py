@@ -10,6 +10,7 @@ import numpy as np
 
 from atcache.pictures import ABOVE, CAVEAT, COLOURS, carry_back, colours, overlay, top_of_scale, wall
 
+from ..pages.plain import plain
 from .config import Scale
 from .reading import Shown
 
@@ -101,14 +102,13 @@ def draw_figure(shown: Shown, scale: Scale, clip: float) -> tuple[Figure, float]
     view_aspect = shown.view_height / shown.view_width
     tile_width = min(tile_width, 1.75 if is_apart else 0.85)
     tile_height = tile_width * (view_aspect if is_apart else (grid_height + 1) / (grid_width + 1)) + _TITLE * is_apart
-    notes = [line for note in (*shown.notes, CAVEAT) for line in textwrap.wrap(_plain(note, 600), 165)]
+    notes = [line for note in (*shown.notes, CAVEAT) for line in textwrap.wrap(_shortened(note, 600), 165)]
     wall_height = (num_rows * tile_height + _TITLE * (not is_apart) + _MARGIN) * has_wall
     titles_height = _LINE * (12 + 9) / 9 + _TITLE
     page = _Page(3 * _MARGIN + titles_height + side + wall_height + len(notes) * _LINE * 8 / 9)
-    page.text(
-        _plain(" · ".join(filter(None, (shown.sample_key, shown.label, f"view {shown.view}"))), 95), 12, weight="bold"
-    )
-    page.text(_plain(f"{shown.teacher} · {_named(shown)} · query {_queries(shown)}", 150), 9, colour=_FAINT)
+    title = " · ".join(filter(None, (shown.sample_key, shown.label, f"view {shown.view}")))
+    page.text(_shortened(title, 95), 12, weight="bold")
+    page.text(_shortened(f"{shown.teacher} · {_named(shown)} · query {_queries(shown)}", 150), 9, colour=_FAINT)
     page.at += _TITLE
     left = _MARGIN
     for (paint, (width, height), title), aspect in zip(pictures, aspects, strict=True):
@@ -280,7 +280,6 @@ def _queries(shown: Shown) -> str:
     return "mean of " * (len(told) > 1) + ", ".join(told)
 
 
-def _plain(text: str, most: int) -> str:
-    """A text from a cache as one line, without what would move the cursor or change fonts."""
-    kept = "".join(letter if letter.isprintable() else "?" for letter in text)
+def _shortened(text: str, most: int) -> str:
+    kept = plain(text)
     return kept if len(kept) <= most else kept[: most - 3] + "..."
