@@ -199,7 +199,7 @@ def test_the_command_says_that_all_is_well(cache):
 def test_names_from_a_cache_cannot_move_the_cursor(cache):
     (cache / "samples/a\x1b[2Kb\nc").write_text("stray")
     result = run_cli(cache, "--sample", 0)
-    assert f"note: {cache}/samples/a?[2Kb?c is not part of the cache." in result.stderr.splitlines()
+    assert f"note: {cache}/samples/a?[2Kb c is not part of the cache." in result.stderr.splitlines()
     assert "\x1b" not in result.output
 
 
