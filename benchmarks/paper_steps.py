@@ -24,7 +24,6 @@ from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
 from atcache.pipelines.evaluate.config import EvaluateConfig
 from atcache.pipelines.evaluate.run import EvaluateSummary, evaluate
-from atcache.pipelines.running.run_folder import GIVEN_UP_FILE
 from atcache.pipelines.running.run_teacher import recorded_name, run_folder_of
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train_sweep
@@ -349,11 +348,6 @@ def tuning_folder(study: Study, mode: Mode, recipe: Recipe) -> Path:
     """The folder of a run that tries a recipe."""
     start = "" if recipe.init_values is None else f"-init-{recipe.init_values:g}"
     return study.out / "tuning" / f"{mode}-lr-{recipe.base_lr:g}{start}"
-
-
-def is_given_up(run: Path) -> bool:
-    """Whether its loss became NaN or infinite."""
-    return (run / GIVEN_UP_FILE).exists()
 
 
 def evaluation_files(study: Study, row: Row, seed: int) -> dict[str, Path]:

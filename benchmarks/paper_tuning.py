@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from paper_steps import Job, Maps, Recipe, Student, cache_job, is_given_up, train_job, tuning_folder
+from paper_steps import Job, Maps, Recipe, Student, cache_job, train_job, tuning_folder
 from paper_study import Study
 
 from atcache.choices import MODES, Mode
 from atcache.errors import ConfigError
+from atcache.pipelines.running.run_folder import GIVEN_UP_FILE
 from atcache.pipelines.train.scores import Score
 from atcache.pipelines.train.summary import read_finished
 
@@ -23,7 +24,8 @@ def tuning_jobs(study: Study) -> list[Job]:
     maps = Maps(study.views, study.codec)
     jobs = [cache_job(study, maps, "held-out")]
     for mode in study.tune:
-        recipes = [one for one in recipes_to_try(study, mode) if one not in given_up(study, mode)]
+        in_vain = given_up(study, mode)
+        recipes = [one for one in recipes_to_try(study, mode) if one not in in_vain]
         jobs += [train_job(study, Student(mode, maps), 0, one, held_out=True) for one in recipes]
     return jobs
 
@@ -36,7 +38,7 @@ def tuned(study: Study, mode: Mode) -> dict[Recipe, Score]:
 
 def given_up(study: Study, mode: Mode) -> list[Recipe]:
     """The recipes that were tried, but the loss became NaN or infinite."""
-    return [one for one in recipes_to_try(study, mode) if is_given_up(tuning_folder(study, mode, one))]
+    return [one for one in recipes_to_try(study, mode) if (tuning_folder(study, mode, one) / GIVEN_UP_FILE).exists()]
 
 
 def choose_recipes(study: Study) -> dict[Mode, Recipe] | None:

@@ -244,7 +244,7 @@ def test_a_study_that_could_not_begin_is_begun_with_other_options(digits, tmp_pa
     ):
         main([*options, "--labels", "5000"])
     main([*options, "--labels", "30", "--teacher", "no-such-teacher"])
-    assert "no-such-teacher" in capsys.readouterr().out
+    assert re.search(r"- Failed: caches/\S+: .*no-such-teacher", capsys.readouterr().out)
     main(options)
     assert len((tmp_path / "labels.txt").read_text().splitlines()) == 40
     with pytest.raises(SystemExit, match=r"holds another study: labels is 40 there and 30 here"):

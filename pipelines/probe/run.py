@@ -183,7 +183,7 @@ def _note_on_looks(config: ProbeConfig, num_pairs: int) -> tuple[str, ...]:
     before = ", ".join(map(str, looks[: looks.index(num_pairs)]))
     return (
         f"There was an answer after {before} pairs already. Whoever adds pairs until there is another one finds a "
-        "difference more often than the interval says: where there is none, in 15% to 35% of probes instead of 5%.",
+        "difference more often than the interval says: where there is none, in 15% to 30% of probes instead of 5%.",
     )
 
 

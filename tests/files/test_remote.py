@@ -208,14 +208,20 @@ def test_two_processes_fetch_each_block_once_between_them(server, monkeypatch):
     assert len(data) <= server.num_bytes < 1.1 * len(data)
 
 
-def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeypatch):
-    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.05")
-    data = serve_bytes(server, "file", 2**22)
+def reader_that_has_asked(server):
+    """A process that reads the server's file, to which no answer came yet."""
     server.delay_s = 0.3
     reader = run_python(_READER, f"{server.url}/file")
     assert reader.stdout is not None
     assert reader.stdout.readline() == "open\n"
-    time.sleep(0.15)  # it has asked, and no answer came yet
+    time.sleep(0.15)
+    return reader
+
+
+def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeypatch):
+    monkeypatch.setenv("ATCACHE_BLOCKS_GIB", "0.05")
+    data = serve_bytes(server, "file", 2**22)
+    reader = reader_that_has_asked(server)
     reader.send_signal(signal.SIGKILL)
     reader.communicate()
     server.delay_s = 0
@@ -227,11 +233,7 @@ def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeyp
 def test_a_reader_that_is_stopped_while_it_fetches_is_not_waited_for_without_end(server, monkeypatch):
     monkeypatch.setattr(remote_file, "_PATIENCE_S", 0.5)
     data = serve_bytes(server, "file", 2**20)
-    server.delay_s = 0.3
-    reader = run_python(_READER, f"{server.url}/file")
-    assert reader.stdout is not None
-    assert reader.stdout.readline() == "open\n"
-    time.sleep(0.15)  # it has asked, and no answer came yet
+    reader = reader_that_has_asked(server)
     reader.send_signal(signal.SIGSTOP)
     server.delay_s = 0
     try:
