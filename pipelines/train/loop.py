@@ -54,7 +54,7 @@ class _Loop:
         self._to_validate = self._ranks.on_leader(lambda: [_lacks_validation(run) for run in runs])
         self._progress: Progress | None = None
         if self._ranks.leads:
-            title = runs[0].config.mode if alone else "sweep"
+            title = runs[0].config.mode if len(runs) == 1 else "sweep"
             self._progress = Progress(title, total=self._num_steps, unit="steps", done=self._first_step)
             stack.enter_context(self._progress)
             for line in self._notes():
