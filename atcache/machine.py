@@ -17,13 +17,17 @@ _THREADS = "OMP_NUM_THREADS"
 _GROUPS, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of control groups
 
 
-def num_processors() -> int:
+def num_processors(*, list_of_groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int:
     """Processors that this process may use at once, at least 1: by affinity and by the quotas of its control groups.
 
     `dask.system.cpu_count` answers the same question, but it knows neither the groups above the process's own, where
     Kubernetes and Slurm set their limits, nor the usual folder of version 1.
+
+    Args:
+        list_of_groups: the file in which Linux lists the process's control groups.
+        mounted: the folder of their hierarchies.
     """
-    return min([_affinity(), *(max(1, math.ceil(quota)) for quota in _cpu_quotas())])
+    return min([_affinity(), *(max(1, math.ceil(quota)) for quota in _cpu_quotas(list_of_groups, mounted))])
 
 
 def memory_nbytes() -> int:
@@ -46,13 +50,21 @@ def kept_nbytes(keep_mib: int, workers: int) -> int:
     return keep_mib * 2**20 // max(1, workers)
 
 
-def limit_threads(environment: MutableMapping[str, str]) -> None:
+def limit_threads(
+    environment: MutableMapping[str, str], *, list_of_groups: Path = _GROUPS, mounted: Path = _MOUNTED
+) -> None:
     """Make torch and BLAS, which know the affinity but no quota, start no more threads than there are processors.
 
     It has an effect only before they are imported, and none where the user has set the number of threads.
+
+    Args:
+        environment: where the number is set, such as `os.environ`.
+        list_of_groups: as for `num_processors`.
+        mounted: as for `num_processors`.
     """
-    if num_processors() < _affinity():
-        environment.setdefault(_THREADS, str(num_processors()))
+    processors = num_processors(list_of_groups=list_of_groups, mounted=mounted)
+    if processors < _affinity():
+        environment.setdefault(_THREADS, str(processors))
 
 
 def _affinity() -> int:

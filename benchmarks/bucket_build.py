@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,8 +31,8 @@ from atcache.pipelines.build.run import build
 from atcache.store.bucket import Piece, obeyed_conditions, put_together
 
 
-def main() -> None:
-    """Build everywhere, and print a table."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="tars of images")
     parser.add_argument("--teacher", default="vit_small_patch14_dinov2:img_size=224")
@@ -40,7 +41,12 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--samples-per-shard", type=int, default=32)
     parser.add_argument("--codec", default="int8", help="[default: %(default)s, which is not fitted for long]")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build everywhere, and print a table."""
+    options = parse(arguments)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "bucket").mkdir()

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -30,9 +31,9 @@ from build_growth import measure_growth, measure_opening
 from build_speed import SpeedOptions, measure_loader, measure_speed
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen measurement and print its rows."""
-    options = _parse()
+    options = parse(arguments)
     if options.what == "growth":
         print_rows(measure_growth(options.samples))
     elif options.what == "opening":
@@ -50,7 +51,8 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         print(json.dumps(row))
 
 
-def _parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     speed = commands.add_parser("speed")
@@ -69,7 +71,7 @@ def _parse() -> argparse.Namespace:
     growth.add_argument("--samples", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     opening = commands.add_parser("opening")
     opening.add_argument("--num-samples", type=int, default=1_300_000)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.what == "speed" and options.codec is None:
         options.codec = SpeedOptions.codec
     return options

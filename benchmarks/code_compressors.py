@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +40,17 @@ class Candidate:
     decompress: Callable[[bytes, np.ndarray], object]
 
 
-def main() -> None:
-    """Measure and print a table."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache")
     parser.add_argument("--views", type=int, default=32)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    options = parse(arguments)
     blosc.use_threads = False
     cache = atcache.open(options.cache)
     layout = cache.reader.layout

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,12 +55,17 @@ def measure(views: list[np.ndarray], corruption: Corruption) -> tuple[float, flo
     return 1000 * min(seconds), float(np.mean(psnrs))
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="tars of images; without it, images are made")
     parser.add_argument("--size", type=int, default=224, help="side of the views, in pixels")
     parser.add_argument("--samples", type=int, default=8, help="number of images")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if options.data:
         views = views_of(options.data, options.samples, options.size)
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -24,14 +25,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 WAYS = {"fused": SDPBackend.FLASH_ATTENTION, "plain": SDPBackend.MATH}
 
 
-def main() -> None:
-    """Measure and print."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="vit_small_patch14_dinov2")
     parser.add_argument("--image-sizes", type=int, nargs="+", default=[56, 112, 168, 224])
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = parse(arguments)
     table = Table(*("pixels", "patches", "fused, ms", "plain, ms", "fused / plain"))
     for size in options.image_sizes:
         model = timm.create_model(options.student, img_size=size, num_classes=10)

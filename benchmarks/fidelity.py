@@ -71,8 +71,8 @@ class Accuracy:
         return self.difference < -STANDARD_ERRORS * self.difference_standard_error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Build the caches, train the students, print and write the results."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for caches, runs and results")
     parser.add_argument("--seeds", type=int, default=5, help="students for each codec, at least 2 (default 5)")
@@ -81,6 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error("--seeds: one seed has no standard error; expected at least 2.")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build the caches, train the students, print and write the results."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     tars = write_digits(options.out / "digits")
     results: list[Accuracy] = []

@@ -4,8 +4,9 @@
 
 Each stage is a command of its own with its own time limit, so one that hangs or fails costs no other stage. What it
 prints goes to the terminal and to FOLDER/STAGE.txt; FOLDER/summary.json says how each stage ended. A stage gets no more
-than what is left of the minutes. It runs from a copy of the repository, beside any torch from 2.6 on: if atcache is not
-installed from here, it is installed into FOLDER, without the network.
+than what is left of the minutes. If a stage failed or was stopped, the exit status is 1. It runs from a copy of the
+repository, beside any torch from 2.6 on: if atcache is not installed from here, it is installed into FOLDER, without
+the network.
 """
 
 from __future__ import annotations
@@ -129,15 +130,21 @@ def run(stage: Stage, most_s: float, out: Path, environment: dict[str, str]) -> 
     return {"stage": stage.name, "command": ["python", *stage.arguments], "ended": ended, "seconds": seconds}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help=f"stages to run, of {', '.join(stage.name for stage in STAGES)}; default all")
     options = parser.parse_args(arguments)
-    names = [stage.name for stage in STAGES] if options.only is None else options.only.split(",")
-    if unknown := set(names) - {stage.name for stage in STAGES}:
+    options.names = [stage.name for stage in STAGES] if options.only is None else options.only.split(",")
+    if unknown := set(options.names) - {stage.name for stage in STAGES}:
         parser.error(f"--only {', '.join(sorted(unknown))}: there is no such stage; see --help.")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     end_s = time.monotonic() + 60 * options.minutes
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -145,13 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ends = []
     for stage in STAGES:
         left_s = end_s - time.monotonic()
-        if stage.name in names and left_s > LEAST_S:
+        if stage.name in options.names and left_s > LEAST_S:
             ends.append(run(stage, min(stage.most_s, left_s), out, environment))
-        elif stage.name in names:
+        elif stage.name in options.names:
             ends.append({"stage": stage.name, "ended": "not begun: no time was left"})
         (out / "summary.json").write_text(json.dumps(ends, indent=2) + "\n")
     for end in ends:
         print(f"{end['stage']:20} {end['ended']}")
+    if any(end["ended"].startswith(("failed", "stopped")) for end in ends):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,16 @@ def photo(rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=2048)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     rng = np.random.default_rng(0)
     photos = [photo(rng) for _ in range(NUM_PHOTOS)]
     tars = options.folder / "photos"

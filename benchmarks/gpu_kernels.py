@@ -12,6 +12,8 @@ q and k, whose gradients nobody needs) and ours. Times are medians, with the GPU
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,17 +174,22 @@ def tune():
         comparing.MOST_TOKENS_AT_ONCE = at_once
 
 
-def main():
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--value-dim", type=int, default=HEAD_DIM, help="head dim of the student's v")
     parser.add_argument("--tune", action="store_true")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if not torch.cuda.is_available():
-        parser.error("torch finds no GPU here; benchmarks/kernels.py measures on a CPU.")
-    if arguments.tune:
+        sys.exit("torch finds no GPU here; benchmarks/kernels.py measures on a CPU.")
+    if options.tune:
         tune()
     else:
-        print_table(arguments.value_dim)
+        print_table(options.value_dim)
 
 
 if __name__ == "__main__":

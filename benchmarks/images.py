@@ -102,14 +102,19 @@ def _smallest_jpeg() -> bytes:
     return file.getvalue()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print both tables."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 4, 8])
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print both tables."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     source = Source(index_source(options.data))
     photos = [source.read_bytes(sample) for sample in range(source.index.num_samples)]

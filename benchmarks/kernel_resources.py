@@ -128,7 +128,8 @@ def compile_kernel(launch: Launch, tiling: Tiling, arch: int) -> Resources:
     return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90, choices=sorted(SHARED_KIB))
     parser.add_argument(
@@ -138,7 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=197)
     parser.add_argument("--bias", action="store_true", help="student and teacher have a bias by head")
     parser.add_argument("--first", action="store_true", help="only the tiling that is tried first")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     for launch in all_launches(getattr(torch, options.dtype), options.head_dim, options.tokens, bias=options.bias):
         for tiling in launch.tilings[: 1 if options.first else None]:
             used = compile_kernel(launch, tiling, options.arch)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,21 +140,26 @@ def sweep(dtype, value_dim):
             )
 
 
-def main():
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--value-dim", type=int, default=HEAD_DIM, help="head dim of a copying student's v")
     parser.add_argument("--sweep", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}, {HEADS} heads of {HEAD_DIM}"
-        f", v's of {arguments.value_dim}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}, {HEADS} heads of {HEAD_DIM}"
+        f", v's of {options.value_dim}"
     )
-    if arguments.sweep:
-        sweep(dtype, arguments.value_dim)
+    if options.sweep:
+        sweep(dtype, options.value_dim)
         return
     distil = {
         "maps": distil_by_maps,
@@ -163,7 +169,7 @@ def main():
     }
     copying = {"maps": copy_by_maps, "fused call": copy_by_fused_call, "v only (ours)": copy_ours}
     for samples, tokens in SHAPES:
-        for_distil, for_copying = draw(samples, tokens, dtype, arguments.value_dim)
+        for_distil, for_copying = draw(samples, tokens, dtype, options.value_dim)
         for kind, ways, tensors in (("distill", distil, for_distil), ("copy", copying, for_copying)):
             seconds = fastest_s(ways, tensors)
             for name, function in ways.items():

@@ -51,13 +51,18 @@ def rows_per_read(order: SampleOrder, num_steps: int) -> float:
     return samples / runs
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--classes", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=256)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    options = parse(arguments)
     size = options.batch_size
     num_steps = options.samples // size
     label_S = np.arange(options.samples) * options.classes // options.samples

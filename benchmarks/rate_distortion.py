@@ -61,7 +61,7 @@ _SMALLEST_PLOTTED_KL = 1e-8
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the results."""
-    options = _parse(arguments)
+    options = parse(arguments)
     torch.set_num_threads(1)
     blosc.use_threads = False
     teacher = load_teacher(options.teacher, weights=options.weights)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(rows, f"{teacher.name}\n{sizes}", options.out / "rate_distortion.png")
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="a name as for `atcache build`")
     parser.add_argument("--weights", type=Path, help="file with the teacher's weights (default: timm's)")

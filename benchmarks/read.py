@@ -274,13 +274,18 @@ def measure(path: Path, threads: int, rounds: int) -> list[list[str]]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the caches, measure, and print the table."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="samples in each of the two views (default 64)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dir", type=Path, help="folder for the caches during the run (default: a temp folder)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the caches, measure, and print the table."""
+    options = parse(arguments)
     use_single_threaded_blosc()
     caches: dict[str, tuple[Callable[[np.random.Generator], np.ndarray], str]] = {
         "transform, ViT-B": (lambda rng: transform_codes(rng, 12, 400), GZIP),

@@ -183,15 +183,20 @@ def print_stretches(folder: Path, name: str, nbytes: int, delay_ms: float) -> No
                 print(f"| {mib} MiB | {shuffle} | {requests} | {speed:.0f} |", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the cache, serve it, measure, print."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["epochs", "stretches"], default="epochs")
     parser.add_argument("--samples", type=int, default=4096, help="samples, a multiple of 64 (default 4096)")
     parser.add_argument("--delays-ms", type=float, nargs="+", default=[0.0, 50.0, 200.0], help="before each answer")
     parser.add_argument("--student-rates", type=float, nargs="+", default=[0.0, 300.0], help="img/s; 0 for no limit")
     parser.add_argument("--dir", type=Path, help="folder for cache and blocks during the run (default: a temp folder)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the cache, serve it, measure, print."""
+    options = parse(arguments)
     order.WINDOW_BLOCKS = 4
     with tempfile.TemporaryDirectory(dir=options.dir) as temp:
         folder, name = Path(temp), "cache.zarr"

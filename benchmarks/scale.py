@@ -22,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scale_arithmetic import print_arithmetic
+from scale_arithmetic import VIEW_NBYTES, VIEWS_PER_S, WORKERS, print_arithmetic
 
 from atcache.files.durable import encode_json
 from atcache.images.source import SampleIndex
@@ -325,8 +325,8 @@ def run(name: str, folder: Path) -> None:
     print(json.dumps(answer))
 
 
-def main() -> None:
-    """Make the caches and measure, or print the arithmetic."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=14_197_122)
     parser.add_argument("--views", type=int, default=4)
@@ -335,9 +335,30 @@ def main() -> None:
     parser.add_argument("--only", choices=MEASURES, nargs="+", default=list(MEASURES))
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--arithmetic", action="store_true")
-    options = parser.parse_args()
+    of_arithmetic = parser.add_argument_group("what --arithmetic assumes")
+    of_arithmetic.add_argument(
+        "--gpu-views-per-s",
+        type=float,
+        default=VIEWS_PER_S,
+        help="of one GPU behind the loader (default %(default)s: a ViT-L on an H200, docs/benchmarks/gpu.md)",
+    )
+    of_arithmetic.add_argument(
+        "--gpu-workers", type=int, default=WORKERS, help="cores that render these (default %(default)s: the same)"
+    )
+    of_arithmetic.add_argument(
+        "--code-nbytes",
+        type=int,
+        default=VIEW_NBYTES,
+        help="of a view (default %(default)s: transform at KL 0.005 of a ViT-S/14, docs/benchmarks/codecs.md)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the caches and measure, or print the arithmetic."""
+    options = parse(arguments)
     if options.arithmetic:
-        print_arithmetic()
+        print_arithmetic(options.gpu_views_per_s, options.gpu_workers, options.code_nbytes)
         return
     if options.measure:
         run(options.measure, options.dir)

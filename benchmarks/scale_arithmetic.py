@@ -10,9 +10,9 @@ from atcache.store.tables import MAX_ARRAY_NBYTES
 
 GPUS, GPUS_A_NODE = 1000, 8
 IMAGES_NBYTES, IMAGE_NBYTES, TAR_NBYTES = 10e15, 100e3, 1e9
-VIEWS_PER_S = 1340  # a ViT-L behind the loader on one H200, docs/benchmarks/gpu.md
-CORE_VIEWS_PER_S = 1340 / 15  # the same measurement: 15 workers
-VIEW_NBYTES = 135e3  # transform at its default target, ViT-S/14, docs/benchmarks/codecs.md
+# What `scale.py --arithmetic` assumes unless it is told otherwise.
+VIEWS_PER_S, WORKERS = 1340, 15  # a ViT-L behind the loader on one H200, docs/benchmarks/gpu.md
+VIEW_NBYTES = 135_000  # transform at its default target, ViT-S/14, docs/benchmarks/codecs.md
 KEY_NBYTES = 16
 ROW_NBYTES = 4 + 8 + 8 + 8 + 1 + KEY_NBYTES  # a row of the sample table
 TRAINING_NBYTES = 8 + 1 + 4 + 20  # which samples, their statuses, an order, the next one while it is drawn
@@ -45,17 +45,26 @@ def _store_request_s() -> float:
     return (time.monotonic() - start_s) / num
 
 
-def print_arithmetic() -> None:
-    """Print the assumptions, then one line for each quantity."""
+def print_arithmetic(
+    gpu_views_per_s: float = VIEWS_PER_S, workers: int = WORKERS, view_nbytes: int = VIEW_NBYTES
+) -> None:
+    """Print the assumptions, then one line for each quantity.
+
+    Args:
+        gpu_views_per_s: views that one GPU makes maps of in a second.
+        workers: processor cores that render these views.
+        view_nbytes: bytes of a view's codes.
+    """
+    core_views_per_s = gpu_views_per_s / workers
     print(
         f"assumed: {GPUS} GPUs in nodes of {GPUS_A_NODE} with {NODE_NBYTES / 1e12:g} TB of memory; "
         f"{IMAGES_NBYTES / 1e15:g} PB of images of {IMAGE_NBYTES / 1e3:g} kB in tars of {TAR_NBYTES / 1e9:g} GB; "
-        f"{VIEWS_PER_S} views/s a GPU and {CORE_VIEWS_PER_S:.0f} a core that renders; {VIEW_NBYTES / 1e3:g} kB of "
-        f"codes a view; one view of each image; {NODE_NBYTES_PER_S / 1e9:g} GB/s from storage to a node; keys of "
+        f"{gpu_views_per_s:g} views/s a GPU and {core_views_per_s:.0f} a core that renders; {view_nbytes / 1e3:g} kB "
+        f"of codes a view; one view of each image; {NODE_NBYTES_PER_S / 1e9:g} GB/s from storage to a node; keys of "
         f"{KEY_NBYTES} bytes"
     )
     images = IMAGES_NBYTES / IMAGE_NBYTES
-    views_per_s = GPUS * VIEWS_PER_S
+    views_per_s = GPUS * gpu_views_per_s
     seconds = images / views_per_s
     line = "{:<44} {}".format
 
@@ -63,24 +72,22 @@ def print_arithmetic() -> None:
     print(line("images", f"{images:.3g}"))
     print(line("views/s, all GPUs", f"{views_per_s:.3g}"))
     print(line("time", _time(seconds)))
-    print(
-        line("cores that render", f"{views_per_s / CORE_VIEWS_PER_S:.0f}, {VIEWS_PER_S / CORE_VIEWS_PER_S:.0f} a GPU")
-    )
+    print(line("cores that render", f"{views_per_s / core_views_per_s:.0f}, {workers} a GPU"))
     read = views_per_s * IMAGE_NBYTES
     print(line("images read", f"{read / 1e9:.0f} GB/s, {read / GPUS * GPUS_A_NODE / 1e9:.2f} GB/s a node"))
-    written = views_per_s * VIEW_NBYTES
-    print(line("codes written", f"{written / 1e9:.0f} GB/s, {images * VIEW_NBYTES / 1e15:.1f} PB in all"))
+    written = views_per_s * view_nbytes
+    print(line("codes written", f"{written / 1e9:.0f} GB/s, {images * view_nbytes / 1e15:.1f} PB in all"))
 
     print("\n# as one cache: refused")
     print(
         line("rows of a sample table, the most", f"{MAX_NUM_SAMPLES:.3g}, {images / MAX_NUM_SAMPLES:.0f} times too few")
     )
     print(line("sample table", f"{images * ROW_NBYTES / 1e12:.1f} TB of memory in each process"))
-    per_shard = int(256 * 2**20 / VIEW_NBYTES)
+    per_shard = int(256 * 2**20 / view_nbytes)
     tasks = images / per_shard
     print(line("tasks, in shards of 256 MiB", f"{tasks:.3g}, the most is {MAX_NUM_TASKS:.0e}"))
     print(line("samples a shard, for 10,000 in a folder", f"{images / MAX_FOLDER_ENTRIES:.3g}, or "
-               f"{images / MAX_FOLDER_ENTRIES * VIEW_NBYTES / 1e12:.2f} TB"))  # fmt: skip
+               f"{images / MAX_FOLDER_ENTRIES * view_nbytes / 1e12:.2f} TB"))  # fmt: skip
     tars = IMAGES_NBYTES / TAR_NBYTES
     print(line("zarr.json", f"{tars * ROOT_NBYTES_A_TAR * 2 / 1e9:.1f} GB for {tars:.0e} tars, read to open it"))
     print(line("index of the tars, by one process", _time(IMAGES_NBYTES / NODE_NBYTES_PER_S)))
@@ -98,7 +105,7 @@ def print_arithmetic() -> None:
         )
     )
     print(line("index of its tars, on its node", _time(samples * IMAGE_NBYTES / NODE_NBYTES_PER_S)))
-    node_s = samples / (VIEWS_PER_S * GPUS_A_NODE)
+    node_s = samples / (gpu_views_per_s * GPUS_A_NODE)
     print(line("its build, on one node", f"{_time(node_s)}; {parts * GPUS_A_NODE / GPUS:.1f} parts a node"))
     print(line("records", f"{MAX_FOLDER_ENTRIES} tasks in {MAX_FOLDER_ENTRIES // RECORDS_PER_FILE} files"))
     print(line("zarr.json", f"{samples * IMAGE_NBYTES / TAR_NBYTES * ROOT_NBYTES_A_TAR * 2 / 1e6:.2f} MB"))

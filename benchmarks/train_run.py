@@ -100,31 +100,33 @@ def measure_run(config: TrainConfig, limit_s: float = 60.0) -> RunSpeed:
     num_steps -= num_steps % LOG_EVERY
     timed = replace(config, out=config.out / "timed", steps=num_steps)
     train(timed)
-    (first, last) = _marks(timed)
     busy = None
     if resolve_device(config.device).type == "cuda":
         short = replace(config, out=config.out / "profiled", steps=_WARM_STEPS + _LEAST_STEPS)
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             train(short)
         busy = _busy_share(recorded)
-    return RunSpeed(
-        step_img_per_s=step_img_per_s,
-        run_img_per_s=config.batch_size * (num_steps - _WARM_STEPS) / (last[0] - first[0]),
-        waiting=(last[1] - first[1]) / (last[0] - first[0]),
-        busy=busy,
-        num_steps=num_steps,
-    )
+    return finished_speed(timed, step_img_per_s, busy)
 
 
-def _marks(config: TrainConfig) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Seconds of training, and of waiting, after the first steps and after the last, from the run's metrics."""
+def finished_speed(config: TrainConfig, step_img_per_s: float, busy: float | None = None) -> RunSpeed:
+    """The speed of a finished run, from its metrics: seconds of training and of waiting are those behind its start."""
     rows = {row["step"]: row for row in read_metrics(config.out, "train")}
 
     def mark(step: int) -> tuple[float, float]:
+        # Both numbers are of all steps so far.
         seconds = step * config.batch_size / rows[step]["img_per_s"]
         return seconds, seconds * rows[step]["waited_for_data"]
 
-    return mark(_WARM_STEPS), mark(max(rows))
+    num_steps = max(rows)
+    (first_s, first_waited_s), (last_s, last_waited_s) = mark(_WARM_STEPS), mark(num_steps)
+    return RunSpeed(
+        step_img_per_s=step_img_per_s,
+        run_img_per_s=config.batch_size * (num_steps - _WARM_STEPS) / (last_s - first_s),
+        waiting=(last_waited_s - first_waited_s) / (last_s - first_s),
+        busy=busy,
+        num_steps=num_steps,
+    )
 
 
 def _busy_share(recorded: profile) -> float:
@@ -162,8 +164,8 @@ def rows(configs: Sequence[TrainConfig], limit_s: float) -> Iterator[str]:
         yield f"| {config.mode} | {place} | {speeds} | {found.waiting:.0%} | {found.other:.0%} | {busy} |"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", action="append", type=Path, default=[])
     parser.add_argument("--mode", action="append", choices=MODES, default=[], help="(default copy)")
@@ -177,7 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--limit-s", type=float, default=60.0)
-    options = vars(parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    options = vars(parse(arguments))
     limit_s, caches, modes = options.pop("limit_s"), options.pop("cache"), options.pop("mode")
     configs = [
         TrainConfig(mode=mode, cache=cache, out=Path("unused"), **options)

@@ -74,8 +74,8 @@ class Cache:
     """The size of the whole cache, divided by its views."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make what is missing, print and write the results."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="tars of training images with labels")
     parser.add_argument("--val-data", required=True, help="tars of test images with labels")
@@ -95,10 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes, of one thread each (default 2)")
     parser.add_argument("--report", action="store_true", help="make nothing, show what is finished")
     options = parser.parse_args(arguments)
+    if options.report and not options.out.is_dir():
+        parser.error(f"--report: {options.out} is not the folder of an earlier run.")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make what is missing, print and write the results."""
+    options = parse(arguments)
     values: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(Grid)}
     grid = Grid(**{**values, "views": tuple(options.views), "codecs": tuple(options.codecs)})
-    if options.report and not grid.out.is_dir():
-        parser.error(f"--report: {grid.out} is not the folder of an earlier run.")
     if not options.report:
         torch.set_num_threads(1)
         make_all(grid, options.processes)

@@ -37,14 +37,19 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 24, 16, 64
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print one JSON line a cache."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, help="a cache, whose tars are where they were")
     parser.add_argument("--clicks", type=int, default=12)
     parser.add_argument("--tokens", type=int, nargs="*", default=[197, 1370], help="1 more than a square")
     parser.add_argument("--browser", default="/usr/bin/chromium")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print one JSON line a cache."""
+    options = parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
         measure(options.cache, options.browser, options.clicks)
         for num_tokens in options.tokens:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -144,14 +145,33 @@ def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometr
         pixels_BHWC: views, uint8.
         geometry: of the decoded factors; other blocks and heads attend as usual.
         decoded: gives each layer's factors for these views.
+
+    Raises:
+        NotFiniteError: the teacher's own features have NaN or infinity.
+    """
+    return injected_errors(run, pixels_BHWC, geometry.heads, [geometry.layers], decoded)[0]
+
+
+def injected_errors(
+    run: TeacherRun,
+    pixels_BHWC: Tensor,
+    heads: tuple[int, ...],
+    choices: Iterable[Sequence[int]],
+    decoded: TeacherFactors,
+) -> list[float]:
+    """The `injected_error` of each choice of blocks that attend with decoded maps. The plain features are made once.
+
+    Args:
+        run: the teacher.
+        pixels_BHWC: views, uint8.
+        heads: that the decoded factors have; others attend as usual.
+        choices: block indices of each choice.
+        decoded: gives each layer's factors for these views.
+
+    Raises:
+        NotFiniteError: the teacher's own features have NaN or infinity.
     """
     images = run.images(pixels_BHWC)
-
-    def attend_with_decoded(call: AttentionCall | MapCall) -> Tensor:
-        if call.block not in geometry.layers:
-            return call.run()
-        return attend_with_given(call, decoded.layer(call.block), geometry.heads)
-
     model: Any = run.teacher.model
     with torch.inference_mode(), autocast(run.device, run.dtype):
         features: Tensor = model.forward_features(images).float()
@@ -159,6 +179,18 @@ def injected_error(run: TeacherRun, pixels_BHWC: Tensor, geometry: FactorGeometr
             where = "in its final features, after all of its attention"
             precision = str(run.dtype).removeprefix("torch.")
             raise NotFiniteError(NotFinite(where=where, views=views, num_views=len(features), precision=precision))
-        with AttentionIntercept(find_blocks(model), attend_with_decoded, way=attention_way(model)):
-            injected: Tensor = model.forward_features(images).float()
-    return float(((injected - features).square().sum() / features.square().sum()).sqrt())
+        errors: list[float] = []
+        for layers in choices:
+            attend = partial(_attend_with_decoded, layers, heads, decoded)
+            with AttentionIntercept(find_blocks(model), attend, way=attention_way(model)):
+                injected: Tensor = model.forward_features(images).float()
+            errors.append(float(((injected - features).square().sum() / features.square().sum()).sqrt()))
+    return errors
+
+
+def _attend_with_decoded(
+    layers: Sequence[int], heads: tuple[int, ...], decoded: TeacherFactors, call: AttentionCall | MapCall
+) -> Tensor:
+    if call.block not in layers:
+        return call.run()
+    return attend_with_given(call, decoded.layer(call.block), heads)

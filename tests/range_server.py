@@ -45,6 +45,12 @@ class FolderServer(ThreadingHTTPServer):
         """Whether a redirect says what the file is, as Hugging Face's hub does."""
         self.signed_only = False
         """Whether only signed addresses are answered, and only GET, as an object store does."""
+        self.answers_together = 0
+        """No request is answered before so many were under way at once; some are answered after 20 s all the same."""
+        self.most_at_once = 0
+        """The most requests that were under way at once while `answers_together` was set."""
+        self.under_way = 0
+        self.changed = threading.Condition()
         self.tag = ""
         """Makes its entity tags different from those of other servers."""
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -79,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
         authorization, range_ = self.headers.get("Authorization"), self.headers.get("Range", "")
         server.log.append(Asked(self.command, path, range_, authorization, time.monotonic()))
         time.sleep(server.delay_s)
+        if server.answers_together:
+            self._wait_for_others()
         if server.refusals:
             self._answer_shortly(*server.refusals.pop())
             return
@@ -116,6 +124,15 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "truncate":
             data, self.close_connection = data[: len(data) // 2], True
         self.wfile.write(data)
+
+    def _wait_for_others(self) -> None:
+        server = self.server
+        with server.changed:
+            server.under_way += 1
+            server.most_at_once = max(server.most_at_once, server.under_way)
+            server.changed.notify_all()
+            server.changed.wait_for(lambda: server.most_at_once >= server.answers_together, timeout=20)
+            server.under_way -= 1
 
     def _answer_shortly(self, status: int, retry_after: str) -> None:
         self.send_response(status)

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builds import picture, write_tar
+
+from atcache.pipelines.train.config import TrainConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = ["--samples-fit", "8", "--samples-measured", "3", "--crops", "2"]
@@ -96,28 +99,28 @@ class TestRateDistortion:
         assert (row["decode_macs_per_view"], row["state_nbytes"], row["fit_s"]) == (None, 0, 0)
 
     def test_what_is_measured_was_never_fitted_on(self, tiny_vit, tiny_weights, digits_tars, tmp_path):
-        from rate_distortion import _parse, _pixels
+        from rate_distortion import _pixels, parse
 
         from atcache.teachers.load import load_teacher
 
         teacher = load_teacher(tiny_vit, weights=tiny_weights)
         where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", str(tmp_path)]
         where += ["--samples-fit", "43", "--samples-measured", "5"]
-        calibration, held_back = _pixels(teacher, _parse([*where, "--policy", "eval", "--crops", "1"]))
+        calibration, held_back = _pixels(teacher, parse([*where, "--policy", "eval", "--crops", "1"]))
         fitted_on = {image.numpy().tobytes() for image in calibration}
         assert (len(calibration), len(held_back), len(fitted_on)) == (43, 5, 43)
         assert not fitted_on & {image.numpy().tobytes() for image in held_back}
 
         # Crops are more views of the same samples.
-        for once, crops in zip(*(_pixels(teacher, _parse([*where, "--crops", n])) for n in ("1", "3")), strict=True):
+        for once, crops in zip(*(_pixels(teacher, parse([*where, "--crops", n])) for n in ("1", "3")), strict=True):
             assert torch.equal(crops[::3], once)
             assert len({image.numpy().tobytes() for image in crops}) > 2 * len(once)
 
     def test_views_that_would_all_be_alike_are_refused(self, capsys):
-        from rate_distortion import _parse
+        from rate_distortion import parse
 
         with pytest.raises(SystemExit):
-            _parse(["--teacher", "t", "--data", "d", "--out", "o", "--policy", "eval"])
+            parse(["--teacher", "t", "--data", "d", "--out", "o", "--policy", "eval"])
         assert (
             "--policy eval draws the same view of a sample every time: use it with --crops 1" in capsys.readouterr().err
         )
@@ -174,7 +177,7 @@ class TestKvtc:
     def ways_and_layers(self, tiny_vit, tiny_weights, digits_tars):
         """KVTC at all its settings, fitted to the tiny teacher; and the teacher's factors of views held back."""
         from kvtc import kvtc_ways
-        from rate_distortion import _parse, _pixels
+        from rate_distortion import _pixels, parse
 
         from atcache.attention.capture import FactorCapture, check_capture
         from atcache.teachers.load import load_teacher
@@ -182,7 +185,7 @@ class TestKvtc:
 
         teacher = load_teacher(tiny_vit, weights=tiny_weights)
         run = TeacherRun(teacher=teacher, device=torch.device("cpu"), dtype=torch.float32)
-        options = _parse(["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o", "--samples-fit", "30"])
+        options = parse(["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o", "--samples-fit", "30"])
         calibration, held_back = _pixels(teacher, options)
         check = check_capture(teacher.model, run.images(calibration[:2]))
         return kvtc_ways(run, check, calibration), run.factors(FactorCapture(teacher.model), held_back)
@@ -478,14 +481,14 @@ class TestTransfer:
 
 def _maps(tiny_vit, tiny_weights, digits_tars):
     """Maps of the held-back views, formed by hand: shape (view, layer, head, query, key), float32."""
-    from rate_distortion import _parse, _pixels
+    from rate_distortion import _pixels, parse
 
     from atcache.attention.capture import FactorCapture
     from atcache.teachers.load import load_teacher
 
     teacher = load_teacher(tiny_vit, weights=tiny_weights)
     where = ["--teacher", "t", "--data", str(digits_tars[0].parent), "--out", "o"]
-    options = _parse([*where, *SIZES])
+    options = parse([*where, *SIZES])
     pixels_NHWC = _pixels(teacher, options)[1].float() / 255
     mean, std = torch.tensor(teacher.input.mean), torch.tensor(teacher.input.std)
     layers = FactorCapture(teacher.model)(((pixels_NHWC - mean) / std).permute(0, 3, 1, 2))
@@ -539,15 +542,37 @@ class TestBuildSpeed:
 
 
 @pytest.mark.usefixtures("benchmarks")
-def test_a_run_is_timed_beside_its_step_without_its_start(tiny_cache, tmp_path):
-    from train_run import _marks, measure_run
+class TestTrainRun:
+    def test_a_run_is_timed_beside_its_step_without_its_start(self, tiny_cache, tmp_path):
+        from train_run import finished_speed, measure_run
 
-    from atcache.pipelines.train.config import TrainConfig
+        config = TrainConfig(
+            mode="copy", cache=tiny_cache(), out=tmp_path, batch_size=8, device="cpu", precision="fp32"
+        )
+        found = measure_run(config, limit_s=0.01)
+        assert (found.num_steps, found.busy) == (50, None)
+        assert found == finished_speed(replace(config, out=tmp_path / "timed"), found.step_img_per_s)
 
-    config = TrainConfig(mode="copy", cache=tiny_cache(), out=tmp_path, batch_size=8, device="cpu", precision="fp32")
-    found = measure_run(config, limit_s=0.01)
-    assert found.num_steps == 50
-    assert found.busy is None
-    assert found.share + found.waiting + found.other == pytest.approx(1)
-    (first_s, _), (last_s, _) = _marks(replace(config, out=tmp_path / "timed"))
-    assert found.run_img_per_s == pytest.approx(30 * 8 / (last_s - first_s))
+    def test_speed_and_waiting_are_those_behind_the_start(self, tmp_path):
+        from train_run import finished_speed
+
+        # The first 20 steps of 8 took 16 s, of which 12 s were waiting; the other 40 steps took 4 s and waited 1 s.
+        rows = [(20, 160 / 16, 12 / 16), (30, 240 / 17, 12.25 / 17), (60, 480 / 20, 13 / 20)]
+        lines = [
+            json.dumps({"kind": "train", "step": step, "img_per_s": img_per_s, "waited_for_data": waited})
+            for step, img_per_s, waited in rows
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        config = TrainConfig(mode="copy", cache="c.zarr", out=tmp_path, batch_size=8)
+        found = finished_speed(config, step_img_per_s=160.0)
+        assert (found.num_steps, found.run_img_per_s) == (60, pytest.approx(80))
+        assert (found.share, found.waiting, found.other) == (0.5, pytest.approx(0.25), pytest.approx(0.25))
+
+    def test_images_that_take_long_to_decode_are_waited_for(self, tiny_vit, tmp_path):
+        from train_run import measure_run
+
+        tar = write_tar(tmp_path / "large.tar", [{"jpg": picture(seed, side=700), "cls": b"1"} for seed in range(4)])
+        slow = {"data": str(tar), "student": tiny_vit, "num_classes": 2, "keep_mib": 0}
+        config = TrainConfig(mode="scratch", out=tmp_path / "run", batch_size=4, device="cpu", precision="fp32", **slow)
+        # 4 images of half a megapixel beside a step of 17 tokens: decoding takes several times as long on any machine.
+        assert measure_run(config, limit_s=0.01).waiting > 0.5

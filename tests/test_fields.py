@@ -50,7 +50,7 @@ def test_an_object_is_read_and_written_without_loss():
     [
         ({"share": 1}, r'^card\.json: "share" is 1, expected more than 0 and less than 1\. Make it again\.$'),
         ({"share": math.nan}, r'"share" is nan, expected a finite number'),
-        ({"share": 10**400}, r'"share" is 1000'),
+        ({"share": 10**400}, r'"share" is 10{9,}\.{3}0{9,}, expected more than 0 and less than 1\.'),
         ({"share": True}, r'"share" is True, expected a number'),
         ({"chosen": {}}, r'"chosen" is \{\}, expected a list or text'),
         ({"chosen": [1, "2"]}, r"\"chosen\[1\]\" is '2', expected a whole number"),

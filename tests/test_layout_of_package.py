@@ -1,4 +1,4 @@
-"""Folders say what is in them, and no file grows too long to be read."""
+"""Folders say what is in them, no file grows too long to be read, and every test of a GPU can run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,24 @@ def too_long(paths: list[Path], most: int) -> list[str]:
     return [f"{path} has {number} lines, over {most}" for path, number in lines.items() if number > most]
 
 
+def never_run(source: str) -> list[str]:
+    """The names of tests and classes that are left out without CUDA, but have no mark "gpu".
+
+    `conftest.py` hides all GPUs from such a test, and `make test-gpu` leaves it out.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name.lower().startswith("test"):
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            skips = [mark for mark in marks if "skipif" in mark]
+            if isinstance(node, ast.FunctionDef):
+                calls = [ast.unparse(one) for one in ast.walk(node) if isinstance(one, ast.If)]
+                skips += [call for call in calls if "pytest.skip(" in call]
+            if any("cuda" in skip for skip in skips) and "pytest.mark.gpu" not in marks:
+                found.append(node.name)
+    return found
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_folder_lists_its_modules_and_nothing_else(folder):
     init = folder / "__init__.py"
@@ -63,3 +81,18 @@ def test_a_long_file_is_noticed(tmp_path):
     path.write_text("x = 1\n" * 11)
     assert too_long([path], 11) == []
     assert too_long([path], 10) == [f"{path} has 11 lines, over 10"]
+
+
+def test_every_test_that_takes_a_gpu_can_run():
+    found = {path.name: never_run(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {name: tests for name, tests in found.items() if tests} == {}, "mark them @pytest.mark.gpu"
+
+
+def test_a_test_that_takes_a_gpu_and_does_not_say_so_is_noticed():
+    skipif = '@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")\n'
+    body = "def test_one():\n    pass\n"
+    inner = "def test_two():\n    if not torch.cuda.is_available():\n        pytest.skip('no GPU')\n"
+    assert never_run(skipif + body) == ["test_one"]
+    assert never_run(inner) == ["test_two"]
+    assert never_run("@pytest.mark.gpu\n" + skipif + body) == []
+    assert never_run("@pytest.mark.skipif(sys.platform == 'darwin')\n" + body) == []

@@ -40,19 +40,48 @@ def shown(*, affinity: set[int] | None = None, group: Path | None = None) -> tup
 
 @pytest.fixture
 def group(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A real control group of version 1 within another one, for the named controller."""
-    outer = Path("/sys/fs/cgroup") / request.param / f"atcache-test-{os.getpid()}"
+    """A real control group within another one, for the named controller."""
+    parent = parent_of_groups(request.param)
+    if parent is None:
+        pytest.skip(f"no control group with a limit of {request.param} can be made")
+    outer = parent / f"atcache-test-{os.getpid()}"
     try:
-        (outer / "inner").mkdir(parents=True)
+        outer.mkdir()
     except OSError as error:
         pytest.skip(f"no control group can be made: {error}")
     try:
-        if not (outer / "inner" / "cgroup.procs").exists():
-            pytest.skip("control groups of version 1 are not mounted")
+        control = outer / "cgroup.subtree_control"
+        if control.exists():
+            control.write_text(f"+{request.param}")
+        (outer / "inner").mkdir()
         yield outer / "inner"
     finally:
-        (outer / "inner").rmdir()
+        if (outer / "inner").exists():
+            (outer / "inner").rmdir()
         outer.rmdir()
+
+
+def parent_of_groups(controller: str) -> Path | None:
+    """A control group in which others can be made and limited by a controller; None if there is none.
+
+    Version 1 has a hierarchy for each controller. In version 2 a group says which controllers those inside it have;
+    nothing is changed there, as other processes are in it.
+    """
+    mounted = Path("/sys/fs/cgroup")
+    if (mounted / controller / "cgroup.procs").exists():
+        return mounted / controller
+    own = [line.removeprefix("0::/") for line in Path("/proc/self/cgroup").read_text().splitlines() if line[0] == "0"]
+    for folder in (mounted / name for name in own):
+        control = folder / "cgroup.subtree_control"
+        if control.exists() and controller in control.read_text().split():
+            return folder
+    return None
+
+
+def set_limit(group: Path, version_1: str, version_2: str, limit: str) -> None:
+    """Write a limit into the file that is there, that of one version or of the other."""
+    (file,) = (group / name for name in (version_1, version_2) if (group / name).exists())
+    file.write_text(limit)
 
 
 def test_affinity_counts():
@@ -61,13 +90,13 @@ def test_affinity_counts():
 
 @pytest.mark.parametrize("group", ["cpu"], indirect=True)
 def test_the_quota_of_a_group_counts_even_if_it_is_set_further_out(group):
-    (group.parent / "cpu.cfs_quota_us").write_text("60000")  # of 100000: part of a processor is one
+    set_limit(group.parent, "cpu.cfs_quota_us", "cpu.max", "60000")  # of 100000: part of a processor is one
     assert shown(group=group)[0] == 1
 
 
 @pytest.mark.parametrize("group", ["memory"], indirect=True)
 def test_the_memory_limit_of_a_group_counts_even_if_it_is_set_further_out(group):
-    (group.parent / "memory.limit_in_bytes").write_text(str(2**29))
+    set_limit(group.parent, "memory.limit_in_bytes", "memory.max", str(2**29))
     assert shown(group=group)[1] == 2**29
 
 
@@ -110,12 +139,26 @@ def test_more_memory_for_views_than_there_is_is_refused():
     assert kept_nbytes(1, workers=0) == 2**20 <= memory_nbytes()
 
 
-def test_threads_are_limited_only_where_a_quota_is_and_the_user_has_not_said():
+@pytest.mark.parametrize(
+    ("files", "has_quota"),
+    [
+        ({"cpu.max": "100000 100000\n"}, True),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, True),
+        ({"cpu.max": "max 100000\n"}, False),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, False),
+        ({}, False),
+    ],
+    ids=["version 2", "version 1", "version 2 without a quota", "version 1 without a quota", "no groups"],
+)
+def test_threads_are_limited_only_where_a_quota_is_and_the_user_has_not_said(files, has_quota, tmp_path):
+    where = made(tmp_path, "1:cpu:/\n0::/\n", files)
+    usable = len(os.sched_getaffinity(0))
+    assert num_processors(**where) == (1 if has_quota else usable)
     environment: dict[str, str] = {}
-    limit_threads(environment)
-    assert environment == ({} if num_processors() == len(os.sched_getaffinity(0)) else environment)
+    limit_threads(environment, **where)
+    assert environment == ({"OMP_NUM_THREADS": "1"} if has_quota and usable > 1 else {})
     given = {"OMP_NUM_THREADS": "7"}
-    limit_threads(given)
+    limit_threads(given, **where)
     assert given == {"OMP_NUM_THREADS": "7"}
 
 
@@ -123,7 +166,7 @@ def test_threads_are_limited_only_where_a_quota_is_and_the_user_has_not_said():
 def test_a_command_tells_torch_of_the_quota(group):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two processors")
-    (group / "cpu.cfs_quota_us").write_text("100000")
+    set_limit(group, "cpu.cfs_quota_us", "cpu.max", "100000")
     code = "import os; from atcache.machine import limit_threads; limit_threads(os.environ); import torch"
     found = subprocess.run(
         [sys.executable, "-c", f"{code}; print(torch.get_num_threads())"],

@@ -252,21 +252,39 @@ def test_a_study_that_could_not_begin_is_begun_with_other_options(digits, tmp_pa
 
 
 def test_a_learning_rate_that_is_too_high_is_tried_once_and_not_taken(digits, tmp_path, capsys):
-    from paper import main
+    from paper import Clock, Runner, _rows, main, parse
+    from paper_steps import Maps, cache_jobs, jobs_of, tuning_folder
+    from paper_study import keep_study
+    from paper_tuning import choose_recipes, given_up, tuning_jobs
+    from rich.console import Console
 
-    options = ["--out", str(tmp_path), *digits, "--tune", "--base-lr", "0.02", "1e30", "--epochs", "2"]
-    for minutes in ("0.3", "0.00001"):
-        main([*options, "--minutes", minutes])
-        printed = capsys.readouterr()
-        assert re.search(
-            r"scratch was tuned on 30 .*base-lr 0.02: [\d.]+\. The loss became NaN or infinite with base-lr "
-            r"1e\+30\.",
-            printed.out,
-        )
-    assert printed.err.count("1e+30") == 0, "what was given up is not trained again"
-    assert {
-        json.loads(path.read_text())["settings"]["base_lr"] for path in tmp_path.glob("runs/*/scratch-*/run.json")
-    } <= {0.02}
+    options = ["--tune", "--base-lr", "0.02", "1e30", "--epochs", "2", "--minutes", "600"]
+    study, limit_s = parse(["--out", str(tmp_path), *digits, *options])
+    keep_study(study)
+    clock = Clock(file=tmp_path / "times.json", limit_s=limit_s)
+    runner = Runner(study=study, clock=clock, console=Console(stderr=True))
+    assert runner.run(cache_jobs(study, Maps(study.views, study.codec)))
+    assert [job.config.base_lr for job in tuning_jobs(study)[1:]] == [0.02, 1e30] * 2, "of scratch and of copy"
+    runner.run(tuning_jobs(study))
+    (in_vain,) = given_up(study, "scratch")
+    assert in_vain.base_lr == 1e30
+    tried = {path: path.stat().st_mtime_ns for path in tuning_folder(study, "scratch", in_vain).iterdir()}
+    recipes = choose_recipes(study)
+    assert recipes["scratch"].base_lr == 0.02
+
+    capsys.readouterr()
+    main(["--out", str(tmp_path), "--report"])
+    assert re.search(
+        r"scratch was tuned on 30 .*base-lr 0.02: [\d.]+\. The loss became NaN or infinite with base-lr 1e\+30\.",
+        capsys.readouterr().out,
+    )
+    # What was given up is not trained again, and the rows are made with the other one.
+    row = next(row for row in _rows(study) if {student.mode for student in row.students} == {"scratch"})
+    assert runner.run(tuning_jobs(study))
+    assert runner.run(list(jobs_of(study, row, 0, recipes)))
+    assert {path: path.stat().st_mtime_ns for path in tried} == tried
+    runs = [json.loads(path.read_text())["settings"] for path in tmp_path.glob("runs/*/scratch-*/run.json")]
+    assert {run["base_lr"] for run in runs} == {0.02}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from atcache import pictures
 from atcache.attention.tokens import TokenLayout
@@ -188,7 +189,28 @@ def test_pictures_for_a_log_have_the_view_beside_rows_of_maps():
     assert logged_BHWC.dtype == np.uint8
     assert logged_BHWC.shape[0] == 2
     assert logged_BHWC.shape[3] == 3
-    assert not np.array_equal(logged_BHWC[0], logged_BHWC[1])
+    # The view is at the left of its picture, three maps wide, in its own shape.
+    for image_HWC, logged_HWC in zip(images_BHWC, logged_BHWC, strict=True):
+        shown_HWC = np.asarray(Image.fromarray(image_HWC).resize((90, 54)))
+        assert np.array_equal(logged_HWC[:54, :90], shown_HWC)
+
+
+def test_a_change_of_one_row_of_maps_changes_that_row_of_one_picture():
+    attn_BHQK = np.stack([looks_left(TOKENS)] * 2)
+    images_BHWC = np.full((2, 24, 40, 3), 90, np.uint8)
+    changed_BHQK = attn_BHQK.copy()
+    changed_BHQK[1, 0] = np.roll(changed_BHQK[1, 0], 1, axis=-1)  # the first head of the second picture
+    before, after = (
+        pictures.images_for_log(
+            images_BHWC, TOKENS, rows=[("teacher", attn_BHQK), ("student", student_BHQK)], query="1,3", side=30
+        )
+        for student_BHQK in (attn_BHQK, changed_BHQK)
+    )
+    pictures_B, rows_H, columns_W = np.nonzero((before != after).any(axis=-1))
+    assert set(pictures_B) == {1}
+    # A row is a line of text of 14 pixels, maps of 30 and a gap of 3. The maps begin 3 pixels right of the view.
+    assert (rows_H.min() >= 47 + 14, rows_H.max() < 47 + 14 + 30) == (True, True)
+    assert (columns_W.min() >= 90 + 3, columns_W.max() < 90 + 3 + 30) == (True, True)
 
 
 def test_an_image_of_floats_is_refused():

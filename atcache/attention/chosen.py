@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from atcache.attention.calls import AttentionCall
-from atcache.attention.factors import LayerFactors
+from atcache.attention.factors import LayerFactors, head_index
 
 
 def factors_of(
@@ -56,13 +55,6 @@ def chosen_factors(factors: LayerFactors, heads: tuple[int, ...] | None, num_que
     if heads is not None:
         factors = factors.select_heads(heads)
     return factors if num_queries is None else replace(factors, q_BHTD=owning(factors.q_BHTD[:, :, :num_queries]))
-
-
-@lru_cache(maxsize=16)
-def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """The heads as an index; cached, since the copy of a list to a GPU makes the host wait for it."""
-    with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
-        return torch.tensor(heads, device=device)
 
 
 def owning(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -145,13 +146,12 @@ class LayerFactors:
 
     def select_heads(self, heads: Sequence[int]) -> LayerFactors:
         """The factors of some heads of q, by position and in the order given; grouped keys and values are repeated."""
-        index = list(heads)
         return LayerFactors(
-            q_BHTD=self.q_BHTD[:, index],
-            k_BHTD=self.repeated_k_BHTD()[:, index],
+            q_BHTD=take_heads(self.q_BHTD, heads),
+            k_BHTD=take_heads(self.repeated_k_BHTD(), heads),
             scale=self.scale,
-            bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, index],
-            v_BHTD=None if self.v_BHTD is None else self.repeated_v_BHTD()[:, index],
+            bias=self.bias if self.bias is None or self.bias.shape[1] == 1 else take_heads(self.bias, heads),
+            v_BHTD=None if self.v_BHTD is None else take_heads(self.repeated_v_BHTD(), heads),
             input_BTC=self.input_BTC,
             inputs_BNTC=self.inputs_BNTC,
         )
@@ -206,7 +206,7 @@ class LayerMaps:
 
     def select_heads(self, heads: Sequence[int]) -> LayerMaps:
         """The maps of some heads, by position and in the order given."""
-        return LayerMaps(attn_BHQK=self.attn_BHQK[:, list(heads)])
+        return LayerMaps(attn_BHQK=take_heads(self.attn_BHQK, heads))
 
     def select_queries(self, queries: int | Sequence[int]) -> LayerMaps:
         """Some rows of the maps, as `LayerFactors.select_queries`."""
@@ -215,3 +215,15 @@ class LayerMaps:
 
 LayerAttention = LayerFactors | LayerMaps
 """The attention of one layer for a batch, as factors or as maps."""
+
+
+def take_heads(tensor_BHXX: Tensor, heads: Sequence[int]) -> Tensor:
+    """A copy of some heads of (batch, head, ..., ...), by position and in the order given."""
+    return tensor_BHXX.index_select(1, head_index(tuple(heads), tensor_BHXX.device))
+
+
+@lru_cache(maxsize=16)
+def head_index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """The heads as an index; cached, since the copy of a list to a GPU makes the host wait for it."""
+    with torch.inference_mode(False):  # the first caller may be in it, and later ones may train
+        return torch.tensor(heads, device=device)

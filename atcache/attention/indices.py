@@ -24,7 +24,24 @@ def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]
     """
     if text.strip() == "all":
         return tuple(range(limit))
-    indices: set[int] = set()
+    ranges = parse_ranges(text, what)
+    outside = [max(one.start, limit) for one in ranges if one.stop > limit]
+    if outside:  # before the ranges are written out: the last index of one may be any number
+        raise _no_such_index(min(outside), limit, what)
+    return checked_indices(sorted({index for one in ranges for index in one}), limit, what)
+
+
+def parse_ranges(text: str, what: str) -> list[range]:
+    """The indices and ranges in a text such as "0-5,11", in its order; an index is a range of one.
+
+    Args:
+        text: see `parse_indices`, without "all".
+        what: the word for messages.
+
+    Raises:
+        ConfigError: the text cannot be read.
+    """
+    ranges: list[range] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
@@ -36,8 +53,8 @@ def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]
             ) from None
         if stop < start:
             raise ConfigError(f"{what}s {text!r}: the range {part.strip()} is backwards. Put the smaller index first.")
-        indices.update(range(start, stop + 1))
-    return checked_indices(sorted(indices), limit, what)
+        ranges.append(range(start, stop + 1))
+    return ranges
 
 
 def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int, ...]:
@@ -49,7 +66,7 @@ def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int,
     chosen = tuple(indices)
     outside = [index for index in chosen if not 0 <= index < limit]
     if outside:
-        raise ConfigError(f"{what} {outside[0]} does not exist: the model has {limit}, numbered 0 to {limit - 1}.")
+        raise _no_such_index(outside[0], limit, what)
     if not chosen or any(a >= b for a, b in pairwise(chosen)):
         raise ConfigError(f"{what}s {chosen}: expected at least one, ascending, without repeats.")
     return chosen
@@ -63,3 +80,7 @@ def format_indices(indices: Sequence[int]) -> str:
     """
     runs = [[number for _, number in run] for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0])]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _no_such_index(index: int, limit: int, what: str) -> ConfigError:
+    return ConfigError(f"{what} {index} does not exist: the model has {limit}, numbered 0 to {limit - 1}.")

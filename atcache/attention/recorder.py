@@ -24,9 +24,9 @@ from atcache.attention.calls import (
     linear_call,
     map_call,
 )
-from atcache.attention.chosen import chosen_factors, factors_of, head_index, owning
+from atcache.attention.chosen import chosen_factors, factors_of, owning
 from atcache.attention.described import DescribedModel, QueryKey
-from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps
+from atcache.attention.factors import LayerAttention, LayerFactors, LayerMaps, take_heads
 from atcache.attention.indices import checked_indices
 from atcache.attention.multi_head import MULTI_HEAD, MultiHeadCall, multi_head_call
 from atcache.attention.tokens import TokenLayout
@@ -329,11 +329,7 @@ class Recorder(TorchFunctionMode):
         self._check_heads(num_heads)
         # Always in float32, because rows of a bfloat16 softmax do not sum to 1.
         attn_BHQK = torch.softmax(logits_BHQK.detach().float(), dim=-1)
-        chosen = (
-            attn_BHQK
-            if self.request.heads is None
-            else attn_BHQK.index_select(1, head_index(self.request.heads, attn_BHQK.device))
-        )
+        chosen = attn_BHQK if self.request.heads is None else take_heads(attn_BHQK, self.request.heads)
         if self.request.num_queries is not None:
             chosen = owning(chosen[:, :, : self.request.num_queries])
         self._record(call.block, num_heads, LayerMaps(attn_BHQK=chosen))

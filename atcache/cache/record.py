@@ -49,7 +49,7 @@ class LayerCard(JsonFields):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationRecord(JsonFields):
-    """What was measured before the build, on views the codec was not fitted to."""
+    """What was measured before the build, on views held back from the fit; a codec may choose its step on them."""
 
     row_kl_nats: _Error
     """Mean row KL of decoded maps."""

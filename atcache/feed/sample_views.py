@@ -17,11 +17,10 @@ from atcache.images.source import Source
 from atcache.images.tar_samples import Problem
 from atcache.store.reader import CacheReader
 from atcache.views.apply import apply_view, render_alone
-from atcache.views.draw import draw_view
 from atcache.views.kept import Kept
 from atcache.views.mixing import NOT_MIXED, Mix, mix_pixels
 from atcache.views.policy import ViewPolicy
-from atcache.views.rendering import draw_view_mix, replay_view, stored_mix
+from atcache.views.rendering import draw_sample_view, draw_view_mix, replay_view, stored_mix
 
 
 class SampleView(NamedTuple):
@@ -267,14 +266,14 @@ class FreshViews(Views):
         return self._source.is_remote
 
     def _draw(self, sample: int, view: int) -> np.ndarray:
-        key = self._source.index.sample_key(sample)
         if self._policy.decoding == "reduced":  # each view may need another reduction, so none is worth keeping
             encoded = self._source.read_encoded(sample)
-            parameters_P = draw_view(self._policy, key, view, encoded.height, encoded.width)
+            parameters_P = draw_sample_view(self._policy, self._source, sample, view, encoded.height, encoded.width)
             return render_alone(encoded, parameters_P, self._policy)
         read, keeps = self._source.read_image, self._policy.name != "eval"
         image = self._kept_images.get(sample, lambda: read(sample), _count_image_nbytes) if keeps else read(sample)
-        return apply_view(image, draw_view(self._policy, key, view, image.height, image.width), self._policy)
+        parameters_P = draw_sample_view(self._policy, self._source, sample, view, image.height, image.width)
+        return apply_view(image, parameters_P, self._policy)
 
 
 def _count_nbytes(view: SampleView) -> int:

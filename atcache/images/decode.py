@@ -20,6 +20,10 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".pgm", ".bmp")
 MAX_PIXELS = 89_478_485
 """Pillow's limit against decompression bombs. Pillow warns above it; here it is an error."""
 
+MAX_SIDE = 2**25 - 1
+"""The most pixels of a height or a width. Views of so long and thin an image are cut from its middle. Where the cut
+begins is stored as a float32, which holds every whole number only below 2**24."""
+
 
 class EncodedImage:
     """An image whose size is known and whose pixels are not decoded yet.
@@ -46,6 +50,11 @@ class EncodedImage:
                 f"{where}: the image has {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} in all. "
                 "Make it smaller."
             )
+        if max(image.size) > MAX_SIDE:
+            raise BadImageError(
+                f"{where}: the image has {image.width} x {image.height} pixels, expected at most {MAX_SIDE} a side. "
+                "Crop it, or take it out of the tar; `atcache build` can skip it."
+            )
         self._image = image
         self.height, self.width = image.height, image.width
         """Of the whole image, in pixels, whatever is decoded of it."""
@@ -53,7 +62,7 @@ class EncodedImage:
     @property
     def can_reduce(self) -> bool:
         """Whether `decode` can make it smaller: only JPEGs can be."""
-        return self._image.format in ("JPEG", "MPO")
+        return self._image.format == "JPEG"
 
     def decode(self, reduction: int = 1) -> Image:
         """The image as RGB, with its pixels loaded; see `decode_image`. To be called once.

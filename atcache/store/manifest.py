@@ -17,7 +17,16 @@ from atcache.files.location import Location, Url, parse_location
 from atcache.files.remote.putting import patiently
 from atcache.store.layout import ArraySpec, Status, StoreLayout, Task
 from atcache.store.metadata import seal, seal_holds
-from atcache.store.records import COMMITS, Record, delete_records, find_record, list_tasks, read_record, read_records
+from atcache.store.records import (
+    COMMITS,
+    Record,
+    delete_records,
+    find_joined_record,
+    find_record,
+    list_tasks,
+    read_record,
+    read_records,
+)
 from atcache.store.shard_check import ShardCheck, check_shard, name_samples
 
 _REDO = "and run the same `atcache build` command again: only this task is redone."
@@ -123,6 +132,18 @@ def find_commit(path: Url, name: str) -> bytes | None:
     """A task's record as its own file has it, or would have it if it had not been joined; None if there is none."""
     record = patiently(lambda: find_record(path, name))
     return None if record is None else encode_commit(parse_commit(record))
+
+
+def find_joined_commit(path: Path, layout: StoreLayout, task: Task) -> Commit | None:
+    """The commit of a task whose record is joined with others already; None if it is not, or cannot be trusted."""
+    record = find_joined_record(path, layout, task)
+    if record is None or check_seal(record):
+        return None
+    try:
+        commit = parse_commit(record)
+    except CorruptCacheError:
+        return None
+    return None if check_commit(path, commit, layout) else commit
 
 
 def read_commits(path: Location | str, layout: StoreLayout | None = None) -> dict[str, Commit]:

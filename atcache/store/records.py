@@ -20,7 +20,7 @@ from atcache.files.location import Location, Url
 from atcache.files.ranges import list_files, read_file
 from atcache.files.remote.putting import delete_file, patiently, put_file
 from atcache.files.spool import Spool
-from atcache.store.layout import MAX_RECORDS_PER_FILE, StoreLayout, task_name
+from atcache.store.layout import MAX_RECORDS_PER_FILE, StoreLayout, Task, task_name
 from atcache.store.metadata import parse_json
 
 Result = TypeVar("Result")
@@ -100,12 +100,17 @@ def list_tasks(path: Location) -> set[str]:
 
 def files_of(layout: StoreLayout) -> list[RecordFile]:
     """The files of records that a finished cache has."""
-    step = layout.records_per_file
     return [
-        RecordFile(view, first, min(first + step, layout.num_blocks) - 1)
+        file_of(layout, view, first)
         for view in range(layout.num_views)
-        for first in range(0, layout.num_blocks, step)
+        for first in range(0, layout.num_blocks, layout.records_per_file)
     ]
+
+
+def file_of(layout: StoreLayout, view: int, block: int) -> RecordFile:
+    """The file of a finished cache that holds the record of this block of a view."""
+    first = block - block % layout.records_per_file
+    return RecordFile(view, first, min(first + layout.records_per_file, layout.num_blocks) - 1)
 
 
 def read_records(path: Location, layout: StoreLayout | None = None) -> Iterator[Record]:
@@ -135,7 +140,8 @@ def read_record(path: Location, task: str, layout: StoreLayout | None = None) ->
     single = RecordFile.parse(f"{task}.json")
     if single is None or layout is None:
         return find_record(path, task) or _missing(path, task)
-    files = [file for file in files_of(layout) if _holds(file, single)]
+    file = file_of(layout, single.view, single.first)
+    files = [file] if single.view < layout.num_views and _holds(file, single) else []
     return next(_read_files(path, files, {task}), _missing(path, task))
 
 
@@ -150,6 +156,17 @@ def find_record(path: Location, task: str) -> Record | None:
         if not files:
             break
     return None
+
+
+def find_joined_record(path: Path, layout: StoreLayout, task: Task) -> Record | None:
+    """The record of a task in the file of its whole stretch; None if it is not joined with others there.
+
+    Nothing is listed. Files of shorter runs hold only tasks that the build which made them does not do.
+    """
+    file = file_of(layout, task.view, task.block)
+    if file.num_tasks == 1:
+        return None
+    return next(iter(_read_file(path, file, [task.name])), None)
 
 
 def _missing(path: Location, task: str) -> Record:
@@ -244,6 +261,14 @@ def delete_records(path: Location, tasks: Iterable[str]) -> list[str]:
     return sorted(deleted)
 
 
+def delete_own_record(path: Path, task: Task) -> None:
+    """Delete the file that holds the record of this task alone, durably, if there is one. Nothing is listed."""
+    file = path / f"{COMMITS}/{task.name}.json"
+    if file.exists():
+        file.unlink(missing_ok=True)
+        fsync_path(file.parent)
+
+
 def _pieces(file: RecordFile, kept: Mapping[str, Any]) -> Iterator[RecordFile]:
     """The longest runs of blocks of a file whose tasks are kept."""
     first = None
@@ -258,8 +283,8 @@ def _pieces(file: RecordFile, kept: Mapping[str, Any]) -> Iterator[RecordFile]:
 def join_records(path: Location, layout: StoreLayout) -> None:
     """Join the records of each complete stretch of `records_per_file` blocks into one file. Repeating it does nothing.
 
-    In a folder, other processes may add records meanwhile, but not delete any. On an object store, they may also
-    replace some. A writer of a task looks for the record's own object: so it is called only when all tasks are done.
+    Other processes may add records meanwhile, and replace those of single tasks, but not delete any. On an object
+    store, a writer of a task looks for the record's own object: so it is called only when all tasks are done.
 
     Args:
         path: the cache.
@@ -292,8 +317,8 @@ def _join_stretch(path: Location, stretch: RecordFile, files: list[RecordFile]) 
     if len(whole) < stretch.num_tasks:
         return True
     _write(path, stretch, whole)
-    # In a bucket a rival may have replaced a record since it was read; see `bucket.put_together`.
-    if isinstance(path, Url) and _asked(path, read) != values:
+    # Another process that did the same task may have replaced its record since it was read.
+    if _asked(path, read) != values:
         return False
     _remove(path, [file for file in files if file != stretch and _holds(stretch, file)])
     return True

@@ -41,9 +41,9 @@ from atcache.store.manifest import (
     COMMITS,
     Commit,
     commit_path,
-    delete_commits,
     encode_commit,
     find_commit,
+    find_joined_commit,
     how_to_redo,
     read_commit,
     summarise_commits,
@@ -60,7 +60,7 @@ from atcache.store.metadata import (
     seal_holds,
     split_root,
 )
-from atcache.store.records import join_records
+from atcache.store.records import delete_own_record, join_records
 from atcache.store.shard_file import ShardFile
 from atcache.store.tables import write_group, write_samples, write_state
 
@@ -296,6 +296,9 @@ class TaskWriter:
     def commit(self, quality: Mapping[str, Any] | None = None, num_checked: int | None = None) -> Commit:
         """Put the shards in place, durably, and record the task as finished.
 
+        If another worker has done the same task, and its record is joined with others already, that one stays, and
+        these shards are dropped: only the process that leads a build may change joined files.
+
         Args:
             quality: finite numbers measured on the task, by name.
             num_checked: how many views they were measured on.
@@ -324,7 +327,10 @@ class TaskWriter:
                     num_checked=num_checked,
                 )
                 if isinstance(self._root, Path):
-                    self._forget_old_commit(self._root)
+                    if (there := find_joined_commit(self._root, self._layout, self.task)) is not None:
+                        return there
+                    # Another device may have given other bytes: an old record must not cover new shards.
+                    delete_own_record(self._root, self.task)
                 for shard in self._shards.values():
                     shard.place()
                 if isinstance(self._root, Path):
@@ -334,12 +340,6 @@ class TaskWriter:
             finally:
                 self.abort()
         return commit
-
-    def _forget_old_commit(self, root: Path) -> None:
-        # A task written again may have other bytes (from another device), so its old record must not cover new shards.
-        # A build deletes the records of its tasks before it begins: its processes must not split joined files at once.
-        if self._layout.records_per_file > 1 or commit_path(root, self.task).exists():
-            delete_commits(root, [self.task.name])
 
     def abort(self) -> None:
         """Remove the temp files; after `commit` there are none, and this does nothing."""

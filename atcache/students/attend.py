@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from atcache.attention.calls import AttentionCall, MapCall
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors, head_index, take_heads
 from atcache.attention.kernels import copy_attention
 from atcache.choices import What
 
@@ -35,12 +35,12 @@ def attend_with_given(
         if all_rows and len(heads) == call.logits_BHQK.shape[1]:
             return given.maps().to(call.logits_BHQK.dtype)
         attn_BHQK = call.run().clone()  # autograd keeps the call's own result, which must not be written to
-        attn_BHQK[:, heads, :num_queries] = given.maps().to(attn_BHQK.dtype)
+        _replace_heads(attn_BHQK[:, :, :num_queries], heads, given.maps())
         return attn_BHQK
     groups = call.query.shape[1] // call.value.shape[1]
     values_BHTD = call.value if groups == 1 else call.value.repeat_interleave(groups, dim=1)
     all_heads = len(heads) == values_BHTD.shape[1]
-    values_BHTD = values_BHTD if all_heads else values_BHTD[:, heads]
+    values_BHTD = values_BHTD if all_heads else take_heads(values_BHTD, heads)
     if with_values:
         assert isinstance(given, LayerFactors), "PairedFactors.factors refuses maps"
         values_BHTD = given.repeated_v_BHTD().to(values_BHTD.dtype)
@@ -48,7 +48,7 @@ def attend_with_given(
     if all_heads and all_rows:
         return attended_BHTD
     outputs_BHTD = call.run().clone()
-    outputs_BHTD[:, heads, :num_queries] = attended_BHTD
+    _replace_heads(outputs_BHTD[:, :, :num_queries], heads, attended_BHTD)
     return outputs_BHTD
 
 
@@ -68,5 +68,10 @@ def attend_with_one_factor(call: AttentionCall, given: LayerFactors, heads: Sequ
     # Each head of q gets its own k and v, so that those of single heads can be replaced.
     factors = {one: own.repeated(one) for one in ("q", "k", "v")}
     factors[what] = factors[what].clone()
-    factors[what][:, list(heads)] = given.repeated(what).to(factors[what].dtype)
+    _replace_heads(factors[what], heads, given.repeated(what))
     return replace(call, query=factors["q"], key=factors["k"], value=factors["v"], enable_gqa=False).run()
+
+
+def _replace_heads(tensor_BHXX: Tensor, heads: Sequence[int], given_BHXX: Tensor) -> None:
+    """Write what is given for some heads over theirs, in place."""
+    tensor_BHXX.index_copy_(1, head_index(tuple(heads), tensor_BHXX.device), given_BHXX.to(tensor_BHXX.dtype))

@@ -14,7 +14,7 @@ from atcache.attention.distillation import (
     factor_distillation_loss,
     logits_distillation_loss,
 )
-from atcache.attention.factors import LayerAttention, LayerFactors
+from atcache.attention.factors import LayerAttention, LayerFactors, take_heads
 from atcache.attention.flash import availability
 from atcache.attention.intercept import AttentionIntercept
 from atcache.students.pairing import PairedFactors, Pairing, TeacherFactors
@@ -69,7 +69,7 @@ class DistilledStudent(nn.Module):
         """What a call returns, and its loss."""
         heads = None if self._pairing.all_heads else list(self._pairing.student_heads)
         if isinstance(call, MapCall):
-            logits_BHQK = call.logits_BHQK if heads is None else call.logits_BHQK[:, heads]
+            logits_BHQK = call.logits_BHQK if heads is None else take_heads(call.logits_BHQK, heads)
             return call.run(), logits_distillation_loss(given.layer(call.block), logits_BHQK)
         own = LayerFactors(q_BHTD=call.query, k_BHTD=call.key, scale=call.scale, bias=call.bias())
         if self._pairing.what == "map":

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.indices import parse_indices
+from atcache.attention.indices import parse_ranges
 from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError
 from atcache.fields import JsonFields
@@ -209,16 +209,17 @@ def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, 
     """The layers or heads of `text`, or all that the cache holds."""
     if text is None or text.strip() == "all":
         return stored
-    chosen = parse_indices(text, max(stored) + 1, what=what)
-    _check_stored(chosen, stored, what)
-    return chosen
+    ranges = parse_ranges(text, what)
+    for one in ranges:
+        # The first that is missing ends it: the last index of a range may be any number.
+        _check_stored(one, stored, what)
+    return tuple(sorted({index for one in ranges for index in one}))
 
 
 def _check_stored(chosen: Sequence[int], stored: tuple[int, ...], what: str) -> None:
-    if missing := sorted(set(chosen) - set(stored)):
-        raise ConfigError(
-            f"{what} {missing[0]} is not in the cache, which holds {what}s {', '.join(map(str, stored))}."
-        )
+    missing = next((index for index in chosen if index not in stored), None)
+    if missing is not None:
+        raise ConfigError(f"{what} {missing} is not in the cache, which holds {what}s {', '.join(map(str, stored))}.")
 
 
 def _parse_layer_map(text: str, geometry: FactorGeometry) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Which float type a model runs in: bfloat16 where the device is fast at it, float32 elsewhere."""
+"""Which device and float type a model runs in: bfloat16 where it is fast, float32 elsewhere; and if memory is full."""
 
 from __future__ import annotations
 
@@ -74,6 +74,33 @@ def rounded_products(device: str | torch.device) -> Generator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def memory_errors_explained(
+    what: object, num_images: int, device: str | torch.device, advice: str = "Give a smaller --batch-size"
+) -> Generator[None]:
+    """A context that makes one sentence of torch's error if a batch does not fit in the memory of its device.
+
+    Args:
+        what: the model, for the message.
+        num_images: images in the batch.
+        device: where it runs.
+        advice: what a user can do about it, without a full stop.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has a class of errors for the memory of GPUs only.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what}: a batch of {num_images} images does not fit in the memory of device {device}. {advice} "
+            "(in Python batch_size=), or another --device."
+        ) from error
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:

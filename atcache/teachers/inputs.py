@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -83,6 +84,31 @@ def input_config(model: nn.Module) -> InputConfig:
         interpolation=str(config["interpolation"]),
         crop_pct=float(config["crop_pct"]),
     )
+
+
+def crop_mode(model: nn.Module) -> str:
+    """What a timm model's own transform does to images of another shape than its input, in timm's words."""
+    from timm.data import config as timm_data
+
+    return str(cast("dict[str, Any]", timm_data.resolve_model_data_config(model))["crop_mode"])
+
+
+def note_crop(label: object, mode: str) -> None:
+    """Say in the log that a teacher's own transform does not crop the centre, as policy eval does, if so.
+
+    Args:
+        label: the teacher's name.
+        mode: timm's word: "center" crops it, "squash" resizes both sides, whatever the image's shape, and "border"
+            keeps the whole image and fills up what is left. All others are taken to be "center".
+    """
+    does = {"squash": "squashes", "border": "pads"}.get(mode)
+    if does is not None:
+        logging.getLogger(__name__).warning(
+            "NOTE: %s: its own transform %s images of another shape than its input. atcache crops the centre instead, "
+            "so it sees such images otherwise than it was made for.",
+            label,
+            does,
+        )
 
 
 def normalise_images(

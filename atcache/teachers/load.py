@@ -17,7 +17,7 @@ from atcache.attention.tokens import TokenLayout
 from atcache.errors import TeacherError
 from atcache.teachers.foreign.names import OPEN_CLIP, OWN, ForeignName, is_foreign
 from atcache.teachers.foreign.own import OwnTeacher, load_own
-from atcache.teachers.inputs import InputConfig, input_config
+from atcache.teachers.inputs import InputConfig, crop_mode, input_config, note_crop
 from atcache.teachers.names import ModelName, parse_model_name, pretrained_config
 from atcache.teachers.patch_grids import Grid, model_grid
 from atcache.teachers.published import INPUT_ARGUMENTS, published_weights, read_published
@@ -85,16 +85,18 @@ def load_teacher(name: str | OwnTeacher, *, weights: Path | None = None, device:
         model = _create(model_name, {})
     blocks = find_blocks(model)
     tokens = token_layout(model)
+    mode = crop_mode(model)
     if weights is not None:
         source = Path(weights).name
         load_weights(model, _read(model_name, weights))
     elif model_name.weights_at is not None:
-        licence = read_published(model_name.weights_at).licence
+        published = read_published(model_name.weights_at)
+        licence, mode = published.licence, published.crop_mode
         place, source = published_weights(model_name.weights_at)
-        size = read_published(model_name.weights_at).arguments.get("img_size")
-        load_weights(model, _with_grid(_read(model_name, place), model, size))
+        load_weights(model, _with_grid(_read(model_name, place), model, published.arguments.get("img_size")))
     else:
         model_name, source = _load_from_hub(model, model_name)
+    note_crop(model_name, mode)
     return Teacher(
         model=model.to(device).eval().requires_grad_(False),
         name=model_name,

@@ -42,6 +42,8 @@ class Published:
     """"hf-hub:REPOSITORY@COMMIT" or "local-dir:FOLDER", the folder from the root."""
     licence: str | None
     """Licence of the weights, if the config names one."""
+    crop_mode: str = "center"
+    """What its own transform does to images of another shape than its input, in timm's words; see `note_crop`."""
 
 
 def read_published(source: str) -> Published:
@@ -136,6 +138,7 @@ def _from_config(source: str, file: Path, weights_at: str) -> Published:
         arguments=arguments | _input_arguments(source, about),
         weights_at=weights_at,
         licence=licence if isinstance(licence, str) else None,
+        crop_mode=str(about.get("crop_mode") or "center"),
     )
 
 

@@ -11,7 +11,7 @@ from atcache.attention.geometry import FactorGeometry
 from atcache.errors import CacheMismatchError
 from atcache.fields import JsonFields
 from atcache.teachers.devices import resolve_precision
-from atcache.teachers.foreign.names import OWN, TRANSFORMERS
+from atcache.teachers.foreign.names import OWN, TRANSFORMERS, hash_note
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 
@@ -48,5 +48,5 @@ class TeacherRecord(JsonFields):
         if self.name.startswith(OWN):
             return "Hand over the module with the weights that the cache was built with."
         if self.name.startswith(TRANSFORMERS):
-            return f"Give the teacher that the cache was built with: {self.name}."
+            return f"Give the teacher that the cache was built with: {self.name}.{hash_note(self.name)}"
         return "Give the --weights that the cache was built with."

@@ -15,7 +15,7 @@ from atcache.attention.factors import LayerAttention
 from atcache.attention.finite import NotFiniteError, find_not_finite
 from atcache.attention.geometry import FactorGeometry
 from atcache.attention.indices import parse_indices
-from atcache.teachers.devices import autocast, resolve_device, resolve_precision
+from atcache.teachers.devices import autocast, memory_errors_explained, resolve_device, resolve_precision
 from atcache.teachers.foreign.own import OwnTeacher
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.load import Teacher, load_teacher
@@ -98,6 +98,16 @@ class TeacherRun:
             raise NotFiniteError(found, name_of)
 
     def factors(self, capture: FactorCapture, pixels_BHWC: Tensor) -> list[LayerAttention]:
-        """The wanted layers' factors, or maps, of a batch of views."""
-        with autocast(self.device, self.dtype):
+        """The wanted layers' factors, or maps, of a batch of views.
+
+        Args:
+            capture: what captures them.
+            pixels_BHWC: uint8.
+
+        Raises:
+            ConfigError: the batch does not fit in the device's memory.
+            UnsupportedAttentionError: as `FactorCapture`.
+        """
+        explained = memory_errors_explained(self.teacher.name, len(pixels_BHWC), self.device)
+        with explained, autocast(self.device, self.dtype):
             return capture(self.images(pixels_BHWC))

@@ -31,7 +31,8 @@ _NUM_TRIES = 10  # as in torchvision's crop and timm's erasing
 
 
 def draw_eval(height: int, width: int, *, image_height: int, image_width: int, crop_pct: float) -> tuple[int, ...]:
-    """timm's `transforms_imagenet_eval` with a centre crop: crop box, resized size, window.
+    """timm's `transforms_imagenet_eval` with `crop_mode` "center", whatever the model's own: crop box, resized size,
+    window.
 
     Raises:
         BadImageError: the resized image would be over Pillow's pixel limit.

@@ -50,8 +50,8 @@ class ViewPolicy(JsonFields):
 
     is_strict: ClassVar[bool] = True
     name: PolicyName
-    """`eval`: timm's evaluation transform. `crop-flip`: random resized crop and flip. `randaug`: the same crop and
-    flip, then RandAugment and random erasing."""
+    """`eval`: timm's evaluation transform, always with a centre crop. `crop-flip`: random resized crop and flip.
+    `randaug`: the same crop and flip, then RandAugment and random erasing."""
     seed: Annotated[int, Range(at_least=0, at_most=math.inf)] = 0
     """Any whole number from 0; with sample_key and view it decides everything that is random."""
     image_height: int

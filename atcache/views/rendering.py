@@ -116,13 +116,34 @@ class Renderer:
 
     def _render_alone(self, sample: int, view: int) -> Unmixed:
         encoded = self._source.read_encoded(sample)
-        key = self._source.index.sample_key(sample)
-        parameters_P = draw_view(self._policy, key, view, encoded.height, encoded.width)
+        parameters_P = draw_sample_view(self._policy, self._source, sample, view, encoded.height, encoded.width)
         return Unmixed(parameters_P, render_alone(encoded, parameters_P, self._policy))
 
     def _not_rendered(self, problem: int) -> Rendered:
         pixels_HWC = np.zeros((self._policy.image_height, self._policy.image_width, 3), np.uint8)
         return Rendered(int(problem), np.zeros(len(self._policy.parameter_names), np.float32), 0, pixels_HWC)
+
+
+def draw_sample_view(
+    policy: ViewPolicy, source: Source, sample: int, view: int, source_height: int, source_width: int
+) -> np.ndarray:
+    """The parameters of a view of a sample before mixing, float32, see `draw_view`; errors name the sample.
+
+    Args:
+        policy: how views are drawn.
+        source: where the images are.
+        sample: row of the source's index.
+        view: which of the sample's views.
+        source_height: the decoded image's height in pixels.
+        source_width: the decoded image's width in pixels.
+
+    Raises:
+        BadImageError: the image is too long and thin for the policy; the message names tar and key.
+    """
+    try:
+        return draw_view(policy, source.index.sample_key(sample), view, source_height, source_width)
+    except BadImageError as error:
+        raise BadImageError(f"{source.where(sample)}: {error}") from error
 
 
 def draw_view_mix(policy: ViewPolicy, source: Source, sample: int, view: int, partner_S: np.ndarray) -> Mix:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,7 +28,7 @@ from atcache.teachers.run import TeacherRun
 from atcache.views.policy import ViewPolicy
 from atcache.views.rendering import STORED, Renderer
 
-from ..fidelity import injected_error, layer_row_kl, layer_v_error, layer_x_error
+from ..fidelity import injected_error, injected_errors, layer_row_kl, layer_v_error, layer_x_error
 from .decode_cost import DecodeCost, measure_decode_cost
 from .given_views import ReplayedViews
 from .sizes import codes_nbytes, layer_nbytes
@@ -176,7 +175,7 @@ def calibrate(
     name_of: Callable[[int], str] | None = None,
     progress: FitProgress | None = None,
 ) -> Calibration:
-    """Check the teacher's attention, fit the codec, and measure fidelity and speed on views it was not fitted to.
+    """Check the teacher's attention, fit the codec, and measure fidelity and speed on views held back from it.
 
     Args:
         run: the teacher.
@@ -371,14 +370,14 @@ def layer_cards(run: TeacherRun, calibration: Calibration) -> list[LayerCard]:
     nbytes_L = layer_nbytes(coder, calibration.codes_BLTC[held_back])
     few = slice(0, min(_LAYER_VIEWS, calibration.num_held_back))
     decoded = CachedFactors(coder, calibration.codes_BLTC[few].to(run.device))
+    each_layer = [(layer,) for layer in geometry.layers]
+    injected_L = injected_errors(run, calibration.pixels_BHWC[few], geometry.heads, each_layer, decoded)
     return [
         LayerCard(
             layer=layer,
             nbytes=nbytes_L[position],
             row_kl_nats=calibration.layer_row_kl_nats[position],
-            injected_error=injected_error(
-                run, calibration.pixels_BHWC[few], dataclasses.replace(geometry, layers=(layer,)), decoded
-            ),
+            injected_error=injected_L[position],
             v_error=None if calibration.layer_v_error is None else calibration.layer_v_error[position],
             x_error=None if calibration.layer_x_error is None else calibration.layer_x_error[position],
         )

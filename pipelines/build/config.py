@@ -114,6 +114,23 @@ def check_out(out: Location) -> None:
         raise ConfigError(f"out={out} is a whole bucket. Give a name in it, such as {out}/in1k.zarr.")
 
 
+def check_views(policy: PolicyName, num_views: int, mixup: float, cutmix: float, mix_prob: float) -> None:
+    """Refuse views that a policy does not make. Loads no model.
+
+    Raises:
+        ConfigError: several views or mixed ones of policy eval; or the options of mixing do not go together.
+    """
+    from atcache.views.mixing import mix_policy
+
+    if policy == "eval" and num_views > 1:
+        raise ConfigError(
+            f"views={num_views}: policy eval always makes the same view, so a cache of it has one. Give --views 1 "
+            "(atcache.toml or a recipe may set views), or --policy crop-flip for a cache to train from."
+        )
+    if mix_policy(mixup, cutmix, mix_prob) is not None and policy == "eval":
+        raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+
+
 def check_queries(queries: Queries, store: str | None, codecs: Sequence[str]) -> None:
     """Refuse what cannot be kept together with some rows of the maps only. Loads no model.
 
@@ -225,18 +242,11 @@ class BuildConfig:
     def __post_init__(self) -> None:
         from atcache.images.labels import LabelRule
         from atcache.views.corrupt import Corruption
-        from atcache.views.mixing import mix_policy
 
         from ..cluster.connect import check_scheduler
 
         LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
-        if self.policy == "eval" and self.views > 1:
-            raise ConfigError(
-                f"views={self.views}: policy eval always makes the same view, so a cache of it has one. Give --views 1 "
-                "(atcache.toml or a recipe may set views), or --policy crop-flip for a cache to train from."
-            )
-        if mix_policy(self.mixup, self.cutmix, self.mix_prob) is not None and self.policy == "eval":
-            raise ConfigError("views of policy eval are never mixed: leave mixup and cutmix out, or use crop-flip.")
+        check_views(self.policy, self.views, self.mixup, self.cutmix, self.mix_prob)
         if self.corrupt is not None:
             Corruption.parse(self.corrupt)  # raises if there is no such corruption
             if self.policy != "eval" and self.views_from is None:

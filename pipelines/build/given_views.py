@@ -59,10 +59,11 @@ class GivenViews:
         chooses = config.keys is not None or config.max_samples is not None
         _check(config, reader, record, chooses=chooses)
         stored = reader.samples if config.data is None else place_tars(reader.samples, config.data)
-        # Rows between the parts of a cache that has grown have no sample. A mixed view and its partner are in one part,
-        # so there are as many rows between them as before.
-        real_S = np.flatnonzero(stored.problem_S != Status.NO_SAMPLE)
-        samples = stored if len(real_S) == stored.num_samples else stored.select(real_S)
+        samples = stored
+        if record.policy.mixing is None:
+            # Rows between the parts of a cache that has grown have no sample. Mixed views keep them: see `part_stops`.
+            real_S = np.flatnonzero(stored.problem_S != Status.NO_SAMPLE)
+            samples = stored if len(real_S) == stored.num_samples else stored.select(real_S)
         samples = choose_samples(samples, config)
         if config.data is not None:
             samples = relocate(samples, config.data)
@@ -74,18 +75,28 @@ class GivenViews:
         """Whether the cache has the images themselves, so that no tars are needed."""
         return self._reader.layout.pixels is not None
 
+    @property
+    def part_stops(self) -> tuple[int, ...]:
+        """The parts of the new cache, as `StoreLayout` has them: those of this one where views are mixed, else one.
+
+        A mixed view and its partner are in one shard. `atcache pull` takes whole shards, and relies on that. So the new
+        cache has the same shards, which begin with each part.
+        """
+        return () if self._record.policy.mixing is None else self._reader.layout.part_stops
+
     def shard_size(self, asked: int | None) -> int | None:
         """The samples of a shard of the new cache: those of this one where views are mixed, else what is asked for.
 
-        A mixed view and its partner are in one shard. `atcache pull --tars` takes whole shards, and relies on that.
+        See `part_stops` for the reason.
 
         Raises:
             ConfigError: another number is asked for.
         """
-        own = self._reader.layout.samples_per_shard
+        layout = self._reader.layout
+        own = layout.samples_per_shard
         if self._record.policy.mixing is None:
             return asked
-        if asked is not None and settle_samples_per_shard(asked, self.samples.num_samples) != own:
+        if asked is not None and settle_samples_per_shard(asked, layout.parts()[0][1]) != own:
             raise ConfigError(
                 f"samples_per_shard={asked}: the views of {self._reader.path} are mixed within its shards of {own} "
                 "samples, so the new cache has such shards too. Leave --samples-per-shard out."

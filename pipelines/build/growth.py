@@ -72,7 +72,7 @@ def plan_growth(existing: CacheReader, identity: CacheIdentity, index: SampleInd
         target = target.with_part((num_added,))
     if target != layout and begun is None:
         target = target.with_joined_records()
-    elif begun is not None:  # perhaps by a version that did not join records
+    elif begun is not None and grows:  # begun perhaps by a version that did not join records
         target = replace(target, records_per_file=begun[1].records_per_file)
     attributes: dict[str, Any] = {
         **existing.attributes,

@@ -22,6 +22,7 @@ from atcache.store.layout import MAX_FOLDER_ENTRIES, StoreLayout
 from atcache.store.reader import CacheReader
 from atcache.store.shard_size import plan_samples_per_shard, settle_samples_per_shard
 from atcache.store.writer import encode_pixels
+from atcache.teachers.foreign.names import hash_note
 from atcache.teachers.load import Teacher
 from atcache.teachers.run import TeacherRun
 from atcache.views.apply import library_versions
@@ -162,6 +163,7 @@ def check_same_cache(
             f"{chosen if identity.fingerprint != there.fingerprint else ''}"
             "Give another --out, or the options it was begun with"
             f"{', or --grow to add the views or tars that it lacks' if could_grow else ''}."
+            f"{hash_note(identity.teacher) if identity.weights_sha256 != there.weights_sha256 else ''}"
         )
 
 
@@ -182,17 +184,19 @@ def plan_layout(
     *,
     stores_pixels: bool,
     compressor: str | None = None,
+    part_stops: tuple[int, ...] = (),
 ) -> tuple[StoreLayout, int]:
     """The layout of a new cache, and the bytes a view will take in it, measured on the calibration views.
 
     Args:
         calibration: its codes are compressed with each compressor, to choose the one for the layout.
         views: the views it was made from; their parameters are compressed too.
-        num_samples: samples of the source.
+        num_samples: rows of the source.
         num_views: views of each sample.
         samples_per_shard: what the user wants; None for shards of about 256 MiB.
         stores_pixels: whether the images are stored too.
         compressor: of the cache that the codec was taken from; None to choose the one that makes the fewest bytes.
+        part_stops: as in `StoreLayout`. The parts must fit `samples_per_shard`, which is then given.
     """
     height, width = calibration.pixels_BHWC.shape[1:3]
     layout, codes_nbytes = plan_codes(
@@ -216,7 +220,8 @@ def plan_layout(
         samples_per_shard = plan_samples_per_shard(nbytes_per_view, num_samples)
     else:
         samples_per_shard = settle_samples_per_shard(samples_per_shard, num_samples)
-    return replace(layout, samples_per_shard=samples_per_shard).with_joined_records(), nbytes_per_view
+    layout = replace(layout, samples_per_shard=samples_per_shard, part_stops=part_stops)
+    return layout.with_joined_records(), nbytes_per_view
 
 
 def committed_tasks(path: Location, layout: StoreLayout) -> tuple[set[str], set[str]]:

@@ -58,8 +58,8 @@ class Prepared:
     """The cache as it is; None if there is none yet."""
     growth: Growth | None
     """What it is to become, if it grows."""
-    record: dict[str, Any]
-    """What `create_cache` is to write about a new cache."""
+    record: dict[str, Any] | None
+    """What `create_cache` is to write about a new cache; None if none is to be created."""
     state: dict[str, np.ndarray]
     """The codec's fitted arrays."""
     bias_LHQK: np.ndarray | None
@@ -112,7 +112,7 @@ class Prepared:
 
     def create(self) -> None:
         """Create the cache without tasks, if there is none."""
-        if self.existing is not None:
+        if self.record is None:
             return
         create_cache(self.config.out, self.layout, self.record, self.index, self.state, self.bias_LHQK)
 
@@ -196,14 +196,16 @@ def prepare(
     to_do = tuple(number for number, task in enumerate(layout.tasks()) if task.name not in done)
     if growth is not None or (views is not None and not views.stores_pixels):
         check_tars(index, numbered_tasks(layout, to_do))
+    record = None
+    if existing is None and not config.dry_run:  # measured with forwards of the teacher for each layer
+        choice = choice_of(config) if views is None else views.choice
+        record = describe_cache(wanted.identity, wanted.run, calibration, choice).to_json()
     return wanted, Prepared(
         config=config,
         index=index,
         existing=existing,
         growth=growth,
-        record=describe_cache(
-            wanted.identity, wanted.run, calibration, choice_of(config) if views is None else views.choice
-        ).to_json(),
+        record=record,
         state={name: tensor.cpu().numpy() for name, tensor in calibration.state.items()},
         bias_LHQK=None if calibration.bias_LHQK is None else calibration.bias_LHQK.float().cpu().numpy(),
         layout=layout,
@@ -282,6 +284,7 @@ def _calibrate(
         config.samples_per_shard if wanted.given is None else wanted.given.shard_size(config.samples_per_shard),
         stores_pixels=config.pixels == "store",
         compressor=None if given is None else given.compressor,
+        part_stops=() if wanted.given is None else wanted.given.part_stops,
     )
     return calibration, layout, view_nbytes
 

@@ -1,8 +1,8 @@
 """The long run of a build: tasks pass through overlapping stages.
 
 render views (worker processes) -> copy to the device -> teacher forward and encoding -> copy to the host -> compression
-(threads) -> shard writing (one thread) -> commit. Queues between the stages are short, so memory holds a few batches,
-however large the dataset is.
+(threads) -> shard writing (one thread) -> commit (another thread). Queues between the stages are short, so memory holds
+a few batches, however large the dataset is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import fsum
-from pathlib import Path
 
 import torch
 
@@ -44,30 +43,36 @@ _BATCHES_IN_FLIGHT = 3  # encoded batches that wait for compression and the disk
 class _ShardWriter:
     """Writes batches into their tasks' shards, in order; for one thread.
 
-    On an object store, a task is put while the next one is written, so that the device does not wait for the network.
+    A task is committed while the next one is written, so that the device waits neither for a disk to have all bytes nor
+    for the network. At most one task is committed at a time, and tasks are committed in order.
     """
 
     def __init__(self, out: Location, layout: StoreLayout) -> None:
         self._out, self._layout = out, layout
         self._writer: TaskWriter | None = None
         self._checked: list[Checked] = []
-        self._putter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="put")
-        self._putting: Future[int] | None = None
+        self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self._committing: Future[int] | None = None
 
     def write(self, encoded: EncodedBatch) -> Counts:
-        """Add a batch. The first batch of a task opens its shards, the last one commits it.
+        """Add a batch. The first batch of a task opens its shards, the last one has it committed.
 
         Returns:
-            What this call has done.
+            What this call has done, and the bytes of a task that was committed meanwhile.
+
+        Raises:
+            DiskFullError: no space is left, also for the task before.
+            NotWritableError: the object store refuses the task before, or fails for minutes.
         """
         batch, chunks = encoded.batch, encoded.chunks
+        # A commit that has failed is told of now, not at the end of a long task.
+        done = self.finish() if self._committing is not None and self._committing.done() else Counts()
         if self._writer is None:
             self._writer = TaskWriter(self._out, self._layout, batch.task)
             self._checked = []
         checked = None if encoded.checked is None else encoded.checked.result()
         if checked is not None:
             self._checked.append(checked)
-        nbytes = 0
         remaining = iter(chunks)
         for row, status in enumerate(batch.status_B.tolist()):
             chunk = next(remaining) if status == STORED else None
@@ -82,28 +87,24 @@ class _ShardWriter:
         if batch.start + len(batch.status_B) == batch.task.stop:
             num_checked = sum(check.num_views for check in self._checked)
             commit = partial(self._writer.commit, _mean_quality(self._checked), num_checked)
-            if isinstance(self._out, Path):
-                nbytes = commit().nbytes
-            else:
-                nbytes = self.finish().nbytes
-                self._putting = self._putter.submit(lambda: commit().nbytes)
+            done += self.finish()
+            self._committing = self._committer.submit(lambda: commit().nbytes)
             self._writer = None
-        return Counts(
+        return done + Counts(
             num_views=len(batch.status_B),
             num_stored=len(chunks),
-            nbytes=nbytes,
             sum_nats=0.0 if checked is None else checked.quality["row_kl_nats"] * checked.num_views,
             num_checked=0 if checked is None else checked.num_views,
         )
 
     def finish(self) -> Counts:
-        """Wait until the task that is being put, if any, is committed. Returns its bytes, which `write` left out."""
-        putting, self._putting = self._putting, None
-        return Counts() if putting is None else Counts(nbytes=putting.result())
+        """Wait until the task that is being committed, if any, is. Returns its bytes, which `write` left out."""
+        committing, self._committing = self._committing, None
+        return Counts() if committing is None else Counts(nbytes=committing.result())
 
     def abort(self) -> None:
-        """Remove the temp files of a task that was not committed. One that is being put is committed first."""
-        self._putter.shutdown()
+        """Remove the temp files of a task that was not committed. One that is being committed is waited for."""
+        self._committer.shutdown()
         if self._writer is not None:
             self._writer.abort()
 

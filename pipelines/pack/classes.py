@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,10 +19,24 @@ _MAX_NBYTES = 2**26
 
 @dataclass(frozen=True)
 class Classes:
-    """Names in the order of their labels, and the file that they are from, if they are from one."""
+    """Names in the order of their labels, and the file that they are from, if they are from one.
+
+    Several classes may have one name, as ImageNet's two cranes do; then only numbers tell them apart.
+
+    Raises:
+        SourceError: a name cannot be a line of classes.txt.
+    """
 
     names: tuple[str, ...]
     file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for label, name in enumerate(self.names):
+            if not _is_line(name):
+                raise SourceError(
+                    f"class {label} is called {name!r}, which cannot be a line of {CLASSES_FILE}; expected some text "
+                    "without line breaks. Rename it in the data."
+                )
 
     def label_of(self, name: str, where: str) -> int:
         """The label of a class.
@@ -33,21 +46,30 @@ class Classes:
             where: what is of this class, for the message.
 
         Raises:
-            SourceError: there is no such class.
+            SourceError: there is no such class, or there are several of this name.
         """
-        label = self._labels.get(name)
-        if label is None:
+        labels = self._labels.get(name)
+        if labels is None:
             nearest = get_close_matches(name, self.names, n=1)
             hint = f"; the nearest is {nearest[0]!r}" if nearest else ""
             raise SourceError(
                 f"{where} is of class {name!r}, which is not among the {len(self.names)} classes of "
                 f"{self.file or 'the data'}{hint}. Rename it, leave it out, or give another --classes."
             )
-        return label
+        if len(labels) > 1:
+            raise SourceError(
+                f"{where} is of class {name!r}, and {self.file or 'the data'} names the class {name!r} {len(labels)} "
+                f"times, as {' and '.join(map(str, labels))}, so its label is not known. Give a --classes in which "
+                "each class has a name of its own, or labels that are numbers."
+            )
+        return labels[0]
 
     @cached_property
-    def _labels(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.names)}
+    def _labels(self) -> dict[str, list[int]]:
+        labels: dict[str, list[int]] = {}
+        for label, name in enumerate(self.names):
+            labels.setdefault(name, []).append(label)
+        return labels
 
     def text(self) -> bytes:
         """What classes.txt holds."""
@@ -64,9 +86,6 @@ def in_order(names: Iterable[str]) -> Classes:
         SourceError: a name cannot be a line of classes.txt.
     """
     found = set(names)
-    for name in found:
-        if not name or name.splitlines() != [name]:
-            raise SourceError(f"a class is called {name!r}, which cannot be a line of {CLASSES_FILE}. Rename it.")
     if all(name.isascii() and name.isdecimal() for name in found):
         return Classes(tuple(sorted(found, key=lambda name: (int(name), name))))
     return Classes(tuple(sorted(found)))
@@ -78,7 +97,7 @@ def read_classes(path: Path) -> Classes:
     Of ImageNet's list of synsets, with lines such as "n01440764 tench, Tinca tinca", the first word is the name.
 
     Raises:
-        SourceError: there is no such file, it is not text, or it names a class twice or an empty one.
+        SourceError: there is no such file, it is not text, or it names an empty class.
     """
     file = path / CLASSES_FILE if path.is_dir() else path
     try:
@@ -97,7 +116,13 @@ def read_classes(path: Path) -> Classes:
         names = [name.split()[0] for name in names]
     if not names or not all(names):
         raise SourceError(f"{file}: line {names.index('') + 1 if names else 1} is empty, expected the name of a class.")
-    name, number = Counter(names).most_common(1)[0]
-    if number > 1:
-        raise SourceError(f"{file} names the class {name!r} {number} times. A class has one label.")
     return Classes(tuple(names), file)
+
+
+def _is_line(name: str) -> bool:
+    """Whether classes.txt can hold a name, so that every reader finds it there."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        return False
+    return name.splitlines() == [name]

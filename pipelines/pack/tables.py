@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,26 +173,42 @@ class Tables:
                 f"{len(bad)} of {len(labels)} rows have no label in the column {self.label!r}, the first is row "
                 f"{bad[0]} ({labels[bad[0]]}). Hidden labels are often -1: pack such a split with --labels none."
             )
-        if self.names is None and all(isinstance(label, int) for label in labels):
-            highest = max(int(label or 0) for label in labels)
-            if wanted is not None and highest >= len(wanted.names):
-                raise SourceError(
-                    f"the column {self.label!r} has the label {highest}, and {wanted.file} names {len(wanted.names)} "
-                    "classes. Give the list that belongs to the data."
-                )
-            return [int(label or 0) for label in labels], wanted
-        texts = [self._name_of(label) for label in labels]
-        classes = wanted or (in_order(texts) if self.names is None else Classes(self.names))
-        return [classes.label_of(text, f"row {row}") for row, text in enumerate(texts)], classes
+        texts = [label for label in labels if isinstance(label, str)]
+        if texts:
+            classes = wanted or (in_order(texts) if self.names is None else Classes(self.names))
+            return [classes.label_of(text, f"row {row}") for row, text in enumerate(texts)], classes
+        numbers = [label for label in labels if isinstance(label, int)]
+        if self.names is not None:
+            return self._numbered_by_name(numbers, self.names, wanted)
+        highest = max(numbers)
+        if wanted is not None and highest >= len(wanted.names):
+            raise SourceError(
+                f"the column {self.label!r} has the label {highest}, and {wanted.file} names {len(wanted.names)} "
+                "classes. Give the list that belongs to the data."
+            )
+        return numbers, wanted
 
-    def _name_of(self, label: int | str | None) -> str:
-        if isinstance(label, str):
-            return label
-        assert self.names is not None
-        assert label is not None, "refused before"
-        if label >= len(self.names):
-            raise SourceError(f"the column {self.label!r} has the label {label}, but names {len(self.names)} classes.")
-        return self.names[label]
+    def _numbered_by_name(
+        self, numbers: list[int], names: tuple[str, ...], wanted: Classes | None
+    ) -> tuple[list[int], Classes]:
+        """The label of each row, whose number stands for a name: the number itself, if the wanted list agrees."""
+        highest = max(numbers)
+        if highest >= len(names):
+            raise SourceError(f"the column {self.label!r} has the label {highest}, but names {len(names)} classes.")
+        # Not by way of the names, of which two classes may have the same.
+        if wanted is None:
+            return numbers, Classes(names)
+        if wanted.names[: len(names)] == tuple(name.strip() for name in names):  # a list that is read has no spaces
+            return numbers, wanted
+        times = Counter(names)
+        doubled = next((names[number] for number in sorted(set(numbers)) if times[names[number]] > 1), None)
+        if doubled is not None:
+            raise SourceError(
+                f"the column {self.label!r} has {times[doubled]} classes called {doubled!r}, and by the names in "
+                f"{wanted.file} they cannot be told apart. Leave --classes out, so that the numbers stay, or give a "
+                "list that begins with the data's own names."
+            )
+        return [wanted.label_of(names[number], f"row {row}") for row, number in enumerate(numbers)], wanted
 
     def _rows(self, progress: Progress) -> Iterator[tuple[bytes | None, str | None, int | str | None]]:
         """Bytes, path and label of each row."""

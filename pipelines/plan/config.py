@@ -14,7 +14,7 @@ from atcache.files.location import Location, Url
 from atcache.machine import num_processors
 from atcache.teachers.foreign.own import OwnTeacher
 
-from ..build.config import check_out, check_queries
+from ..build.config import check_out, check_queries, check_views
 from ..options import (
     calibration_samples_option,
     config,
@@ -164,10 +164,9 @@ class PlanConfig:
     def __post_init__(self) -> None:
         from atcache.codecs.registry import parse_codec
         from atcache.images.labels import LabelRule
-        from atcache.views.mixing import mix_policy
 
         LabelRule(mode=self.labels, key=self.label_key)  # raises if they do not go together
-        mix_policy(self.mixup, self.cutmix, self.mix_prob)  # raises if they do not go together
+        check_views(self.policy, self.views, self.mixup, self.cutmix, self.mix_prob)
         for codec in map(parse_codec, self.codec):  # raises here, before anything takes long
             if self.store is not None:
                 codec.refuse_values(self.store)

@@ -24,7 +24,7 @@ from atcache.fields import JsonFields
 from atcache.files.durable import check_can_write
 from atcache.images.source import Source, index_source
 from atcache.machine import kept_nbytes
-from atcache.teachers.devices import resolve_device, resolve_precision, training_autocast
+from atcache.teachers.devices import memory_errors_explained, resolve_device, resolve_precision, training_autocast
 from atcache.teachers.inputs import input_config, normalise_images
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
@@ -188,10 +188,11 @@ class _Run:
         order_BT = self.model.draw_order(len(pixels_BHWC), torch.Generator().manual_seed(seed))
         self.scheduler.step_update(self.step)
         images_BCHW = normalise_images(pixels_BHWC, self.input.mean, self.input.std, self.device)
-        with training_autocast(self.model.encoder, self.device, self.dtype):
-            loss = self.model(images_BCHW, order_BT.to(self.device, non_blocking=True))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with memory_errors_explained("the autoencoder", len(pixels_BHWC), self.device):
+            with training_autocast(self.model.encoder, self.device, self.dtype):
+                loss = self.model(images_BCHW, order_BT.to(self.device, non_blocking=True))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         self.optimizer.step()
         return loss.detach()
 
@@ -218,11 +219,11 @@ class _Run:
 
     def _restore(self) -> None:
         if self.checkpoint.exists():
-            contents = load_checkpoint(self.checkpoint, self.device)
+            contents = load_checkpoint(self.checkpoint)
             self.step = contents["step"]
             self.model.load_state_dict(contents["model"])
             self.optimizer.load_state_dict(contents["optimizer"])
-            self.losses = contents["losses"]
+            self.losses = [loss.to(self.device) for loss in contents["losses"]]
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:

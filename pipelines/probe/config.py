@@ -152,6 +152,7 @@ class ProbeConfig:
             base_lr=self.base_lr,
             seed=seed,
             validate_every=0,
+            compile=False,  # it takes as long as many of so few steps, and what is timed beforehand is not compiled
             workers=self.workers,
             device=self.device,
             precision=self.precision,

@@ -229,6 +229,6 @@ def _check_partners(copy: CacheReader, task: Task, path: Location) -> None:
         if not task.start <= partner < task.stop:
             raise CacheMismatchError(
                 f"{path}: a view of {copy.samples.sample_key(row)} is mixed with a sample of another shard, so no part "
-                "of this cache can be used. It was made with --views-from by an earlier version: build it again, or "
-                "copy its whole folder."
+                "of this cache can be used. It was made with --views-from by an earlier version: build it again with "
+                "another --out, or copy its whole folder."
             )

@@ -27,14 +27,17 @@ def save_checkpoint(path: Path, contents: Mapping[str, Any]) -> None:
         torch.save(dict(contents), file)
 
 
-def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """The checkpoint at `path`, its tensors on `device`.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, its tensors in the host's memory; what loads their state copies them to its device.
 
     Raises:
-        CorruptCacheError: it cannot be read, or holds objects that are not plain data.
+        CorruptCacheError: its bytes are damaged, or hold objects that are not plain data.
+        OSError: the file cannot be read, whatever its bytes are.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # the file may be whole, and must not be called damaged
+        raise
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error).partition("\n")[0].rstrip(".")
         raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error

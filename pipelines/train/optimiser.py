@@ -57,7 +57,10 @@ def _set_beta2(optimizer: torch.optim.Optimizer, name: str, beta2: float) -> Non
 def make_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, num_steps: int, steps_per_epoch: float
 ) -> Any:  # noqa: ANN401 - timm's class is only partly typed
-    """timm's schedule: linear warm-up from 0, then a cosine to `min_lr` at the last step; layer decay scales both."""
+    """timm's schedule: linear warm-up from 0, then a cosine that would reach `min_lr` one step after the last.
+
+    Layer decay scales both.
+    """
     from timm.scheduler.cosine_lr import CosineLRScheduler
 
     warmup_steps = min(math.ceil(config.warmup_epochs * steps_per_epoch), num_steps // 10)

@@ -16,7 +16,7 @@ from atcache.fields import JsonFields, Omitted
 from atcache.images.class_names import ClassNames
 from atcache.students.student import Student
 from atcache.students.teacher_side import CacheTeacher, LiveTeacher
-from atcache.teachers.devices import autocast
+from atcache.teachers.devices import autocast, memory_errors_explained
 from atcache.teachers.inputs import normalise_images
 
 from ..running.ranks import Ranks
@@ -106,7 +106,8 @@ def score_students(
         student.module.eval()
     for batch in data.batches(ranks):
         label_B = batch.label_B.to(device, non_blocking=True)
-        logits_RBC = _logits(students, batch, data.teacher, device, dtype)
+        with memory_errors_explained("the student", len(batch.label_B), device):
+            logits_RBC = _logits(students, batch, data.teacher, device, dtype)
         if dropped_C is not None:
             logits_RBC = logits_RBC.masked_fill(dropped_C, -torch.inf)
         probability_RBC = logits_RBC.softmax(dim=2)

@@ -18,7 +18,7 @@ from atcache.feed.order import step_seed
 from atcache.feed.prefetch import Prefetcher, copied
 from atcache.files.durable import encode_json, write_file
 from atcache.students.student import Student
-from atcache.teachers.devices import autocast, resolve_precision, training_autocast
+from atcache.teachers.devices import autocast, memory_errors_explained, resolve_precision, training_autocast
 from atcache.teachers.inputs import normalise_images
 from atcache.views.jitter import draw_jitter, jitter_pixels
 
@@ -39,6 +39,7 @@ LOG_EVERY = 10
 """Steps between two lines of metrics."""
 _MUCH_OF_THE_START = 0.05
 """A note warns if the initial weights make up at least this share of the moving average."""
+_LESS_MEMORY = "Give --accumulate 2 or more, which takes a batch in parts, or a smaller --batch-size"
 
 
 class DivergedError(ConfigError):
@@ -127,7 +128,7 @@ class TrainingRun:
         """Continue from the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
-        contents = load_checkpoint(self.checkpoint, self.device)
+        contents = load_checkpoint(self.checkpoint)
         self.step = contents["step"]
         self._seconds_before = contents["seconds"]
         self.student.module.load_state_dict(contents["module"])
@@ -191,7 +192,10 @@ class TrainingRun:
         jitter_B3 = self._draw(len(batch.label_B))
         jitters = config.accumulate * [None] if jitter_B3 is None else jitter_B3.chunk(config.accumulate)
         for number, (part, part_B3) in enumerate(zip(batch.cut(config.accumulate), jitters, strict=True), start=1):
-            with self._gradients_stay_here(self._trained, number < config.accumulate):
+            with (
+                self._gradients_stay_here(self._trained, number < config.accumulate),
+                memory_errors_explained("the student", len(part.label_B), self.device, _LESS_MEMORY),
+            ):
                 losses = self._losses(self._trained, self.on_device(part), part_B3)
                 (losses["loss"] / config.accumulate).backward()
             for name, loss in losses.items():
@@ -329,7 +333,7 @@ class TrainingRun:
         return _stretches(self.step, steps) > _stretches(self.step - 1, steps)
 
     def _saves_now(self) -> bool:
-        return self.step % self.config.checkpoint_every == 0 or self._ends_a_stretch()
+        return self.step % self.config.checkpoint_every == 0 or self.is_validated
 
     def validate(self, reports: Reports) -> None:
         """Score the student on the validation set; keep the score and report it."""

@@ -86,11 +86,11 @@ def test_a_row_of_thousands_of_digits_is_no_row(cache, tmp_path):
 def test_what_was_pasted_is_named_as_the_hole_in_the_carried_map(tiny_cache):
     cache = atcache.open(tiny_cache(cutmix=1.0))
     placements = [atcache.pictures.placement(cache, sample=row) for row in range(48)]
+    assert {bool(placement.hidden) for placement in placements} == {True, False}
     for is_hidden in (True, False):
-        row = next((row for row, placement in enumerate(placements) if bool(placement.hidden) == is_hidden), None)
-        if row is not None:
-            notes = read_shown(cache, config_of(cache.path, sample=str(row))).notes
-            assert any("pasted into it from another sample, is not carried back" in note for note in notes) == is_hidden
+        row = next(row for row, placement in enumerate(placements) if bool(placement.hidden) == is_hidden)
+        notes = read_shown(cache, config_of(cache.path, sample=str(row))).notes
+        assert any("pasted into it from another sample, is not carried back" in note for note in notes) == is_hidden
 
 
 def test_a_cache_of_the_class_tokens_rows_shows_these(tiny_cache, tmp_path):

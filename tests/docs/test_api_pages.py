@@ -49,10 +49,14 @@ def test_the_pages_are_what_the_docstrings_say(make_api):
     assert {"api.md", *(f"api/{path.name}" for path in DOCS.glob("api/*"))} == set(made)
 
 
-@pytest.mark.parametrize(("page", "num_blocks"), [("api.md", 11), ("api/statistics.md", 1), ("api/training.md", 7)])
-def test_the_examples_run(page, num_blocks, names):
+@pytest.mark.parametrize(
+    ("page", "num_blocks", "num_layers"),
+    [("api.md", 11, 1), ("api/statistics.md", 1, 0), ("api/training.md", 7, 0)],
+)
+def test_the_examples_run(page, num_blocks, num_layers, names):
     examples = blocks(page, "python")
     assert len(examples) == num_blocks
+    assert sum(example.count("layer=5") for example in examples) == num_layers, "of a large teacher's layers"
     for example in examples:
         exec(COMMAND.sub("", example).replace("layer=5", "layer=1"), dict(names))
 
@@ -83,12 +87,14 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
     }
     examples = [text for page in ("caches", "moving", "runs") for text in blocks(f"api/{page}.md", "python")]
     assert len(examples) == 16
+    printed_by = dict.fromkeys(stand_ins, 0)
     scope = {"atcache": atcache, "my_vit": HandWrittenViT(PackedFused)}
     # In the order in which one needs another's result; the page's is that of the commands.
     for name in (
         "pack",
         "pretrain",
         "plan",
+        "probe",
         "build",
         "merge",
         "own_teacher",
@@ -102,6 +108,7 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
     ):
         (example,) = [text for text in examples if f"atcache.{name}(" in text.partition("\n")[0]]
         for printed, stand_in in stand_ins.items():
+            printed_by[printed] += example.count(printed)
             example = example.replace(printed, stand_in)
         if name == "train":
             shutil.copytree("in1k.zarr", "in1k-val.zarr")
@@ -111,7 +118,9 @@ def test_the_examples_of_commands_run(tiny_vit, tiny_weights, tiny_cache, digits
     with a_hub_in_use(tmp_path, monkeypatch):
         for name in ("push", "pull"):
             (example,) = [text for text in examples if f"atcache.{name}(" in text.partition("\n")[0]]
+            assert example.count('out="in1k.zarr"') == (name == "pull")
             exec(example.replace('out="in1k.zarr"', 'out="pulled.zarr"'), scope)
+    assert [printed for printed, count in printed_by.items() if count == 0] == [], "no longer printed"
     assert Path("runs/copy/model.safetensors").exists()
 
 

@@ -6,8 +6,11 @@ import ast
 import importlib
 import importlib.util
 import itertools
+import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -208,6 +211,92 @@ def test_documented_calls_name_real_commands_and_options(page: Path):
                     check_call(arguments)
                 except click.UsageError as error:
                     pytest.fail(f"{page.name}: atcache {shlex.join(arguments)}: {error.format_message()}")
+
+
+PARSE = """
+import contextlib, importlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+problems = []
+for script, arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            importlib.import_module(script).parse(arguments)
+    except SystemExit as error:
+        problems.append([script, arguments, said.getvalue() or str(error)])
+print(json.dumps(problems))
+"""
+
+
+def benchmark_calls(text: str) -> list[tuple[str, list[str]]]:
+    """The benchmarks that a page calls, in blocks and within lines, and with which arguments."""
+    calls = [(script, shlex.split(rest)) for script, rest in re.findall(r"`python benchmarks/(\w+)\.py([^`]*)`", text)]
+    for language, block in FENCE.findall(text):
+        if language in SHELL:
+            for name, value in re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE):
+                block = block.replace(f"${name} ", f"{value} ")
+            for script in sorted(set(re.findall(r"benchmarks/(\w+)\.py", block))):
+                calls += [(script, arguments) for arguments in calls_of(f"{script}.py", block)]
+    return calls
+
+
+def refused_calls(calls: list[tuple[str, list[str]]]) -> list[list[object]]:
+    """The calls that the scripts' own parsers refuse, and what they say; a process of its own imports the scripts."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, str(ROOT / "benchmarks")],
+        input=json.dumps(calls),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_documented_benchmarks_and_the_stages_on_a_gpu_are_calls_that_the_scripts_take():
+    # The changelog names scripts without their options.
+    pages = [page.read_text(encoding="utf-8") for page in PAGES if page.name != "CHANGELOG.md"]
+    named = {name for page in pages for name in re.findall(r"benchmarks/(\w+)\.py", page)}
+    assert named <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    calls = [call for page in pages for call in benchmark_calls(page)]
+    assert len(calls) > 25
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    sys.modules["gpu"] = gpu  # where its dataclass looks for its annotations
+    spec.loader.exec_module(gpu)
+    for stage in gpu.STAGES:
+        first, *rest = stage.arguments
+        if first.endswith(".py"):
+            calls.append((Path(first).stem, rest))
+        elif stage.arguments[: len(gpu.ATCACHE)] == gpu.ATCACHE:
+            check_call(stage.arguments[len(gpu.ATCACHE) :])
+        else:
+            assert stage.arguments == gpu.PYTEST
+    wrong = ("kernels", ["--sweeep"])
+    assert [script for script, *_ in refused_calls([*calls, wrong])] == ["kernels"], refused_calls(calls)
+
+
+def test_calls_of_benchmarks_are_found():
+    page = (
+        "Run `python benchmarks/order.py --classes 3`.\n```sh\n"
+        'common="--data x --views 2"\nA=1 python benchmarks/read.py $common --rounds 1 \\\n    --samples 2\n```\n'
+    )
+    expected = ["--data", "x", "--views", "2", "--rounds", "1", "--samples", "2"]
+    assert benchmark_calls(page) == [("order", ["--classes", "3"]), ("read", expected)]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "printed"),
+    [
+        ("order", ["--samples", "4000", "--classes", "10", "--batch-size", "32"], r"\| block \|"),
+        ("scale", ["--arithmetic", "--code-nbytes", "200000"], r"200 kB of codes a view.*20\.0 PB in all"),
+    ],
+)
+def test_benchmarks_that_take_seconds_run(script, arguments, printed):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(printed, done.stdout, re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

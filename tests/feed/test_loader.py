@@ -17,6 +17,7 @@ from hypothesis import given, settings, strategies as st
 from atcache.cache.stacking import Stack
 from atcache.choices import SHUFFLES
 from atcache.errors import ConfigError
+from atcache.feed.batch import Batch, Codes
 from atcache.feed.loader import BatchStream, validation_batches
 from atcache.feed.order import (
     BLOCK_SAMPLES,
@@ -26,6 +27,7 @@ from atcache.feed.order import (
     epoch_permutation,
     step_seed,
 )
+from atcache.feed.prefetch import Prefetcher
 from atcache.feed.sample_views import CachedViews, FreshViews
 from atcache.images.source import Source, index_source
 from atcache.store.reader import CacheReader
@@ -368,14 +370,41 @@ def test_transforms_codes_travel_as_bytes_also_from_workers(start_method, tiny_c
             assert np.array_equal(codes_of(batch).numpy(), codes)
 
 
+def large_batch(seed) -> Batch:
+    """A batch of random bytes, 50 MB large, as its worker process makes it: codes in their order in memory."""
+    numbers = torch.Generator().manual_seed(seed)
+    pixels_BHWC = torch.randint(0, 256, (256, 224, 224, 3), dtype=torch.uint8, generator=numbers)
+    codes_BLCT = torch.randint(0, 9999, (256, 2, 96, 120), dtype=torch.int16, generator=numbers)
+    sample_B, share_B = torch.arange(256), torch.ones(256)
+    codes = Codes(part=0, row_B=np.arange(256), codes_BLTC=codes_BLCT.transpose(2, 3))
+    return Batch(sample_B, pixels_BHWC, sample_B + 1, sample_B + 2, share_B, codes=(codes,), is_mixed=False)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning takes a GPU")
-def test_pinning_and_sending_keep_the_order_in_memory():
-    codes_BLTC = torch.arange(2 * 3 * 5 * 7, dtype=torch.int16).reshape(2, 3, 5, 7).transpose(2, 3)
-    pinned = codes_BLTC.pin_memory()
-    sent = pinned.to("cuda", non_blocking=True)
-    assert pinned.stride() == sent.stride() == codes_BLTC.stride()
-    assert torch.equal(sent.cpu(), codes_BLTC)
+def test_batches_arrive_whole_while_slow_steps_hold_the_stream():
+    device = torch.device("cuda")
+    prefetcher, factor = Prefetcher(device), torch.full((4096, 4096), 1 / 4096, device=device)
+    batches = 5 * [large_batch(seed) for seed in range(4)]
+    expected = 5 * [[float(tensor.sum()) for tensor in batch.tensors()] for batch in batches[:4]]
+    for tensor in batches[0].to(device).tensors():
+        tensor.sum()  # loads the kernels, which takes longer than a copy
+    found, strides = [], []
+    torch.cuda.synchronize()
+    for number, batch in enumerate(batches):
+        sent = prefetcher.send(batch.pin_memory())
+        # The first is read at once: before it arrives, unless the step waits for it.
+        early = [tensor.sum() for tensor in sent.tensors()]
+        for _ in range(number % 3 * 5):  # so some steps are slow; each product takes a millisecond or more
+            factor = factor @ factor
+        late = [tensor.sum() for tensor in sent.tensors()]
+        found.append((early, late))
+        strides.append(sent.codes[0].codes_BLTC.stride() == batch.codes[0].codes_BLTC.stride())
+        del sent  # its memory is given back while the device still has to read it
+    torch.cuda.synchronize()
+    for of_cpu, sums in zip(expected, found, strict=True):
+        early, late = ([float(one) for one in each] for each in sums)
+        assert early == late == of_cpu
+    assert all(strides), "codes keep their order in memory"
 
 
 @pytest.fixture(params=["fork", "spawn"])

@@ -82,13 +82,12 @@ def test_neighbours_come_in_one_request_and_far_blocks_at_once(server):
     before = server.num_requests
     file.pread(20 * BLOCK_NBYTES, 0)
     assert server.num_requests == before + 1
-    server.delay_s = 0.4
-    start_s = time.monotonic()
+    server.answers_together = 3
     for block in (30, 40, 50):
         file.expect(1, block * BLOCK_NBYTES)
     for block in (30, 40, 50):
         file.pread(1, block * BLOCK_NBYTES)
-    assert time.monotonic() - start_s < 0.8
+    assert server.most_at_once == 3
     assert server.num_requests == before + 4
 
 
@@ -225,9 +224,9 @@ def test_a_reader_killed_while_it_fetches_leaves_a_usable_folder(server, monkeyp
     reader.send_signal(signal.SIGKILL)
     reader.communicate()
     server.delay_s = 0
-    start_s = time.monotonic()
+    # What the dead reader was to fetch is fetched at once: who waited for it would wait longer than a test may last.
+    monkeypatch.setattr(remote_file, "_PATIENCE_S", 10_000.0)
     assert open_url(server, "file").pread(len(data), 0) == data
-    assert time.monotonic() - start_s < 5
 
 
 def test_a_reader_that_is_stopped_while_it_fetches_is_not_waited_for_without_end(server, monkeypatch):
@@ -239,7 +238,7 @@ def test_a_reader_that_is_stopped_while_it_fetches_is_not_waited_for_without_end
     try:
         start_s = time.monotonic()
         assert open_url(server, "file").pread(len(data), 0) == data
-        assert 0.4 < time.monotonic() - start_s < 20
+        assert time.monotonic() - start_s > 0.4
     finally:
         reader.send_signal(signal.SIGCONT)
     assert reader.communicate(timeout=60)[0] == "done\n"

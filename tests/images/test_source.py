@@ -464,6 +464,13 @@ def test_decompression_bombs_are_refused_without_a_warning():
         decode_image(data, where="bomb")
 
 
+@pytest.mark.parametrize("size", [(2**25, 2), (2, 2**25)])
+def test_images_too_long_for_a_view_are_refused(size):
+    data = f"P5 {size[0]} {size[1]} 255\n".encode()
+    with pytest.raises(BadImageError, match=rf"x: the image has {size[0]} x {size[1]} pixels, .* most 33554431 a side"):
+        decode_image(data, where="x")
+
+
 def test_other_formats_are_refused():
     image = picture()
     ImageDraw.Draw(image)

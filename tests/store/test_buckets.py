@@ -150,10 +150,10 @@ def test_shards_of_a_dead_writer_are_taken_if_equal_and_replaced_if_not(url, mot
     write_other_bytes(url, task, 1)
     store, record = moto.store("bucket"), f"{url.key}/commits/{task.name}.json"
     obstore.delete(store, record)  # as if killed just before
-    monkeypatch.setattr(bucket, "SECONDS_FOR_A_RIVAL", 60.0)
-    before, start_s = objects(moto, url), time.monotonic()
+    # Equal bytes need no waiting: that would last longer than a test may.
+    monkeypatch.setattr(bucket, "SECONDS_FOR_A_RIVAL", 10_000.0)
+    before = objects(moto, url)
     write_other_bytes(url, task, 1)
-    assert time.monotonic() - start_s < 30, "equal bytes need no waiting"
     assert before.items() <= objects(moto, url).items()
     obstore.delete(store, record)
     monkeypatch.setattr(bucket, "SECONDS_FOR_A_RIVAL", 0.3)
@@ -260,13 +260,12 @@ def test_a_store_without_if_match_replaces_what_the_dead_left_all_the_same(url, 
 
 def test_a_key_that_may_not_list_is_refused_at_once_with_what_it_lacks(url, moto):
     """S3 answers 403 to a look at an object that is not there, if the key may not list."""
-    start_s = time.monotonic()
     with faulty_proxy(moto, deny="GET") as proxy, reached(proxy):
         with pytest.raises(NotWritableError, match=r"may not be read.*list, read, put and delete.*s3:ListBucket"):
             check_can_begin(url)
         with pytest.raises(NotWritableError, match=r"s3:ListBucket"):
             make_empty(url)
-    assert time.monotonic() - start_s < 30
+        assert proxy.counts()["GET"] == 2, "no refusal is tried again"
 
 
 def test_an_upload_that_takes_longer_than_the_patience_is_tried_again(monkeypatch):

@@ -14,7 +14,10 @@ import atcache
 from atcache.errors import CacheMismatchError, CacheMissError
 from atcache.store.layout import FORMAT, Status
 from atcache.store.manifest import check_commit, read_commits
-from atcache.views.apply import library_versions
+from atcache.views.apply import library_versions, render_alone
+from atcache.views.mixing import NOT_MIXED, mix_pixels
+from atcache.views.policy import PARAMETER_NAMES
+from atcache.views.rendering import stored_mix
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CACHES = sorted(GOLDEN.glob("format-*/*.zarr"))
@@ -86,19 +89,40 @@ def test_the_documented_reader_gives_the_same_maps_without_atcache(path):
             assert np.allclose(names["read_maps"](path, 0, sample, position), attn_VSHQK[0, row], atol=1e-5, rtol=0)
 
 
+def replayed(cache: atcache.Cache, sample: int, view: int) -> np.ndarray:
+    """The image as it is replayed here, whatever its hash."""
+    mix = stored_mix(cache.policy, cache.reader.parameters(view, sample))
+
+    def alone(row: int) -> np.ndarray:
+        parameters_P = cache.reader.parameters(view, row)
+        if cache.policy.mixing is not None:
+            parameters_P = parameters_P[: len(PARAMETER_NAMES)]
+        return render_alone(cache.source.read_encoded(row), parameters_P, cache.policy)
+
+    return alone(sample) if mix == NOT_MIXED else mix_pixels(alone(sample), alone(sample + mix.partner), mix)
+
+
 @every_cache
 def test_images_are_what_they_were(path):
-    """Bit for bit; where a library has changed since, a replay may differ, but it must be noticed."""
+    """Bit for bit; where a library has changed since, a replay may differ a little, but it must be noticed."""
     cache = open_golden(path)
+    # A later version may record more libraries.
+    recorded, here = cache.attributes["created_by"]["views"], library_versions()
+    is_as_then = {name: here.get(name) for name in recorded} == recorded
+    problems = []
     for view, images_SHWC in enumerate(expected(path, "images_VSHWC")):
         for sample, image in zip(GOOD_SAMPLES, images_SHWC, strict=True):
+            differences = np.abs(replayed(cache, sample, view).astype(int) - image)
+            assert differences.mean() < 4, "another decoder rounds otherwise, and no more"
             try:
-                replayed = cache.image(sample, view)
+                assert np.array_equal(cache.image(sample, view), image)
             except CacheMismatchError as error:
-                if cache.attributes["created_by"]["views"] == library_versions():
+                if is_as_then:
                     raise
-                pytest.skip(str(error))
-            assert np.array_equal(replayed, image)
+                assert differences.any()
+                problems.append(str(error))
+    if problems:
+        pytest.skip(problems[0])
 
 
 @every_cache

@@ -17,11 +17,11 @@ from atcache.errors import CacheMissError, CorruptCacheError
 from atcache.files.durable import is_partial
 from atcache.store import records
 from atcache.store.audit import find_strays
-from atcache.store.layout import MAX_SINGLE_RECORDS, StoreLayout
+from atcache.store.layout import MAX_SINGLE_RECORDS, Status, StoreLayout
 from atcache.store.manifest import check_commit, delete_commits, list_commits, read_commit, read_commits
 from atcache.store.reader import CacheReader
 from atcache.store.records import RecordFile, files_of, join_records, list_record_files
-from atcache.store.writer import finish_cache
+from atcache.store.writer import TaskWriter, finish_cache
 
 # 2 views of 10 blocks of one sample, whose records are joined by four: blocks 0-3, 4-7, 8-9.
 JOINED = replace(LAYOUT, samples_per_shard=1, records_per_file=4)
@@ -228,3 +228,59 @@ def test_a_missing_record_is_looked_for_once(joined, monkeypatch):
     monkeypatch.setattr(records, "list_files", lambda path: listings.append(path) or listed(path))
     assert "there is no such record" in records.read_record(joined, "v0000-b000001").problem
     assert len(listings) == 1
+
+
+# Tasks that two workers of a cluster do, while the client joins records
+
+
+def write_otherwise(path, task):
+    """Write a task as another device may: the same samples with other bytes."""
+    writer = TaskWriter(path, JOINED, task)
+    for sample in range(task.start, task.stop):
+        writer.add(sample, status=Status.UNDECODABLE)
+    return writer.commit()
+
+
+def test_a_task_whose_record_is_joined_is_not_put_in_place_again(joined, whole):
+    """To write its record would split the joined file, as the client may do at the same moment."""
+    task = JOINED.task(0, 5)
+    assert write_otherwise(joined, task) == read_commits(whole)[task.name]
+    assert all_bytes(joined) == all_bytes(whole)
+
+
+def test_a_joined_record_that_does_not_hold_keeps_no_task_from_being_done(joined, whole):
+    task, file = JOINED.task(0, 5), joined / "commits" / NAMES[1]
+    shard, lines = joined / JOINED.codes.shard_file(task), file.read_bytes().splitlines(keepends=True)
+    unsealed = lines[1].replace(b'"num_bad":0', b'"num_bad":1')
+    for path, damaged in ((shard, b""), (file, b"".join([lines[0], unsealed, *lines[2:]]))):
+        path.write_bytes(damaged)
+        write_task(joined, JOINED, task)
+        assert record_files(joined) == sorted([*NAMES, f"{task.name}.json"]), "the joined file is the client's"
+        finish_cache(joined)
+        assert all_bytes(joined) == all_bytes(whole)
+
+
+def test_a_record_that_is_replaced_while_it_is_joined_is_the_one_that_stays(tmp_path, monkeypatch):
+    path, task = build(tmp_path / "cache.zarr", JOINED, finish=False), JOINED.task(0, 0)
+    calls, real = itertools.count(), os.pread
+
+    def pread(*arguments):
+        data = real(*arguments)
+        if next(calls) == 2:
+            write_otherwise(path, task)
+        return data
+
+    monkeypatch.setattr(os, "pread", pread)
+    join_records(path, JOINED)
+    assert record_files(path) == NAMES
+    assert read_commit(path, task.name).num_bad == 1
+    assert check_commit(path, read_commit(path, task.name), JOINED, deep=True) == []
+
+
+def test_to_commit_a_task_lists_no_records(tmp_path, monkeypatch):
+    """There may be millions, on a slow disk."""
+    listings, listed = [], records.list_files
+    monkeypatch.setattr(records, "list_files", lambda path: listings.append(path) or listed(path))
+    path = build(tmp_path / "cache.zarr", JOINED, finish=False)
+    write_task(path, JOINED, JOINED.task(1, 9))
+    assert listings == []

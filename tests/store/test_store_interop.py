@@ -154,7 +154,7 @@ def test_another_library_reads_what_our_reader_reads(cache, code):
 
 
 def test_the_newest_zarr_reads_what_our_reader_reads(cache):
-    """zarr 3.2 and later need Python 3.12: set ATCACHE_OTHER_PYTHON to one that has it."""
+    """zarr 3.2 and later need Python 3.12: `.ci/run` sets ATCACHE_OTHER_PYTHON to one that has it, if it finds one."""
     python = os.environ.get("ATCACHE_OTHER_PYTHON")
     if python is None:
         pytest.skip("ATCACHE_OTHER_PYTHON is not set")

@@ -9,11 +9,25 @@ from functools import partial
 import pytest
 import torch
 from builds import picture, write_tar
-from foreign_models import COLOURS, HandSoftmax, HandWrittenViT, MultiHead, PackedFused, eager_maps, save_transformers
+from foreign_models import (
+    COLOURS,
+    HandSoftmax,
+    HandWrittenViT,
+    MultiHead,
+    PackedFused,
+    eager_maps,
+    heads_of,
+    save_transformers,
+)
+from training_runs import batches_of, images_of, training_of
 
 import atcache
 from atcache.attention.capture import FactorCapture
+from atcache.attention.factors import LayerMaps
 from atcache.errors import CacheMismatchError, ConfigError, TeacherError
+from atcache.pipelines.train.config import TrainConfig
+from atcache.pipelines.train.run import train
+from atcache.students.teacher_side import LiveFactors
 from atcache.teachers.inputs import normalise_images
 from atcache.teachers.load import load_teacher
 
@@ -69,12 +83,26 @@ def test_the_teacher_verifies_its_cache(cache, folder, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["copy", "distill"])
-def test_a_timm_student_trains_from_a_cache_of_transformers(cache, tmp_path, mode):
-    summary = atcache.train(
-        mode=mode, cache=cache, out=tmp_path / "run", student=STUDENT, epochs=2, batch_size=4, workers=0, device="cpu"
-    )
+def test_a_timm_student_is_given_the_maps_of_transformers(cache, folder, tmp_path, mode):
+    common = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", "precision": "fp32"}
+    config = TrainConfig(mode=mode, cache=cache, out=tmp_path / "run", student=STUDENT, **common)
+    run = training_of(config)
+    (batch,) = batches_of(run)
+    input = load_teacher(f"transformers:{folder}").input
+    maps = eager_maps(folder, "dinov2", normalise_images(batch.pixels_BHWC, input.mean, input.std, "cpu"))
+    given = run.data.teacher.factors(batch)
+    for layer, attn_BHQK in enumerate(maps):
+        torch.testing.assert_close(given.layer(layer).maps(), attn_BHQK, atol=2e-6, rtol=1e-4)
+    # The first step's losses are those of a student to which transformers itself gives its maps.
+    live = LiveFactors({layer: LayerMaps(attn_BHQK=attn_BHQK) for layer, attn_BHQK in enumerate(maps)})
+    with torch.no_grad():
+        expected = run.student.train_step(images_of(run, batch), batch.label_B, live, 0.0)
+    found = run.train_step(batch)
+    assert float(found["label_loss"]) == pytest.approx(float(expected[0]), rel=1e-4)
+    if mode == "distill":
+        assert float(found["attention_loss"]) == pytest.approx(float(expected[1]), rel=1e-4)
+    assert train(config).steps == 6
     assert (tmp_path / "run" / "model.safetensors").exists()
-    assert summary is not None
 
 
 def test_a_student_of_the_teachers_own_architecture_cannot_be_made(cache, tmp_path):
@@ -133,6 +161,48 @@ def test_other_weights_and_other_code_do_not_continue_a_build(tar, tmp_path):
         build(changed)
     with pytest.raises(CacheMismatchError, match=r"own:HandWrittenViT@\w+"):
         build(HandWrittenViT(HandSoftmax))
+
+
+def test_a_buffer_that_is_not_saved_does_not_continue_a_build(tar, tmp_path):
+    def build(temperature):
+        module = HandWrittenViT(HandSoftmax)
+        for attention in module.attentions():
+            attention.style = "temperature"
+            del attention.temperature
+            attention.register_buffer("temperature", torch.full((4, 1, 1), temperature), persistent=False)
+        teacher = atcache.own_teacher(
+            module, image_size=32, patch_size=8, **COLOURS, attention=HandSoftmax, query_key=query_key
+        )
+        return atcache.build(teacher=teacher, data=str(tar), out=tmp_path / "own.zarr", samples_per_shard=4, **QUICK)
+
+    assert build(0.3).num_built_views == 12
+    assert build(0.3).num_built_views == 0
+    with pytest.raises(CacheMismatchError, match=r"own:HandWrittenViT@\w+"):
+        build(0.4)
+
+
+def query_key(attention, x):
+    q, k, _ = (heads_of(part, attention.num_heads) for part in attention.to_qkv(x).chunk(3, dim=-1))
+    return q * attention.temperature, k
+
+
+def test_a_config_that_was_edited_does_not_continue_a_build(tar, tmp_path):
+    folder, out = save_transformers(tmp_path / "dinov2", "dinov2"), tmp_path / "dinov2.zarr"
+    config = json.loads((folder / "config.json").read_text())
+
+    def build(**edited):
+        (folder / "config.json").write_text(json.dumps({**config, **edited}))
+        return atcache.build(teacher=f"transformers:{folder}", data=str(tar), out=out, codec="int8", **QUICK)
+
+    assert build().num_built_views == 12
+    for edited in ({"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}, {"num_attention_heads": 2}):
+        with pytest.raises(CacheMismatchError, match=r"weights_sha256"):
+            build(**edited)
+        with pytest.raises(
+            CacheMismatchError, match=rf"with: transformers:{folder}\. The hash is of the weights and of hidden_act, .*"
+        ):
+            atcache.verify(cache=out, teacher=f"transformers:{folder}", device="cpu")
+    assert build(architectures=["Other"], attention_probs_dropout_prob=0.5).num_built_views == 0
 
 
 def test_values_of_a_softmax_by_hand_cannot_be_stored(tar, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from atcache.attention.capture import FactorCapture, check_capture
 from atcache.errors import TeacherError
 from atcache.teachers.foreign.image_processor import processor_input
 from atcache.teachers.load import load_teacher
+from atcache.teachers.weights import weights_sha256
+from atcache.views.draw import draw_eval
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,56 @@ def test_the_same_weights_have_the_same_hash_and_others_another(folders, tmp_pat
     first, second, third = (load_teacher(f"transformers:{path}") for path in (folders["vit"], at, other))
     assert first.weights_sha256 == second.weights_sha256 != third.weights_sha256
     assert first.source == "vit"
+
+
+def other_value(value):
+    """Another value of a config for this one; lists and dicts stay as they are."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 or 0.5
+    return {str: "relu", type(None): 0.5}.get(type(value), value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_of_the_config_that_changes_maps_changes_the_hash(folders, tmp_path, family):
+    import transformers
+
+    folder = shutil.copytree(folders[family], tmp_path / "edited")
+    written = json.loads((folder / "config.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    teacher = load_teacher(f"transformers:{folder}")
+    maps = [layer.maps() for layer in FactorCapture(teacher.model)(IMAGES)]
+    has_changed_maps = set()
+    for name in config.keys() - {"model_type"}:
+        (folder / "config.json").write_text(json.dumps({**written, name: other_value(config[name])}))
+        try:
+            edited = load_teacher(f"transformers:{folder}")
+        except TeacherError:  # most say another shape than the weights have
+            continue
+        others = [layer.maps() for layer in FactorCapture(edited.model)(IMAGES)]
+        if len(others) != len(maps) or not all(map(torch.equal, maps, others)):
+            assert edited.weights_sha256 != teacher.weights_sha256, name
+            has_changed_maps.add(name)
+    assert "hidden_act" in has_changed_maps
+
+
+def test_usual_values_of_the_config_leave_the_hash_of_earlier_versions(tmp_path):
+    folder = save_transformers(tmp_path / "vit", "vit", hidden_size=64, num_attention_heads=1)
+
+    def teacher(**edited):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **edited}))
+        return load_teacher(f"transformers:{folder}")
+
+    first = teacher()
+    of_weights = weights_sha256(first.model.module, without=("pooler.", "embeddings.mask_token"))
+    assert first.weights_sha256 == of_weights
+    assert teacher(architectures=["Other"], initializer_range=0.5, id2label={"0": "cat"}).weights_sha256 == of_weights
+    edits = list(product(("gelu", "quick_gelu"), (1e-12, 1e-6)))
+    hashes = [teacher(hidden_act=act, layer_norm_eps=eps).weights_sha256 for act, eps in edits]
+    assert hashes[0] == of_weights
+    assert len(set(hashes)) == len(edits)
 
 
 def damaged(folder, tmp_path, change):
@@ -220,6 +273,34 @@ def test_an_image_processor_becomes_the_input(settings, expected):
     assert made.std == (0.2, 0.3, 0.4)
 
 
+@pytest.mark.parametrize(("crop", "resized"), [(384, 450), (448, 491), (378, 462), (224, 256), (224, 224), (518, 592)])
+def test_views_are_resized_as_the_image_processor_does(crop, resized):
+    settings = {**CLIP_LIKE, "size": {"shortest_edge": resized}, "crop_size": {"height": crop, "width": crop}}
+    made = processor_input("m", settings, None)
+    assert made.crop_pct == pytest.approx(crop / resized, rel=1e-15)
+    drawn = draw_eval(900, 700, image_height=crop, image_width=crop, crop_pct=made.crop_pct)
+    assert drawn[4:6] == (resized * 900 // 700, resized)
+
+
+@pytest.mark.parametrize(
+    ("settings", "squashes"),
+    [
+        (PROCESSOR, True),
+        ({**PROCESSOR, "size": 32}, True),  # before 2022
+        ({**PROCESSOR, "do_resize": False}, False),
+        ({**CLIP_LIKE, "size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}, False),
+        ({**CLIP_LIKE, "size": 40, "crop_size": 32}, False),
+        ({**CLIP_LIKE, "size": {"height": 40, "width": 40}, "crop_size": {"height": 32, "width": 32}}, True),
+    ],
+)
+def test_a_note_says_that_views_are_not_squashed(folders, tmp_path, caplog, settings, squashes):
+    folder = shutil.copytree(folders["vit"], tmp_path / "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    load_teacher(f"transformers:{folder}")
+    note = f"NOTE: transformers:{folder}: its own transform squashes images of another shape than its input. atcache"
+    assert [message[: len(note)] for message in caplog.messages] == [note] * squashes
+
+
 def test_pixels_that_are_not_normalised_stay_in_0_to_1():
     made = processor_input("m", {**PROCESSOR, "do_normalize": False}, None)
     assert (made.mean, made.std) == ((0, 0, 0), (1, 1, 1))
@@ -310,6 +391,21 @@ def test_the_activation_of_open_clip_is_the_one_that_a_tags_weights_were_trained
     assert_maps(named, [layer.maps() for layer in FactorCapture(quick.model)(IMAGES)])
     with pytest.raises(TeacherError, match=r"has the activation QuickGELU, .* trained with GELU\. .* --weights FILE\."):
         load_teacher("open-clip:tiny-clip-quickgelu/gelu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "verb"), [("squash", "squashes"), ("longest", "pads"), ("shortest", None)], ids=lambda value: str(value)
+)
+def test_a_note_says_that_views_are_not_squashed_or_padded_as_open_clip_does(
+    tiny_clip, monkeypatch, caplog, mode, verb
+):
+    import open_clip
+
+    tag = {"file": str(tiny_clip[0]), "interpolation": "bicubic", "resize_mode": mode}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip", {"tag": tag})
+    load_teacher("open-clip:tiny-clip/tag")
+    notes = [message for message in caplog.messages if message.startswith("NOTE: open-clip:tiny-clip/tag: its own")]
+    assert [f"transform {verb} images" in note for note in notes] == [True] * (verb is not None)
 
 
 @pytest.mark.parametrize(

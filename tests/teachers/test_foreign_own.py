@@ -210,6 +210,67 @@ def test_a_setting_of_the_same_code_and_weights_is_another_teacher():
     assert str(own(other)) == str(own(module))
 
 
+class Pinned(nn.Module):
+    """The test below knows the hash of this class: change nothing here."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.num_heads, self.sizes, self.mode = 4, (8, 8.5), "x"
+
+
+def test_a_module_without_hidden_tensors_has_the_name_that_earlier_versions_gave_it():
+    assert str(own(Pinned())) == "own:Pinned@f981d33f520e"
+
+
+def put_buffer(module, values):
+    module.register_buffer("temp", torch.tensor(values), persistent=False)
+
+
+def put_tensor(module, values):
+    module.temp = torch.tensor(values)
+
+
+def put_array(module, values):
+    module.temp = np.array(values)
+
+
+def put_tables(module, values):
+    module.temp = {"tables": [None, (torch.tensor(values), "x")]}
+
+
+def put_parameters(module, values):
+    module.temp = [nn.Parameter(torch.tensor(values))]  # not a ParameterList, so no state dict has it
+
+
+@pytest.mark.parametrize("put", [put_buffer, put_tensor, put_array, put_tables, put_parameters])
+def test_tensors_that_no_state_dict_has_make_another_teacher(put):
+    modules = [HandWrittenViT(PackedFused) for _ in range(3)]
+    for module, values in zip(modules, ([1.0, 2.0], [1.0, 2.0], [1.0, 3.0]), strict=True):
+        put(module.attentions()[1], values)
+    one, same, other = map(str, map(own, modules))
+    assert one == same
+    assert other != one
+    assert str(own(HandWrittenViT(PackedFused))) not in (one, other)
+    assert str(own(modules[0], version="1")) == str(own(modules[2], version="1"))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.eye(2).to_sparse(), lambda: torch.empty(2, device="meta")])
+def test_a_tensor_whose_values_cannot_be_read_needs_a_version(make):
+    module = HandWrittenViT(PackedFused)
+    module.table = make()
+    with pytest.raises(ConfigError, match=r"the values of \.table, a tensor of layout torch\.\w+ on device \w+, c"):
+        own(module)
+    assert str(own(module, version="1")).startswith("own:HandWrittenViT@")
+
+
+def test_attributes_without_numbers_make_no_other_teacher():
+    module = HandWrittenViT(PackedFused)
+    # What an object array holds are addresses, which differ in each process.
+    module.names, module.act, module.empty = np.array(["a", None], dtype=object), F.gelu, {}
+    assert str(own(module)) == str(own(HandWrittenViT(PackedFused)))
+
+
 def test_code_without_a_source_needs_a_version():
     space: dict = {"nn": nn, "__name__": "__main__"}
     exec("class Typed(nn.Module):\n    pass", space)  # as in some interactive sessions

@@ -246,6 +246,19 @@ def test_a_folder_becomes_a_plain_name_with_its_arguments_and_input(tmp_path):
     assert parse_model_name(str(teacher.name)) == teacher.name
 
 
+@pytest.mark.parametrize(("mode", "verb"), [("border", "pads"), ("squash", "squashes"), ("center", None)])
+def test_a_note_says_that_views_are_not_squashed_or_padded_as_a_published_config_says(mode, verb, tmp_path, caplog):
+    # The config says what its weights were made for. timm's own of this architecture squashes.
+    about = {**CONFIG["pretrained_cfg"], "crop_mode": mode}
+    arguments = {**CONFIG["model_args"], "act_layer": "gelu"}
+    config = changed(architecture="vit_base_patch16_clip_384", pretrained_cfg=about, model_args=arguments)
+    model = create_student(parse_model_name(f"local-dir:{publish(tmp_path / 'ours', config)}"), 0)
+    save_file(model.state_dict(), tmp_path / "ours/model.safetensors")
+    load_teacher(f"local-dir:{tmp_path / 'ours'}")
+    notes = [message for message in caplog.messages if "its own transform" in message]
+    assert [f"its own transform {verb} images" in note for note in notes] == [True] * (verb is not None)
+
+
 def test_a_student_needs_neither_folder_nor_hub(tmp_path):
     folder = publish(tmp_path / "uni")
     recorded = str(load_teacher(f"local-dir:{folder}").name)

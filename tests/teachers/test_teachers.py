@@ -95,6 +95,25 @@ def test_a_name_in_the_home_of_nobody_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("name", "verb"),
+    [
+        ("vit_base_patch16_clip_384.laion2b_ft_in1k", "squashes"),
+        ("vit_base_patch16_siglip_224.webli", None),
+        ("vit_tiny_patch16_224", None),
+    ],
+)
+def test_a_note_says_that_views_are_not_squashed_or_padded_as_timm_does(name, verb, tmp_path, caplog):
+    name = f"{name}:img_size=32,embed_dim=48,depth=1,num_heads=3,num_classes=0"
+    student = create_student(parse_model_name(name), 0)
+    save_file(student.state_dict(), tmp_path / "w.safetensors")
+    input_config(student)
+    assert not caplog.messages, "it is about teachers only"
+    load_teacher(name, weights=tmp_path / "w.safetensors")
+    note = f": its own transform {verb} images of another shape than its input. atcache crops the centre instead, "
+    assert [note in message for message in caplog.messages] == [True] * (verb is not None)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("./", r"If a folder is meant, give local-dir:\./, or transformers:\./"),

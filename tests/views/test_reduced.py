@@ -119,6 +119,12 @@ def test_other_formats_are_decoded_whole(format):
     assert np.array_equal(render_alone(image, parameters_P, REDUCED), apply_view(waves(200, 300), parameters_P, FULL))
 
 
+def test_a_file_of_several_jpegs_is_a_jpeg():
+    image = encoded(waves(200, 300), format="MPO", save_all=True, append_images=[waves(10, 10)])
+    assert image.can_reduce
+    assert image.decode(4).size == (75, 50)
+
+
 def test_full_decoding_and_small_boxes_give_the_same_pixels_as_ever():
     image, small_P, large_P = waves(200, 300), crop(5, 7, 63, 200), crop(0, 0, 200, 300)
     whole = encoded(image).decode()

@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from made_tars import encoded, member, write_tar
+from PIL import Image
 from torchvision.transforms.functional import normalize
 
 from atcache.errors import BadImageError, CacheMismatchError, CorruptCacheError
+from atcache.images.decode import MAX_SIDE
 from atcache.images.source import Source, index_source
 from atcache.images.tar_samples import Problem
 from atcache.store.layout import Status
 from atcache.teachers.inputs import normalise_images
-from atcache.views.apply import apply_view, library_versions, pixel_hash
+from atcache.views.apply import apply_view, checked_parameters, library_versions, pixel_hash
 from atcache.views.draw import draw_view
 from atcache.views.mixing import MIXING_NAMES, NOT_MIXED, MixPolicy, draw_mix
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
@@ -23,6 +26,7 @@ from atcache.views.rendering import STORED, Renderer, replay_view, stored_mix
 POLICY = ViewPolicy(name="crop-flip", seed=3, image_height=8, image_width=8)
 UNMIXED = ViewPolicy(name="randaug", seed=3, image_height=8, image_width=8)
 MIXED = replace(UNMIXED, mixing=MixPolicy(mixup_alpha=0.8, cutmix_alpha=1.0))
+EVAL = ViewPolicy(name="eval", image_height=224, image_width=224)
 BLOCK = range(10, 30)
 
 
@@ -86,6 +90,39 @@ def test_an_undecodable_image_raises_or_becomes_a_status(source):
     assert view.status == Problem.UNDECODABLE
     assert view.pixels_HWC.shape == (8, 8, 3)
     assert (view.pixel_hash, int(view.pixels_HWC.max())) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def long_images(tmp_path_factory) -> Source:
+    """Images of 5,000 x 1 and of 40,000,000 x 1 pixels, both in small files."""
+    images = {"thin": Image.new("L", (5000, 1)), "endless": Image.new("L", (40_000_000, 1))}
+    members = [member(f"{key}.png", encoded(image)) for key, image in images.items()]
+    path = write_tar(tmp_path_factory.mktemp("long") / "long.tar", members)
+    return Source(index_source(path, labels="none"))
+
+
+TOO_WIDE = r"long\.tar: key 'endless': the image has 40000000 x 1 pixels, expected at most 33554431 a side\. Crop it"
+TOO_THIN = r"long\.tar: key 'thin': an image of 5000 x 1 would be resized to 1280000 x 256 pixels, .* Leave it out"
+
+
+@pytest.mark.parametrize(
+    ("row", "policy", "sentence"),
+    [(0, EVAL, TOO_THIN), (1, EVAL, TOO_WIDE), (1, UNMIXED, TOO_WIDE), (1, MIXED, TOO_WIDE)],
+    ids=["thin", "endless", "endless-cut", "endless-mixed"],
+)
+def test_an_image_too_long_for_the_policy_is_named_or_skipped(row, policy, sentence, long_images):
+    with pytest.raises(BadImageError, match=sentence):
+        Renderer(long_images, policy, skip_bad=False).render(row, 0)
+    assert Renderer(long_images, policy, skip_bad=True).render(row, 0).status == Problem.UNDECODABLE
+
+
+@pytest.mark.parametrize("name", ["crop-flip", "randaug"])
+@pytest.mark.parametrize("size", [(1, MAX_SIDE), (2, MAX_SIDE), (MAX_SIDE, 1), (MAX_SIDE, 2)])
+def test_the_views_of_the_longest_images_are_whole_numbers(name, size):
+    policy = ViewPolicy(name=name, image_height=224, image_width=224)
+    for view in range(4):
+        values = checked_parameters(draw_view(policy, "a.tar/k", view, *size), *size, policy)
+        assert max(values[:2]) == (MAX_SIDE - max(values[2:4])) // 2
 
 
 # Mixed views

@@ -5,7 +5,9 @@ Weights are read from safetensors, or from torch files with `weights_only=True`,
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 from atcache.attention.survey import describe
 from atcache.errors import TeacherError
 from atcache.files.location import expand_home
-from atcache.teachers.foreign.image_processor import processor_input
+from atcache.teachers.foreign.image_processor import processor_input, squashes
 from atcache.teachers.foreign.loaded import ForeignModel
-from atcache.teachers.foreign.names import TRANSFORMERS, ForeignName
+from atcache.teachers.foreign.names import CONFIG_VALUES, TRANSFORMERS, ForeignName
 from atcache.teachers.foreign.reach import check_reach
+from atcache.teachers.inputs import note_crop
 from atcache.teachers.weight_files import check_weights
 from atcache.teachers.weights import weights_sha256
 
@@ -40,6 +43,8 @@ MODEL_CLASSES = {
     "vit_msn": "ViTMSNModel",
 }
 """transformers' class of each `model_type` that can be a teacher."""
+_HEADS_OF_WIDTHS = {1152: 16, 1280: 16, 1408: 16, 1664: 16, 4096: 32}
+"""Heads of the published models whose heads are not 64 wide: SigLIP so400m, the ViTs H, g and G, DINOv3 7B."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _WITHOUT_EFFECT = ("pooler.", "embeddings.mask_token")
 """Parameters that no map depends on, which files may therefore lack."""
@@ -82,6 +87,7 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
     patch: int | tuple[int, int] = config.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     inputs = processor_input(text, settings, _model_size(config))
+    note_crop(text, "squash" if squashes(settings) else "center")
     model = model.to(device).eval().requires_grad_(False)
     grid = inputs.height // patch_height, inputs.width // patch_width
     resizes = (inputs.height, inputs.width) != _model_size(config)
@@ -95,9 +101,23 @@ def load_transformers(text: str, device: torch.device) -> ForeignModel:
         ),
         name=ForeignName(text),
         source=folder.name if is_local else f"hub:{place}@{revision}",
-        weights_sha256=weights_sha256(model, without=_WITHOUT_EFFECT),
+        weights_sha256=_with_config(weights_sha256(model, without=_WITHOUT_EFFECT), config),
         input=inputs,
     )
+
+
+def _with_config(sha256: str, config: Any) -> str:  # noqa: ANN401 - a transformers config
+    """The hash of the weights, and of the values of their config that change maps and cannot be told from weights.
+
+    Usual values add nothing, so that caches from before the config was hashed go on.
+    """
+    usual: dict[str, Any] = type(config)().to_dict()
+    usual["num_attention_heads"] = _HEADS_OF_WIDTHS.get(config.hidden_size, config.hidden_size // 64)
+    given: dict[str, Any] = config.to_dict()
+    unusual = {name: given[name] for name in CONFIG_VALUES if name in given and given[name] != usual.get(name)}
+    if not unusual:
+        return sha256
+    return hashlib.sha256(f"{sha256} with {json.dumps(unusual, sort_keys=True)}".encode()).hexdigest()
 
 
 def _import_transformers(text: str) -> Any:  # noqa: ANN401 - a module

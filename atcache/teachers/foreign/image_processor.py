@@ -46,6 +46,17 @@ def processor_input(name: str, settings: Mapping[str, Any], model_size: tuple[in
         ) from error
 
 
+def squashes(settings: Mapping[str, Any]) -> bool:
+    """Whether an image processor resizes both sides of an image, whatever its shape.
+
+    Args:
+        settings: as for `processor_input`.
+    """
+    size = settings.get("size") if settings.get("do_resize", True) else None
+    # One number is the shortest side if a crop follows, and else both sides.
+    return _sides(size) is not None and not (isinstance(size, int) and settings.get("do_center_crop", False))
+
+
 def _sizes(settings: Mapping[str, Any], model_size: tuple[int, int] | None) -> tuple[int, int, float]:
     """Height, width, and the crop's share of the resized image."""
     resized = settings["size"] if settings.get("do_resize", True) else None
@@ -54,11 +65,20 @@ def _sizes(settings: Mapping[str, Any], model_size: tuple[int, int] | None) -> t
     if crop is not None:
         height, width = _checked(_sides(crop) or _square(crop))
         shortest = min(sides) if sides else _shortest_edge(resized)
-        return height, width, 1.0 if shortest is None else min(height, width) / shortest
+        return height, width, 1.0 if shortest is None else _share(min(height, width), shortest)
     if sides is None and _shortest_edge(resized) is not None:
         raise ValueError("it resizes images and does not crop them, so they have no common size")
     height, width = _checked(sides or model_size)
     return height, width, 1.0
+
+
+def _share(crop: int, resized: int) -> float:
+    """The crop's share of the resized side, from which that side can be found again, rounded down as views do it.
+
+    Rounding makes a share such as 384 / 450 a little too large, and the side that is found one pixel too short.
+    """
+    share = crop / resized
+    return share if math.floor(crop / share) == resized else math.nextafter(share, 0.0)
 
 
 def _sides(size: Any) -> tuple[int, int] | None:  # noqa: ANN401 - JSON

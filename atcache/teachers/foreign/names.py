@@ -9,6 +9,8 @@ from atcache.errors import TeacherError
 
 TRANSFORMERS, OPEN_CLIP, OWN = "transformers:", "open-clip:", "own:"
 _PREFIXES = (TRANSFORMERS, OPEN_CLIP, OWN)
+CONFIG_VALUES = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rope_parameters", "rope_theta")
+"""What maps depend on in the config.json of a transformers model, beside what the names and shapes of weights show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,16 @@ def refuse_as_student(name: str) -> None:
             f"model {name!r}: only timm makes students, and this model is not of timm. Give a timm model with the same "
             "heads and tokens as --student (in Python student=)."
         )
+
+
+def hash_note(name: str) -> str:
+    """A sentence that says what else than weights a teacher's hash is of, after a space; nothing if it is of no more.
+
+    For messages about two hashes that differ.
+    """
+    if not name.startswith(TRANSFORMERS):
+        return ""
+    return (
+        f" The hash is of the weights and of {', '.join(CONFIG_VALUES)} in config.json. Earlier versions of atcache "
+        "hashed no config: their caches continue only where these values are the usual ones of the model's family."
+    )

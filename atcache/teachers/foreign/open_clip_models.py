@@ -19,8 +19,11 @@ from atcache.errors import TeacherError
 from atcache.teachers.foreign.loaded import ForeignModel
 from atcache.teachers.foreign.names import OPEN_CLIP, ForeignName
 from atcache.teachers.foreign.reach import check_reach
-from atcache.teachers.inputs import InputConfig
+from atcache.teachers.inputs import InputConfig, note_crop
 from atcache.teachers.weights import weights_sha256
+
+_CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
+"""timm's words for OpenCLIP's, for what a transform does to images that are not square."""
 
 
 def load_open_clip(text: str, weights: Path | None, device: torch.device) -> ForeignModel:
@@ -66,6 +69,7 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
     if grid is None:
         raise TeacherError(f"model {text}: its image tower, {type(visual).__name__}, is not a ViT with a patch grid.")
     inputs = _input(visual.preprocess_cfg)
+    note_crop(text, _CROP_MODES[visual.preprocess_cfg.get("resize_mode", "shortest")])
     sha256 = weights_sha256(visual)
     if lacks_quick_gelu:
         # Early versions ran these teachers with GELU. Another hash keeps their caches from being continued.

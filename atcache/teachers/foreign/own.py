@@ -6,7 +6,7 @@ import builtins
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,7 +44,7 @@ class OwnTeacher:
     query_key: QueryKey | None
     """What gives their q and k."""
     name: str
-    """ "own:", the module's class, and the beginning of the sha256 of its code."""
+    """ "own:", the module's class, and the beginning of the sha256 of its code and of what its state dict lacks."""
 
     def __str__(self) -> str:
         return self.name
@@ -73,9 +73,10 @@ def own_teacher(
     `scaled_dot_product_attention`, or `nn.MultiheadAttention`, or take the softmax of a product of q and k, shape
     (batch, head, query, key). Before anything is cached, the maps found are compared with those of the module.
 
-    The cache records a hash of its weights, and one of the source of its classes (not of functions that they call in
-    other files) and of their attributes that are plain values, such as a number of heads. A build is continued only
-    with the same ones.
+    The cache records a hash of its state dict, and one of the source of its classes (not of functions that they call
+    in other files) and of what no state dict has: attributes that are plain values, such as a number of heads, or
+    tensors and arrays, also in lists and dicts, and buffers that are not persistent. A build is continued only with
+    the same ones. Other attributes, such as functions and objects of settings, are not hashed.
 
     Args:
         module: called with normalised images (batch, 3, height, width). A copy of it in float32 and eval mode is run.
@@ -91,11 +92,12 @@ def own_teacher(
         query_key: `q, k = query_key(attention_module, *inputs)`, each (batch, head, token, head dim), whose
             softmax(q k^T) is the module's map. For modules whose logits are not a scaled product, such as with a
             learnt temperature.
-        version: identifies the code instead of its source and attributes. The source cannot be read in some
-            interactive sessions, and an attribute may count something.
+        version: identifies the code instead of its source, attributes and buffers. The source cannot be read in some
+            interactive sessions, and an attribute may count something, or keep what the last forward pass made.
 
     Raises:
-        ConfigError: the values do not fit one another, or the source of a class cannot be read.
+        ConfigError: the values do not fit one another, or the source of a class or the values of a tensor cannot be
+            read.
 
     Example:
         teacher = atcache.own_teacher(my_vit, image_size=224, patch_size=16, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -207,17 +209,59 @@ def _source(module: nn.Module, query_key: Callable[..., Any] | None) -> str:
 
 
 def _settings(module: nn.Module) -> list[str]:
-    """The plain values among the attributes of all submodules: modules of one class and weights may differ in them."""
+    """What the state dict lacks, of all submodules: modules of one class and state dict may differ in it.
+
+    These are plain values and tensors among their attributes, and buffers that are not persistent.
+    """
     from torch import nn
 
     of_every_module = vars(nn.Module()).keys()
-    submodules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-    return [
-        f"{path}.{name}={value!r}"
-        for path, child in submodules
-        for name, value in sorted(vars(child).items())
-        if name not in of_every_module and _is_plain(value)
-    ]
+    settings: list[str] = []
+    for path, child in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+        for name, value in sorted(vars(child).items()):
+            if name in of_every_module:
+                continue
+            if _is_plain(value):
+                settings.append(f"{path}.{name}={value!r}")
+            else:
+                settings += _tensors_in(f"{path}.{name}", value)
+    saved = module.state_dict()
+    for name, buffer in module.named_buffers():
+        if name not in saved:
+            settings += _tensors_in(name, buffer)
+    return settings
+
+
+def _tensors_in(place: str, value: object) -> list[str]:
+    """The hash of a tensor or array, or of all in a list, tuple or dict; empty if there are none."""
+    import numpy as np
+    from torch import Tensor
+
+    from atcache.teachers.weights import tensors_sha256
+
+    if isinstance(value, Tensor):
+        try:
+            return [f"{place}={tensors_sha256({'': value})}"]
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the values of {place}, a tensor of layout {value.layout} on device {value.device}, cannot be read, "
+                "so a change of them would go unnoticed. Make it a plain tensor, or give version='1' and another text "
+                "whenever it changes."
+            ) from error
+    if isinstance(value, np.ndarray):
+        array = cast("np.ndarray[Any, np.dtype[Any]]", value)
+        if array.dtype.hasobject:  # its bytes are addresses, which differ each time
+            return _tensors_in(place, array.tolist())
+        return [f"{place}={array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"]
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[object, object]] = cast("Mapping[object, object]", value).items()
+    elif isinstance(value, tuple | list):
+        items = enumerate(cast("Sequence[object]", value))
+    else:
+        return []
+    # The text of a key that is an object may hold its address.
+    named = ((key if _is_plain(key) else number, one) for number, (key, one) in enumerate(items))
+    return [text for key, one in named for text in _tensors_in(f"{place}[{key!r}]", one)]
 
 
 def _is_plain(value: object) -> bool:

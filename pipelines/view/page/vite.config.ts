@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { join, relative } from "node:path";
 import assemblyscript from "assemblyscript/asc";
 import { defineConfig, type Plugin } from "vite";
 
@@ -29,8 +29,8 @@ function compileWasm(): Plugin {
   };
 }
 
-/** The sources' digest and the licences of what is bundled, beside the page. A test computes the digest again: it knows
- * without Node when the built page is stale. */
+/** The sources' digest, the licences of what is bundled and the built files' digests, beside the page. A test computes the
+ * digests again: it knows without Node when the built page is stale or was changed by hand. */
 function describeBuild(): Plugin {
   let folder: string;
   return {
@@ -49,6 +49,7 @@ function describeBuild(): Plugin {
       ];
       writeFileSync(join(folder, "THIRD_PARTY.md"), licences.join("\n\n"));
       writeFileSync(join(folder, "sources.sha256"), `${digestOfSources()}\n`);
+      writeFileSync(join(folder, "built.sha256"), digestsOfBuilt(folder));
     },
   };
 }
@@ -56,12 +57,27 @@ function describeBuild(): Plugin {
 /** SHA-256 over the names and bytes of all sources, in the order of their names. */
 function digestOfSources(): string {
   const digest = createHash("sha256");
-  const names = readdirSync(here, { recursive: true, withFileTypes: true })
-    .filter((entry) => entry.isFile())
-    .map((entry) => join(entry.parentPath, entry.name).slice(here.length + 1).replaceAll("\\", "/"))
-    .filter((name) => !name.startsWith("node_modules/"));
-  for (const name of names.sort()) digest.update(`${name}\0`).update(readFileSync(join(here, name))).update("\0");
+  const names = namesOfFiles(here).filter((name) => !name.startsWith("node_modules/"));
+  for (const name of names) digest.update(`${name}\0`).update(readFileSync(join(here, name))).update("\0");
   return digest.digest("hex");
+}
+
+/** SHA-256 of each built file but this list itself, a line each, as `sha256sum --check` takes them. */
+function digestsOfBuilt(folder: string): string {
+  const names = namesOfFiles(folder).filter((name) => name !== "built.sha256");
+  const lines = names.map((name) => {
+    const digest = createHash("sha256").update(readFileSync(join(folder, name))).digest("hex");
+    return `${digest}  ${name}\n`;
+  });
+  return lines.join("");
+}
+
+/** Names of all files in a folder, relative to it, in order. */
+function namesOfFiles(folder: string): string[] {
+  return readdirSync(folder, { recursive: true, withFileTypes: true })
+    .filter((entry) => entry.isFile())
+    .map((entry) => relative(folder, join(entry.parentPath, entry.name)).replaceAll("\\", "/"))
+    .sort();
 }
 
 export default defineConfig({

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import atcache
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, DiskFullError
 from atcache.pipelines.build.prepare import Prepared, prepare
 from atcache.pipelines.build.run import build
+from atcache.pipelines.build.wanted import load_teacher
 from atcache.store.manifest import check_commit, delete_commits, list_commits, read_commits
 from atcache.teachers.load import create_student
 from atcache.teachers.names import parse_model_name
@@ -102,6 +104,51 @@ def test_a_dry_run_writes_nothing(config, tmp_path):
     assert summary.plan is not None
     assert (summary.plan.num_tasks, summary.plan.num_done_tasks, summary.complete) == (6, 0, None)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_layers_are_measured_for_a_new_cache_only(config):
+    """Each costs forwards of the teacher, and one that exists has the numbers in its record."""
+    num_forwards = []
+    for layers in ("0", "0-1"):
+        begun = replace(config, layers=layers, codec="int8", out=config.out.with_name(f"{layers}.zarr"))
+        build(begun)
+        delete_commits(begun.out, ["v0000-b000000"])
+        for fields in ({}, {"dry_run": True}, {"dry_run": True, "out": config.out, "calibration_samples": 8}):
+            num_forwards.append(count_forwards(replace(begun, **fields)))
+    assert len(set(num_forwards)) == 1, "however many layers there are"
+
+
+def count_forwards(config) -> int:
+    """How often the teacher runs before a build's tasks."""
+    forwards = []
+
+    def load(config):
+        run = load_teacher(config)
+        run.teacher.model.patch_embed.register_forward_hook(lambda *_: forwards.append(1))
+        return run
+
+    assert isinstance(prepare(config, load)[1], Prepared)
+    return len(forwards)
+
+
+def test_a_task_is_committed_while_the_next_one_is_written(config, monkeypatch):
+    """On a slow disk: it has the first shard only once those of the next task are begun."""
+    waits, real = [], os.fsync
+
+    def fsync(descriptor):
+        name = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if not waits and name.endswith(".partial") and "/attention/codes/c/0/0/" in name:
+            waits.append(name)
+            stop_s = time.monotonic() + 100
+            while not list((config.out / "attention/codes/c/0").glob("1/**/*.partial")):
+                assert time.monotonic() < stop_s, "the next task waits for the disk"
+                time.sleep(0.01)
+            assert list_commits(config.out) == set()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert build(config).num_built_views == 48
+    assert waits
 
 
 def test_going_on_with_other_parameters_names_each_difference(config):

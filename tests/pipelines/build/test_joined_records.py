@@ -6,16 +6,18 @@ import random
 from dataclasses import replace
 
 import pytest
-from builds import differences
+from builds import differences, files
 from range_server import FolderServer
 
 import atcache
 from atcache.pipelines.build.config import BuildConfig
+from atcache.pipelines.build.prepare import Prepared, prepare
 from atcache.pipelines.build.run import build
 from atcache.pipelines.build.shared_folder import RecordJoiner
 from atcache.pipelines.merge.config import MergeConfig
 from atcache.pipelines.merge.run import merge
 from atcache.store import layout as layouts
+from atcache.store.growth import read_growth
 from atcache.store.manifest import delete_commits, list_commits
 from atcache.store.reader import CacheReader
 
@@ -81,6 +83,24 @@ def test_a_cache_that_grows_beyond_the_limit_has_its_records_joined(config, tmp_
     build(replace(small, views=2, grow=True))
     assert reader.is_complete, "who has it open sees what it was"
     assert len(record_files(small.out)) == 4
+    build(replace(small, views=2, out=tmp_path / "at-once.zarr"))
+    assert differences(small.out, tmp_path / "at-once.zarr") == []
+
+
+def test_the_old_command_is_content_while_a_growth_beyond_the_limit_is_begun(config, tmp_path):
+    small, grown = replace(config, samples_per_shard=4), replace(config, samples_per_shard=4, views=2, grow=True)
+    build(small)
+    _, prepared = prepare(grown)
+    assert isinstance(prepared, Prepared)
+    prepared.begin()  # and then it was killed
+    growth = read_growth(small.out)
+    assert growth is not None
+    assert growth[1].records_per_file == 4
+    before = files(small.out)
+    again = build(small)
+    assert (again.plan, again.num_built_views) == (None, 0)
+    assert files(small.out) == before
+    build(grown)
     build(replace(small, views=2, out=tmp_path / "at-once.zarr"))
     assert differences(small.out, tmp_path / "at-once.zarr") == []
 

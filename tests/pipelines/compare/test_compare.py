@@ -218,3 +218,13 @@ def test_the_command_writes_what_it_prints(tiny_cache, tmp_path):
     start = lines.index("head of B")
     assert lines[start + 1 : start + 3] == ["layer  head 0  head 1", "    0       0       1"]
     assert "views with the largest KL, mean over layers and heads, nats" in lines
+
+
+def test_how_many_keys_count_as_the_largest_can_be_said(tiny_cache):
+    a, b = tiny_cache(), tiny_cache(codec="int8")
+    done = CliRunner().invoke(cli, ["compare", str(a), str(b), "--sample", "48", "--largest", "3"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["largest"] == 3
+    expected_H = stats.largest_overlap(maps_of(a, 1), maps_of(b, 1), 3).mean(axis=(0, 1, 3))
+    np.testing.assert_allclose(found["largest_overlap"][1], expected_H, rtol=1e-6)

@@ -221,6 +221,63 @@ def test_labels_of_other_kinds(tmp_path):
     assert [packed(tmp_path / "by list")[f"picture_{number}".encode()][0] for number in range(3)] == [2, 1, 0]
 
 
+CRANES = ["crane", "boat", "crane"]
+
+
+def packed_labels(out: Path, name: str) -> list[int]:
+    """The labels of pictures 0, 1 and 2."""
+    index = index_source(str(out / f"{name}-*.tar"))
+    labels = dict(zip(index.keys_S.tolist(), index.label_S.tolist(), strict=True))
+    return [labels[f"picture_{number}".encode()] for number in range(3)]
+
+
+def test_classes_of_one_name_keep_their_numbers(tmp_path):
+    """ImageNet has two cranes and two maillots."""
+    out = tmp_path / "out"
+    for split, table in (("train", table_of(ROWS, names=CRANES)), ("val", table_of(ROWS[:3], names=CRANES))):
+        write_parquet(tmp_path / "birds", f"{split}.parquet", table)
+        pack(PackConfig(data=tmp_path / "birds", out=out, split=split, name=split))
+        assert packed_labels(out, split) == [0, 1, 2]
+    assert (out / "classes.txt").read_text() == "crane\nboat\ncrane\n"
+    assert index_source(out).classes.names == tuple(CRANES)
+    pack(PackConfig(data=tmp_path / "birds", out=out, split="val", name="by-list", classes=out))
+    assert packed_labels(out, "by-list") == [0, 1, 2]
+
+
+def test_a_list_that_does_not_tell_classes_of_one_name_apart_is_refused(tmp_path):
+    (tmp_path / "once.txt").write_text("boat\ncrane\n")
+    (tmp_path / "twice.txt").write_text("wolf\nant\ncat\nwolf\n")
+    (tmp_path / "twice, moved.txt").write_text("ant\nwolf\nwolf\ncat\n")
+    cranes = write_parquet(tmp_path / "birds", "x.parquet", table_of(ROWS, names=CRANES))
+    animals = write_parquet(tmp_path / "animals", "x.parquet", table_of(ROWS))
+    boats = write_parquet(tmp_path / "boats", "x.parquet", table_of(ROWS[1:2], names=CRANES))
+    out = tmp_path / "out"
+    with pytest.raises(SourceError, match=r"has 2 classes called 'crane', and .*once\.txt.*Leave --classes out"):
+        pack(PackConfig(data=cranes, out=out, classes=tmp_path / "once.txt"))
+    with pytest.raises(SourceError, match=r"row 0 is .*moved\.txt names the class 'wolf' 2 times, as 1 and 2, so its"):
+        pack(PackConfig(data=animals, out=out, classes=tmp_path / "twice, moved.txt"))
+    pack(PackConfig(data=animals, out=out, classes=tmp_path / "twice.txt"))  # it begins with the data's own names
+    assert packed_labels(out, "animals") == [0, 1, 2]
+    pack(PackConfig(data=boats, out=tmp_path / "none is a crane", classes=tmp_path / "once.txt"))
+    assert index_source(tmp_path / "none is a crane").label_S.tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\r", "a\x0bb", "half \ud83d"])
+def test_a_name_that_cannot_be_a_line_of_classes_txt_is_refused(name, tmp_path):
+    data = write_parquet(tmp_path / "animals", "x.parquet", table_of(ROWS, names=["wolf", "ant", name]))
+    with pytest.raises(SourceError, match=re.escape(f"class 2 is called {name!r}, which cannot be a line of classes.")):
+        pack(PackConfig(data=data, out=tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_spaces_around_a_name_stay_and_a_list_is_found_to_agree(tmp_path):
+    data = write_parquet(tmp_path / "animals", "x.parquet", table_of(ROWS, names=["wolf ", " ant", "cat"]))
+    pack(PackConfig(data=data, out=tmp_path / "out"))
+    assert index_source(tmp_path / "out").classes.names == ("wolf ", " ant", "cat")
+    pack(PackConfig(data=data, out=tmp_path / "out", name="again", classes=tmp_path / "out"))
+    assert packed_labels(tmp_path / "out", "again") == [0, 1, 2]
+
+
 def test_columns_are_found_or_asked_for(tmp_path):
     table = table_of(ROWS, image="img", label="fine").append_column("coarse", pa.array([0] * 10))
     features = json.loads(table.schema.metadata[b"huggingface"])

@@ -271,6 +271,23 @@ def test_an_unknown_codec_is_refused_before_anything_is_run():
         PlanConfig(codec=("int9",), assume=ALL_ASSUMED)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "eval", "views": 3}, "views=3: policy eval always makes the same view.* Give --views 1"),
+        ({"policy": "eval", "mixup": 0.8}, "views of policy eval are never mixed: leave mixup and cutmix out"),
+        ({"policy": "eval", "cutmix": 1.0}, "views of policy eval are never mixed: leave mixup and cutmix out"),
+        ({"mix_prob": 0.5}, r"mix_prob=0\.5 without mixup or cutmix"),
+    ],
+)
+def test_views_that_a_build_refuses_are_refused_before_anything_is_run(fields, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as by_plan:
+        PlanConfig(assume=ALL_ASSUMED, **fields)
+    with pytest.raises(ConfigError) as by_build:
+        BuildConfig(teacher="demo-mae", data="x.tar", out=tmp_path / "x.zarr", **fields)
+    assert str(by_plan.value) == str(by_build.value)
+
+
 def test_a_size_cannot_be_assumed_for_two_codecs():
     with pytest.raises(ConfigError, match=r"nbytes-per-view is assumed, and 2 codecs are named: exact, int8\."):
         PlanConfig(codec=("exact", "int8"), assume=ALL_ASSUMED)

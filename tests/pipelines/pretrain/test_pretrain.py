@@ -282,3 +282,16 @@ def test_the_command_prints_the_summary(digits_tars, tiny_vit, tmp_path):
     summary = json.loads(done.stdout)
     assert summary["steps"] == 2
     assert Path(summary["weights"]).is_file()
+
+
+@pytest.mark.parametrize("option", [["--mask-ratio", "0.5"], ["--no-normalise-targets"], ["--decoder-heads", "4"]])
+def test_what_is_trained_depends_on_each_option(option, digits_tars, tiny_vit, tmp_path):
+    common = ["--model", tiny_vit, "--data", digits_tars[0].parent, "--steps", 1, "--batch-size", 8]
+    common += ["--decoder-dim", 32, "--policy", "eval", "--precision", "fp32", "--device", "cpu"]
+    losses = []
+    for number, options in enumerate([[], option]):
+        words = ["pretrain", *map(str, common), *options, "--out", str(tmp_path / str(number))]
+        result = CliRunner().invoke(cli, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        losses.append(json.loads(result.stdout)["final_loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)

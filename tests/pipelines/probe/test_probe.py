@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builds import picture, write_tar
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 import atcache
 from atcache.cli.main import cli
@@ -237,3 +239,24 @@ def test_too_few_images_are_refused_before_anything_is_built(digits_tars, tiny_v
 def test_options_that_do_not_go_together_are_refused(fields, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         ProbeConfig(out=tmp_path, **fields)
+
+
+def test_options_of_caches_and_students_reach_them(tiny_vit, tiny_weights, tmp_path):
+    jsons = [json.dumps({"kind": seed % 2}).encode() for seed in range(24)]
+    samples = [{"png": picture(seed, kind="PNG"), "json": label} for seed, label in enumerate(jsons)]
+    tar, student = write_tar(tmp_path / "train.tar", samples), f"{tiny_vit},mlp_ratio=2"
+    settings = {"teacher": tiny_vit, "weights": tiny_weights, "data": tar, "out": tmp_path / "probe", **FAST}
+    settings |= {"label_key": "kind", "student": student, "base_lr": 5e-3, "workers": 1, "minutes": 60}
+    words = [word for name, value in settings.items() for word in (_option(name), str(value))]
+    done = CliRunner().invoke(cli, ["probe", *words])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["num_classes"] == 2
+    assert set(atcache.open(tmp_path / "probe/train.zarr").samples.label.values.tolist()) == {0, 1}
+    for mode in ("copy", "scratch"):
+        run = tmp_path / "probe" / "runs" / f"{mode}-0"
+        assert settings_of(run)["base_lr"] == 5e-3
+        assert settings_of(run)["student"] == student
+        assert load_file(run / "model.safetensors")["blocks.0.mlp.fc1.weight"].shape == (64, 32)
+    # Workers change nothing in a result: they are in the config of each student.
+    config = ProbeConfig(cache="c.zarr", val_cache="v.zarr", out=tmp_path / "x", workers=3)
+    assert config.training("copy", 0, tmp_path / "y", steps=1, subset=None, caches=("c.zarr", "v.zarr")).workers == 3

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from browsers import wanted_axe
 from PIL import Image
 from reported_runs import HOSTILE
 
@@ -51,7 +52,7 @@ def pages(run_of, demo_page) -> dict[str, Path]:
     + [("copy", 390, "light"), ("distill", 1200, "dark")],
 )
 def test_everybody_can_use_a_page_without_a_network(browser, pages, what, width, scheme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    axe = wanted_axe()
     context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 844})
     page = context.new_page()
     said, asked = [], []

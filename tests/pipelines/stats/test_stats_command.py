@@ -200,3 +200,11 @@ def test_a_path_is_drawn_as_it_is_and_equal_numbers_have_a_scale_from_0(tmp_path
     assert "/data/$x^^$/" in drawn
     assert headline not in drawn  # it has several lines
     assert "\N{MINUS SIGN}" not in drawn
+
+
+def test_how_many_keys_count_as_the_largest_can_be_said(cache):
+    found, printed = run_stats(cache.path, "--sample", 96, "--largest", 3)
+    assert found["largest"] == 3
+    expected_H = atcache.stats.largest_mass(cache.maps(1).compute(), 3).mean(axis=(0, 1, 3))
+    np.testing.assert_allclose(found["largest_mass"][1], expected_H, rtol=1e-5)
+    assert "share on the 3 largest keys of each row" in printed

@@ -180,10 +180,8 @@ def test_a_killed_process_ends_the_run_and_the_next_continues_it(config_for):
     wait_for(killed.out / "checkpoint.pt", process)
     (victim,) = [pid for pid in workers_of(process.pid) if rank_of(pid) == 1]
     os.kill(victim, signal.SIGKILL)
-    start_s = time.monotonic()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert time.monotonic() - start_s < 30
     assert "SIGKILL" in stderr
     assert not (killed.out / "model.safetensors").exists()
     assert in_two_processes(partial(train, killed)) == [0, 0]

@@ -92,7 +92,7 @@ def test_no_step_on_mixed_views_from_two_caches_reads_anything(config_for, tiny_
         run.train_step(batch)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_no_step_waits_for_a_gpu(config_for, mode, fields, tiny_cache):

@@ -194,7 +194,7 @@ def test_an_option_that_no_student_can_have_is_refused_and_the_student_named(swe
     refused = sweep_of(text, "--attention-weight", "2")
     assert "sweep.toml: student copy: attention_weight=2.0: mode copy has no attention loss" in refused.stderr
     refused = sweep_of('[[student]]\nmode = "copy"\n[[student]]\nmode = "copy"\nname = "high"\nlayers = "7"\n')
-    assert "Error: high: layer 7 does not exist" in refused.stderr
+    assert "Error: high: layer 7 is not in the cache" in refused.stderr
 
 
 def test_the_command_trains_the_students_of_the_file_and_ends_with_a_table(sweep_of, tmp_path):

@@ -30,6 +30,25 @@ def test_the_built_page_is_that_of_the_sources():
     assert built == digest.hexdigest(), "pipelines/view/built is stale: run `make page` and commit what it writes"
 
 
+def changed(folder: Path) -> list[str]:
+    """The files of a built page that are not as `vite.config.ts` listed them in built.sha256: changed, gone or new."""
+    lines = [line.split("  ", 1) for line in (folder / "built.sha256").read_text().splitlines()]
+    listed = {name: digest for digest, name in lines}
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    found = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    del found["built.sha256"]
+    return sorted({name for name, _ in listed.items() ^ found.items()})
+
+
+def test_the_built_files_are_those_that_the_build_wrote(tmp_path):
+    assert changed(BUILT) == [], "pipelines/view/built was changed by hand or in part: run `make page` and commit"
+    copied = shutil.copytree(BUILT, tmp_path / "built")
+    (copied / "assets" / "page.js").write_bytes((BUILT / "assets" / "page.js").read_bytes() + b" ")
+    (copied / "index.html").unlink()
+    (copied / "assets" / "more.js").touch()
+    assert changed(copied) == ["assets/more.js", "assets/page.js", "index.html"]
+
+
 def test_building_again_gives_the_same_bytes(tmp_path):
     npm = shutil.which("npm")
     if npm is None or not (PAGE / "node_modules").is_dir():

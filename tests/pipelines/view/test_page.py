@@ -9,6 +9,7 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import webdataset
+from browsers import wanted_axe
 from page_driver import Page, canvas_pixels
 from PIL import Image
 from viewing import viewing
@@ -413,7 +414,7 @@ def check_pdf(pdf):
 )
 def test_everybody_can_use_it(open_page, served, served_pair, width, scheme, what):
     """axe finds nothing, and nothing is wider than the screen."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    axe = wanted_axe()
     address = f"{served_pair if what == 'two' else served}#sample={'nobody/x' if what == 'error' else 3}&mode=mean"
     waits_for = None if what == "error" else "first-picture"
     page = open_page(address, waits_for=waits_for, viewport={"width": width, "height": 844}, color_scheme=scheme)
