@@ -363,7 +363,7 @@ def test_caches_that_cannot_be_used_are_refused(tiny_cache, tmp_path):
         ({"what": "v"}, "needs the teacher's v, which .* does not hold"),
         ({"num_classes": 9}, "digit-00009 has the label 9, but num_classes=9"),
         ({"drop_path": 1.0}, "drop_path=1.0: expected 0 or more, and less than 1"),
-        ({"layers": [0, 5]}, "layer 5 does not exist"),
+        ({"layers": [0, 5]}, "layer 5 is not in the cache, which holds layers 0, 1"),
         ({"layers": "0", "layer_map": {0: 1}}, "layers and layer_map both say which layers are transferred"),
         ({"heads": "0", "head_map": [1]}, "heads and head_map both say which heads are transferred"),
         ({"layer_map": "0-1"}, "layer map '0-1': '0-1' is not a pair"),

@@ -202,7 +202,7 @@ def test_students_that_a_pairing_does_not_fit_are_refused(fields, message, confi
         ({"head_map": "0,x"}, "head map '0,x': 'x' is not a head"),
         ({"head_map": "0,0"}, "head map '0,0': a head of the teacher comes twice"),
         ({"head_map": "0,7"}, "head 7 is not in the cache, which holds heads 0, 1, 2, 3"),
-        ({"heads": "7"}, "head 7 does not exist"),
+        ({"heads": "7"}, "head 7 is not in the cache, which holds heads 0, 1, 2, 3"),
         ({"heads": "0", "head_map": "0"}, "heads and head_map both say which heads are transferred; give one of them"),
         ({"layers": "0", "layer_map": "0:0"}, "layers and layer_map both say which layers"),
         ({"what": "kv"}, "what='kv': expected one of map, qk, q, k, v, qkv"),

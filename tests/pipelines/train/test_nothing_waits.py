@@ -92,9 +92,13 @@ def test_no_step_on_mixed_views_from_two_caches_reads_anything(config_for, tiny_
         run.train_step(batch)
 
 
+SOME_HEADS = [("copy", {"heads": "1"}), ("distill", {"heads": "1"})]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("fields", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    ("mode", "fields"), [*((mode, fields) for mode in MODES for fields in ({}, EVERYTHING)), *SOME_HEADS]
+)
 def test_no_step_waits_for_a_gpu(config_for, mode, fields, tiny_cache):
     config = replace(
         config_for(mode, cache=tiny_cache(codec="transform"), **fields), device="cuda", precision="bf16", compile=False

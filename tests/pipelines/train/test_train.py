@@ -13,8 +13,11 @@ from training_runs import assert_equal_weights, batches_of, losses_of, run_until
 
 from atcache.choices import MODES
 from atcache.errors import CacheMismatchError, ConfigError
-from atcache.pipelines.running.metrics import read_metrics
+from atcache.feed.loader import BatchStream
+from atcache.pipelines.running.metrics import Speed, read_metrics
+from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import train
+from atcache.pipelines.train.student_run import Reports, TrainingRun
 
 
 @pytest.mark.parametrize("mode", ["copy", "distill"])
@@ -110,6 +113,16 @@ def test_stopping_validating_and_reading_ahead_change_nothing(config_for, digits
     assert_equal_weights(other, plain)
     # Steps are of 24, an epoch of 48: validated every second step, the last one once.
     assert [row["step"] for row in read_metrics(other.out, "validation")] == list(range(2, 42, 2))
+
+
+def test_without_validation_the_ends_of_epochs_save_nothing(config_for):
+    config = config_for("copy", steps=5, checkpoint_every=1000, validate_every=1.0)
+    (data,) = open_training_data([config], torch.device("cpu"))
+    run = TrainingRun(config, data, torch.device("cpu"))
+    for batch in BatchStream(data.views, data.label_S, data.order, num_steps=4):  # two epochs
+        run.take(batch, Speed(1), Reports())
+        assert not run.checkpoint.exists()
+    assert run.step == 4
 
 
 def test_training_leaves_the_callers_random_numbers_alone(config_for):
