@@ -172,4 +172,5 @@ def validation_batches(
 
 
 def _load(batches: _Batches, numbers: range, workers: int) -> Iterator[Batch]:
-    return read_ahead(batches, numbers, workers=workers, pin_memory=torch.cuda.is_available())
+    # Not where there is a GPU that nothing runs on: pinning would take memory of it.
+    return read_ahead(batches, numbers, workers=workers, pin_memory=torch.cuda.is_initialized())

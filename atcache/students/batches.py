@@ -130,7 +130,7 @@ class Batches:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last batch that was handed out when `state` was taken, with exactly the same batches.
 
-        The number of workers, the device and the number of epochs may differ.
+        The number of workers and the device may differ; the number of epochs too, if this pass has steps enough.
 
         Raises:
             ConfigError: `state` is that of other batches; the message names what differs.

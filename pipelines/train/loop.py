@@ -30,7 +30,8 @@ def train_to_the_end(runs: Sequence[TrainingRun], data: TrainingData, *, alone: 
         alone: whether this is a single run, not a sweep; then a loss that is NaN or infinite is an error.
 
     Raises:
-        AtcacheError: something fails; always one of its children. Runs that are between two steps are saved first.
+        AtcacheError: something fails; always one of its children. Where it comes between two steps, runs are saved
+            first.
     """
     ranks = runs[0].ranks
     ranks.on_all(lambda: [run.restore() for run in runs])
