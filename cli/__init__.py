@@ -26,4 +26,5 @@
 - `options`: options that several commands share
 - `defaults`: defaults for options, from a TOML file
 - `sweep`: the file that lists the students of a sweep
+- `typed`: refuse words that would be dropped or misread
 """

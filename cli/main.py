@@ -27,6 +27,7 @@ from atcache.machine import limit_threads
 from ..pipelines.pages.plain import plain
 from .defaults import DEFAULT_FILE, read_defaults
 from .paths import EXISTING_FILE
+from .typed import refuse_misread
 
 # Errors that are due to a path, not to our code: no permission, a file in place of a folder, a long name, no space.
 _PATH_ERRORS = frozenset(
@@ -128,6 +129,8 @@ class LazyGroup(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         # The help must work even if the file of defaults is broken.
         if name is not None and command is not None and not {"-h", "--help"}.intersection(rest):
+            if not ctx.resilient_parsing:
+                refuse_misread(command, click.Context(command, parent=ctx, info_name=name), rest)
             ctx.default_map = {name: self._defaults(ctx, name, command)}
         return name, command, rest
 
@@ -183,7 +186,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     """Run the teacher once, keep its attention, train students from it.
 
     Most commands print their result as one line of JSON on stdout; `train --sweep` prints one line for each student.
-    The commands info and demo print text; with --json, info prints JSON instead and demo also writes it to a file.
+    The commands info and demo print text. With --json, info prints JSON instead, and demo also writes JSON to a file.
     Progress and notes go to stderr.
 
     Any option's default can be kept in atcache.toml, in a table named like the command.

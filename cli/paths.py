@@ -12,12 +12,19 @@ from atcache.files.location import Location, expand_home, looks_like_url, parse_
 
 
 class PathType(click.Path):
-    """A path on this machine."""
+    """A path on this machine. URLs are refused, as a folder `s3:` would be looked for."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - click's own
         super().__init__(**settings, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
+        if isinstance(value, str) and looks_like_url(value):
+            self.fail(
+                f"{value!r} is a URL, and this option reads no URLs. Copy what is there to this machine, and give that "
+                "path.",
+                param,
+                ctx,
+            )
         try:
             return super().convert(expand_home(Path(value)), param, ctx)
         except ConfigError as error:
@@ -30,7 +37,7 @@ class OutType(PathType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401 - click's
         if isinstance(value, str) and looks_like_url(value):
             self.fail(
-                f"{value!r} is a URL, but of all commands only build, push and verify --repair write to servers. "
+                f"{value!r} is a URL, but of all commands only build, maps, push and verify --repair write to servers. "
                 "Give a folder of this machine, and copy it to the server when the command has ended.",
                 param,
                 ctx,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def plan(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PlanConfig
     """Say what a cache would cost, and whether it would pay off.
 
-    Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and writes nothing.
+    Measures sizes, fidelity and speeds on your images, teacher and disk in about a minute, and leaves nothing behind.
 
     Example:
 

@@ -33,5 +33,8 @@ def pull(**config: Any) -> None:  # noqa: ANN401 - one keyword a field of PullCo
             f"{summary.num_left_out} samples of these tars were left out: they share shards with other tars.", err=True
         )
     if summary.needs_tars:
-        click.echo("Its images are made from the tars, which were not fetched: give --data where they are.", err=True)
+        click.echo(
+            "Its images are made from the tars, which were not fetched. Commands that read images need --data.",
+            err=True,
+        )
     options.print_json(summary.to_json())

@@ -43,6 +43,9 @@ def train(ctx: click.Context, sweep: Path | None, **config: Any) -> None:  # noq
     from ..pipelines.report.after_training import train as run_training
     from ..pipelines.running.ranks import Ranks
 
+    # A recipe's epochs, or those of a file of defaults, give way to the steps that are typed.
+    if all(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("epochs", "steps")):
+        raise click.UsageError("--epochs and --steps both say how long to train. Leave one out.")
     drawn = _views_of_the_recipe(ctx, config["recipe"])
     if sweep is not None:
         _train_sweep(sweep, ctx.command, config, drawn)

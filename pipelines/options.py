@@ -188,8 +188,8 @@ def device_option() -> str:
 def scheduler_option() -> str | None:
     """A dask cluster."""
     return option(
-        "Work on a dask cluster: the address of its scheduler (tcp://HOST:8786), its scheduler file, or local for one "
-        "worker process a GPU of this machine.",
+        "Work on a dask cluster: the address of its scheduler (tcp://HOST:8786), its scheduler file, or local for "
+        "worker processes on this machine: one a GPU, or one for every eight processors if no GPU is used.",
         default=None,
         metavar="ADDRESS",
     )
@@ -244,9 +244,9 @@ def mix_prob_option() -> float:
     return option("Share of the views that are mixed, if mixup or cutmix is on.", default=1.0, above=0, at_most=1)
 
 
-def kept_layers_option() -> str | None:
+def kept_layers_option(whose: str = "the teacher") -> str | None:
     """Layers that a cache keeps."""
-    return option("Layers of the teacher to keep (its blocks), such as 0-17.  [default: all]", default=None)
+    return option(f"Layers of {whose} to keep (its blocks), such as 0-17.  [default: all]", default=None)
 
 
 def kept_heads_option() -> str | None:
@@ -268,7 +268,7 @@ def queries_option() -> Queries:
     """The rows of the maps that a cache keeps."""
     return option(
         "Tokens whose rows of the maps are kept, with all keys: all; cls for the class token; prefix for the class "
-        "token and registers. Rows take a few kB a view, to look at or to distil; students that copy need all.",
+        "token and registers. Rows take a few kB a view, to look at or to distill; students that copy need all.",
         default="all",
     )
 

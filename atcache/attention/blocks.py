@@ -19,6 +19,7 @@ _CLASS_ONLY = "only the class token has a query, so the map is one row"
 _TWO_SOFTMAXES = "its map is the difference of two softmaxes, so it can be negative and its rows do not sum to 1"
 _MIXED = "heads are mixed before and after the softmax by convolutions"
 _NO_SOFTMAX = "attention is not a softmax of q k^T"
+_CHOOSE = "Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
 
 # Names of timm 1.0 classes, as "module.Class" if another module has a different class of this name. Classes that are
 # not listed are judged by what they do when the model runs.
@@ -172,13 +173,13 @@ def model_label(model: nn.Module) -> str:
 def unsupported(model: nn.Module, attention: nn.Module, reason: str) -> UnsupportedAttentionError:
     """The error that `model` cannot be cached; `attention` is its attention, or a module that contains it."""
     found = _attention_in(attention)
+    if found is model:
+        return UnsupportedAttentionError(f"{model_label(model)} is no plain ViT: {reason}. {_CHOOSE}")
     if isinstance(model, DescribedModel):  # whose attention may be anywhere in the block
         where = f"in modules of class {type(found).__name__}"
         return UnsupportedAttentionError(f"{model_label(model)}: the attention {where} cannot be cached: {reason}.")
     sentence = f"{model_label(model)}: attention class {type(found).__name__} cannot be cached: {reason}."
-    return UnsupportedAttentionError(
-        f"{sentence} Choose a plain ViT (ViT, DeiT, DINO, CLIP, SigLIP, BEiT, EVA-02 and their like)."
-    )
+    return UnsupportedAttentionError(f"{sentence} {_CHOOSE}")
 
 
 def _known_reason(module: nn.Module) -> str | None:

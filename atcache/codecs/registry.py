@@ -54,7 +54,9 @@ def codec_from_json(fields: dict[str, Any]) -> Codec:
         raise CodecError(f"codec {name!r} is unknown to this version of atcache; it knows {', '.join(sorted(CODECS))}.")
     known = [field.name for field in dataclasses.fields(CODECS[name])]
     if unknown := [field for field in fields if field not in known]:
-        raise CodecError(f"codec {name!r} has no field {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+        if not known:
+            raise CodecError(f"codec {name!r} takes no settings; leave out {unknown[0]!r}.")
+        raise CodecError(f"codec {name!r} has no field {unknown[0]!r}; it has {', '.join(known)}.")
     try:
         return CODECS[name](**fields)
     except TypeError as error:

@@ -18,6 +18,8 @@ from atcache.images.decode import IMAGE_EXTENSIONS
 PACK_RECORD = "moving.json"
 """A file in the folder of an unfinished pack. It names the files that are being moved to their place."""
 _MAX_TARS = 1_000_000
+_MAX_FOLDERS = 32
+_FEW = 3  # names in a message
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 _TABLES = (".parquet", ".arrow")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
@@ -200,6 +202,15 @@ def _check_suffix(path: Location) -> None:
         raise SourceError(f"{path} is not a .tar file. Name WebDataset tars, or a folder of tars.")
 
 
+def _folders_of_tars(entries: Sequence[Path]) -> list[Path]:
+    """The folders among `entries` that hold tars."""
+    folders = [path for path in entries if path.is_dir()]
+    # More are the classes of an image folder, whose million files would take long to list.
+    if len(folders) > _MAX_FOLDERS:
+        return []
+    return [path for path in folders if next((tar for tar in path.glob("*.tar") if tar.is_file()), None) is not None]
+
+
 def _tars_in(folder: Path) -> list[Path]:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     tars = [path for path in entries if path.suffix.lower() == ".tar" and path.is_file()]
@@ -208,6 +219,14 @@ def _tars_in(folder: Path) -> list[Path]:
     for path in entries:
         if path.name.lower().endswith(_COMPRESSED):
             _check_suffix(path)
+    if (folder / "zarr.json").exists():
+        raise SourceError(
+            f"{folder} is a cache, and tars are expected here. Name the tars that it was made from; commands that read "
+            "a cache take it with --cache, and build with --views-from."
+        )
+    if below := _folders_of_tars(entries):
+        few = " or ".join(map(str, below[:_FEW])) + (" or another one" if len(below) > _FEW else "")
+        raise SourceError(f"{folder} holds no tars itself, but folders in it do. Give {few}.")
     if any(path.is_dir() or path.suffix.lower() in (*IMAGE_EXTENSIONS, *_TABLES) for path in entries):
         kind = (
             "a Hugging Face dataset" if any(path.suffix.lower() in _TABLES for path in entries) else "an image folder"

@@ -51,6 +51,8 @@ def parse_json(data: bytes) -> Any:  # noqa: ANN401 - any JSON value
 
 ATTRIBUTES = "atcache"
 """The key in the root group's attributes under which all of atcache's attributes are."""
+_RUN_FILE = "run.json"
+"""A file that the folder of an `atcache train` has, and no cache."""
 
 
 def read_root(path: Location | str) -> tuple[dict[str, Any], StoreLayout]:
@@ -71,6 +73,11 @@ def load_root(path: Location) -> dict[str, Any]:
     try:
         root: Any = parse_json(read_file(file))
     except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(path, Path) and (path / _RUN_FILE).exists():
+            raise CacheMissError(
+                f"{path} is not a cache: it is the folder of a run. `atcache maps {path} --out NAME.zarr` makes a "
+                "cache of its attention."
+            ) from error
         raise CacheMissError(f"{path} is not a cache: {file} does not exist. Make one with `atcache build`.") from error
     except (OSError, ValueError) as error:
         raise CorruptCacheError(f"{file} cannot be read ({error}). Restore it from a copy.") from error

@@ -122,6 +122,19 @@ def check_student(geometry: FactorGeometry, student: FactorGeometry, pairing: Pa
         differences.append(f"{_describe_tokens(student)}, the teacher {_describe_tokens(geometry)}")
     if missing := sorted(set(pairing.student_layers) - set(student.layers)):
         differences.append(f"{len(student.layers)} layers and so no layer {missing[0]}")
+    if student.tokens != geometry.tokens and len(differences) == 1:
+        # No map of heads or layers can mend this.
+        grid = f"{geometry.tokens.grid_height}x{geometry.tokens.grid_width}"
+        mend = (
+            f"give --student {student_name} with the img_size of the cache's views, if its patches then make a grid "
+            f"of {grid}"
+            if student.tokens.num_prefix_tokens == geometry.tokens.num_prefix_tokens
+            else "choose one with as many tokens before its patches"
+        )
+        raise TeacherError(
+            f"student {student_name} has {differences[0]}. Attention can only be transferred between equal tokens: "
+            f"{mend}, or leave --student out to use the teacher's own architecture (if it is of timm)."
+        )
     if differences:
         raise TeacherError(
             f"student {student_name} has {'; '.join(differences)}. Attention can only be transferred between equal "
@@ -201,7 +214,7 @@ def _check_rows(geometry: FactorGeometry, what: What, *, copies: bool) -> None:
     needs = "a student that copies needs the rows of all tokens" if copies else f"--what {what} needs q and k"
     raise ConfigError(
         f"{needs}, and the cache keeps only rows of maps (it was built with --queries {geometry.queries}). Build one "
-        "without --queries, or distil: --mode distill without --what takes the rows that there are."
+        "without --queries, or distill: --mode distill without --what takes the rows that there are."
     )
 
 

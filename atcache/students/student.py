@@ -118,5 +118,6 @@ def check_views_fit(student: Student, reader: CacheReader) -> None:
     if (policy.image_height, policy.image_width) != (student.input.height, student.input.width):
         raise ConfigError(
             f"the views of {reader.path} are {policy.image_height} x {policy.image_width} pixels, the student takes "
-            f"{student.input.height} x {student.input.width}. Give --student with img_size={policy.image_height}."
+            f"{student.input.height} x {student.input.width}. Give --student with img_size={policy.image_height}; for "
+            f"a finished run, give a cache whose views are {student.input.height} x {student.input.width}, or --data."
         )

@@ -61,8 +61,8 @@ def choose_codec(
 
     Raises:
         CodecError: there is no such codec, or it cannot store v, x or single rows.
-        ConfigError: a target is given for a codec that has none, v or x is wanted of a teacher that has none to give,
-            or rows of tokens that the teacher lacks.
+        ConfigError: a target is given for a codec that has none or names its own, v or x is wanted of a teacher that
+            has none to give, or rows of tokens that the teacher lacks.
     """
     check_has_queries(model, queries)
     if store is not None:
@@ -80,6 +80,10 @@ def choose_codec(
         return codec
     if not isinstance(codec, TransformCodec):
         raise ConfigError(f"codec {name} takes no target: its settings fix its size. Leave out the target, or --codec.")
+    if (own := next((field for field in ("target_kl", "target_nbytes") if f"{field}=" in name), None)) is not None:
+        options = {"target-kl": target.kl, "target-mb-per-view": target.mb_per_view, "budget": target.budget}
+        other = next(f"--{option} {value}" for option, value in options.items() if value is not None)
+        raise ConfigError(f"--codec {name} and {other}: a codec meets only one target. Leave out {other}, or {own}.")
     if nbytes is not None:
         return dataclasses.replace(codec, target_nbytes=nbytes)
     return dataclasses.replace(codec, target_kl=target.kl, target_nbytes=None)

@@ -156,12 +156,12 @@ class BuildConfig:
 
     teacher: str | OwnTeacher = option(
         "The teacher: an alias such as mae-vit-l, or a timm model name, optionally with arguments; or "
-        "transformers:ORG/MODEL, open-clip:MODEL/TAG; or the folder of a finished `atcache train`. Python also takes "
-        "atcache.own_teacher(module, ...)."
+        "hf-hub:ORG/MODEL, local-dir:FOLDER, transformers:ORG/MODEL, open-clip:MODEL/TAG; or the folder of a finished "
+        "`atcache train`. Python also takes atcache.own_teacher(module, ...)."
     )
     data: str | None = option(
         "The images: WebDataset tars, as a brace pattern ('train-{0000..0099}.tar'), a folder of tars, or one tar; or "
-        "URLs of any of these (http, https, s3, gs, az). With --views-from, where the tars of that cache are now.",
+        "URLs of any of these (http, https, s3, gs, az, hf). With --views-from, where the tars of that cache are now.",
         default=None,
         metavar="TARS",
     )

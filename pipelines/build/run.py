@@ -10,6 +10,7 @@ has created.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from atcache.cache.record import CacheRecord
+from atcache.errors import AtcacheError
 from atcache.files.location import Location
 from atcache.files.writers import only_writer
 from atcache.machine import num_processors
@@ -61,7 +63,7 @@ def build(config: BuildConfig, on_plan: Callable[[BuildPlan], None] = lambda _: 
         on_plan: called with the plan before anything is written, in the process that leads.
 
     Returns:
-        What was planned and done. A dry run writes nothing.
+        What was planned and done. A dry run writes nothing, and only notes that the disk is too small.
 
     Raises:
         AtcacheError: a child of it names what does not fit. What was committed before stays.
@@ -97,6 +99,10 @@ def _lead(config: BuildConfig, crew: Crew, on_plan: Callable[[BuildPlan], None])
         return summary.judged(Expectation.of_cache(prepared.cache.path, record))
     on_plan(prepared.plan)
     if config.dry_run:
+        try:
+            prepared.check_disk(crew.num_spools)
+        except AtcacheError as error:
+            logging.getLogger(__name__).warning("NOTE: this build would be refused. %s", error)
         return BuildSummary(out=out, plan=prepared.plan, seconds=time.monotonic() - start_s)
     prepared.check_disk(crew.num_spools)
     prepared.create()

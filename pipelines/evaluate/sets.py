@@ -102,9 +102,10 @@ def _named(option: str, kind: str, texts: Iterable[str]) -> Iterable[tuple[str, 
         match = _NAMED.fullmatch(text)
         if match is None:
             example = "sketch.zarr" if kind == "CACHE" else "'sketch-{00..09}.tar'"
+            main = f"--{option.removeprefix('val_')}"
             raise ConfigError(
                 f"{option}={text!r}: expected NAME={kind}, such as sketch={example}. A name has letters, digits, "
-                "dots, - and _ only."
+                f"dots, - and _ only. For the main set, give {main} {text}."
             )
         yield match[1], match[2]
 

@@ -49,7 +49,7 @@ class MapsConfig:
         "Views of each sample.  [default: all of the cache; 1 if new ones are drawn]", default=None, at_least=1
     )
     max_samples: int | None = max_samples_option()
-    layers: str | None = kept_layers_option()
+    layers: str | None = kept_layers_option("the student")
     codec: str | None = option("How attention is compressed, as for build.", default=None)
     target_kl: float | None = option(
         "Fidelity target of codec transform: mean row KL of decoded maps, in nats.  [default: 0.005]",

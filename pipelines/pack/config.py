@@ -12,6 +12,9 @@ from ..options import config, option, seed_option
 
 HUB = "hf:"
 NO_LABELS = "none"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LABELS_OF_OTHERS = ("required", "optional")
+"""What --labels takes in commands that read tars, beside none."""
 
 
 @config
@@ -57,9 +60,19 @@ class PackConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.hub_name is not None and not _HUB_NAME.fullmatch(self.hub_name):
+            raise ConfigError(f"data={self.data}: expected hf:ORG/NAME, such as hf:uoft-cs/cifar10.")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.tar_name):
             raise ConfigError(
                 f"the tars cannot be called {self.tar_name!r}: give a --name of letters, digits, - and _."
+            )
+        if self.labels in _LABELS_OF_OTHERS:
+            raise ConfigError(
+                f"labels={self.labels}: expected a CSV file, or none. Leave --labels out if the folders are the labels."
+            )
+        if self.in_order and self.shuffle_seed:
+            raise ConfigError(
+                f"in_order and shuffle_seed={self.shuffle_seed}: images in order are not shuffled. Leave one out."
             )
         if self.labels == NO_LABELS and self.classes is not None:
             raise ConfigError(f"classes={self.classes} names labels, and labels=none packs none. Leave one out.")
@@ -90,4 +103,6 @@ class PackConfig:
         if self.name is not None:
             return self.name
         own = self.data.name if self.hub_name is not None else self.data.resolve().name
-        return "-".join([own, *(part for part in (self.subset, self.split) if part is not None)])
+        parts = [own, *(part for part in (self.subset, self.split) if part is not None)]
+        # A folder or a dataset may be called "my photos" or "v1.0", a tar may not.
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(parts)).strip("-")

@@ -28,9 +28,12 @@ def plan_folder(config: PackConfig) -> PackPlan:
         SourceError: there is no folder, no class folder or no image, or labels and images do not agree.
     """
     root = config.data.resolve()
+    if (root / "zarr.json").exists():
+        raise SourceError(f"{config.data} is a cache, which cannot be packed. Give a folder of images.")
     if not root.is_dir():
+        what = ", but a tar, which need not be packed" if root.suffix.lower() == ".tar" and root.is_file() else ""
         raise SourceError(
-            f"{config.data} is not a folder. Give an image folder with one folder per class, or a folder of "
+            f"{config.data} is not a folder{what}. Give an image folder with one folder per class, or a folder of "
             "parquet or arrow files."
         )
     classes = None if config.classes is None else read_classes(config.classes)

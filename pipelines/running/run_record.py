@@ -101,11 +101,24 @@ def read_run(folder: Path) -> RunFile:
     try:
         values = json.loads((folder / RUN_FILE).read_text())
         return RunFile.from_json({**values, "record": RunRecord.from_json(values["record"])})
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{folder} is not a run's folder: {_what_it_is(folder)}. Give the folder of a finished `atcache train`."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{folder} is not a run's folder: {RUN_FILE} cannot be read ({error}). Make one with `atcache train --out "
-            f"{folder}`."
+            f"{folder} is not a run's folder: {RUN_FILE} cannot be read ({error}). Give the folder of a finished "
+            "`atcache train`."
         ) from error
+
+
+def _what_it_is(path: Path) -> str:
+    """What a path is that is given in place of a run's folder."""
+    if not path.exists():
+        return "it does not exist"
+    if not path.is_dir():
+        return "it is a file"
+    return "it is a cache" if (path / "zarr.json").exists() else f"it holds no {RUN_FILE}"
 
 
 def load_run(folder: Path, device: torch.device) -> tuple[Student, RunRecord]:

@@ -190,7 +190,7 @@ class TrainConfig:
         below=1,
     )
     attention_only: bool = option(
-        "Distil by the attention loss alone: no labels are needed, and the student has no head.", default=False
+        "Distill by the attention loss alone: no labels are needed, and the student has no head.", default=False
     )
     attention_weight: float = option(
         "Weight of the distillation loss; 3 is the paper's.", default=_ATTENTION_WEIGHT, at_least=0
@@ -224,7 +224,7 @@ class TrainConfig:
         "Steps between checkpoints; each validation saves one too.", default=1000, at_least=1
     )
     log_maps: int = option(
-        "Draw the maps of this many samples for TensorBoard, the teacher's beside the student's, 20 times in the run.",
+        "Draw the maps of this many samples for TensorBoard, the teacher's above the student's, 20 times in the run.",
         default=0,
         at_least=0,
         at_most=64,

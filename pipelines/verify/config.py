@@ -46,7 +46,10 @@ class VerifyConfig:
     weights: Path | None = weights_option()
     teacher_sample: int = option("Number of views, spread evenly, that the teacher recomputes.", default=32, at_least=1)
     threshold: float = option(
-        "Row KL and injected error may be this many times their recorded or target value.", default=1.5, at_least=1
+        "Row KL, injected error, and the errors of v and x if they are stored, may be this many times their recorded "
+        "or target value.",
+        default=1.5,
+        at_least=1,
     )
     device: str = device_option()
 

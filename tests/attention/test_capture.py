@@ -178,7 +178,6 @@ REFUSED = {
     "crossvit_9_240": "CrossAttention.*one row",
     "vit_dwee_patch16_reg1_gap_256": "DiffAttention.*two softmaxes, so it can be negative",
     "vit_dpwee_patch16_reg1_gap_256": "DiffParallelScalingBlock.*two softmaxes",
-    "resnet18": "ResNet.*no list of equal blocks",
 }
 
 
@@ -186,6 +185,12 @@ REFUSED = {
 def test_other_attention_is_refused_by_name_and_reason(name):
     with pytest.raises(UnsupportedAttentionError, match=f"^{name}: attention class {REFUSED[name]}"):
         find_blocks(timm.create_model(name))
+
+
+def test_a_model_without_attention_is_said_to_be_no_vit():
+    message = r"^resnet18 is no plain ViT: the model has no list of equal blocks \(`.blocks`\).*Choose a plain ViT"
+    with pytest.raises(UnsupportedAttentionError, match=message):
+        find_blocks(timm.create_model("resnet18"))
 
 
 def test_windows_are_noticed_in_a_class_nobody_listed():

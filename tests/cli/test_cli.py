@@ -266,6 +266,36 @@ def test_mistake_in_the_file_is_one_sentence_with_file_and_key(toy: LazyGroup, t
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("build --data a --data b", "takes one value, but is given 2: a, b. Write one pattern for all: '{a,b}'."),
+        ("probe r --val-data a --val-data=b", "--val-data takes one value, but is given 2: a, b. Write one pattern"),
+        ("verify c --data s3://b/x --data a", "2: s3://b/x, a. Write one pattern for all, such as '{a,b}/*.tar'."),
+        ("pack --data a --data b", "--data takes one value, but is given 2: a, b. Give it once."),
+        ("build --views 1 --views 2", "--views takes one value, but is given 2: 1, 2. Give it once."),
+        ("build --data a.tar b.tar", "b.tar stands alone, and --data takes one pattern. Put the pattern in quotes: "),
+        ("eval run --data a.tar b.tar", "b.tar stands alone, and --data takes one pattern. Put the pattern in quotes"),
+        ("pretrain --teacher x", "No such option '--teacher'. Did you mean '--model'?"),
+        ("build --data a --teachr x", "No such option '--teachr'. Did you mean '--teacher'?"),
+        ("info a b", "Got unexpected extra argument (b)"),
+    ],
+)  # fmt: skip
+def test_words_that_would_be_dropped_or_misread_are_refused(words: str, message: str):
+    result = CliRunner().invoke(cli, words.split())
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_only_different_values_on_the_command_line_contradict_each_other(toy: LazyGroup):
+    Path("atcache.toml").write_text("[build]\nviews = 2\n")
+    words = ["build", "--data", "a.tar", "--data", "a.tar", "--views", "3", "--layer", "1", "--layer", "2"]
+    result = CliRunner().invoke(toy, [*words, "--resume", "--no-resume"])
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.output)
+    assert (values["data"], values["views"], values["layers"], values["resume"]) == ("a.tar", 3, [1, 2], False)
+
+
 def test_broken_file_does_not_hide_the_help(toy: LazyGroup):
     Path("atcache.toml").write_text("[build\n")
     assert CliRunner().invoke(toy, ["build", "--help"]).exit_code == 0

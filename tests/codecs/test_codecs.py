@@ -268,7 +268,7 @@ def test_logmap_refuses_by_layer_what_is_no_distribution(value):
         ("zip", "codec 'zip' is unknown.*exact, int8"),
         ("exact:dtype=float8", "dtype='float8', expected one of float16, float32"),
         ("logmap:bits=3", "codec logmap: bits=3, expected 4, 5, 6, 7 or 8"),
-        ("int8:bits=3", "codec 'int8' has no field 'bits'; it has "),
+        ("int8:bits=3", "codec 'int8' takes no settings; leave out 'bits'"),
         ("exact:float32", "'float32' is not of the form field=value"),
     ],
 )

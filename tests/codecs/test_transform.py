@@ -90,7 +90,10 @@ def test_a_target_in_bytes_is_met_and_used_up():
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [("target_kl=1e-15", "target_kl=1e-15 cannot be met"), ("target_nbytes=3", "target_nbytes=3 cannot be met")],
+    [
+        ("target_kl=1e-15", "target_kl=1e-15 cannot be met"),
+        ("target_nbytes=3", "target_nbytes=3 cannot be met.*--target-mb-per-view or --budget"),
+    ],
 )
 def test_a_target_that_cannot_be_met_is_told(target, message):
     geometry = make_geometry()

@@ -24,6 +24,7 @@ import atcache
 from atcache.cli.defaults import read_defaults
 from atcache.cli.main import COMMANDS, cli
 from atcache.errors import ConfigError
+from atcache.teachers.names import ALIASES
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -361,6 +362,13 @@ def test_a_page_ends_with_a_link_to_the_next(page: str, following: str):
     match = re.fullmatch(r"Next: \[[^\]]+\]\(([^)#]+)\)", last_line)
     assert match is not None, f"{page} ends with {last_line!r}"
     assert ((DOCS / page).parent / match[1]).resolve() == DOCS / following
+
+
+def test_the_page_of_teachers_lists_all_short_names():
+    page = (DOCS / "guide" / "teachers.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`([^`|]+)` \| `([^`|]+)`", page)
+    assert listed == [(name, model) for name, model in ALIASES.items() if name != "demo-mae"]
+    assert "`demo-mae`" in page
 
 
 def test_the_readme_links_to_the_docs_in_order():

@@ -27,8 +27,8 @@ STAND_INS = {
 def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("vit_tiny_patch16_224", **SIZES).state_dict(), "small.safetensors")
-    Path("photos").mkdir()
-    write_tar(tmp_path / "photos" / "photos-000000.tar", [{"jpg": picture(seed, side=40)} for seed in range(16)])
+    Path("photo-tars").mkdir()
+    write_tar(tmp_path / "photo-tars" / "photos-000000.tar", [{"jpg": picture(seed, side=40)} for seed in range(16)])
     Path("atcache.toml").write_text(
         '[build]\nweights = "small.safetensors"\nworkers = 0\nsamples-per-shard = 8\n[stats]\nworkers = 1\n'
     )

@@ -518,7 +518,7 @@ def test_the_command_line_takes_urls_for_reading_only(server, tiny_cache):
     assert f"repair: {url} is on a web server, which is only read. Repair a copy." in run.output
     run = CliRunner().invoke(cli, ["train", "--mode", "copy", "--cache", url, "--out", "s3://bucket/run"])
     assert run.exit_code == 2
-    assert "'s3://bucket/run' is a URL, but of all commands only build, push and verify --repair write" in run.output
+    assert "'s3://bucket/run' is a URL, but of all commands only build, maps, push and verify --repair" in run.output
     run = CliRunner().invoke(cli, ["info", "ftp://host/a.zarr"])
     assert "cannot be read: expected a path, or a URL that begins with http://" in run.output
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from made_store import build
 from made_tars import encoded, member, picture, sample, write_tar
 from PIL import Image, ImageDraw
 
@@ -300,6 +301,10 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
     write_tar(tmp_path / "other" / "t-00.tar", sample("a"))
     (tmp_path / "images" / "cat").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "sets" / split).mkdir(parents=True)
+        write_tar(tmp_path / "sets" / split / f"{split}-0.tar", sample("a"))
+    build(tmp_path / "c.zarr")
     (tmp_path / "x.tar.gz").write_bytes(b"")
     (tmp_path / "x.txt").write_bytes(b"")
     (tmp_path / "y.png").write_bytes(b"")
@@ -317,6 +322,8 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path):
         (tmp_path / "y.png", "is an image. To make tars, run `atcache pack`"),
         (tmp_path / "images", "looks like an image folder. Run `atcache pack"),
         (tmp_path / "empty", "holds no tars"),
+        (tmp_path / "sets", "sets holds no tars itself, but folders in it do. Give .*sets/train or .*sets/val"),
+        (tmp_path / "c.zarr", "c.zarr is a cache, and tars are expected here. Name the tars that it was made from"),
         ([], "no tars were given"),
     ):
         with pytest.raises(SourceError, match=message):

@@ -411,7 +411,8 @@ def test_a_note_says_that_views_are_not_squashed_or_padded_as_open_clip_does(
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("open-clip:ViT-B-99/x", None, "OpenCLIP has no model 'ViT-B-99'. Known: ViT-B-16"),
+        ("open-clip:ViT-B-99/x", None, "OpenCLIP has no model 'ViT-B-99'. Nearest are ViT-B-"),
+        ("open-clip:nope", None, "OpenCLIP has no model 'nope'. Nearest are ([^,]+, ){5}[^,]+; open_clip.list_models"),
         ("open-clip:ViT-B-32/nonsense", None, "has no weights 'nonsense' for it. Known: openai, .* --weights"),
         ("open-clip:ViT-B-32", None, "has no weights '' for it"),
         ("open-clip:ViT-B-32/openai", "weights", "named twice"),

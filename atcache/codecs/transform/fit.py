@@ -360,7 +360,7 @@ def _missed(codec: TransformSettings, value: float) -> CodecError:
     if codec.target_nbytes is not None:
         return CodecError(
             f"codec transform: target_nbytes={codec.target_nbytes} cannot be met: codes take {value:.4g} bytes a view "
-            "then. Give another size, or --codec exact or int8."
+            "then. Give another size with --target-mb-per-view or --budget, or --codec exact or int8."
         )
     return CodecError(
         f"codec transform: target_kl={codec.target_kl:g} cannot be met: the finest steps give {value:.2g} nats. Give a "

@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ from atcache.teachers.weights import weights_sha256
 
 _CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
 """timm's words for OpenCLIP's, for what a transform does to images that are not square."""
+
+_NUM_NEAR = 6
+"""Names in a message; OpenCLIP knows well over 60."""
 
 
 def load_open_clip(text: str, weights: Path | None, device: torch.device) -> ForeignModel:
@@ -86,8 +90,11 @@ def load_open_clip(text: str, weights: Path | None, device: torch.device) -> For
 def _check_name(open_clip: Any, text: str, architecture: str, tag: str, weights: Path | None) -> None:  # noqa: ANN401
     known: list[str] = open_clip.list_models()
     if architecture not in known:
-        close = [name for name in known if name.lower().startswith(architecture.lower()[:5])][:6]
-        raise TeacherError(f"model {text}: OpenCLIP has no model {architecture!r}. Known: {', '.join(close or known)}.")
+        near = get_close_matches(architecture, known, n=_NUM_NEAR, cutoff=0.0)
+        raise TeacherError(
+            f"model {text}: OpenCLIP has no model {architecture!r}. Nearest are {', '.join(near)}; "
+            "open_clip.list_models() in Python gives all."
+        )
     tags: list[str] = open_clip.list_pretrained_tags_by_model(architecture)
     if weights is not None:
         if tag:

@@ -66,6 +66,16 @@ def test_a_target_for_a_codec_that_meets_none_is_refused(vit, name, target):
         choose_codec(name, target, vit, 1000)
 
 
+@pytest.mark.parametrize("own", ["target_kl=0.1", "target_nbytes=9000", "dct=False,target_kl=0.1"])
+@pytest.mark.parametrize(
+    ("target", "typed"),
+    [(CodecTarget(kl=0.2), "--target-kl 0.2"), (CodecTarget(budget="1GB"), "--budget 1GB")],
+)
+def test_a_second_target_beside_the_codecs_own_is_refused(vit, own, target, typed):
+    with pytest.raises(ConfigError, match=f"--codec transform:{own} and {typed}: a codec meets only one target"):
+        choose_codec(f"transform:{own}", target, vit, 1000)
+
+
 def test_a_target_for_the_maps_of_cait_is_refused(cait):
     with pytest.raises(ConfigError, match="codec logmap takes no target"):
         choose_codec(None, CodecTarget(kl=0.01), cait, 1000)

@@ -272,6 +272,16 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(config, small_dis
     assert list(small_disk.iterdir()) == []
 
 
+def test_a_dry_run_notes_what_cannot_fit(config, small_disk, caplog):
+    summary = build(replace(config, out=small_disk / "cache.zarr", views=30, codec="int8", dry_run=True))
+    assert summary.plan is not None
+    (note,) = [message for message in caplog.messages if message.startswith("NOTE: this build would be refused. ")]
+    assert "MiB are still to be written, 2 MiB are free. Free some space" in note
+    caplog.clear()
+    build(replace(config, dry_run=True))
+    assert "would be refused" not in caplog.text
+
+
 def test_what_another_build_has_done_meanwhile_is_not_done_again(config):
     build(replace(config, views=2))
     shutil.copytree(config.out, kept := config.out.with_name("kept.zarr"))

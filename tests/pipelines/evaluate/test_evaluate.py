@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from evaluating import config_of, plain_logits, score_by_hand, softmax
 
 from atcache.cli.main import cli
-from atcache.errors import CacheMismatchError, ConfigError
+from atcache.errors import CacheMismatchError, CacheMissError, ConfigError
 from atcache.pipelines.evaluate.run import evaluate
 from atcache.pipelines.running.run_record import load_run
 from atcache.pipelines.train.config import TrainConfig
@@ -80,8 +80,14 @@ def test_what_does_not_fit_is_refused(runs, val_cache, tiny_cache, digits_tars, 
         evaluate(config_of(copy, data=str(digits_tars[0])))
     with pytest.raises(ConfigError, match="--live-teacher: none of these runs copies attention"):
         evaluate(config_of(scratch, cache=val_cache, live_teacher=True))
-    with pytest.raises(ConfigError, match=r"missing is not a run's folder: run\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"missing is not a run's folder: it does not exist\. Give the folder"):
         evaluate(config_of(tmp_path / "missing", cache=val_cache))
+    with pytest.raises(ConfigError, match=r"is not a run's folder: it is a cache\. Give the folder of a finished"):
+        evaluate(config_of(val_cache, cache=val_cache))
+    with pytest.raises(ConfigError, match=r"\.tar is not a run's folder: it is a file\. Give the folder of a"):
+        evaluate(config_of(digits_tars[0], cache=val_cache))
+    with pytest.raises(CacheMissError, match=r"is not a cache: it is the folder of a run\. `atcache maps .* --out"):
+        evaluate(config_of(copy, cache=scratch))
     with pytest.raises(CacheMismatchError, match="has no maps of layer 0, which the student copies"):
         evaluate(config_of(copy, cache=tiny_cache(policy="eval", layers="1")))
     unfinished = tmp_path / "unfinished"

@@ -239,7 +239,8 @@ def test_runs_of_one_name_are_told_apart_and_their_modes_said(folders, val_cache
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"val_data": ("tars",)}, r"val_data='tars': expected NAME=TARS, such as sketch='sketch-"),
+        ({"val_data": ("tars",)}, r"val_data='tars': expected NAME=TARS, .* For the main set, give --data tars\."),
+        ({"val_cache": ("x.zarr",)}, r"expected NAME=CACHE, .* For the main set, give --cache x\.zarr\."),
         ({"val_data": ("im v2=x.tar",)}, r"val_data='im v2=x\.tar': .* A name has letters, digits, dots, - and _ only"),
         ({"val_cache": ("=x.zarr",)}, r"val_cache='=x\.zarr': expected NAME=CACHE, such as sketch=sketch\.zarr"),
         (

@@ -189,15 +189,17 @@ def test_views_are_those_of_the_cache_that_the_student_was_trained_from(fields, 
     assert atcache.verify(cache=own).problems == ()
 
 
-def test_views_of_a_cache_that_has_grown_are_taken_without_its_gap(digits_build, digits_tars, run_of, tmp_path):
+# Mixed views keep the gap: each partner must stay in its view's shard.
+@pytest.mark.parametrize(("mix", "num_rows"), [(MIXED, 52), ({"policy": "crop-flip"}, 48)], ids=["mixed", "plain"])
+def test_views_of_a_cache_that_has_grown_are_taken(mix, num_rows, digits_build, digits_tars, run_of, tmp_path):
     given = digits_build.out
-    common = {"teacher": digits_build.teacher, "weights": digits_build.weights, "workers": 0, **PLACE, **MIXED}
+    common = {"teacher": digits_build.teacher, "weights": digits_build.weights, "workers": 0, **PLACE, **mix}
     build(BuildConfig(data=str(digits_tars[0]), out=given, samples_per_shard=10, codec=EXACT, **common))
     data = str(digits_tars[0].parent)
     build(BuildConfig(data=data, out=given, samples_per_shard=10, codec=EXACT, grow=True, **common))
     assert CacheReader(given).layout.num_samples == 20 + 32
     own = maps_of(run_of(), tmp_path / "own.zarr", cache=given)
-    assert CacheReader(own).layout.num_samples == 48
+    assert CacheReader(own).layout.num_samples == num_rows
     assert views_of(own) == views_of(given)
     assert atcache.verify(cache=own).problems == ()
 

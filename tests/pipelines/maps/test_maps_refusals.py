@@ -60,10 +60,10 @@ def test_a_student_that_copies_has_no_attention_of_its_own(fields, blocks, tiny_
 
 
 def test_a_folder_that_is_no_run_is_refused(digits_tars, tiny_vit, tmp_path):
-    refused(tmp_path / "missing", tmp_path, r"missing is not a run's folder: run\.json cannot be read")
+    refused(tmp_path / "missing", tmp_path, r"missing is not a run's folder: it does not exist")
     foreign = tmp_path / "teacher"
     pretrain(PretrainConfig(model=tiny_vit, data=str(digits_tars[0]), out=foreign, steps=1, batch_size=8, **PLACE))
-    refused(foreign, tmp_path, r"teacher is not a run's folder: run\.json cannot be read .*Make one with")
+    refused(foreign, tmp_path, r"teacher is not a run's folder: it holds no run\.json\. Give the folder of")
     for text in ("[1]", "{", '{"record": 3}', "[" * 100_000, '{"record": {"mode": "distill"}}'):
         (foreign / "run.json").write_text(text)
         refused(foreign, tmp_path, r"teacher is not a run's folder: run\.json cannot be read")

@@ -19,6 +19,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from made_store import build
 from PIL import Image
 
 from atcache.cli.pack import pack as pack_command
@@ -283,10 +284,15 @@ def test_what_cannot_be_packed_is_said(folder, tmp_path):
     (tmp_path / "texts" / "a").mkdir(parents=True)
     (tmp_path / "texts" / "a" / "x.txt").write_bytes(b"x")
     (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "x.tar").write_bytes(b"x")
+    build(tmp_path / "c.zarr")
     for data, out, message in (
         ("nowhere", "out", "nowhere is not a folder"),
         ("flat", "out", "holds no folders. Expected one folder per class"),
         ("texts", "out", r"hold no images \(\.jpg.*left out: 1 files that are no images"),
+        ("file", "out", "file is not a folder. Give an image folder"),
+        ("x.tar", "out", "x.tar is not a folder, but a tar, which need not be packed"),
+        ("c.zarr", "out", "c.zarr is a cache, which cannot be packed. Give a folder of images"),
         ("train", "file", "is a file, expected a folder"),
         ("train", "train/tars", "lies inside the image folder"),
     ):
@@ -294,8 +300,24 @@ def test_what_cannot_be_packed_is_said(folder, tmp_path):
             pack(PackConfig(data=tmp_path / data, out=tmp_path / out))
     with pytest.raises(ConfigError, match=r"cannot be called 'a/b'"):
         PackConfig(data=folder, out=tmp_path, name="a/b")
+    with pytest.raises(ConfigError, match="data=hf:foo: expected hf:ORG/NAME"):
+        PackConfig(data="hf:foo", out=tmp_path)
+    with pytest.raises(ConfigError, match=r"labels=required: expected a CSV file, or none\. Leave --labels out"):
+        PackConfig(data=folder, out=tmp_path, labels="required")
+    with pytest.raises(ConfigError, match="in_order and shuffle_seed=3: images in order are not shuffled"):
+        PackConfig(data=folder, out=tmp_path, in_order=True, shuffle_seed=3)
+    refused = CliRunner().invoke(pack_command, ["--data", "s3://b/x", "--out", str(tmp_path / "out")])
+    assert "'s3://b/x' is a URL, and this option reads no URLs. Copy what is there" in refused.output
     with pytest.raises(ConfigError, match="samples_per_tar=0: expected at least 1"):
         PackConfig(data=folder, out=tmp_path, samples_per_tar=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("my photos", "my-photos"), ("v1.0", "v1-0"), ("hf:org/imagenet-1k.v2", "imagenet-1k-v2")]
+)
+def test_a_folder_of_any_name_gives_its_tars_a_name(tmp_path, data, name):
+    where = data if data.startswith("hf:") else tmp_path / data
+    assert PackConfig(data=where, out=tmp_path).tar_name == name
 
 
 def test_a_pack_that_cannot_fit_is_refused_first(tmp_path):

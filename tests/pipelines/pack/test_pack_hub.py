@@ -150,7 +150,8 @@ def test_a_dataset_without_parquet_files_is_taken_from_the_hubs_own_copy(hub, tm
         (["hf:org/gated"], "accept its terms on https://huggingface.co/datasets/org/gated and set the environment"),
         (["hf:org/texts"], "hf:org/texts has no parquet files. Load it with `datasets`"),
         (["hf:org/code"], "hf:org/code has no parquet files. Load it with `datasets`"),  # nor a copy of the hub's
-        (["hf:a/b/c", "--name", "x"], "hf:a/b/c: the hub has no such dataset"),
+        (["hf:a/b--c"], "hf:a/b--c: the hub has no such dataset"),
+        (["hf:a/b/c", "--name", "x"], "data=hf:a/b/c: expected hf:ORG/NAME"),
     ],
 )
 def test_what_the_hub_has_not_is_one_sentence(arguments, sentence, hub, tmp_path):

@@ -167,7 +167,7 @@ def test_the_command_says_what_is_still_needed(hub, tiny_cache, tmp_path):
     arguments = ["pull", str(tiny_cache(samples_per_shard=20)), str(tmp_path / "copy.zarr"), "--tars"]
     result = CliRunner().invoke(cli, [*arguments, "digits-0000.tar", "--tars", "digits-0001.tar"])
     assert "12 samples of these tars were left out" in result.stderr
-    assert "give --data where they are" in result.stderr
+    assert "Commands that read images need --data." in result.stderr
     assert json.loads(result.stdout)["num_samples"] == 20
 
 

@@ -363,7 +363,7 @@ def test_a_place_that_was_typed_in_another_folder_is_found(named_caches, tmp_pat
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path, named_caches):
-    with pytest.raises(ConfigError, match=r"is not a run's folder: run.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not a run's folder: it holds no run\.json"):
         report(ReportConfig(run=tmp_path, **PLACE))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 from click.testing import CliRunner
 
@@ -14,6 +15,17 @@ from atcache.pipelines.train.config import TrainConfig
 def test_every_field_of_the_config_is_an_option_of_the_command():
     options = {parameter.name for parameter in cli.get_command(None, "train").params}
     assert options == {field.name for field in dataclasses.fields(TrainConfig)} | {"sweep"}
+
+
+def test_epochs_and_steps_are_not_typed_together(tiny_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--mode", "copy", "--cache", str(tiny_cache()), "--out", "run", "--batch-size", "24"]
+    refused = CliRunner().invoke(cli, [*arguments, "--epochs", "3", "--steps", "4"])
+    assert refused.exit_code == 2
+    assert "--epochs and --steps both say how long to train. Leave one out." in refused.stderr
+    Path("atcache.toml").write_text("[train]\nepochs = 3\n")
+    done = CliRunner().invoke(cli, [*arguments, "--steps", "1", "--device", "cpu", "--precision", "fp32"])
+    assert done.exit_code == 0, done.output
 
 
 def test_the_command_prints_the_summary(tiny_cache, tmp_path):

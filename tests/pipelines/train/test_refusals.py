@@ -41,6 +41,14 @@ STUDENT = "vit_tiny_patch16_224:img_size=8,patch_size=2,embed_dim=32,depth=2,num
     [
         (STUDENT.replace("heads=2", "heads=4"), "has 4 heads a layer, the teacher 2"),
         (STUDENT.replace("patch_size=2", "patch_size=4"), r"1 \+ 2x2 tokens, the teacher 1 \+ 4x4 tokens"),
+        (
+            STUDENT.replace("img_size=8", "img_size=16"),
+            r"give --student .*img_size=16.* with the img_size of the cache's views, if its .* a grid of 4x4, or leave",
+        ),
+        (
+            STUDENT + ",class_token=False,global_pool=avg",
+            r"choose one with as many tokens before its patches, or leave",
+        ),
         (STUDENT + ",class_token=False,global_pool=avg", r"0 \+ 4x4 tokens, the teacher 1 \+ 4x4 tokens"),
         (STUDENT.replace("depth=2", "depth=1"), "1 layers and so no layer 1"),
     ],
@@ -55,6 +63,8 @@ def test_other_image_sizes_are_refused(config_for):
     larger = STUDENT.replace("img_size=8", "img_size=16")
     expected = r"the views of .* are 8 x 8 pixels, the student takes 16 x 16\. Give --student with img_size=8"
     with pytest.raises(ConfigError, match=expected):
+        train(config_for("scratch", student=larger))
+    with pytest.raises(ConfigError, match="for a finished run, give a cache whose views are 16 x 16, or --data"):
         train(config_for("scratch", student=larger))
     same_grid = larger.replace("patch_size=2", "patch_size=4")
     with pytest.raises(ConfigError, match=expected):
