@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, pairwise
 
 from atcache.errors import ConfigError
@@ -28,7 +28,7 @@ def parse_indices(text: str, limit: int, what: str = "layer") -> tuple[int, ...]
     outside = [max(one.start, limit) for one in ranges if one.stop > limit]
     if outside:  # before the ranges are written out: the last index of one may be any number
         raise _no_such_index(min(outside), limit, what)
-    return checked_indices(sorted({index for one in ranges for index in one}), limit, what)
+    return checked_indices(write_out(ranges), limit, what)
 
 
 def parse_ranges(text: str, what: str) -> list[range]:
@@ -55,6 +55,11 @@ def parse_ranges(text: str, what: str) -> list[range]:
             raise ConfigError(f"{what}s {text!r}: the range {part.strip()} is backwards. Put the smaller index first.")
         ranges.append(range(start, stop + 1))
     return ranges
+
+
+def write_out(ranges: Iterable[range]) -> tuple[int, ...]:
+    """All indices of the ranges, ascending and without repeats."""
+    return tuple(sorted({index for one in ranges for index in one}))
 
 
 def checked_indices(indices: Sequence[int], limit: int, what: str) -> tuple[int, ...]:

@@ -51,7 +51,7 @@ def parse_json(data: bytes) -> Any:  # noqa: ANN401 - any JSON value
 
 ATTRIBUTES = "atcache"
 """The key in the root group's attributes under which all of atcache's attributes are."""
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 """A file that the folder of an `atcache train` has, and no cache."""
 
 
@@ -73,7 +73,7 @@ def load_root(path: Location) -> dict[str, Any]:
     try:
         root: Any = parse_json(read_file(file))
     except (FileNotFoundError, NotADirectoryError) as error:
-        if isinstance(path, Path) and (path / _RUN_FILE).exists():
+        if isinstance(path, Path) and (path / RUN_FILE).exists():
             raise CacheMissError(
                 f"{path} is not a cache: it is the folder of a run. `atcache maps {path} --out NAME.zarr` makes a "
                 "cache of its attention."

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from atcache.attention.factors import LayerAttention, LayerFactors
 from atcache.attention.geometry import FactorGeometry
-from atcache.attention.indices import parse_ranges
+from atcache.attention.indices import parse_ranges, write_out
 from atcache.choices import OF_VALUES, What
 from atcache.errors import ConfigError, TeacherError
 from atcache.fields import JsonFields
@@ -226,7 +226,7 @@ def _chosen(text: str | None, stored: tuple[int, ...], what: str) -> tuple[int, 
     for one in ranges:
         # The first that is missing ends it: the last index of a range may be any number.
         _check_stored(one, stored, what)
-    return tuple(sorted({index for one in ranges for index in one}))
+    return write_out(ranges)
 
 
 def _check_stored(chosen: Sequence[int], stored: tuple[int, ...], what: str) -> None:

@@ -20,12 +20,12 @@ from torch.torch_version import TorchVersion
 
 from atcache.errors import TeacherError
 from atcache.files.location import expand_home
+from atcache.store.metadata import RUN_FILE
 
 GRID_KEY = "patch_grid"
 """Key of a safetensors file's metadata under which atcache writes the grid of patches, such as "14x14"."""
 _WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin", "model.pth", "model.pt")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_RUN_FILE = "run.json"  # in the folder of every training run of atcache
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 # Their tensors are as large as the weights and are never weights.
 _NOT_WEIGHTS = {"optimizer", "optimizers", "optimizer_states", "optim", "scaler", "lr_scheduler", "lr_schedulers"}
@@ -120,7 +120,7 @@ def _file_in(folder: Path) -> Path:
     for name in (_WHOLE[0], _INDEXES[0], *_WHOLE[1:], _INDEXES[1]):
         if (folder / name).is_file():
             return folder / name
-    if (folder / _RUN_FILE).is_file():  # its checkpoint would do, but is of weights that change with every step
+    if (folder / RUN_FILE).is_file():  # its checkpoint would do, but is of weights that change with every step
         raise TeacherError(
             f"weights {folder}: this run is not finished: {_WHOLE[0]} is missing. Run its `atcache train` command "
             "again."

@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from atcache.files.durable import replaced_whole
+from atcache.store.metadata import RUN_FILE as RUN_FILE
 from atcache.teachers.patch_grids import model_grid
 from atcache.teachers.weight_files import GRID_KEY
 
-RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
