@@ -31,7 +31,7 @@ from atcache.teachers.names import parse_model_name
 from atcache.teachers.weight_files import read_weights
 from atcache.teachers.weights import tensors_sha256
 
-from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, refuse_what_does_not_fit, save_checkpoint
 from ..running.interrupts import Interrupts
 from ..running.metrics import METRICS_FILE, MetricsLog, read_metrics
 from ..running.progress import Progress
@@ -220,10 +220,10 @@ class _Run:
     def _restore(self) -> None:
         if self.checkpoint.exists():
             contents = load_checkpoint(self.checkpoint)
-            self.step = contents["step"]
-            self.model.load_state_dict(contents["model"])
-            self.optimizer.load_state_dict(contents["optimizer"])
-            self.losses = [loss.to(self.device) for loss in contents["losses"]]
+            with refuse_what_does_not_fit(self.checkpoint):
+                self.model.load_state_dict(contents["model"])
+                self.optimizer.load_state_dict(contents["optimizer"])
+                self.step, self.losses = contents["step"], [loss.to(self.device) for loss in contents["losses"]]
 
 
 def _autoencoder(config: PretrainConfig) -> MaskedAutoencoder:

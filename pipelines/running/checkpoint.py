@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for damaged files
         reason = str(error).partition("\n")[0].rstrip(".")
         raise CorruptCacheError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error
+
+
+@contextmanager
+def refuse_what_does_not_fit(path: Path) -> Generator[None]:
+    """A context that gives the parts of the checkpoint at `path` to a model and its optimiser.
+
+    Raises:
+        CorruptCacheError: they do not fit, as those of a model from another version of timm.
+    """
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:  # what torch raises for another state
+        reason = re.sub(r"\s+", " ", str(error))
+        raise CorruptCacheError(
+            f"{path} does not fit the model ({reason[:200].rstrip('. ')}). Another version of timm or torch may have "
+            "made it: install that, or delete the file to start this run again."
+        ) from error

@@ -81,7 +81,8 @@ class _Loop:
             # A run whose checkpoint is of a later step joins when the stream gets there.
             current = [run for run in self._unfinished() if run.step == step]
             for run in current:
-                self._take(run, batch)
+                with self._saved_when_stopped(within_step=run):
+                    self._take(run, batch)
             self._tell(step + 1)
             with self._saved_when_stopped():
                 for run in self._unfinished():
@@ -136,14 +137,18 @@ class _Loop:
             self._results[run.config.out] = SweepResult(name=run.config.out.name, summary=summary)
 
     @contextmanager
-    def _saved_when_stopped(self) -> Generator[None]:
-        """A context in which all runs are between two steps: if it is interrupted or fails, they are saved."""
+    def _saved_when_stopped(self, within_step: TrainingRun | None = None) -> Generator[None]:
+        """A context in which all runs are between two steps, except `within_step`, whose weights may be half changed.
+
+        If it is interrupted or fails, those between two steps are saved.
+        """
         try:
             yield
         except BaseException:
             if self._ranks.leads:
                 # A run without a new step would only save its checkpoint again.
-                trained = [run for run in self._unfinished() if run.step > self._restored_at[run]]
+                whole = [run for run in self._unfinished() if run is not within_step]
+                trained = [run for run in whole if run.step > self._restored_at[run]]
                 sound = [run for run in trained if run.is_sound()]
                 for run in sound:
                     run.save(self._speed)

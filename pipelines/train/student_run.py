@@ -22,7 +22,7 @@ from atcache.teachers.devices import autocast, memory_errors_explained, resolve_
 from atcache.teachers.inputs import normalise_images
 from atcache.views.jitter import draw_jitter, jitter_pixels
 
-from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from ..running.checkpoint import CHECKPOINT_FILE, load_checkpoint, refuse_what_does_not_fit, save_checkpoint
 from ..running.metrics import MetricsLog, Speed, read_metrics
 from ..running.progress import Progress
 from ..running.ranks import Ranks
@@ -125,16 +125,20 @@ class TrainingRun:
         )
 
     def restore(self) -> None:
-        """Continue from the checkpoint, if there is one."""
+        """Continue from the checkpoint, if there is one.
+
+        Raises:
+            CorruptCacheError: it is damaged, or of a model with other weights, such as that of another timm.
+        """
         if not self.checkpoint.exists():
             return
         contents = load_checkpoint(self.checkpoint)
-        self.step = contents["step"]
-        self._seconds_before = contents["seconds"]
-        self.student.module.load_state_dict(contents["module"])
-        self.optimizer.load_state_dict(contents["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(contents["ema"])
+        with refuse_what_does_not_fit(self.checkpoint):
+            self.student.module.load_state_dict(contents["module"])
+            self.optimizer.load_state_dict(contents["optimizer"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(contents["ema"])
+            self.step, self._seconds_before = contents["step"], contents["seconds"]
         self.scheduler.step_update(self.step)
 
     @property

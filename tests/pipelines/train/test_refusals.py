@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from training_runs import run_until_killed
 
 from atcache.errors import CacheMismatchError, ConfigError, CorruptCacheError, TeacherError
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
+from atcache.pipelines.running.checkpoint import load_checkpoint, save_checkpoint
 from atcache.pipelines.train.config import TrainConfig
 from atcache.pipelines.train.run import train
 from atcache.store.manifest import commit_path
@@ -199,3 +201,15 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(name, conf
         train(config)
     assert [file.name for file in config.out.iterdir()] == [name]
     assert (config.out / name).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("part", ["module", "optimizer", "ema"])
+def test_a_checkpoint_of_another_model_is_refused(part, config_for):
+    config = config_for("scratch", drop_path=0.4, ema=0.9, steps=40, checkpoint_every=15)
+    run_until_killed(config)
+    file = config.out / "checkpoint.pt"
+    contents = load_checkpoint(file)
+    del contents[part][next(iter(contents[part]))]
+    save_checkpoint(file, contents)
+    with pytest.raises(CorruptCacheError, match=r"checkpoint\.pt does not fit the model \(.*\)\. Another version"):
+        train(config)

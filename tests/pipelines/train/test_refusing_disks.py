@@ -20,7 +20,7 @@ from atcache.pipelines.pretrain.run import pretrain
 from atcache.pipelines.running.checkpoint import load_checkpoint, save_checkpoint
 from atcache.pipelines.running.metrics import MetricsLog, read_metrics
 from atcache.pipelines.running.run_files import save_weights
-from atcache.pipelines.train.run import train
+from atcache.pipelines.train.run import train, train_sweep
 
 STATE = {"model": {f"{number}": torch.zeros(1000) for number in range(2000)}, "step": 3}  # 8 MB
 LARGE = nn.Linear(1000, 1000)
@@ -75,6 +75,26 @@ def test_a_run_whose_disk_fills_up_says_so_and_continues(config_for, tmp_path):
         train(config)
     assert read_metrics(config.out) == [] or read_metrics(config.out)[-1]["step"] < 20
     assert train(config).loss == whole.loss
+
+
+def test_a_student_whose_disk_is_full_costs_the_others_of_its_sweep_no_step(config_for, tmp_path):
+    before, full, after = (
+        config_for("scratch", out=tmp_path / "sweep" / name, order_seed=0, checkpoint_every=5, **fields)
+        for name, fields in {
+            "before": {"optimizer": "sgd"},
+            "full": {"ema": 0.9},  # four copies of the weights, where SGD has two
+            "after": {"optimizer": "sgd"},
+        }.items()
+    )
+    wholes = [train(replace(config, out=tmp_path / config.out.name)) for config in (before, full, after)]
+    weights_nbytes = (tmp_path / "before" / "model.safetensors").stat().st_size
+    with largest_file(nbytes=3 * weights_nbytes), pytest.raises(DiskFullError, match=r"full/checkpoint\.pt"):
+        train_sweep([before, full, after])
+    assert load_checkpoint(before.out / "checkpoint.pt")["step"] == 5
+    assert load_checkpoint(after.out / "checkpoint.pt")["step"] == 4, "its turn in the fifth step had not come"
+    assert not (full.out / "checkpoint.pt").exists()
+    results = train_sweep([before, full, after])
+    assert [result.summary.loss for result in results] == [whole.loss for whole in wholes]
 
 
 def test_no_command_works_for_long_before_it_finds_that_it_may_not_write(config_for, digits_tars, tiny_vit, tmp_path):

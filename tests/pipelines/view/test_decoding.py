@@ -269,6 +269,26 @@ def test_samples_are_found_by_key_and_class(page, build_with):
     assert none == f'No sample has the key "digits-0000.tar/nobody"; the first is "{keys[0]}".'
 
 
+def test_a_search_finds_all_classes_of_a_name(page, build_with, tmp_path):
+    path = shutil.copytree(build_with(codec="int8"), tmp_path / "named.zarr")
+    root = json.loads((path / "zarr.json").read_text())
+    # ImageNet has two cranes, the bird and the machine.
+    root["consolidated_metadata"]["metadata"]["samples"]["attributes"]["classes"] = ["zero", "crane", "two", "crane"]
+    (path / "zarr.json").write_text(json.dumps(root))
+    label_S = atcache.open(path).samples.label.values
+    with WebFolder(caches=tmp_path) as served:
+        cranes, two, none = page.evaluate(
+            """async (url) => {
+                const cache = await atcache.openCache(url);
+                return Promise.all(["crane", "two", "nobody"].map((name) => cache.search("", name, 100)));
+            }""",
+            f"{served.url}/caches/named.zarr",
+        )
+    assert cranes == [row for row, label in enumerate(label_S) if label in (1, 3)] != []
+    assert two == [row for row, label in enumerate(label_S) if label == 2]
+    assert none == []
+
+
 def test_only_what_is_needed_is_fetched(page, build_with):
     path = build_with(codec="int8")
     layout = atcache.open(path).reader.layout

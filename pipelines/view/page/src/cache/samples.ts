@@ -135,16 +135,16 @@ export class SampleTable {
     throw new CacheError("no-such-sample", `No sample has the key "${sampleKey}"; the first is "${example.key}".`);
   }
 
-  /** Rows whose key contains `text`, whatever its case. */
+  /** Rows whose key contains `text`, whatever its case, and whose class has this name: several may have it. */
   async search(text: string, className: string | undefined, limit: number): Promise<number[]> {
-    const label = className === undefined ? null : this.classes.indexOf(className);
-    if (label === -1) return [];
+    const ofClass = (name: string, label: number) => (name === className ? [label] : []);
+    const labels = className === undefined ? null : new Set(this.classes.flatMap(ofClass));
     const wanted = text.toLowerCase();
     const rows: number[] = [];
     for await (const stretch of this.stretches(["key", "tar", "label", "problem"])) {
       for (let row = stretch.start; row < stretch.stop; row++) {
         if (stretch.number("problem", row) === NO_SAMPLE) continue;
-        if (label !== null && stretch.number("label", row) !== label) continue;
+        if (labels !== null && !labels.has(stretch.number("label", row))) continue;
         if (wanted && !this.sampleKey(stretch, row).toLowerCase().includes(wanted)) continue;
         rows.push(row);
         if (rows.length >= limit) return rows;

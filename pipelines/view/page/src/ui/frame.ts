@@ -106,7 +106,7 @@ export class Frame {
 
   fillSearch(state: State, classes: string[]): void {
     this.search.value = state.search;
-    const options = ["", ...classes].map((name) => make("option", { value: name }, name || "all classes"));
+    const options = ["", ...new Set(classes)].map((name) => make("option", { value: name }, name || "all classes"));
     this.className.replaceChildren(...options);
     this.className.value = state.class;
     this.className.hidden = !classes.length;
