@@ -16,9 +16,9 @@ from atcache.choices import Mode
 from atcache.files.durable import encode_json, write_file
 
 _FOOT = (
-    "± is one standard error: over seeds where there are several, else that of a share of so many test images "
-    "(binomial). The share of the gap is (top-1 - scratch) / (finetune - scratch) on the same images. Its error is "
-    "propagated from those of all three, as if they were independent."
+    "± is one standard error: that of a share of so many test images (binomial), or over seeds if that is larger. The "
+    "share of the gap is (top-1 - scratch) / (finetune - scratch) on the same images. Its error is propagated from "
+    "those of all three, as if they were independent."
 )
 
 

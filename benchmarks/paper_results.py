@@ -67,15 +67,20 @@ def accuracies(study: Study, rows: Sequence[Row]) -> dict[Row, Accuracy]:
 
 
 def standard_error(scores: Sequence[Sequence[Score]]) -> float:
-    """The standard error of the mean top-1, in percent: over seeds, or for one seed over samples (binomial).
+    """The standard error of the mean top-1, in percent: over samples (binomial), or over seeds if that is larger.
+
+    All seeds share their test images, so more seeds do not make the first smaller. A few that happen to be alike say
+    little about the second.
 
     Args:
         scores: for each seed one score, or several of the same images, corrupted in other ways: their errors are not
             independent, so the mean of them is as uncertain as each.
     """
-    if len(scores) > 1:
-        return statistics.stdev(statistics.fmean(one.top1 for one in own) for own in scores) / math.sqrt(len(scores))
-    return statistics.fmean(score.top1_error for score in scores[0])
+    over_samples = statistics.fmean(one.top1_error for own in scores for one in own)
+    if len(scores) == 1:
+        return over_samples
+    over_seeds = statistics.stdev(statistics.fmean(one.top1 for one in own) for own in scores) / math.sqrt(len(scores))
+    return max(over_samples, over_seeds)
 
 
 def gap_closed(

@@ -119,7 +119,8 @@ def test_every_number_is_what_a_command_wrote(study):
         row = rows["modes", mode]
         assert list(row["top1_by_seed"].values()) == found
         assert row["top1"] == pytest.approx(np.mean(found))
-        assert row["standard_error"] == pytest.approx(abs(found[0] - found[1]) / 2)
+        of_images = np.mean([math.sqrt(top1 * (100 - top1) / 50) for top1 in found])
+        assert row["standard_error"] == pytest.approx(max(of_images, abs(found[0] - found[1]) / 2))
         assert row["num_samples"] == 50
     assert rows["modes", "scratch"]["top1"] < rows["modes", "finetune"]["top1"]
     assert (rows["modes", "scratch"]["gap"], rows["modes", "finetune"]["gap"]) == (0, 1)
@@ -329,6 +330,21 @@ def _accuracy(top1, error):
     from paper_steps import Row
 
     return Accuracy(row=Row("codecs", "c", ()), top1_by_seed={0: top1}, top1=top1, standard_error=error, num_samples=1)
+
+
+def test_seeds_that_are_alike_do_not_make_the_test_images_more():
+    from paper_results import standard_error
+
+    from atcache.pipelines.train.scores import Score
+
+    def score(top1):
+        error = math.sqrt(top1 * (100 - top1) / 400)
+        return Score(top1=top1, top1_error=error, top5=100.0, loss=1.0, ece=1.0, num_samples=400)
+
+    assert standard_error([[score(50.0)]]) == standard_error([[score(50.0)], [score(50.0)]]) == 2.5
+    assert standard_error([[score(50.0)], [score(50.0)], [score(80.0)]]) == pytest.approx(10)
+    # The same images, corrupted in two ways, are as uncertain as each.
+    assert standard_error([[score(50.0), score(50.0)]]) == 2.5
 
 
 def test_the_cheapest_codec_is_within_one_standard_error_of_the_first():
