@@ -9,6 +9,7 @@ import click
 import atcache
 from atcache.attention.indices import format_indices
 from atcache.files.location import Location
+from atcache.files.sizes import size_text
 
 from ..pipelines.pages.plain import plain
 from . import options
@@ -78,7 +79,7 @@ def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
     if about["num_stored"]:
         ratio = about["times_smaller_than_float16_maps"]
         codes = "" if ratio is None else f"; codes are {options.compare_sizes(ratio)} than float16 maps"
-        lines.append(("size", f"{_size(about['nbytes'])}, {about['nbytes_per_view']} bytes a view{codes}"))
+        lines.append(("size", f"{size_text(about['nbytes'])}, {about['nbytes_per_view']} bytes a view{codes}"))
     calibration = _part(about, "calibration")
     if "row_kl_nats" in calibration and "injected_error" in calibration:
         lines.append(("held back", _held_back(calibration, codec)))
@@ -178,13 +179,3 @@ def _bad(bad: dict[str, int]) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _size(nbytes: int) -> str:
-    """Bytes in the largest unit that keeps the number at 1 or above.
-
-    >>> _size(5 * 2**20)
-    '5 MiB'
-    """
-    power = max(0, min(4, (nbytes.bit_length() - 1) // 10))
-    return f"{nbytes / 2 ** (10 * power):.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

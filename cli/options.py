@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from atcache.errors import ConfigError
+from atcache.files.sizes import size_text
 
 from ..pipelines.options import options_of
 from ..pipelines.train.config import TrainConfig
@@ -73,9 +74,8 @@ def tell_plan(plan: BuildPlan) -> None:
         f"{plan.num_samples} samples x {plan.num_views} views, {plan.num_layers} layers x {plan.num_heads} heads x "
         f"{name_tokens(plan.num_tokens, plan.num_queries)}\n"
         f"{plan.nbytes_per_view} bytes a view ({compare_sizes(ratio)} than float16 maps) and "
-        f"{plan.state_nbytes / 2**20:.1f} MiB once; "
-        f"{plan.remaining_nbytes / 2**20:.1f} MiB to write"
-        f"{'' if plan.free_nbytes is None else f', {plan.free_nbytes / 2**20:.0f} MiB free'}\n"
+        f"{size_text(plan.state_nbytes)} once; {size_text(plan.remaining_nbytes)} to write"
+        f"{'' if plan.free_nbytes is None else f', {size_text(plan.free_nbytes)} free'}\n"
         f"row KL {plan.row_kl_nats:.2g} nats, features off by {plan.injected_error:.2g} with decoded maps"
         f"{'' if plan.v_error is None else f'; decoded v off by {plan.v_error:.2g}'}"
         f"{'' if plan.x_error is None else f'; decoded x off by {plan.x_error:.2g}'}\n"
@@ -92,7 +92,7 @@ def tell_built(summary: BuildSummary) -> None:
     if summary.complete is not None:
         click.echo(
             f"{summary.out} is complete: {summary.complete['num_stored']} views stored, "
-            f"{summary.complete['num_bad']} bad, {summary.complete['nbytes'] / 2**20:.1f} MiB; "
+            f"{summary.complete['num_bad']} bad, {size_text(summary.complete['nbytes'])}; "
             f"{summary.num_built_views} views in {summary.seconds:.1f} s now",
             err=True,
         )

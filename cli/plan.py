@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atcache.files.sizes import size_text
+
 from ..pipelines.plan.config import PlanConfig
-from ..pipelines.plan.verdict import duration, number, size
+from ..pipelines.plan.verdict import duration, number
 from . import options
 from .fields import options_from
 
@@ -72,8 +74,8 @@ def _facts(plan: Plan) -> list[str]:
         f"{runs} of {number(workload.epochs)} epochs, mode {plan.mode}",
         f"teacher {plan.teacher or 'not named'}: {number(machine.teacher_img_per_s)} img/s"
         f"{'' if plan.device is None else f' ({plan.device})'}{loads}",
-        f"disk of {plan.out}: writes {size(machine.write_nbytes_per_s)}/s"
-        f"{'' if machine.free_nbytes is None else f', {size(machine.free_nbytes)} free'}",
+        f"disk of {plan.out}: writes {size_text(machine.write_nbytes_per_s)}/s"
+        f"{'' if machine.free_nbytes is None else f', {size_text(machine.free_nbytes)} free'}",
         *([f"assumed: {', '.join(plan.assumed)}"] if plan.assumed else []),
     ]
 
@@ -86,8 +88,8 @@ def _cache_table(plan: Plan) -> Table:
         ratio = None if cost.map_nbytes_per_view is None else cost.map_nbytes_per_view / cost.nbytes_per_view
         table.add_row(
             cost.codec or "assumed",
-            size(cost.nbytes_per_view),
-            size(one.total_nbytes),
+            size_text(cost.nbytes_per_view),
+            size_text(one.total_nbytes),
             "-" if ratio is None else options.compare_sizes(ratio),
             "-" if cost.row_kl_nats is None else f"{cost.row_kl_nats:.2g}",
             "-" if cost.injected_error is None else f"{cost.injected_error:.2g}",
@@ -115,8 +117,8 @@ def _training_table(plan: Plan) -> Table:
         table.add_row(
             f"{cost.codec or 'assumed'} cache",
             f"{number(cost.student_img_per_s)} img/s",
-            f"{size(one.needed_nbytes_per_s)}/s",
-            f"{size(cost.read_nbytes_per_s)}/s",
+            f"{size_text(one.needed_nbytes_per_s)}/s",
+            f"{size_text(cost.read_nbytes_per_s)}/s",
             *(duration(one.epoch_s), one.epoch_limit, pays, one.verdict),
         )
     return table

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atcache.files.sizes import size_text
+
 from ..pipelines.pages.plain import plain
 from ..pipelines.verify.config import VerifyConfig
 from . import options
@@ -58,7 +60,7 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
         if fidelity.v_error is not None:
             lines.append(f"v off by {fidelity.v_error:.3g} (at most {fidelity.v_error_limit:.3g})")
     looked_at = (
-        f"{summary.num_committed} of {summary.num_tasks} tasks, {summary.nbytes / 2**20:.1f} MiB; pixels of "
+        f"{summary.num_committed} of {summary.num_tasks} tasks, {size_text(summary.nbytes)}; pixels of "
         f"{summary.num_views} views"
     )
     if not summary.problems:

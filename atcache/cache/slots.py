@@ -16,6 +16,7 @@ from typing import Self
 import numpy as np
 
 from atcache.errors import ConfigError
+from atcache.files.sizes import size_text
 
 _ALIGNMENT = 64
 _current: list[Slot] = []
@@ -54,7 +55,7 @@ class Slot:
         except OSError as error:
             os.close(file)
             raise ConfigError(
-                f"{nbytes / 2**20:.0f} MiB of memory for a batch cannot be shared between processes: {error.strerror}. "
+                f"{size_text(nbytes)} of memory for a batch cannot be shared between processes: {error.strerror}. "
                 "Use fewer --workers, or a smaller --batch-size."
             ) from error
 

@@ -5,5 +5,6 @@
 - `durable`: write a file completely or not at all
 - `writers`: lock a folder, so that it has one writer at a time; remove what a killed one left
 - `spool`: folders for files on their way to an object store
+- `sizes`: sizes as people read them
 - `remote/`: files on servers, fetched in blocks that are kept on the local disk
 """

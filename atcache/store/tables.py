@@ -20,6 +20,7 @@ from atcache.errors import ConfigError, CorruptCacheError
 from atcache.files.durable import encode_json
 from atcache.files.location import Location, parse_location
 from atcache.files.ranges import read_file
+from atcache.files.sizes import size_text
 from atcache.store.chunks import ZSTD_LEVEL, DamagedChunkError, decompress_into
 from atcache.store.layout import MAX_CHUNK_NBYTES, ZSTD, max_encoded_nbytes
 from atcache.store.metadata import list_arrays, parse_json
@@ -394,7 +395,7 @@ def read_state(root: Location) -> dict[str, np.ndarray]:
     nbytes = sum(info.nbytes for info in infos.values())
     if nbytes > MAX_STATE_NBYTES:
         raise CorruptCacheError(
-            f"{group} describes {len(infos)} arrays of {nbytes / 1e9:.3g} GB in all; expected at most "
-            f"{MAX_STATE_NBYTES / 1e9:.3g} GB. Restore it from a copy."
+            f"{group} describes {len(infos)} arrays of {size_text(nbytes)} in all; expected at most "
+            f"{size_text(MAX_STATE_NBYTES)}. Restore it from a copy."
         )
     return {name: _read_values(group / name, info) for name, info in infos.items()}

@@ -20,6 +20,7 @@ from atcache.files.durable import check_can_write
 from atcache.files.location import Location, Url
 from atcache.files.ranges import file_exists
 from atcache.files.remote.putting import patiently
+from atcache.files.sizes import size_text
 from atcache.files.spool import spool_free_nbytes, sweep_spools
 from atcache.files.writers import sweep_partials
 from atcache.images.class_names import same_classes
@@ -87,8 +88,8 @@ class Prepared:
             self._check_spool(num_spools)
         elif plan.remaining_nbytes + plan.state_nbytes > plan.free_nbytes:
             raise DiskFullError(
-                f"{self.config.out}: {plan.remaining_nbytes / 2**20:.0f} MiB are still to be written, "
-                f"{plan.free_nbytes / 2**20:.0f} MiB are free. Free some space, or choose a smaller --budget or "
+                f"{self.config.out}: {size_text(plan.remaining_nbytes)} are still to be written, "
+                f"{size_text(plan.free_nbytes)} are free. Free some space, or choose a smaller --budget or "
                 "--codec, or fewer --layers."
             )
 
@@ -98,15 +99,15 @@ class Prepared:
         shard_nbytes = self.plan.nbytes_per_view * num_samples
         if shard_nbytes > _MOST_PUT_NBYTES:
             raise ConfigError(
-                f"a task of {num_samples} samples has about {shard_nbytes / 2**30:.2g} GiB, and an object store takes "
-                f"at most {_MOST_PUT_NBYTES / 2**30:.0f} GiB in one request. Lower --samples-per-shard."
+                f"a task of {num_samples} samples has about {size_text(shard_nbytes)}, and an object store takes "
+                f"at most {size_text(_MOST_PUT_NBYTES)} in one request. Lower --samples-per-shard."
             )
         # One task is written while another is put. Before, the codec's state is there.
         needed_nbytes = max(2 * num_spools * self.plan.nbytes_per_view * num_samples, self.plan.state_nbytes)
         if needed_nbytes > free_nbytes:
             raise DiskFullError(
-                f"{place}: up to {needed_nbytes / 2**20:.2g} MiB lie there on their way to {self.config.out}, but only "
-                f"{free_nbytes / 2**20:.2g} MiB are free. Set TMPDIR to a folder with more space, or lower "
+                f"{place}: up to {size_text(needed_nbytes)} lie there on their way to {self.config.out}, but only "
+                f"{size_text(free_nbytes)} are free. Set TMPDIR to a folder with more space, or lower "
                 "--samples-per-shard."
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from atcache.files.location import Location
+from atcache.files.sizes import size_text
 from atcache.store.layout import StoreLayout, Task
 
 from ..fidelity import Expectation, Watch
@@ -38,9 +39,9 @@ def telling(
 
         def tell() -> None:
             now = total()
-            speed = now.nbytes / 1e6 / (time.monotonic() - start_s)
+            speed = size_text(now.nbytes / (time.monotonic() - start_s))
             news = done_views + now.num_views - progress.done
-            progress.advance(news, f"{now.nbytes / 1e6:.4g} MB, {speed:.3g} MB/s")
+            progress.advance(news, f"{size_text(now.nbytes)}, {speed}/s")
             if (warning := watch.see(now.sum_nats, now.num_checked)) is not None:
                 progress.say(warning)
             joiner.look()

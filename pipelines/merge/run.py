@@ -16,6 +16,7 @@ from atcache.cache.differences import name_differences
 from atcache.cache.record import CacheRecord
 from atcache.errors import CacheMismatchError, DiskFullError
 from atcache.fields import JsonFields
+from atcache.files.sizes import size_text
 from atcache.files.writers import sweep_partials
 from atcache.store.joining import can_link, join_layouts, join_samples, write_joined
 from atcache.store.manifest import read_commits
@@ -157,7 +158,7 @@ def _copied_nbytes(readers: Sequence[CacheReader], out: Path) -> int:
     free_nbytes = shutil.disk_usage(folder).free
     if nbytes > free_nbytes:
         raise DiskFullError(
-            f"{out}: {nbytes / 2**20:.0f} MiB of shards must be copied, {free_nbytes / 2**20:.0f} MiB are free. Free "
+            f"{out}: {size_text(nbytes)} of shards must be copied, {size_text(free_nbytes)} are free. Free "
             "some space, or give an --out on the disk of the caches, where files are linked."
         )
     return nbytes

@@ -15,6 +15,7 @@ import numpy as np
 
 from atcache.fields import JsonFields
 from atcache.files.durable import disk_errors_explained, existing_folder
+from atcache.files.sizes import size_text
 from atcache.images.source import SampleIndex
 from atcache.machine import memory_nbytes
 from atcache.teachers.verdict import TeacherVerdict
@@ -24,7 +25,7 @@ from .config import PlanConfig
 from .disk import DiskProbe
 from .images import ImageCost, say_image_cost
 from .measure import Measures, Say, measure, what_is_assumed
-from .verdict import DISK, Assessment, Decision, Machine, Workload, assess, decide, size
+from .verdict import DISK, Assessment, Decision, Machine, Workload, assess, decide
 
 _MUCH_STATE = 0.02  # a note tells of fitted state that takes more than this share of the cache
 
@@ -169,12 +170,12 @@ def _notes(
         # The disk is the limit only at first. A speed that is assumed may be that of another machine.
         if assumed.read_nbytes_per_s is None and one.epoch_limit == DISK and one.total_nbytes < memory_nbytes() / 2:
             yield (
-                f"A cache of {size(one.total_nbytes)} fits in the {size(memory_nbytes())} of memory here: only the "
-                "first epoch would wait for the disk."
+                f"A cache of {size_text(one.total_nbytes)} fits in the {size_text(memory_nbytes())} of memory here: "
+                "only the first epoch would wait for the disk."
             )
     for one in assessments:
         if one.cost.state_nbytes > _MUCH_STATE * one.total_nbytes:
             yield (
-                f"Codec {one.cost.codec} stores {size(one.cost.state_nbytes)} of fitted state beside the views, once "
-                "for all of them."
+                f"Codec {one.cost.codec} stores {size_text(one.cost.state_nbytes)} of fitted state beside the views, "
+                "once for all of them."
             )

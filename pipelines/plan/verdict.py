@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
+
+from atcache.files.sizes import size_text
 
 Verdict = Literal["pays", "too late", "slower", "does not fit"]
 """`too late`: a cache pays only after more epochs than are planned. `slower`: it never pays, since it saves no time."""
@@ -236,8 +239,8 @@ def _say_yes(best: Assessment, workload: Workload, live_epoch_s: float) -> str:
     return (
         f"Cache, {_with(best.cost.codec)}: one epoch takes {duration(best.epoch_s)} from the cache and "
         f"{duration(live_epoch_s)} with a live teacher. The build takes {duration(best.build_s)} and "
-        f"{size(best.total_nbytes)}; it has paid for itself after {_epochs(best.payback_epochs, workload)}. In all, "
-        f"{duration(best.total_s)} instead of {duration(workload.all_epochs * live_epoch_s)}."
+        f"{size_text(best.total_nbytes)}; it has paid for itself after {_epochs(best.payback_epochs, workload)}. In "
+        f"all, {duration(best.total_s)} instead of {duration(workload.all_epochs * live_epoch_s)}."
     )
 
 
@@ -245,7 +248,8 @@ def _say_why_not(best: Assessment, workload: Workload, machine: Machine, live_ep
     setting = _with(best.cost.codec)
     setting = setting[0].upper() + setting[1:]
     if best.verdict == "does not fit" and machine.free_nbytes is not None:
-        return f"{setting} the cache takes {size(best.total_nbytes)}, but only {size(machine.free_nbytes)} are free."
+        needed, free = size_text(best.total_nbytes), size_text(machine.free_nbytes)
+        return f"{setting} the cache takes {needed}, but only {free} are free."
     both = (
         f"{setting} one epoch takes {duration(best.epoch_s)} from the cache, where {best.epoch_limit} "
         f"{'are' if best.epoch_limit.endswith('s') else 'is'} the limit, and {duration(live_epoch_s)} with a live "
@@ -273,10 +277,12 @@ def _epochs(epochs: float, workload: Workload) -> str:
 def number(value: float) -> str:
     """A number with about three digits, never as a power of ten.
 
-    >>> number(0.01234), number(12.345), number(98765.4)
-    ('0.0123', '12.3', '98,765')
+    >>> number(0.00001234), number(12.345), number(999.9), number(98765.4)
+    ('0.0000123', '12.3', '1000', '98,765')
     """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return format(Decimal(f"{value:.3g}"), "f")
 
 
 def duration(seconds: float) -> str:
@@ -289,15 +295,3 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{number(seconds / factor)} {unit}"
     return f"{number(seconds / 86_400)} days"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, as disks are sold.
-
-    >>> size(750), size(29_807_616), size(3.8e13)
-    ('750 bytes', '29.8 MB', '38 TB')
-    """
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= factor:
-            return f"{number(nbytes / factor)} {unit}"
-    return f"{nbytes:.0f} bytes"

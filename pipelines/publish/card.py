@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from atcache.cache.cache import Cache
 from atcache.files.location import Url
+from atcache.files.sizes import size_text
 
 CardState = Literal["written", "renewed", "unchanged", "left alone"]
 
@@ -139,7 +140,7 @@ def _images(cache: Cache, about: dict[str, Any]) -> str:
     names = [f"`{tar.name}`" for tar in (samples.tars[0], samples.tars[-1])]
     tars = names[0] if len(samples.tars) == 1 else f"{len(samples.tars)} tars, {names[0]} to {names[1]}"
     fingerprint = about["source"]["fingerprint"][:12]
-    size = _bytes(sum(samples.tar_nbytes))
+    size = size_text(sum(samples.tar_nbytes))
     return f"{_count(about['num_samples'], 'image')} in {tars} ({size}, fingerprint {fingerprint}...)"
 
 
@@ -181,7 +182,7 @@ def _fidelity(cache: Cache, about: dict[str, Any]) -> str:
 def _size(about: dict[str, Any]) -> str:
     times = about["times_smaller_than_float16_maps"]
     smaller = f"; codes are {times:.3g} times smaller than float16 maps" if times else ""
-    return f"{_bytes(about['nbytes'])}, {about['nbytes_per_view']} bytes a view{smaller}"
+    return f"{size_text(about['nbytes'])}, {about['nbytes_per_view']} bytes a view{smaller}"
 
 
 def _images_licence(cache: Cache) -> str:
@@ -192,9 +193,3 @@ def _images_licence(cache: Cache) -> str:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _bytes(nbytes: int) -> str:
-    """A size in the unit that leaves the fewest digits, as hubs show it."""
-    power = max(0, min(4, (len(str(nbytes)) - 1) // 3))
-    return f"{nbytes / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -26,6 +26,7 @@ from atcache.fields import JsonFields
 from atcache.files.durable import check_can_write, disk_errors_explained, existing_folder, make_folder
 from atcache.files.location import Location
 from atcache.files.remote.download import download
+from atcache.files.sizes import size_text
 from atcache.files.writers import only_writer, sweep_partials
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.manifest import Commit, read_commit, read_commits, write_commit
@@ -196,7 +197,7 @@ def _check_space(out: Path, nbytes: int) -> None:
     free_nbytes = shutil.disk_usage(existing_folder(out)).free
     if nbytes > free_nbytes:
         raise DiskFullError(
-            f"{out}: {nbytes / 2**20:.0f} MiB are to be fetched, {free_nbytes / 2**20:.0f} MiB are free. Free some "
+            f"{out}: {size_text(nbytes)} are to be fetched, {size_text(free_nbytes)} are free. Free some "
             "space, or fetch fewer --views or --tars."
         )
 

@@ -13,6 +13,7 @@ import torch
 from atcache.cache.cache import Cache
 from atcache.errors import AtcacheError, CorruptCacheError
 from atcache.files.location import Location, Url
+from atcache.files.sizes import size_text
 from atcache.store.audit import check_metadata, check_tables, find_strays
 from atcache.store.growth import read_growth
 from atcache.store.layout import StoreLayout, Task
@@ -142,7 +143,7 @@ def check_all_tasks(cache: Cache, mapper: Mapper, report: Report) -> CheckedTask
             if commit is not None:
                 commits.append(commit)
                 nbytes += commit.nbytes
-            progress.advance(1, note=f"{nbytes / 2**20:.0f} MiB")
+            progress.advance(1, note=size_text(nbytes))
     if is_finished and len(whole) == len(tasks):  # otherwise the totals differ for a reason that is reported already
         _check_totals(cache, sorted(commits, key=lambda commit: commit.task), report)
     return CheckedTasks(whole, len(committed), nbytes, is_finished and committed == tasks.keys(), notes)

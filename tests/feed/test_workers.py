@@ -200,7 +200,7 @@ def test_memory_that_cannot_be_had_is_told_of_in_a_sentence():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # for files without a name too
     try:
         with pytest.raises(
-            ConfigError, match=r"^16 MiB of memory for a batch cannot be shared .*: File too large. Use"
+            ConfigError, match=r"^16.8 MB of memory for a batch cannot be shared .*: File too large. Use"
         ):
             Slot.create(2**24)
     finally:

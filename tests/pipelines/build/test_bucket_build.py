@@ -223,7 +223,7 @@ def test_a_place_for_temp_files_that_holds_no_two_tasks_is_named(local, moto, mo
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "small"))
         with pytest.raises(
             DiskFullError,
-            match=r"small: up to .* MiB lie there on their way to s3.* Set TMPDIR to a folder with more space",
+            match=r"small: up to [\d.]+ kB lie there on their way to s3.* Set TMPDIR to a folder with more space",
         ):
             build(replace(into(local, "full"), samples_per_shard=48))
 

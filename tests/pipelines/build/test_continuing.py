@@ -267,7 +267,9 @@ def test_a_write_that_is_refused_loses_nothing_that_was_stored(config, tmp_path)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(config, small_disk):
-    with pytest.raises(DiskFullError, match=r"\d+ MiB are still to be written, 2 MiB are free.*smaller --budget or"):
+    with pytest.raises(
+        DiskFullError, match=r"[\d.]+ MB are still to be written, 2\.1 MB are free.*smaller --budget or"
+    ):
         build(replace(config, out=small_disk / "cache.zarr", views=30, codec="int8"))
     assert list(small_disk.iterdir()) == []
 
@@ -276,7 +278,7 @@ def test_a_dry_run_notes_what_cannot_fit(config, small_disk, caplog):
     summary = build(replace(config, out=small_disk / "cache.zarr", views=30, codec="int8", dry_run=True))
     assert summary.plan is not None
     (note,) = [message for message in caplog.messages if message.startswith("NOTE: this build would be refused. ")]
-    assert "MiB are still to be written, 2 MiB are free. Free some space" in note
+    assert "MB are still to be written, 2.1 MB are free. Free some space" in note
     caplog.clear()
     build(replace(config, dry_run=True))
     assert "would be refused" not in caplog.text
