@@ -60,28 +60,3 @@ def picture_html(picture_HWC: np.ndarray, caption: str, *, enlarge: int = 1) -> 
     image = f'<img src="{address}" alt="{escaped(caption)}" width="{picture.width}" height="{picture.height}">'
     style = f"margin:4px 0;width:{max(picture.width, 120)}px"
     return f'<figure style="{style}">{image}<figcaption style="opacity:.7">{escaped(caption)}</figcaption></figure>'
-
-
-def table_html(title: str, layers: Sequence[int], heads: Sequence[int], numbers_LH: Sequence[Sequence[float]]) -> str:
-    """A table with a row a layer and a column a head; the larger a number, the darker its ground.
-
-    Args:
-        title: plain text.
-        layers: names of the rows.
-        heads: names of the columns.
-        numbers_LH: a number for each layer and head.
-    """
-    known = [number for numbers in numbers_LH for number in numbers if number == number]
-    low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    cell = f"{_CELL};text-align:right"
-    header = "".join(f'<th scope="col" style="{cell}">head {escaped(head)}</th>' for head in heads)
-    rows: list[str] = []
-    for layer, numbers in zip(layers, numbers_LH, strict=True):
-        shades = [0.0 if number != number else (number - low) / ((high - low) or 1) for number in numbers]
-        cells = "".join(
-            f'<td style="{cell};background:rgba(230,120,20,{0.55 * shade:.2f})">{number:.3g}</td>'
-            for number, shade in zip(numbers, shades, strict=True)
-        )
-        rows.append(f'<tr><th scope="row" style="{_CELL}">layer {escaped(layer)}</th>{cells}</tr>')
-    caption = f'<caption style="text-align:left">{escaped(title)}</caption>'
-    return f"<table>{caption}<tr><td></td>{header}</tr>{''.join(rows)}</table>"

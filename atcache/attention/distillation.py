@@ -283,7 +283,9 @@ def logits_distillation_loss(teacher: LayerAttention, logits_BHQK: Tensor) -> Te
         logits_BHQK = logits_BHQK[:, :, : teacher.shape_BHT[2]]
     batch, heads, tokens = logits_BHQK.shape[:3]
     check_equal_shapes(teacher.shape_BHT, (batch, heads, tokens))
-    return F.cross_entropy(logits_BHQK.float().flatten(0, 2), teacher.maps().flatten(0, 2))
+    attn_BHQK, log_student_BHQK = teacher.maps(), F.log_softmax(logits_BHQK.float(), dim=-1)
+    # A key that is masked in both has the logarithm -inf and no attention, which cost nothing.
+    return -(attn_BHQK * log_student_BHQK.masked_fill(attn_BHQK == 0, 0)).sum(dim=-1).mean()
 
 
 def factor_distillation_loss(teacher: LayerFactors, student: LayerFactors, what: str) -> Tensor:

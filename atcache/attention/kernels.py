@@ -193,10 +193,15 @@ def logits_slice(
 
     With bf16 factors the product is formed in bf16, so it is rounded to 8 bits before it is widened. Maps formed under
     autocast are rounded in the same way. Widening the factors first would give exact products, but it is slower: it
-    could not use the bf16 units of processors and GPUs.
+    could not use the bf16 units of processors and GPUs. fp16 ends at 65504, which q k^T may pass where the logits do
+    not, so there the scale comes first.
     """
-    logits_BHQK = q_BHTD[samples, :, queries] @ k_BHTD[samples].mT
-    logits_BHQK = logits_BHQK.to(wide(logits_BHQK.dtype)).mul_(scale)
+    q_BHQD, k_BHKD = q_BHTD[samples, :, queries], k_BHTD[samples]
+    if q_BHQD.dtype == torch.float16:
+        logits_BHQK = ((q_BHQD * scale) @ k_BHKD.mT).float()
+    else:
+        logits_BHQK = q_BHQD @ k_BHKD.mT
+        logits_BHQK = logits_BHQK.to(wide(logits_BHQK.dtype)).mul_(scale)
     if bias is not None:
         logits_BHQK += bias_slice(bias, samples, queries)
     return logits_BHQK

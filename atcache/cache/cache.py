@@ -388,7 +388,7 @@ class Cache:
 
     def _head_positions(self, heads: Sequence[int] | None) -> tuple[int, ...]:
         stored = self.geometry.heads
-        missing = [head for head in heads or () if head not in stored]
+        missing = [head for head in (() if heads is None else heads) if head not in stored]
         if missing:
             raise CacheMissError(
                 f"head {missing[0]} of the teacher is not stored in {self.path}, only heads "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,8 @@ class ExactCoder(Coder):
 
     def _too_large(self, block: int, layer: LayerFactors) -> CodecError:
         largest = max(float(part.abs().max()) for part in self._parts_BTND(layer))
+        if not math.isfinite(largest):
+            return CodecError(f"layer {block}: a factor is {largest}. Check the teacher's weights and precision.")
         return CodecError(
             f"layer {block}: a factor of size {largest:.4g} does not fit in {self._float_dtype}. "
             "Build with --codec exact:dtype=float32 or --codec int8."

@@ -21,6 +21,8 @@ _CURVE = 1 / 16
 """Steps are equal in log(1 + slope p), with slope = 2 ** bits T / 16 and T tokens. At 6 bits this gives equal ratios
 for probabilities over a quarter of uniform (1 / T), and equal differences below. Equal ratios everywhere would take
 more bytes at the same KL, and so would one slope for every number of bits (`docs/design.md`)."""
+_OVER_1 = 0.01
+"""The logarithm of a probability that is more than rounding above 1."""
 _UNDER_HALF_A_STEP = 0.1
 """What a positive probability under half a step becomes, in steps. A 0 would make its row's KL infinite."""
 
@@ -82,7 +84,8 @@ class LogmapCoder(Coder):
             # The bias is part of a map. Captured factors carry their own; others get the teacher's.
             layer = LayerFactors(q_BHTD=layer.q_BHTD, k_BHTD=layer.k_BHTD, scale=layer.scale, bias=self.bias(position))
         log_attn_BHQK = layer.log_maps()
-        is_fine = torch.isfinite(log_attn_BHQK.amax(dim=-1)).all()
+        largest_BHQ = log_attn_BHQK.amax(dim=-1)
+        is_fine = (torch.isfinite(largest_BHQ) & (largest_BHQ < _OVER_1)).all()  # codes of more than 1 would wrap
         masked_BHQK = log_attn_BHQK == -torch.inf  # before exp, which turns small probabilities into 0 too
         steps_BHQK = log_attn_BHQK.exp_().mul_(self._slope).log1p_().div_(self._step)
         codes_BHQK = steps_BHQK.round_().add_(1).masked_fill_(masked_BHQK, 0).to(torch.uint8)
@@ -100,6 +103,6 @@ class LogmapCoder(Coder):
 
 def _no_distribution(block: int) -> CodecError:
     return CodecError(
-        f"layer {block}: a row of a map is not a distribution: it holds a negative value, NaN, infinity, or only "
-        "zeros. Check the teacher's weights and precision."
+        f"layer {block}: a row of a map is not a distribution: it holds a negative value, one above 1, NaN, "
+        "infinity, or only zeros. Check the teacher's weights and precision."
     )

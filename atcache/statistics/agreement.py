@@ -13,7 +13,7 @@ from atcache.statistics.arrays import (
     check_axes,
     check_k,
     greatest,
-    in_float32,
+    in_one_dtype,
     largest,
     namespace_of,
     tiny,
@@ -39,7 +39,7 @@ def kl_divergence(attn_QK: Array, other_QK: Array, *, base: float = np.e, floor:
     >>> kl_divergence(np.array([[1.0, 0.0]]), np.array([[0.5, 0.5]]), base=2)
     array([1.])
     """
-    xp = _namespace(attn_QK, other_QK)
+    xp, attn_QK, other_QK = _comparable(attn_QK, other_QK)
     least = max(floor, tiny(attn_QK))  # of both, so that maps which are alike have exactly 0
     logarithm = xp.log(at_least(attn_QK, least)) - xp.log(at_least(other_QK, least))
     kl_Q = (attn_QK * logarithm).sum(axis=-1) / float(np.log(base))
@@ -66,7 +66,7 @@ def js_divergence(attn_QK: Array, other_QK: Array, *, base: float = np.e) -> Arr
     >>> js_divergence(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]), base=2)
     array([1.])
     """
-    xp = _namespace(attn_QK, other_QK)
+    xp, attn_QK, other_QK = _comparable(attn_QK, other_QK)
     least = tiny(attn_QK)
     log_middle_QK = xp.log(at_least((attn_QK + other_QK) / 2, least))
     terms_QK = attn_QK * (xp.log(at_least(attn_QK, least)) - log_middle_QK)
@@ -89,7 +89,7 @@ def total_variation(attn_QK: Array, other_QK: Array) -> Array:
     >>> total_variation(np.array([[0.75, 0.25]]), np.array([[0.5, 0.5]]))
     array([0.25])
     """
-    xp = _namespace(attn_QK, other_QK)
+    xp, attn_QK, other_QK = _comparable(attn_QK, other_QK)
     return xp.abs(attn_QK - other_QK).sum(axis=-1) / 2
 
 
@@ -109,8 +109,7 @@ def cosine_similarity(attn_QK: Array, other_QK: Array) -> Array:
     >>> cosine_similarity(np.array([[0.5, 0.5, 0.0]]), np.array([[0.5, 0.0, 0.5]])).round(6)
     array([0.5])
     """
-    _namespace(attn_QK, other_QK)
-    attn_QK, other_QK = in_float32(attn_QK), in_float32(other_QK)
+    _, attn_QK, other_QK = _comparable(attn_QK, other_QK)
     norms_Q = ((attn_QK**2).sum(axis=-1) * (other_QK**2).sum(axis=-1)) ** 0.5
     return (attn_QK * other_QK).sum(axis=-1) / at_least(norms_Q, tiny(attn_QK))
 
@@ -132,7 +131,7 @@ def largest_overlap(attn_QK: Array, other_QK: Array, k: int) -> Array:
     >>> largest_overlap(np.array([[0.4, 0.3, 0.2, 0.1]]), np.array([[0.4, 0.1, 0.2, 0.3]]), k=2)
     array([0.5])
     """
-    _namespace(attn_QK, other_QK)
+    _, attn_QK, other_QK = _comparable(attn_QK, other_QK)
     check_k(k, attn_QK)
     is_large_QK, of_other_QK = _is_largest(attn_QK, k), _is_largest(other_QK, k)
     # Comparisons with NaN are false; the sums keep rows that are not stored NaN.
@@ -147,8 +146,8 @@ def _is_largest(attn_QK: Array, k: int) -> Array:
     return is_above_QK | (is_level_QK & (is_level_QK.cumsum(axis=-1) <= num_left_Q1))
 
 
-def _namespace(attn_QK: Array, other_QK: Array) -> Any:  # noqa: ANN401 - a module
-    """The namespace of both.
+def _comparable(attn_QK: Array, other_QK: Array) -> tuple[Any, Array, Array]:
+    """The namespace of both, and both in one dtype: what is the smallest number of one would be 0 in another.
 
     Raises:
         AttentionShapeError: their shapes differ, or they are of two kinds.
@@ -159,4 +158,4 @@ def _namespace(attn_QK: Array, other_QK: Array) -> Any:  # noqa: ANN401 - a modu
             "row has one to compare with."
         )
     check_axes(attn_QK, "query, key")
-    return namespace_of(attn_QK, other_QK)
+    return namespace_of(attn_QK, other_QK), *in_one_dtype(attn_QK, other_QK)

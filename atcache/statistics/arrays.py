@@ -6,6 +6,7 @@ is here. Importing this imports neither torch nor dask.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,23 @@ def in_float32(array: Array) -> Array:
     if array.dtype.itemsize != 2:
         return array
     return array.float() if is_torch(array) else array.astype(np.float32)
+
+
+def in_one_dtype(*arrays: Array) -> list[Array]:
+    """Arrays of one kind in the widest of their dtypes, and in float32 if all have only 16 bits.
+
+    Raises:
+        AttentionShapeError: the numbers of one are no floating-point numbers.
+    """
+    for array in arrays:
+        _limits_of(array)
+    dtypes = [array.dtype for array in arrays]
+    if is_torch(arrays[0]):
+        torch = sys.modules["torch"]
+        widest = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        return [array.to(widest) for array in arrays]
+    widest = np.result_type(np.float32, *dtypes)
+    return [array if array.dtype == widest else array.astype(widest) for array in arrays]
 
 
 def constant(values: np.ndarray, like: Array) -> Array:

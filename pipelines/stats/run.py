@@ -11,7 +11,6 @@ import torch
 from atcache.cache.cache import Cache
 from atcache.errors import CacheMissError
 from atcache.fields import JsonFields
-from atcache.notebook import facts_html, table_html
 from atcache.store.layout import Status
 
 from ..cluster.connect import mapper_of, open_for
@@ -79,10 +78,6 @@ class StatsSummary(JsonFields):
             for name, kind in KINDS.items()
             if (table := getattr(self, name)) is not None
         )
-
-    def _repr_html_(self) -> str:
-        shown = [table_html(table.title, self.layers, self.heads, table.mean) for table in self.tables()]
-        return facts_html("atcache stats", {"cache": self.path, "means over": f"{self.num_views} views"}, shown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

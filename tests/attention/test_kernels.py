@@ -219,6 +219,28 @@ def test_distillation_of_logits_is_that_of_the_factors_they_come_from():
         logits_distillation_loss(teacher, logits[:2])
 
 
+def test_keys_masked_in_teacher_and_student_cost_nothing():
+    bias = torch.full((1, 1, 7, 7), -torch.inf).triu(1)
+    teacher, student = (replace(make_factors(seed, dtype=torch.float32), bias=bias) for seed in (0, 1))
+    logits = student.scale * student.q_BHTD @ student.k_BHTD.mT + bias
+    got, expected = logits_distillation_loss(teacher, logits), attention_distillation_loss(teacher, student)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(gradients(loss, student.q_BHTD)[0] for loss in (got, expected)))
+
+
+def test_fp16_forms_logits_whose_products_it_could_not_hold():
+    seeds = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 64, generator=seeds) * size for size in (60, 60, 1))
+    assert (q @ k.mT).abs().max() > 65504
+    half = [tensor.half().requires_grad_() for tensor in (q, k, v)]
+    factors = LayerFactors(q_BHTD=half[0], k_BHTD=half[1], v_BHTD=half[2], scale=64**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(tensor.detach().float() for tensor in half))
+    attended, loss = distilled_attention(factors, factors)
+    for found in (attended, copy_attention(factors, half[2])):
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    assert all(bool(torch.isfinite(one).all()) for one in (loss, *gradients(attended.float().sum() + loss, half)))
+
+
 def test_distillation_gradients_pass_gradcheck_with_grouped_keys():
     teacher = make_factors(0)
     student = make_factors(1, kv_heads=1)

@@ -139,7 +139,7 @@ def test_maps_equal_those_of_the_stored_factors(cache, expected_LVSHQK, position
 
 def test_heads_are_the_teachers_and_come_in_the_order_asked_for(cache, expected_LVSHQK):
     assert np.allclose(
-        cache.maps(4, heads=[7, 2]).compute(), expected_LVSHQK[1][:, :, [3, 1]], atol=1e-6, equal_nan=True
+        cache.maps(4, heads=np.array([7, 2])).compute(), expected_LVSHQK[1][:, :, [3, 1]], atol=1e-6, equal_nan=True
     )
 
 

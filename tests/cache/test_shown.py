@@ -13,11 +13,9 @@ from builds import picture, write_tar
 from PIL import Image
 
 import atcache
-from atcache.notebook import table_html
+from atcache.notebook import facts_html
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.show.run import show
-from atcache.pipelines.stats.config import StatsConfig
-from atcache.pipelines.stats.run import stats
 
 TAGS = {"div", "strong", "table", "caption", "tr", "td", "th", "figure", "img", "figcaption"}
 ATTRIBUTES = {"style", "src", "alt", "width", "height", "scope"}
@@ -69,13 +67,6 @@ def test_a_view_shows_its_image_and_its_maps(tiny_cache):
     assert len(page.pictures) == 2
 
 
-def test_statistics_show_themselves_as_tables(tiny_cache):
-    summary = stats(StatsConfig(cache=tiny_cache(), sample=3, workers=1))
-    page = Page(summary._repr_html_())
-    assert "entropy, bits" in page.text
-    assert f"{summary.entropy_bits[1][0]:.3g}" in page.text
-
-
 def test_a_cache_without_its_images_shows_text(tiny_cache, digits_tars, tmp_path):
     shutil.copytree(digits_tars[0].parent, tmp_path / "tars")
     path = tiny_cache(data=str(tmp_path / "tars"), seed=9)
@@ -106,7 +97,6 @@ def test_what_a_cache_says_is_shown_as_text_and_never_run(hostile):
     assert f"a.tar/{key}0" in page.text
     assert HOSTILE in page.text
     assert Page(cache._repr_html_()).pictures
-    assert HOSTILE in Page(table_html(HOSTILE, [0], [1], [[float("nan")]])).text
 
 
 def test_a_figure_of_hostile_names_is_drawn(hostile, tmp_path):
@@ -117,4 +107,4 @@ def test_a_figure_of_hostile_names_is_drawn(hostile, tmp_path):
 
 
 def test_a_text_that_never_ends_is_cut():
-    assert len(table_html("x" * 10**6, [], [], [])) < 1000
+    assert len(facts_html("x" * 10**6, {"y" * 10**6: "z" * 10**6})) < 1000

@@ -86,7 +86,9 @@ def test_what_does_not_fit_is_told_of_when_it_is_settled(name):
     layers[1].q_BHTD[0, 0, 0, 0] = math.nan
     with NoLooks():
         queued = coder.queue(layers)
-    with pytest.raises(CodecError, match="layer 2: a factor of size nan"):
+    with pytest.raises(
+        CodecError, match=r"layer 2: a factor (is|of size) nan.* Check the teacher's weights and precision"
+    ):
         queued.settle(queued.parts, queued.is_fine_N)
 
 

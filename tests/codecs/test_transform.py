@@ -317,6 +317,12 @@ def test_infinity_is_refused_by_layer():
         fit("transform", geometry, layers)
 
 
+def test_a_teacher_without_any_attention_is_named():
+    geometry = make_geometry()
+    with pytest.raises(CodecError, match="every map is uniform, whatever the image: q or k is 0 in all layers"):
+        fit("transform", geometry, make_factors(geometry, size=0.0))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -333,6 +333,20 @@ def test_maps_in_float16_are_not_lost_in_their_products(make):
         np.testing.assert_allclose(as_numpy(function(half)), as_numpy(function(make(attn))), rtol=0.01, err_msg=name)
 
 
+@pytest.mark.parametrize("name", OF_TWO)
+def test_maps_of_other_dtypes_are_compared_in_the_wider_one(make, name):
+    # Logits that differ much give probabilities that float16 rounds to few bits, or to 0.
+    logits = np.random.default_rng(0).normal(scale=4, size=(2, 1, 1, 1, 8, 65)).astype(np.float32)
+    attn, other = (weights / weights.sum(axis=-1, keepdims=True) for weights in np.exp(logits))
+    attn[..., 3] = other[..., 3] = 0  # a masked key
+    for one_type, other_type in (("float16", "float16"), ("float32", "float16"), ("float16", "float64")):
+        one_rounded, other_rounded = attn.astype(one_type), other.astype(other_type)
+        expected = as_numpy(OF_TWO[name](make(one_rounded.astype("float64")), make(other_rounded.astype("float64"))))
+        found = as_numpy(OF_TWO[name](make(one_rounded), make(other_rounded)))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5, err_msg=f"{one_type}, {other_type}")
+        assert not np.isnan(expected).any()
+
+
 def test_maps_of_a_stored_shape_stay_lazy():
     attn = da.from_array(random_maps(0), chunks=1)
     other = da.from_array(random_maps(1), chunks=1)

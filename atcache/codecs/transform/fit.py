@@ -143,6 +143,11 @@ class TransformFit:
                 break
         if not num_views:
             raise _no_views()
+        if not any(bool(metric_VDD.any()) for metric_VDD in metrics):
+            raise CodecError(
+                "every map is uniform, whatever the image: q or k is 0 in all layers, so there is nothing to fit to. "
+                "Check the teacher's weights, or build with --codec int8."
+            )
         num_rows = num_metric_views * self._geometry.tokens.num_tokens * len(self._geometry.heads)
         measured: list[MeasuredLayer] = []
         for position, (kept, metric_VDD) in enumerate(zip(inputs, metrics, strict=True)):
