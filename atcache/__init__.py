@@ -2,7 +2,7 @@
 
     import atcache
 
-    atcache.build(teacher="mae-vit-l", data="train-{000000..001281}.tar", out="in1k.zarr")  # the teacher runs once
+    atcache.build(teacher="mae-vit-l", data="train-{000000..001281}.tar", out="in1k.zarr", views=4)  # the teacher, once
     atcache.train(mode="copy", cache="in1k.zarr", out="runs/copy")  # a student, without the teacher
     cache = atcache.open("in1k.zarr")  # look at what is in it
     maps = cache.maps(layer=5)  # lazy: view, sample, head, query, key
@@ -12,10 +12,10 @@
     for batch in batches:
         logits, attention_loss = student(batch.images, batch.attention)
 
-The functions `pack`, `pretrain`, `plan`, `probe`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `evaluate`,
-`report`, `maps`, `compare` and `show` do what the commands of the same names do. A user's mistake and damaged data
-raise an `AtcacheError`. `import atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs
-them is first used.
+The functions `pack`, `pretrain`, `plan`, `probe`, `build`, `merge`, `push`, `pull`, `verify`, `train`, `report`,
+`maps`, `compare` and `show` do what the commands of the same names do, `evaluate` what `atcache eval` does, and
+`train_sweep` what `atcache train --sweep` does. A user's mistake and damaged data raise an `AtcacheError`. `import
+atcache` is fast: it imports torch, timm, zarr and dask only when a function that needs them is first used.
 """
 
 # In the checkout, the package atcache.pipelines is the folder beside this one, so pyright does not find it.

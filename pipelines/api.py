@@ -328,7 +328,7 @@ pull = _function(
 plan = _function(
     PlanConfig,
     run_plan,
-    """Say how much space and time a cache would take, and whether it would pay. Writes nothing.
+    """Say how much space and time a cache would take, and whether it would pay. Nothing that it writes stays.
 
     Returns:
         Sizes, fidelity and times of each codec, and the decision.
@@ -402,8 +402,8 @@ pretrain = _function(
 def train_sweep(students: Mapping[str, Mapping[str, Any]], **common: Any) -> list[SweepResult]:  # noqa: ANN401 - fields of TrainConfig
     """Train several students from one stream of batches, which is read only once.
 
-    Each student ends up bit for bit the same as if `train` had trained it alone. A student whose loss becomes NaN is
-    given up, and the others continue.
+    On a CPU, each student ends up bit for bit the same as if `train` had trained it alone with the same order seed. A
+    student whose loss becomes NaN is given up, and the others continue.
 
     Args:
         students: the name of each student, which is also the name of its folder, and its own keywords of `train`.

@@ -176,6 +176,11 @@ class Speed:
         """Seconds since the start, including what was not training."""
         return max(1e-9, time.monotonic() - self._start_s)
 
+    @property
+    def training_s(self) -> float:
+        """Seconds of training, with those of waiting for batches."""
+        return max(1e-9, self.seconds - self._paused_s)
+
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time until each arrives counts as waiting, and its images as trained on."""
         while True:
@@ -198,8 +203,7 @@ class Speed:
 
     def values(self) -> dict[str, float]:
         """Both numbers, by the names that metrics.jsonl has for them."""
-        training_s = max(1e-9, self.seconds - self._paused_s)
-        return {"img_per_s": self.num_images / training_s, "waited_for_data": self._waited_s / training_s}
+        return {"img_per_s": self.num_images / self.training_s, "waited_for_data": self._waited_s / self.training_s}
 
     def __str__(self) -> str:
         values = self.values()

@@ -11,6 +11,7 @@ from pathlib import Path
 from atcache.feed.batch import Batch
 from atcache.feed.loader import BatchStream
 from atcache.files.durable import write_file
+from atcache.machine import num_processors
 
 from ..running.interrupts import Interrupts
 from ..running.metrics import MetricsLog, Speed, read_metrics
@@ -19,6 +20,11 @@ from ..running.run_folder import GIVEN_UP_FILE
 from .data import TrainingData
 from .student_run import LOG_EVERY, DivergedError, Reports, TrainingRun
 from .summary import SweepResult
+
+ADVISES_AFTER_S = 10.0
+"""Seconds of training after which a run that waits for data is told what may help."""
+_MUCH_WAITING = 0.3
+_ENOUGH_WORKERS = 8  # they feed most GPUs, and each has memory for two batches
 
 
 def train_to_the_end(runs: Sequence[TrainingRun], data: TrainingData, *, alone: bool) -> dict[Path, SweepResult]:
@@ -53,6 +59,7 @@ class _Loop:
         self._results: dict[Path, SweepResult] = {}
         self._restored_at = {run: run.step for run in runs}
         self._to_validate = self._ranks.on_leader(lambda: [_lacks_validation(run) for run in runs])
+        self._is_advised = False
         self._progress: Progress | None = None
         if self._ranks.leads:
             title = runs[0].config.mode if len(runs) == 1 else "sweep"
@@ -162,6 +169,20 @@ class _Loop:
         if self._progress is not None and (num_steps % LOG_EVERY == 0 or num_steps == self._num_steps):
             losses = " ".join(f"{run.loss:.4g}" for run in self._runs)
             self._progress.advance(num_steps - self._progress.done, f"loss {losses}  {self._speed}")
+            self._advise(self._progress)
+
+    def _advise(self, progress: Progress) -> None:
+        """Once, if a run waits for data: say how many processes could read ahead."""
+        if self._is_advised or self._speed.training_s < ADVISES_AFTER_S:
+            return
+        self._is_advised = True
+        waited = self._speed.values()["waited_for_data"]
+        workers = min(_ENOUGH_WORKERS, num_processors() // self._ranks.local_world_size - 1)
+        if waited > _MUCH_WAITING and workers > self._runs[0].config.workers:
+            progress.say(
+                f"NOTE: {waited:.0%} of the time is spent waiting for data. Stop and type the same command with "
+                f"--workers {workers}: so many processes then read ahead, and the run goes on where it was."
+            )
 
     def _reports_of(self, run: TrainingRun, stack: ExitStack, validates: bool) -> Reports:
         """Where a run's metrics and log lines go; logs the step at which it continues."""

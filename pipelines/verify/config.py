@@ -46,8 +46,8 @@ class VerifyConfig:
     weights: Path | None = weights_option()
     teacher_sample: int = option("Number of views, spread evenly, that the teacher recomputes.", default=32, at_least=1)
     threshold: float = option(
-        "Row KL, injected error, and the errors of v and x if they are stored, may be this many times their recorded "
-        "or target value.",
+        "Row KL, the error of the features with decoded maps, and the errors of v and x may be this many times "
+        "their recorded or target value.",
         default=1.5,
         at_least=1,
     )

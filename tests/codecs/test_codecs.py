@@ -181,7 +181,7 @@ class TestValues:
         geometry = make_geometry(v_head_dim=8)
         layers = make_factors(geometry)
         layers[1].v_BHTD[0, 0, 0, 0] = math.inf
-        with pytest.raises(CodecError, match="layer 2: a factor (is|of size) inf"):
+        with pytest.raises(CodecError, match=r"layer 2: a factor (is|of size) inf"):
             make_coder(name, geometry, layers).encode(layers)
 
 

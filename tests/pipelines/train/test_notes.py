@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builds import picture, write_tar
 from made_teachers import tiny_teacher
 from training_runs import CPU, training_of, weights_of
 
 from atcache.feed.order import choose_subset
 from atcache.images.source import index_source
+from atcache.pipelines.train import loop
 from atcache.pipelines.train.data import open_training_data
 from atcache.pipelines.train.run import train
 
@@ -25,6 +27,24 @@ def test_an_average_over_more_steps_than_the_run_has_is_warned_of(config_for, ca
     assert expected in capsys.readouterr().err
     train(config_for("scratch", ema=0.8, steps=20))
     assert "NOTE" not in capsys.readouterr().err
+
+
+def test_a_run_that_waits_for_data_is_told_of_workers(config_for, tiny_vit, tmp_path, capsys, monkeypatch):
+    samples = [
+        {"__key__": f"{number}", "jpg": picture(number, side=1024), "cls": f"{number % 2}"} for number in range(8)
+    ]
+    write_tar(tmp_path / "large.tar", samples)
+    waits = config_for("scratch", cache=None, data=str(tmp_path / "large.tar"), student=tiny_vit, batch_size=8)
+    monkeypatch.setattr(loop, "num_processors", lambda: 4)
+    train(replace(waits, steps=11))
+    assert "waiting for data" not in capsys.readouterr().err, "it is over too soon to matter"
+    monkeypatch.setattr(loop, "ADVISES_AFTER_S", 0.0)
+    waits = replace(waits, out=tmp_path / "waits", steps=21)
+    train(waits)
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "waiting for data" in line)
+    assert re.fullmatch(r"NOTE: [3-9]\d% of the time is spent waiting for data\. .* with --workers 3: .*", note)
+    train(replace(waits, out=tmp_path / "reads ahead", workers=3))
+    assert "waiting for data" not in capsys.readouterr().err, "as many read ahead as there can be"
 
 
 def test_missing_components_are_warned_about(config_for, tiny_vit, capsys):
