@@ -124,7 +124,7 @@ def draw(study: Study, found: Mapping[Row, Accuracy], path: Path) -> None:
         panel.set_ylabel("top-1, percent")
     if lines:
         panels[0].legend(fontsize=8)
-    figure.suptitle(f"{study.teacher.partition(':')[0]}, {study.labels:,} labels, {study.epochs:g} epochs", fontsize=10)
+    figure.suptitle(f"{study.teacher}, {study.labels:,} labels, {study.epochs:g} epochs", fontsize=10)
     png = io.BytesIO()
     figure.savefig(png, dpi=130)
     write_file(path, png.getvalue())
