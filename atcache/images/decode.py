@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ MAX_PIXELS = 89_478_485
 MAX_SIDE = 2**25 - 1
 """The most pixels of a height or a width. Views of so long and thin an image are cut from its middle. Where the cut
 begins is stored as a float32, which holds every whole number only below 2**24."""
+
+_APP_SEGMENT = re.compile(rb"\xff+(?P<marker>[\xe0-\xef])(?P<length>..)", re.DOTALL)
+"""The beginning of a JPEG's APPn segment, which come first; any number of fill bytes may stand before the marker."""
 
 
 class EncodedImage:
@@ -136,17 +140,15 @@ def _open(data: bytes) -> ImageFile | None:
 
 
 def _without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF segment, which never changes our pixels, but makes Pillow warn if it is damaged."""
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1]
-        if not 0xE0 <= marker <= 0xEF:  # EXIF is one of the APPn segments, which come first
-            break
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
-            return data[:position] + data[end:]
-        position = end
-    return data
+    """A JPEG without its EXIF segments, which never change our pixels, but make Pillow warn if they are damaged."""
+    kept, start = [data[:2]], 2
+    while (found := _APP_SEGMENT.match(data, start)) is not None:
+        length = int.from_bytes(found["length"], "big")
+        end = found.start("length") + max(2, length)
+        if found["marker"] != b"\xe1" or data[found.end() : found.end() + 4] != b"Exif":
+            kept.append(data[start:end])
+        start = end
+    return b"".join([*kept, data[start:]])
 
 
 def _to_rgb(image: ImageFile) -> Image:

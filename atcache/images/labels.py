@@ -12,10 +12,11 @@ from atcache.errors import ConfigError
 
 _MAX_NBYTES = 64
 _MAX_JSON_NBYTES = 2**20
-_MAX_LABEL = 2**31 - 1  # what fits in an int32
+MAX_LABEL = 2**31 - 1
+"""The largest label: what fits in an int32."""
 _NUMBER = re.compile(r"\s*([0-9]{1,10})\s*")
 _SEVERAL = re.compile(r"\s*-?[0-9]+(?:[\s,;]+-?[0-9]+)+[\s,;]*")
-_EXPECTED = "expected an integer of at least 0"
+_EXPECTED = f"expected an integer from 0 to {MAX_LABEL}"
 
 
 class BadLabelError(ValueError):
@@ -96,7 +97,7 @@ class LabelRule:
 
 def _parse_text(text: str) -> int:
     match = _NUMBER.fullmatch(text)
-    if match is not None and int(match[1]) <= _MAX_LABEL:
+    if match is not None and int(match[1]) <= MAX_LABEL:
         return int(match[1])
     raise _not_a_number(text)
 
@@ -141,7 +142,7 @@ def _parse_value(value: Any, key: str) -> int | None:  # noqa: ANN401 - any JSON
         value = int(match[1])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_LABEL:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_LABEL:
         shown = json.dumps(value, default=lambda unclear: unclear.why)
         shown = shown if len(shown) <= _MAX_NBYTES else shown[:_MAX_NBYTES] + "..."
         if isinstance(value, list):

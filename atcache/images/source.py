@@ -18,6 +18,7 @@ from atcache.choices import Labels
 from atcache.errors import BadImageError, SourceError
 from atcache.files.location import Location, Url
 from atcache.files.ranges import RangeFile, expect_together, open_file, promise
+from atcache.files.sizes import size_text
 from atcache.images.class_names import UNNAMED, ClassNames, find_class_names
 from atcache.images.decode import EncodedImage
 from atcache.images.labels import LabelRule
@@ -27,6 +28,8 @@ from atcache.images.tars import expand_tars
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MAX_IMAGE_NBYTES = 2**28
+"""The largest file of an image: a tar may be sparse, so that a member of any size takes no space on disk."""
 _MAX_OPEN_TARS = 64  # for each `Source`; the usual limit of a process is 1024 open files
 _NUM_REQUESTS = 16
 _COLUMN_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
@@ -293,6 +296,11 @@ class Source:
             raise BadImageError(f"{self.where(sample)} has no image to read ({problem}).")
         if offset < 0 or offset + nbytes > index.tar_nbytes[tar]:
             raise SourceError(f"{self.where(sample)}: the index points outside the tar. Index again.")
+        if nbytes > MAX_IMAGE_NBYTES:
+            raise BadImageError(
+                f"{self.where(sample)}: the image has {size_text(nbytes)}, expected at most "
+                f"{size_text(MAX_IMAGE_NBYTES)}. Make it smaller, or take it out of the tar."
+            )
         data = self._tar(tar).pread(nbytes, offset)
         if len(data) != nbytes:
             raise SourceError(

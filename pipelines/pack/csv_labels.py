@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atcache.errors import SourceError
+from atcache.images.labels import MAX_LABEL
 
 from .classes import Classes, in_order
 
@@ -40,7 +41,8 @@ def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[P
         text_of[path] = (line, label)
     if not text_of:
         raise SourceError(f"{file} lists no images below its header.")
-    if classes is None or not all(label in classes.names for _, label in text_of.values()):
+    known_names = frozenset() if classes is None else frozenset(classes.names)
+    if not all(label in known_names for _, label in text_of.values()):
         numbers = {label: _number(label, file, line) for line, label in text_of.values() if _NUMBER.fullmatch(label)}
         names = {label for _, label in text_of.values()} - numbers.keys()
         if numbers and names:
@@ -65,10 +67,10 @@ def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[P
 
 def _number(label: str, file: Path, line: int) -> int:
     whole, _, fraction = label.partition(".")
-    if int(whole) < 0 or fraction.strip("0"):
+    if not 0 <= int(whole) <= MAX_LABEL or fraction.strip("0"):
         raise SourceError(
-            f"{file}, line {line}: the label {label} is no class; expected a whole number of at least 0. Leave out the "
-            "lines of images without a label."
+            f"{file}, line {line}: the label {label} is no class; expected a whole number from 0 to {MAX_LABEL}. Leave "
+            "out the lines of images without a label."
         )
     return int(whole)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from atcache.errors import ConfigError, SourceError
 from atcache.images.decode import IMAGE_EXTENSIONS
+from atcache.images.labels import MAX_LABEL
 from atcache.machine import memory_nbytes
 
 from ..running.progress import Progress
@@ -181,6 +182,11 @@ class Tables:
         if self.names is not None:
             return self._numbered_by_name(numbers, self.names, wanted)
         highest = max(numbers)
+        if highest > MAX_LABEL:
+            raise SourceError(
+                f"the column {self.label!r} has the label {highest}, expected whole numbers from 0 to {MAX_LABEL}. "
+                "Name another column, or pack with --labels none."
+            )
         if wanted is not None and highest >= len(wanted.names):
             raise SourceError(
                 f"the column {self.label!r} has the label {highest}, and {wanted.file} names {len(wanted.names)} "

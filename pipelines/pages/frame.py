@@ -116,8 +116,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, caption:
 
 
 def commands(lines: Sequence[str]) -> str:
-    """Commands to type, each in a box of its own."""
-    return "\n".join(f"<pre>{escape(line)}</pre>" for line in lines)
+    """Commands to type, each in a box of its own. Bytes of paths that are no UTF-8 become question marks."""
+    return "\n".join(f"<pre>{escape(line.encode(errors='replace').decode())}</pre>" for line in lines)
 
 
 def folded(title: str, *parts: str) -> str:

@@ -452,6 +452,27 @@ def test_exif_neither_turns_nor_warns():
     damaged = data.replace(exif.tobytes()[6:], b"II*\0\xff\xff" + b"\xff" * (len(exif.tobytes()) - 12))
     assert damaged != data
     assert np.array_equal(np.asarray(decode_image(damaged, where="x")), plain)
+    start = damaged.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(damaged[start + 2 : start + 4], "big")
+    segment = damaged[start:end]
+    for several in (segment + segment, b"\xff\xff" + segment):  # fill bytes may stand before a marker
+        odd = damaged[:start] + several + damaged[end:]
+        assert np.array_equal(np.asarray(decode_image(odd, where="x")), plain)
+
+
+def test_an_image_of_absurd_size_is_refused_before_it_is_read(tmp_path):
+    member = tarfile.TarInfo("a.jpg")
+    member.size = 64 * 2**30
+    with (tmp_path / "sparse.tar").open("wb") as file:
+        file.write(member.tobuf())
+        file.truncate(file.tell() + member.size)
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(1024))
+    source = Source(index_source(str(tmp_path / "sparse.tar"), labels="none"))
+    with pytest.raises(
+        BadImageError, match=r"key 'a': the image has 68\.7 GB, expected at most 268 MB\. Make it smaller"
+    ):
+        source.read_bytes(0)
 
 
 def test_truncated_images_are_errors():
