@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -286,6 +287,13 @@ def test_tars_that_have_moved_are_read_with_the_maps_of_the_cache(run_of, named_
     shutil.copytree(CacheReader(named_caches[1]).samples.tars[0].parent, moved)
     summary, _ = reported(run_of("copy"), tmp_path, val_data=str(moved))
     assert summary.num_predicted == 48, "a copying student predicts with maps"
+
+
+def test_a_folder_whose_name_is_no_utf8_has_a_page(run_of, tmp_path):
+    run = tmp_path / os.fsdecode(b"run-\xff")
+    shutil.copytree(run_of("copy"), run)
+    _, page = reported(run, tmp_path)
+    assert "run-?" in words_of(page)
 
 
 # When it is written
