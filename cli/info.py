@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,13 @@ from ..pipelines.pages.plain import plain
 from . import options
 from .paths import LOCATION
 
+if TYPE_CHECKING:
+    from atcache.store.reader import CacheReader
+
+_MAX_TASKS_LOOKED_AT = 100
+"""Of a cache with more tasks, or on a server, no task's statuses are read: each is a file of its own."""
+_OTHERS = "other reasons"
+
 
 @click.command()
 @click.argument("cache", type=LOCATION)
@@ -22,7 +29,8 @@ from .paths import LOCATION
 def info(cache: Location, as_json: bool) -> None:
     """Show what a cache holds, and what is missing.
 
-    Reads only metadata, so it is fast for a cache of any size. A cache that is still being built can be shown too.
+    Reads only metadata and small tables, so it is fast for a cache of any size. A cache that is still being built can
+    be shown too.
 
     Example:
 
@@ -31,8 +39,8 @@ def info(cache: Location, as_json: bool) -> None:
         atcache info https://data.example.org/in1k.zarr --json
     """
     opened = atcache.open(cache)
-    about = {**opened.describe(), "calibration": opened.record.calibration.to_json()}
-    bad = _count_bad(opened.reader.status_VS) if about["num_bad"] else {}
+    about: dict[str, Any] = {**opened.describe(), "calibration": opened.record.calibration.to_json()}
+    bad = _count_bad(opened.reader, about["num_bad"]) if about["num_bad"] else {}
     if as_json:
         options.print_json({**about, "bad": bad})
         return
@@ -42,15 +50,33 @@ def info(cache: Location, as_json: bool) -> None:
         click.echo(line)
 
 
-def _count_bad(status_VS: Any) -> dict[str, int]:  # noqa: ANN401 - numpy, which is imported late
-    """Views that are not stored, by reason."""
+def _count_bad(reader: CacheReader, num_bad: int) -> dict[str, int]:
+    """Views that are not stored, by reason; in a large cache by what the sample table says, and the rest together."""
     import numpy as np
 
     from atcache.store.layout import Status, describe_status
+    from atcache.store.tables import read_array
 
-    counts_N = np.bincount(status_VS.ravel())
-    reasons = [status for status in np.flatnonzero(counts_N).tolist() if Status.STORED < status < Status.NO_SAMPLE]
-    return {describe_status(status): int(counts_N[status]) for status in reasons}
+    def by_reason(counts_N: np.ndarray) -> dict[str, int]:
+        reasons = [status for status in np.flatnonzero(counts_N).tolist() if Status.STORED < status < Status.NO_SAMPLE]
+        return {describe_status(status): int(counts_N[status]) for status in reasons}
+
+    layout = reader.layout
+    if not reader.is_remote and layout.num_tasks <= _MAX_TASKS_LOOKED_AT:
+        return by_reason(np.bincount(reader.status_VS.ravel()))
+    problem_S = read_array(reader.path, f"{layout.samples_group}/problem")
+    if problem_S.shape != (layout.num_samples,) or problem_S.dtype != np.uint8:
+        return {_OTHERS: num_bad}  # `atcache verify` says what is wrong with the table
+    # How many views of each block are done: all of them, unless the build was stopped.
+    num_done_B = np.full(layout.num_blocks, layout.num_views)
+    for task in reader.missing_tasks():
+        num_done_B[task.block] -= 1
+    num_done_S = num_done_B[np.arange(layout.num_samples) // layout.samples_per_shard]
+    bad = by_reason(np.bincount(problem_S, weights=num_done_S))
+    num_others = num_bad - sum(bad.values())
+    if num_others < 0:
+        return {_OTHERS: num_bad}
+    return {**bad, **({_OTHERS: num_others} if num_others else {})}
 
 
 def _lines(about: dict[str, Any], bad: dict[str, int]) -> list[tuple[str, str]]:
@@ -159,7 +185,8 @@ def _state(about: dict[str, Any]) -> str:
     missing = about["num_tasks"] - about["num_tasks_done"]
     return (
         f"incomplete: {missing} of {_count(about['num_tasks'], 'task')} missing, "
-        f"{_count(about['num_stored'], 'view')} stored. Type the same `atcache build` command again to continue."
+        f"{_count(about['num_stored'], 'view')} stored. Type the same `atcache build` or `atcache pull` command "
+        "again to continue."
     )
 
 

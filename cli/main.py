@@ -29,7 +29,8 @@ from .defaults import DEFAULT_FILE, read_defaults
 from .paths import EXISTING_FILE
 from .typed import refuse_misread
 
-# Errors that are due to a path, not to our code: no permission, a file in place of a folder, a long name, no space.
+# Errors that are due to a path or to the machine, not to our code: no permission, a file in place of a folder, a long
+# name, no space, too many open files.
 _PATH_ERRORS = frozenset(
     (
         errno.EACCES,
@@ -43,6 +44,9 @@ _PATH_ERRORS = frozenset(
         errno.EIO,
         errno.ENOSPC,
         errno.EDQUOT,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ESTALE,
     )
 )
 
@@ -160,7 +164,7 @@ class LazyGroup(click.Group):
             place = "the output or a file" if error.filename is None else str(error.filename)
             raise click.ClickException(
                 f"{place} cannot be read or written: {error.strerror}. Give another path, or free space and check its "
-                "permissions. What was stored stays."
+                "permissions and the limit of open files. What was stored stays."
             ) from error
         return result
 

@@ -73,13 +73,13 @@ def _closing_lines(summary: VerifySummary, *, repair: bool) -> list[str]:
         lines.append("nothing was repaired: its zarr.json files are damaged, so it is not known what the tasks are")
     elif repair and tasks:
         lines.append(
-            f"deleted {_count(len(summary.repaired_tasks), 'commit record')}: type the same `atcache build` command "
-            f"again; it redoes only {_count(len(tasks), 'task')}"
+            f"deleted {_count(len(summary.repaired_tasks), 'commit record')}: type the same `atcache build` or "
+            f"`atcache pull` command again; it redoes only {_count(len(tasks), 'task')}"
         )
     elif tasks:
         lines.append(
             f"{_count(len(tasks), 'task')} can be redone: run `atcache verify {summary.path} --repair`, then the same "
-            "`atcache build`"
+            "`atcache build` or `atcache pull` command"
         )
     if num_of_tars == len(summary.problems):
         lines.append("the images could not be compared; all else that was looked at is whole")

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from atcache.files.location import Location
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
+_NUM_THREADS = 8
 _PARTIAL_NAME = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.partial")
 
 
@@ -129,12 +131,17 @@ def make_folder(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """`fsync_path` for a folder and everything below it."""
-    # A folder comes after its content, so that what it names is on the disk before the name is.
-    for folder, _, names in os.walk(path, topdown=False):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
+    """`fsync_path` for a folder and everything below it, in no particular order, but for hard links.
+
+    A file with a second name is a shard of another cache, which made it durable; only its new name is not yet so.
+    """
+    paths: list[Path] = []
+    for folder, _, names in os.walk(path):
+        paths.append(Path(folder))
+        paths += [file for name in names if (file := Path(folder) / name).stat().st_nlink <= 1]
+    # At once, because file systems do many that wait together in about the time of one.
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="fsync") as threads:
+        list(threads.map(fsync_path, paths))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from atcache.errors import AtcacheError
 from atcache.files.location import Location
 
 MAX_WHOLE_NBYTES = 2**31
@@ -17,6 +18,29 @@ MAX_WHOLE_NBYTES = 2**31
 
 class NotAFileError(OSError):
     """There is something else at a path, whose bytes may never come or never end."""
+
+
+_DAMAGE = frozenset((errno.ELOOP, errno.EIO, errno.ENXIO, errno.EFBIG))
+"""Of the errors that have no class of their own, those that tell of the file: a loop of links, a bad disk, a socket,
+more bytes than any file of a cache has."""
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether an error of reading a file says that the file is gone, damaged or something else.
+
+    Others say only that it cannot be read now: too many open files, no memory, no permission, a server that lost its
+    place. Whoever takes these for damage deletes what is whole.
+    """
+    gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError, NotAFileError)
+    return isinstance(error, gone) or error.errno in _DAMAGE
+
+
+def unreadable(place: Location, error: OSError) -> AtcacheError:
+    """The error for what cannot be read now, see `is_damage`. It is no OSError, as `RemoteError` is none."""
+    return AtcacheError(
+        f"{place} cannot be read: {error.strerror or error}. It may be whole, so nothing was decided about it. Check "
+        "its permissions and the disk, or the limit of open files, and type the same command again."
+    )
 
 
 class RangeFile(Protocol):
@@ -171,12 +195,19 @@ def list_files(folder: Location) -> list[str]:
     """Sorted paths of all files in a folder and below it, relative to the folder; empty if there is no such folder.
 
     Raises:
+        AtcacheError: a folder cannot be read: what it holds would seem to be missing.
         RemoteError: the server cannot be read, or it is a web server, which cannot list a folder.
     """
     if isinstance(folder, Path):
+
+        def refuse(error: OSError) -> None:
+            is_gone = isinstance(error, FileNotFoundError)  # others may remove a folder while this one is listed
+            if not is_gone and not (isinstance(error, NotADirectoryError) and error.filename == str(folder)):
+                raise unreadable(Path(error.filename or folder), error) from error
+
         return sorted(
             (Path(parent) / name).relative_to(folder).as_posix()
-            for parent, _, names in os.walk(folder)
+            for parent, _, names in os.walk(folder, onerror=refuse)
             for name in names
         )
     from atcache.files.remote.fetcher import list_below

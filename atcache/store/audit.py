@@ -59,10 +59,8 @@ def check_metadata(path: Location) -> list[str]:
         problems.append(f"{file} lacks the copies of the other zarr.json files that a finished cache has.")
         copies = {}
     specs = {spec.name: spec for spec in layout.arrays()}
-    growth = read_growth(path) if isinstance(path, Path) else None
-    shapes_to_be = {} if growth is None else {spec.name: list(spec.shape) for spec in growth[1].arrays()}
     for name in sorted({*_group_names(layout), *specs, *copies}):
-        problems += _check_node(path, name, specs.get(name), copies.get(name), shapes_to_be.get(name))
+        problems += _check_node(path, name, specs.get(name), copies.get(name))
     return problems
 
 
@@ -71,9 +69,7 @@ def _group_names(layout: StoreLayout) -> list[str]:
     return ["attention", "attention/state", COMMITS, layout.samples_group, "views", *pixels]
 
 
-def _check_node(
-    path: Location, name: str, spec: ArraySpec | None, copy: object, shape_to_be: list[int] | None
-) -> list[str]:
+def _check_node(path: Location, name: str, spec: ArraySpec | None, copy: object) -> list[str]:
     file = path / f"{name}/zarr.json"
     try:
         found: Any = parse_json(read_file(file))
@@ -82,14 +78,23 @@ def _check_node(
     except (OSError, ValueError) as error:
         return [f"{file} cannot be read ({error})."]
     found = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-    # A growth may have been stopped while it gave arrays their new shapes.
-    if spec is not None and found.get("shape") == (shape_to_be or found):
+    # A growth may have been stopped, or given up, after it gave arrays their new shapes. Readers go by the root.
+    if spec is not None and _is_enlarged(found.get("shape"), spec):
         found["shape"] = list(spec.shape)
     if copy is not None and found != copy:
         return [f'{file} is not the same as its copy in {path}/zarr.json, under "consolidated_metadata".']
     if spec is not None:
         return [f"{file}: {text} by the cache's layout." for text in _differences(found, _array_metadata(spec))]
     return []
+
+
+def _is_enlarged(shape: Any, spec: ArraySpec) -> bool:  # noqa: ANN401 - any JSON value
+    """Whether a shape is the array's, but for more views or samples: its first two axes."""
+    sides: list[Any] = cast("list[Any]", shape) if isinstance(shape, list) else []
+    if len(sides) != len(spec.shape) or not all(type(side) is int for side in sides):
+        return False
+    is_larger = any(side > wanted for side, wanted in zip(sides, spec.shape[:2], strict=False))
+    return is_larger and sides[2:] == list(spec.shape[2:]) and sides[0] >= spec.shape[0] and sides[1] >= spec.shape[1]
 
 
 def _array_metadata(spec: ArraySpec) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
     growth = read_growth(path) if isinstance(path, Path) else None
     if growth is not None:
         known.add(GROWTH)
-    strays: list[str] = []
+    strays = [] if growth is not None else _note_enlarged(path, layout)
     uncommitted: set[str] = set()
     if isinstance(path, Url) and not path.can_list:
         return [
@@ -215,6 +220,23 @@ def find_strays(path: Location, layout: StoreLayout, committed: set[str]) -> lis
             "in all); the next build writes them again."
         )
     return strays
+
+
+def _note_enlarged(path: Location, layout: StoreLayout) -> list[str]:
+    """A sentence if arrays have the shapes of a growth that was given up at its last step."""
+    if not isinstance(path, Path):  # growths are in folders only
+        return []
+    for spec in layout.arrays():
+        try:
+            found: Any = parse_json(read_file(path / f"{spec.name}/zarr.json"))
+        except (OSError, ValueError):
+            continue  # `check_metadata` reports it
+        if isinstance(found, dict) and _is_enlarged(cast("dict[str, Any]", found).get("shape"), spec):
+            return [
+                f"{path / spec.name}/zarr.json has the shape of a growth that was given up. That does no harm: the "
+                "cache is read by its own zarr.json, and the next growth gives it the right shape."
+            ]
+    return []
 
 
 def known_files(path: Location, layout: StoreLayout) -> set[str]:

@@ -24,9 +24,10 @@ Whoever is alive at the end has seen its own objects under its own last object, 
 from __future__ import annotations
 
 import logging
+import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from atcache.files.ranges import list_files
 from atcache.files.remote.fetcher import Meta, get_range, head, list_below, read_whole
 from atcache.files.remote.putting import Put, delete_file, patiently, put_file
 from atcache.files.spool import Spool
+from atcache.store.records import COMMITS, list_record_files
 
 SECONDS_FOR_A_RIVAL = 60.0
 """How long another writer's object is left alone, in case its last object follows."""
@@ -48,8 +50,14 @@ _SECONDS_TO_ANSWER = 15.0
 """How long a store that fails is asked, before any work, whether it works."""
 _SECONDS_BETWEEN_LOOKS = 0.5
 _MOST_ROUNDS = 8
-_OUR_FOLDERS = ("attention/", "commits/", "pixels/", "samples/", "views/")
-"""What a cache consists of, so what a creation that was stopped may have left."""
+_OURS = re.compile(r"(attention|commits|pixels|samples(-[0-9]+)?|views)/|zarr\.json$")
+"""How the names of a cache's objects begin."""
+_CREATED = re.compile(
+    r"(attention|commits|pixels|views)(/[a-z_]+)?/zarr\.json"
+    r"|(attention/(bias|state/\w+)|samples(-[0-9]+)?/[a-z]+)/(zarr\.json|c(/[0-9]+)*)"
+    r"|samples(-[0-9]+)?/zarr\.json"
+)
+"""The objects that a creation puts before the root; nothing else is deleted for having such a name."""
 _NUM_THREADS = 8
 _COMPARED_NBYTES = 16 * 2**20
 
@@ -118,6 +126,57 @@ def put_together(
         f"other processes write {root / last.name} and what belongs to it again and again. Stop them, and type the "
         "same command again."
     )
+
+
+def put_new_cache(root: Url, folder: Path) -> bool:
+    """Put an empty cache that lies in a folder, its zarr.json last.
+
+    Args:
+        root: where the cache is to be.
+        folder: its files. They may be deleted afterwards.
+
+    Returns:
+        Whether the cache that is there at the end has this zarr.json.
+
+    Raises:
+        ConfigError: an older cache was not wholly deleted, or other writers interfere without end.
+        NotWritableError: the store refuses, or fails for minutes.
+    """
+    pieces = {name: Piece.of(name, folder / name) for name in list_files(folder)}
+    last = pieces.pop("zarr.json")
+    _refuse_records(root)
+    _sweep_creation(root, pieces.keys())
+    return put_together(root, list(pieces.values()), last) == last.file.read_bytes()
+
+
+def _refuse_records(root: Url) -> None:
+    """Refuse a place with commit records but no cache: they would vouch for the tasks of the new one."""
+    # In this order: another build may create the cache at this moment, and its records come after the root.
+    records = patiently(lambda: list_record_files(root))
+    if records and _read(root / "zarr.json") is None:
+        raise ConfigError(
+            f"{root} was a cache, and is only partly deleted: its zarr.json is gone, but there is "
+            f"{root / COMMITS / records[0].name}. Delete all that is below {root}, or give another --out."
+        )
+
+
+def _sweep_creation(root: Url, names: Set[str]) -> None:
+    """Delete what a creation that was stopped has left and this one, which puts `names`, does not replace.
+
+    Readers take all arrays that they find in `attention/state` for the codec's, so those of another codec must go.
+    """
+    left = [name for name in patiently(lambda: list_below(root)) if _CREATED.fullmatch(name) and name not in names]
+    if not left:
+        return
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="sweep") as threads:
+        found = threads.map(_head, [root / name for name in left])
+        newest_s = max((one.modified_s for one in found if one is not None), default=0.0)
+        # Another creation may be at work: its root is waited for as `_put_piece` does.
+        rival = _Rival(partial(_read, root / "zarr.json"), b"")
+        while not rival.is_done():
+            if time.time() - newest_s > _SECONDS_OF_A_DEAD_ONE or rival.is_given_up():
+                list(threads.map(delete_file, [root / name for name in left]))
+                return
 
 
 def _same(one: Meta | None, other: Meta) -> bool:
@@ -259,15 +318,16 @@ def check_can_begin(root: Url) -> None:
 
     Raises:
         NotWritableError: there is no such bucket, access is refused, or the server does not answer.
-        ConfigError: what is there is not a cache.
+        ConfigError: what is there is not a cache, or was one that is not wholly deleted.
     """
     obeyed_conditions(root)
     names = patiently(lambda: list_below(root, num_pages=1))
-    others = sorted(name for name in names if name != "zarr.json" and not name.startswith(_OUR_FOLDERS))
+    others = sorted(name for name in names if not _OURS.match(name))
     if others:
         raise ConfigError(
             f"{root} is not a cache and not empty: there is {root / others[0]}. Give another --out, or delete it."
         )
+    _refuse_records(root)
 
 
 class Conditions(NamedTuple):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from atcache.files.location import Location
 from atcache.store.layout import StoreLayout
-from atcache.store.manifest import Commit, check_commit, read_commits
+from atcache.store.manifest import Commit, check_commit, check_seal, parse_commit
+from atcache.store.records import Record, read_records
 
 _NUM_THREADS = 24
 """Requests at a time, as many as the process that talks to servers answers."""
@@ -22,7 +23,7 @@ class CheckedCommit(NamedTuple):
 
 
 def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommit]:
-    """All commit records by task name, in task order, each checked by size and index of its shards.
+    """All commit records by task name, in task order, each checked by its checksum, and size and index of its shards.
 
     Args:
         path: the cache.
@@ -30,16 +31,19 @@ def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommi
 
     Raises:
         CorruptCacheError: a record cannot be read.
+        AtcacheError: a file cannot be read now.
         RemoteError: the server does not answer, or cannot list files.
     """
 
-    def check(commit: Commit) -> CheckedCommit:
-        return CheckedCommit(commit, check_commit(path, commit, layout))
+    def check(record: Record) -> CheckedCommit:
+        commit = parse_commit(record)
+        return CheckedCommit(commit, [*check_seal(record), *check_commit(path, commit, layout)])
 
-    commits = read_commits(path).values()
+    records = list(read_records(path))
     if isinstance(path, Path):
-        checked = list(map(check, commits))
+        checked = list(map(check, records))
     else:
         with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="check") as threads:
-            checked = list(threads.map(check, commits))
+            checked = list(threads.map(check, records))
+    checked.sort(key=lambda one: one.commit.task)
     return {one.commit.task.name: one for one in checked}

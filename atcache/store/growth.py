@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import disk_errors_explained, encode_json, fsync_path, fsync_tree, write_file
-from atcache.files.ranges import read_file
+from atcache.files.ranges import read_file, unreadable
 from atcache.store.layout import StoreLayout
 from atcache.store.manifest import delete_commits, list_commits
 from atcache.store.metadata import ATTRIBUTES, SEAL, load_root, parse_json, seal, seal_holds, split_root
@@ -36,13 +36,16 @@ def read_growth(path: Path) -> tuple[dict[str, Any], StoreLayout] | None:
 
     Raises:
         CorruptCacheError: the file that says so is damaged.
+        AtcacheError: it cannot be read. It may be whole, and to delete it would lose what was built.
     """
     file = path / GROWTH
     try:
         growth: Any = parse_json(read_file(file))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except ValueError as error:
         raise _damaged(file, str(error)) from error
     growth = cast("dict[str, Any]", growth) if isinstance(growth, dict) else {}
     if SEAL not in growth or not seal_holds(growth):

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import encode_json, partial_path
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import Commit, check_commit, commit_path, read_commits
-from atcache.store.metadata import seal
+from atcache.store.manifest import Commit, check_commit, check_seal, commit_path, parse_commit
+from atcache.store.metadata import seal, seal_holds
 from atcache.store.parts import append_part
 from atcache.store.reader import CacheReader
+from atcache.store.records import Record, read_records
 from atcache.store.writer import RESERVED_ATTRIBUTES, finish_cache, new_cache_folder, write_empty_cache
 
 if TYPE_CHECKING:
@@ -73,19 +74,24 @@ def write_joined(
 
     Raises:
         CacheMismatchError: `path` exists.
-        CorruptCacheError: a cache is damaged.
+        CorruptCacheError: a cache is damaged: its metadata, a commit record, or the size or index of a shard.
         DiskFullError: no space is left.
     """
+    for reader in readers:
+        if not seal_holds(reader.attributes):  # the joined cache would get a checksum of its own
+            raise CorruptCacheError(
+                f"{reader.path}/zarr.json is damaged: its checksum does not match. Restore it from a copy, then merge."
+            )
     first = readers[0]
     kept = {name: value for name, value in first.attributes.items() if name not in RESERVED_ATTRIBUTES}
     attributes = {**kept, "source": dict(source_attributes)}
     with new_cache_folder(path) as temp:
         write_empty_cache(temp, layout, attributes, index, first.state, first.bias_LHQK)
         for reader, first_block in zip(readers, _first_blocks(readers), strict=True):
-            commits = read_commits(reader.path)
+            records = {record.task: record for record in read_records(_folder(reader))}
             for task in reader.layout.tasks():
                 new_task = layout.task(task.view, first_block + task.block)
-                on_task(_join_task(temp, layout, reader, commits[task.name], new_task))
+                on_task(_join_task(temp, layout, reader, records[task.name], new_task))
         return finish_cache(temp)
 
 
@@ -97,18 +103,24 @@ def _first_blocks(readers: Sequence[CacheReader]) -> list[int]:
     return starts
 
 
-def _join_task(path: Path, layout: StoreLayout, reader: CacheReader, commit: Commit, new_task: Task) -> int:
+def _folder(reader: CacheReader) -> Path:
+    assert isinstance(reader.path, Path), "caches on servers are refused"
+    return reader.path
+
+
+def _join_task(path: Path, layout: StoreLayout, reader: CacheReader, record: Record, new_task: Task) -> int:
     """Take over the shards of one task and its record. Returns the bytes of the shards."""
-    source, task = reader.path, commit.task
-    assert isinstance(source, Path), "caches on servers are refused"
-    if problems := check_commit(source, commit, reader.layout):
+    source, commit = _folder(reader), parse_commit(record)
+    task = commit.task
+    # The new record gets a checksum of its own, so that of the old one is looked at here.
+    if problems := [*check_seal(record), *check_commit(source, commit, reader.layout)]:
         raise CorruptCacheError(
             f"{problems[0]} Repair it with `atcache verify --repair` and its `atcache build` command, then merge again."
         )
     new_names = {spec.shard_file(task): spec.shard_file(new_task) for spec in layout.arrays()}
     for old, new in new_names.items():
         _link_or_copy(source / old, path / new)
-    files = {new_names[name]: record for name, record in commit.files.items()}
+    files = {new_names[name]: about for name, about in commit.files.items()}
     _write_record(path, replace(commit, task=new_task, files=files))
     return commit.nbytes
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, overload
 import numpy as np
 
 from atcache.errors import CorruptCacheError
-from atcache.fields import JsonFields, Omitted
+from atcache.fields import JsonFields, Omitted, Range
 from atcache.files.durable import encode_json, write_file
 from atcache.files.location import Location, Url, parse_location
 from atcache.files.remote.putting import patiently
@@ -29,15 +29,18 @@ from atcache.store.records import (
 )
 from atcache.store.shard_check import ShardCheck, check_shard, name_samples
 
-_REDO = "and run the same `atcache build` command again: only this task is redone."
+_REDO = "and run the same `atcache build` or `atcache pull` command again: only this task is redone."
+_Count = Annotated[int, Range(at_least=0)]
+# The totals of a cache take no larger ones, and sums of these do not overflow.
+_Measured = Annotated[float, Range(at_least=-1e6, at_most=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord(JsonFields):
     """The size and checksum that one shard file must have."""
 
-    nbytes: int
-    crc32: int
+    nbytes: _Count
+    crc32: _Count
     """zlib's crc32 of the whole file. Not crc32c: bytes that end in their own crc32c all have the same one, so a
     shard's would depend only on the lengths of its parts."""
 
@@ -49,13 +52,13 @@ class Commit(JsonFields):
     task: Task
     files: dict[str, FileRecord]
     """Shard files by their path inside the cache."""
-    num_stored: int
+    num_stored: _Count
     """Samples with codes."""
-    num_bad: int
+    num_bad: _Count
     """Samples without codes; their status says why."""
-    quality: dict[str, Any]
-    """Numbers the build measured on this task."""
-    num_checked: Annotated[int | None, Omitted] = None
+    quality: dict[str, _Measured]
+    """Finite numbers the build measured on this task."""
+    num_checked: Annotated[_Count | None, Omitted] = None
     """How many views they were measured on; None in records that do not say."""
 
     @property
@@ -123,24 +126,24 @@ def read_commit(path: Location | str, name: str, layout: StoreLayout | None = No
         layout: as `read_commits` takes it.
 
     Raises:
-        CorruptCacheError: it cannot be read, or is the record of another task.
+        CorruptCacheError: it cannot be read, is the record of another task, or does not match its checksum.
     """
-    return parse_commit(read_record(parse_location(path), name, layout))
+    return trusted_commit(read_record(parse_location(path), name, layout))
 
 
 def find_commit(path: Url, name: str) -> bytes | None:
     """A task's record as its own file has it, or would have it if it had not been joined; None if there is none."""
     record = patiently(lambda: find_record(path, name))
-    return None if record is None else encode_commit(parse_commit(record))
+    return None if record is None else encode_commit(trusted_commit(record))
 
 
 def find_joined_commit(path: Path, layout: StoreLayout, task: Task) -> Commit | None:
     """The commit of a task whose record is joined with others already; None if it is not, or cannot be trusted."""
     record = find_joined_record(path, layout, task)
-    if record is None or check_seal(record):
+    if record is None:
         return None
     try:
-        commit = parse_commit(record)
+        commit = trusted_commit(record)
     except CorruptCacheError:
         return None
     return None if check_commit(path, commit, layout) else commit
@@ -152,13 +155,19 @@ def read_commits(path: Location | str, layout: StoreLayout | None = None) -> dic
     Args:
         path: the cache.
         layout: of a finished cache on a server that cannot list files; None to list them.
+
+    Raises:
+        CorruptCacheError: a record cannot be read, is that of another task, or does not match its checksum.
+        AtcacheError: a file cannot be read now.
     """
-    commits = sorted(map(parse_commit, read_records(parse_location(path), layout)), key=lambda commit: commit.task)
+    commits = sorted(map(trusted_commit, read_records(parse_location(path), layout)), key=lambda commit: commit.task)
     return {commit.task.name: commit for commit in commits}
 
 
 def parse_commit(record: Record) -> Commit:
     """The commit that a record holds.
+
+    Its checksum is not looked at: see `check_seal` and `trusted_commit`.
 
     Raises:
         CorruptCacheError: it cannot be read, or is the record of another task.
@@ -179,6 +188,20 @@ def parse_commit(record: Record) -> Commit:
     raise CorruptCacheError(f"{name} is not a commit record ({problem}). {redo}")
 
 
+def trusted_commit(record: Record) -> Commit:
+    """The commit that a record holds, for totals and copies: what is damaged would get a checksum there that holds.
+
+    Raises:
+        CorruptCacheError: it cannot be read, is the record of another task, or does not match its own checksum.
+    """
+    commit = parse_commit(record)
+    if problems := check_seal(record):
+        is_joined = record.file.name != f"{record.task}.json"
+        redo = how_to_redo(record.file.parent.parent, record.task, is_joined=is_joined)
+        raise CorruptCacheError(f"{problems[0]} {redo}")
+    return commit
+
+
 def how_to_redo(path: Location, task: str, *, is_joined: bool) -> str:
     """A sentence that says how to have a damaged task written again; a joined record cannot be deleted by hand."""
     delete = f"Type `atcache verify {path} --repair`" if is_joined else f"Delete {path}/{COMMITS}/{task}.json"
@@ -191,6 +214,9 @@ def check_commit(path: Location, commit: Commit, layout: StoreLayout, *, deep: b
     Checks the size and the index of every shard. With `deep` it reads every byte and also checks the checksums of the
     files and the chunks, that each chunk decompresses to its size, and that status, chunks and counts agree. Memory is
     one chunk. The record's own checksum is checked by `check_seal`.
+
+    Raises:
+        AtcacheError: a shard cannot be read now, which says nothing about it.
     """
     task = commit.task
     if not layout.has_task(task):
@@ -294,7 +320,7 @@ def summarise_quality(commits: Iterable[Commit]) -> dict[str, dict[str, float]]:
     for commit in commits:
         weight = (commit.num_checked if all_say else None) or commit.num_stored
         for name, value in commit.quality.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and weight:
+            if weight:
                 values.setdefault(name, []).append((float(value), weight))
     return {
         name: {

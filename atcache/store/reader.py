@@ -354,7 +354,8 @@ class CacheReader:
         status = self.status(view, sample)
         if status in (Status.PENDING, Status.STORED) and task.name in self.committed_tasks():
             self._raise_damaged(spec, task, DamagedChunkError(f"it lacks sample {sample}, which was committed"), sample)
-        advice = " Run the same `atcache build` command again to continue." if status == Status.PENDING else ""
+        again = " Run the same `atcache build` or `atcache pull` command again to continue."
+        advice = again if status == Status.PENDING else ""
         raise CacheMissError(
             f"view {view} of sample {sample} ({self.samples.sample_key(sample)!r}) is not stored in {self.path}: "
             f"{describe_status(status)}.{advice}"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 from atcache.files.durable import encode_json, fsync_path, write_file
 from atcache.files.location import Location, Url
-from atcache.files.ranges import list_files, read_file
+from atcache.files.ranges import is_damage, list_files, read_file, unreadable
 from atcache.files.remote.putting import delete_file, patiently, put_file
 from atcache.files.spool import Spool
 from atcache.store.layout import MAX_RECORDS_PER_FILE, StoreLayout, Task, task_name
@@ -121,6 +121,9 @@ def read_records(path: Location, layout: StoreLayout | None = None) -> Iterator[
     Args:
         path: the cache.
         layout: of a cache that is finished, and on a server that cannot list files; None to list them.
+
+    Raises:
+        AtcacheError: a file or the folder cannot be read now, which says nothing about the records.
     """
     files = list_record_files(path) if layout is None else files_of(layout)
     wanted = {task for file in files for task in file.tasks()}
@@ -179,9 +182,7 @@ def _holds(file: RecordFile, other: RecordFile) -> bool:
 
 def _read_files(path: Location, files: Iterable[RecordFile], wanted: set[str]) -> Iterator[Record]:
     """The records of wanted tasks, each from the smallest file that has it; files that are gone are passed over."""
-    smallest: dict[str, RecordFile] = {}
-    for file in sorted(files, key=lambda file: -file.num_tasks):
-        smallest.update(dict.fromkeys(file.tasks(), file))
+    smallest = _smallest(files)
     of_file: dict[RecordFile, list[str]] = {}
     for task, file in smallest.items():
         if task in wanted:
@@ -203,6 +204,14 @@ def _read_files(path: Location, files: Iterable[RecordFile], wanted: set[str]) -
             yield from read(file)
 
 
+def _smallest(files: Iterable[RecordFile]) -> dict[str, RecordFile]:
+    """The file that holds for each task."""
+    smallest: dict[str, RecordFile] = {}
+    for file in sorted(files, key=lambda file: -file.num_tasks):
+        smallest.update(dict.fromkeys(file.tasks(), file))
+    return smallest
+
+
 def _read_file(path: Location, file: RecordFile, tasks: list[str]) -> list[Record]:
     """The records of these tasks, which the file should hold; none if the file is gone."""
     place = path / f"{COMMITS}/{file.name}"
@@ -211,6 +220,8 @@ def _read_file(path: Location, file: RecordFile, tasks: list[str]) -> list[Recor
     except FileNotFoundError:
         return []
     except OSError as error:
+        if not is_damage(error):
+            raise unreadable(place, error) from error
         return [Record(task, place, None, f"{type(error).__name__}: {error}") for task in tasks]
     if file.num_tasks == 1:
         return [Record(task, place, *_parse(data)) for task in tasks]
@@ -245,20 +256,38 @@ def delete_records(path: Location, tasks: Iterable[str]) -> list[str]:
 
     Returns:
         Names of the tasks that have lost their record, in order.
+
+    Raises:
+        AtcacheError: a file cannot be read now. Nothing is lost.
     """
-    unwanted, deleted = set(tasks), set[str]()
-    affected = [file for file in list_record_files(path) if not unwanted.isdisjoint(file.tasks())]
+    unwanted, written = set(tasks), set[str]()
+    files = list_record_files(path)
+    affected = [file for file in files if not unwanted.isdisjoint(file.tasks())]
+    others = set(files) - set(affected)
+    smallest = _smallest(files)
     for file in affected:
+        # Of a task that was done again, this file may have the old record, and what is written must not cover the new.
+        holding = {smallest[task] for task in file.tasks()} if file.num_tasks > 1 else set[RecordFile]()
         kept = {
             record.task: record.value
-            for record in ([] if file.num_tasks == 1 else _read_file(path, file, file.tasks()))
-            if record.value is not None and record.task not in unwanted
+            for record in _read_files(path, holding, set(file.tasks()) - unwanted)
+            if record.value is not None and _can_be_written(record.value)
         }
         for piece in _pieces(file, kept):
             _write(path, piece, [kept[task] for task in piece.tasks()])
-        deleted |= set(file.tasks()) - kept.keys()
+        written |= kept.keys()
     _remove(path, affected)
-    return sorted(deleted)
+    left = {task for file in others for task in file.tasks()} | written
+    return sorted({task for file in affected for task in file.tasks()} - left)
+
+
+def _can_be_written(value: dict[str, Any]) -> bool:
+    """Whether a record has only numbers and texts that JSON has: Python also reads others."""
+    try:
+        _LINE.encode(value).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def delete_own_record(path: Path, task: Task) -> None:
@@ -313,7 +342,11 @@ def _join_stretch(path: Location, stretch: RecordFile, files: list[RecordFile]) 
 
     values = _asked(path, read)
     # A stretch with a record that cannot be read is left as it is, for `atcache verify` to name the file.
-    whole = [value for task in stretch.tasks() if (value := values.get(task)) is not None and _task_of(value) == task]
+    whole = [
+        value
+        for task in stretch.tasks()
+        if (value := values.get(task)) is not None and _task_of(value) == task and _can_be_written(value)
+    ]
     if len(whole) < stretch.num_tasks:
         return True
     _write(path, stretch, whole)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from atcache.files.location import Location
-from atcache.files.ranges import RangeFile, open_file
+from atcache.files.ranges import RangeFile, is_damage, open_file, unreadable
 from atcache.store.chunks import EMPTY, DamagedChunkError, decode_index, decompress_into
 from atcache.store.layout import ArraySpec
 
@@ -42,6 +42,9 @@ def check_shard(
         crc32: the committed checksum of the whole file.
         first_sample: the sample of its first chunks, for messages.
         deep: read every byte; if False, check only the size and the index.
+
+    Raises:
+        AtcacheError: it cannot be read now, which says nothing about it.
     """
     check = ShardCheck()
     try:
@@ -55,6 +58,8 @@ def check_shard(
         if reason is not None:
             check.problem = f"{file} is damaged: {reason}."
     except OSError as error:
+        if not is_damage(error):
+            raise unreadable(file, error) from error
         check.problem = f"{file} cannot be read: {error.strerror}."
     return check
 

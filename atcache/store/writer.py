@@ -29,10 +29,9 @@ from atcache.files.durable import (
     write_file,
 )
 from atcache.files.location import Location, Url, parse_location
-from atcache.files.ranges import list_files
 from atcache.files.spool import Spool
 from atcache.files.writers import only_writer
-from atcache.store.bucket import Piece, put_together, replace_object
+from atcache.store.bucket import Piece, put_new_cache, put_together, replace_object
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder, check_byte_order
 from atcache.store.committed import check_commits
 from atcache.store.growth import end_growth, enlarge_arrays, read_growth
@@ -82,7 +81,7 @@ def create_cache(
     """Create an empty cache: all metadata, the sample table and the codec's state, but no task yet.
 
     The cache is built in a temp folder beside `path` and renamed, so that `path` is a whole cache or does not exist. On
-    an object store, its zarr.json is put last.
+    an object store, its zarr.json is put last, and what a stopped creation left there is deleted before.
 
     Args:
         path: the folder to create, or the URL of one on an object store.
@@ -94,6 +93,7 @@ def create_cache(
 
     Raises:
         CacheMismatchError: `path` exists.
+        ConfigError: an argument cannot be stored, or a cache on the object store was not wholly deleted.
         DiskFullError: no space is left.
         NotWritableError: the object store refuses, or fails for minutes.
     """
@@ -109,10 +109,7 @@ def create_cache(
         return
     with Spool() as spool, disk_errors_explained(spool.path):
         write_empty_cache(spool.path, layout, attributes, index, state, bias_LHQK)
-        pieces = [Piece.of(name, spool.path / name) for name in list_files(spool.path)]
-        root = next(piece for piece in pieces if piece.name == "zarr.json")
-        pieces.remove(root)
-        if put_together(path, pieces, root) != root.file.read_bytes():
+        if not put_new_cache(path, spool.path):
             raise _exists(path)
 
 

@@ -38,7 +38,8 @@ class VerifyConfig:
     client: Any = None
     """A `distributed.Client` to use instead of `scheduler`; only from Python."""
     repair: bool = option(
-        "Delete the commit records of damaged tasks, so that the next `atcache build` redoes just these.", default=False
+        "Delete the commit records of damaged tasks, so that the next `atcache build` or `pull` redoes just these.",
+        default=False,
     )
     teacher: str | OwnTeacher | None = option(
         "Recompute some views with this teacher, named as for build. It must be the one of the build.", default=None

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import webdataset
 from click.testing import CliRunner
 from counting import bytes_read, opened_below
 from made_records import made_attributes
+from made_store import LAYOUT, make_index
 from PIL import Image
 
 from atcache.attention.geometry import FactorGeometry
@@ -25,8 +27,9 @@ from atcache.cli.options import compare_sizes
 from atcache.images.source import SampleIndex
 from atcache.pipelines.build.config import BuildConfig
 from atcache.pipelines.build.run import build
-from atcache.store.layout import StoreLayout
-from atcache.store.writer import create_cache
+from atcache.store.layout import Status, StoreLayout
+from atcache.store.manifest import delete_commits
+from atcache.store.writer import TaskWriter, create_cache, encode_view, finish_cache
 from atcache.views.policy import PARAMETER_NAMES, ViewPolicy
 
 
@@ -148,11 +151,46 @@ def test_json_is_one_line_and_says_the_same(cache):
     assert about["is_complete"] is True
 
 
+def test_a_large_cache_says_why_views_are_left_out_and_opens_no_shard(tmp_path):
+    """150 tasks. Sample 7 was known to be bad, sample 9 turned out to be."""
+    layout = replace(LAYOUT, num_samples=75, samples_per_shard=1, pixels=None, parameter_names=PARAMETER_NAMES)
+    geometry = FactorGeometry(
+        layers=tuple(range(4)),
+        heads=(0, 1, 2),
+        num_model_heads=3,
+        num_kv_heads=3,
+        head_dim=4,
+        tokens=TokenLayout(num_prefix_tokens=1, grid_height=2, grid_width=2),
+        scale=0.5,
+    )
+    policy, path, index = ViewPolicy(name="crop-flip", image_height=8, image_width=8), tmp_path / "c", make_index(75)
+    create_cache(path, layout, made_attributes(layout, index, geometry, policy, {"name": "int8"}), index, {})
+    for task in layout.tasks():
+        writer = TaskWriter(path, layout, task)
+        if task.start in (7, 9):
+            writer.add(task.start, status=Status.UNDECODABLE)
+        else:
+            codes_LTC = np.zeros((4, 5, 24), np.int8)
+            chunks = encode_view(layout, codes_LTC)
+            parameters_P = np.zeros(len(PARAMETER_NAMES), np.float32)
+            writer.add(task.start, status=Status.STORED, parameters_P=parameters_P, pixel_hash=1, chunks=chunks)
+        writer.commit({"row_kl_nats": 0.1}, 1)
+    finish_cache(path)
+    with opened_below(path / "views") as opened:
+        result = show(path, "--json")
+    assert result.exit_code == 0, result.output
+    assert opened == []
+    assert json.loads(result.stdout)["bad"] == {"undecodable": 2, "other reasons": 2}
+    assert "4 views left out: 2 undecodable, 2 other reasons" in show(path).stdout
+    delete_commits(path, ["v0000-b000007", "v0001-b000020"])
+    assert json.loads(show(path, "--json").stdout)["bad"] == {"undecodable": 1, "other reasons": 2}
+
+
 def test_an_unfinished_cache_says_what_is_missing_and_what_to_type(cache):
     for name in ("v0000-b000001", "v0001-b000002"):
         (cache / "commits" / f"{name}.json").unlink()
     result = show(cache)
-    assert "incomplete: 2 of 6 tasks missing, 25 views stored. Type the same `atcache build` command" in result.stdout
+    assert "incomplete: 2 of 6 tasks missing, 25 views stored. Type the same `atcache build` or" in result.stdout
     about = json.loads(show(cache, "--json").stdout)
     assert (about["is_complete"], about["num_tasks"], about["num_tasks_done"]) == (False, 6, 4)
 

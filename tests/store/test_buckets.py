@@ -135,6 +135,60 @@ def test_a_creation_that_was_stopped_does_not_open_and_is_replaced(url, moto):
     assert CacheReader(url).samples.num_samples == LAYOUT.num_samples
 
 
+def test_the_rest_of_a_deleted_cache_is_not_taken_over(url, moto):
+    """Its records would vouch for its shards as tasks of the new cache."""
+    build(url)
+    check_can_begin(url)  # another build has just made it
+    obstore.delete(moto.store("bucket"), f"{url.key}/zarr.json")
+    before, sentence = objects(moto, url), r"only partly deleted.* there is .*commits/v0000-b000000.json. Delete all"
+    with pytest.raises(ConfigError, match=sentence):
+        check_can_begin(url)
+    with pytest.raises(ConfigError, match=sentence):
+        make_empty(url, attributes={"teacher": "other"})
+    assert objects(moto, url) == before
+
+
+def stop_a_creation(moto, url):
+    """Create a cache of another teacher, with state and bias of its own, but for its last object, which is returned."""
+    state = {"old": np.ones((3, 2), np.float32)}
+    layout = replace(LAYOUT, num_samples=12, part_stops=(4, 8, 12))
+    create_cache(url, layout, {"teacher": "other"}, make_index(12), state, np.ones((4, 2, 5, 5), np.float32))
+    root = objects(moto, url)["zarr.json"]
+    obstore.delete(moto.store("bucket"), f"{url.key}/zarr.json")
+    return root
+
+
+def test_state_and_bias_of_a_creation_that_was_stopped_do_not_get_into_the_next_cache(url, moto, tmp_path):
+    stop_a_creation(moto, url)
+    obstore.put(moto.store("bucket"), f"{url.key}/samples/holiday.jpg", b"of somebody else")
+    check_can_begin(url)
+    layout, state = replace(LAYOUT, pixels=None), {"new": np.zeros(2, np.float32)}
+    for path in (url, tmp_path / "local.zarr"):
+        create_cache(path, layout, {"teacher": "tiny"}, make_index(10), state)
+        for task in layout.tasks():
+            write_task(path, layout, task)
+        finish_cache(path)
+    reader = CacheReader(url)
+    assert (list(reader.state), reader.bias_LHQK) == (["new"], None)
+    found = objects(moto, url)
+    assert found.pop("samples/holiday.jpg") == b"of somebody else"
+    assert found == local_bytes(tmp_path / "local.zarr")
+
+
+def test_a_creation_that_is_still_at_work_keeps_its_state(url, moto, monkeypatch):
+    root = stop_a_creation(moto, url)
+    before = objects(moto, url)
+    monkeypatch.setattr(bucket, "SECONDS_FOR_A_RIVAL", 60.0)
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(make_empty, url)
+        time.sleep(1)
+        assert not second.done()
+        obstore.put(moto.store("bucket"), f"{url.key}/zarr.json", root)
+        with pytest.raises(CacheMismatchError, match="exists already"):
+            second.result()
+    assert objects(moto, url) == {**before, "zarr.json": root}
+
+
 def test_the_second_writer_of_a_task_takes_what_the_first_has_committed(url, moto):
     make_empty(url)
     task = LAYOUT.tasks()[0]

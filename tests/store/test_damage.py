@@ -9,7 +9,11 @@ import pytest
 from made_store import CODES, LAYOUT, SHARDS, build, damage_and_read
 
 from atcache.errors import CorruptCacheError
+from atcache.files.durable import encode_json
+from atcache.store.audit import check_metadata, find_strays
+from atcache.store.growth import enlarge_arrays
 from atcache.store.manifest import check_commit, commit_path, read_commits
+from atcache.store.metadata import seal
 from atcache.store.reader import CacheReader
 from atcache.store.writer import finish_cache
 
@@ -109,7 +113,23 @@ def test_a_commit_record_cannot_point_out_of_the_cache(cache):
     file = commit_path(cache, LAYOUT.tasks()[0])
     whole = json.loads(file.read_bytes())
     whole["files"] = {"../../etc/passwd": {"nbytes": 1, "crc32": 1}}
-    file.write_text(json.dumps(whole))
+    file.write_bytes(encode_json(seal(whole)))
     problems = check_commit(cache, read_commits(cache)["v0000-b000000"], LAYOUT)
     assert len(problems) == 1
     assert "expected ['attention/codes/c/0/0/0/0/0'" in problems[0]
+
+
+def test_shapes_of_a_growth_that_was_given_up_are_no_damage_but_a_note(cache):
+    """It was killed after its arrays got their shapes, and its growth.json was deleted, as the guide says."""
+    codes = CacheReader(cache).read_codes(1, 9)
+    enlarge_arrays(cache, replace(LAYOUT, num_views=4))
+    assert check_metadata(cache) == []
+    assert CacheReader(cache).read_codes(1, 9).tobytes() == codes.tobytes()
+    committed = {task.name for task in LAYOUT.tasks()}
+    (note,) = find_strays(cache, LAYOUT, committed)
+    assert "has the shape of a growth that was given up. That does no harm" in note
+    enlarge_arrays(cache, LAYOUT)
+    assert find_strays(cache, LAYOUT, committed) == []
+    for layout in (replace(LAYOUT, num_views=1), replace(LAYOUT, num_tokens=6)):
+        enlarge_arrays(cache, layout)
+        assert len(check_metadata(cache)) >= 1

@@ -19,7 +19,7 @@ from atcache.files.writers import LOCK, only_writer, sweep_partials
 from atcache.store.layout import Status
 from atcache.store.manifest import commit_path, read_commits, summarise_commits
 from atcache.store.reader import CacheReader
-from atcache.store.writer import TaskWriter, create_cache, encode_view, finish_cache
+from atcache.store.writer import TaskWriter, create_cache, encode_view, finish_cache, new_cache_folder
 
 # Writing
 
@@ -77,7 +77,9 @@ def test_an_unfinished_cache_says_what_is_missing(tmp_path):
     assert [task.name for task in reader.missing_tasks()] == ["v0001-b000001", "v0001-b000002"]
     assert reader.status_VS[1].tolist() == [1] * 4 + [0] * 6
     assert reader.read_codes(1, 3).shape == (4, 5, 24)
-    with pytest.raises(CacheMissError, match=r"pending\. Run the same `atcache build` command again to continue"):
+    with pytest.raises(
+        CacheMissError, match=r"pending\. Run the same `atcache build` or `atcache pull` command again to continue"
+    ):
         reader.read_codes(1, 4)
     with pytest.raises(CacheMissError, match=r"lacks 2 of 6 tasks, the first is v0001-b000001\. Run the same"):
         finish_cache(tmp_path / "cache.zarr")
@@ -291,6 +293,19 @@ def test_a_lock_file_that_leads_elsewhere_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic links"), only_writer(tmp_path / "folder"):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_new_folder_is_durable_and_shards_of_other_caches_are_not_synced_again(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), real(descriptor)))
+    (tmp_path / "shard").touch()
+    with new_cache_folder(tmp_path / "out.zarr") as temp:
+        (temp / "c/0").mkdir(parents=True)
+        (temp / "c/0/linked").hardlink_to(tmp_path / "shard")
+        (temp / "c/0/own").touch()
+    out = tmp_path / "out.zarr"
+    assert {path.stat().st_ino for path in (tmp_path, out, out / "c", out / "c/0", out / "c/0/own")} <= set(synced)
+    assert (tmp_path / "shard").stat().st_ino not in synced
 
 
 def test_a_cache_that_another_process_is_making_is_not_swept(tmp_path):

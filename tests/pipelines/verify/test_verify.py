@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import time
 import tracemalloc
@@ -120,6 +122,38 @@ def test_repair_deletes_records_only_and_nothing_of_a_whole_cache(cache):
     assert contents(cache) == {name: data for name, data in before.items() if name != RECORD}
 
 
+@pytest.mark.parametrize(
+    ("function", "place", "number"),
+    [("scandir", "commits", errno.ESTALE), ("open", CODES, errno.EMFILE), ("open", RECORD, errno.EACCES)],
+)
+def test_repair_deletes_nothing_if_a_place_cannot_be_read_just_once(cache, monkeypatch, function, place, number):
+    real, left = getattr(os, function), [1]
+
+    def fail_once(path, *arguments, **options):
+        if left and str(path).endswith(place):
+            left.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    before = contents(cache)
+    monkeypatch.setattr(os, function, fail_once)
+    result = run_cli(cache, "--repair", "--sample", 0)
+    assert result.exit_code == 1
+    assert f"{place} cannot be read: {os.strerror(number)}. It may be whole" in result.stderr.splitlines()[-1]
+    assert not left
+    assert contents(cache) == before
+
+
+def test_numbers_that_no_build_writes_are_found_and_repaired(cache):
+    for name, text in ((RECORD, "1e999"), ("commits/v0000-b000000.json", "1" + 400 * "0")):
+        record = json.loads((cache / name).read_bytes())
+        record["quality"] = {"row_kl_nats": "HERE"}
+        (cache / name).write_text(json.dumps(record).replace('"HERE"', text))
+    summary = look(cache, repair=True)
+    assert summary.repaired_tasks == ("v0000-b000000", TASK)
+    assert all('"quality.row_kl_nats" is ' in message for message in messages(summary))
+
+
 def test_a_record_of_no_task_is_deleted_and_does_no_harm_before(cache):
     """A growth that was given up leaves such records."""
     before = contents(cache)
@@ -219,12 +253,13 @@ def test_the_command_lists_problems_repairs_and_says_what_to_type(cache):
     record = json.loads(result.stdout)
     for problem in record["problems"]:
         assert problem["message"] in lines
-    assert f"1 task can be redone: run `atcache verify {cache} --repair`, then the same `atcache build`" in lines
+    again = "then the same `atcache build` or `atcache pull` command"
+    assert f"1 task can be redone: run `atcache verify {cache} --repair`, {again}" in lines
     assert any("in files that a build does not write again: restore them from a copy" in line for line in lines)
     assert len(list_commits(cache)) == 6
     result = run_cli(cache, "--repair")
     assert result.exit_code == 1
-    assert "deleted 1 commit record: type the same `atcache build` command again" in result.stderr
+    assert "deleted 1 commit record: type the same `atcache build` or `atcache pull` command again" in result.stderr
     assert json.loads(result.stdout)["repaired_tasks"] == [TASK]
 
 
