@@ -12,8 +12,8 @@ from atcache.store.layout import StoreLayout
 from atcache.store.reader import CacheReader
 from atcache.store.writer import RESERVED_ATTRIBUTES
 
-_GROWS = ("num_samples", "part_stops", "num_views")
-"""Members of a layout that change when a cache grows."""
+_GROWS = ("num_samples", "part_stops", "num_views", "records_per_file")
+"""Members of a layout that change when a cache grows; the last one when it gets very many tasks."""
 
 
 def recorded(attributes: Mapping[str, Any], layout: StoreLayout) -> dict[str, Any]:

@@ -10,22 +10,33 @@ from atcache.errors import CacheMismatchError
 from atcache.files.ranges import list_files
 from atcache.store.audit import known_files
 from atcache.store.layout import StoreLayout
-from atcache.store.records import COMMITS, RecordFile
+from atcache.store.records import COMMITS, list_record_files
 
 MAX_ENTRIES = 10_000
 """The most files and folders that the Hugging Face hub takes in one folder."""
 
 
 def cache_files(path: Path, layout: StoreLayout) -> list[str]:
-    """Paths in a complete cache of its files, sorted; what else is in the folder is no part of it."""
+    """Paths in a complete cache of its files, sorted; what else is in the folder is no part of it.
+
+    Files that are missing are not: that is for their commit records to tell.
+
+    Raises:
+        CacheMismatchError: a file is in a folder that is a symbolic link.
+    """
     known = known_files(path, layout)
     known |= {spec.shard_file(task) for task in layout.tasks() for spec in layout.arrays()}
-    return [name for name in list_files(path) if name in known or _is_record(name)]
-
-
-def _is_record(name: str) -> bool:
-    folder, _, file = name.rpartition("/")
-    return folder == COMMITS and RecordFile.parse(file) is not None
+    known |= {f"{COMMITS}/{file.name}" for file in list_record_files(path)}
+    files = [name for name in list_files(path) if name in known]
+    # Reading follows links, listing does not: such files would be left out without a word.
+    linked = [name for name in sorted(known.difference(files)) if (path / name).exists()]
+    if linked:
+        link = next((folder for folder in (path / linked[0]).parents if folder.is_symlink()), path / linked[0])
+        raise CacheMismatchError(
+            f"{link} is a symbolic link, and {len(linked)} files of the cache are behind such links, as {linked[0]} "
+            "is. Copy each linked folder into the place of its link, then push."
+        )
+    return files
 
 
 def check_folder_sizes(path: Path, files: Iterable[str]) -> None:

@@ -29,9 +29,11 @@ from atcache.files.remote.download import download
 from atcache.files.sizes import size_text
 from atcache.files.writers import only_writer, sweep_partials
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import Commit, read_commit, read_commits, write_commit
+from atcache.store.manifest import Commit, check_seal, parse_commit, write_commit
+from atcache.store.metadata import seal_holds
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
+from atcache.store.records import Record, read_record, read_records
 from atcache.store.writer import RESERVED_ATTRIBUTES, create_cache, finish_cache
 from atcache.views.rendering import STORED, stored_mix
 
@@ -42,6 +44,7 @@ from .config import PullConfig
 
 _NUM_AT_ONCE = 8
 """Tasks that are fetched at the same time: each waits for its server most of the time."""
+_DAMAGED_THERE = "It is damaged where it is. Ask who published it."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,8 @@ def pull(config: PullConfig) -> PullSummary:
     Raises:
         CacheMissError: there is no cache at that place.
         CacheMismatchError: it is not complete, or `out` holds something else.
-        CorruptCacheError: a file on the server is not what its commit record says.
+        CorruptCacheError: a file on the server is not what its commit record says, or its metadata or a commit record
+            are not what their own checksum says.
         RemoteError: the server cannot be read.
         DiskFullError: the copy does not fit.
     """
@@ -104,6 +108,8 @@ def pull(config: PullConfig) -> PullSummary:
 def _begin(out: Path, reader: CacheReader, chosen: Chosen) -> None:
     """Create the copy, or check that `out` is one that was begun."""
     CacheRecord.of(reader)  # refuses what is missing or contradicts itself
+    if not seal_holds(reader.attributes):  # the copy would get a checksum of its own
+        raise CorruptCacheError(f"{reader.path}/zarr.json is damaged: its checksum does not match. {_DAMAGED_THERE}")
     attributes = _attributes(reader, chosen)
     with disk_errors_explained(out):
         if out.is_dir() and not any(out.iterdir()):
@@ -176,21 +182,23 @@ def _read_records(reader: CacheReader, tasks: Sequence[Task], pool: ThreadPoolEx
     """The commit records of tasks of the whole cache, in order."""
     path, layout = reader.path, reader.layout
 
-    def read(task: Task) -> Commit:
-        return read_commit(path, task.name, layout)
+    def read(task: Task) -> Record:
+        return read_record(path, task.name, layout)
 
     if layout.records_per_file == 1:
         records = list(pool.map(read, tasks))
     else:  # many are in one file
-        found = read_commits(path, layout)
+        found = {record.task: record for record in read_records(path, layout)}
         records = [found[task.name] for task in tasks]
-    for record, task in zip(records, tasks, strict=True):
-        if record.task != task or set(record.files) != {spec.shard_file(task) for spec in layout.arrays()}:
+    commits = list(map(parse_commit, records))
+    for record, commit, task in zip(records, commits, tasks, strict=True):
+        if problems := check_seal(record):  # the copy's record would get a checksum of its own
+            raise CorruptCacheError(f"{problems[0]} {_DAMAGED_THERE}")
+        if commit.task != task or set(commit.files) != {spec.shard_file(task) for spec in layout.arrays()}:
             raise CorruptCacheError(
-                f"{path}: the commit record of {task.name} is not that of its shards. It is damaged where it is. Ask "
-                "who published it."
+                f"{path}: the commit record of {task.name} is not that of its shards. {_DAMAGED_THERE}"
             )
-    return records
+    return commits
 
 
 def _check_space(out: Path, nbytes: int) -> None:

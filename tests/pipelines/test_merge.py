@@ -196,3 +196,14 @@ def test_names_of_classes_go_along_and_must_agree(digits_build, digits_tars, tmp
         samples = atcache.open(path).samples
         assert samples.class_name.values.tolist() == [f"digit {label}" for label in samples.label.values]
         assert len(samples.label) == 32
+
+
+@pytest.mark.parametrize("name", ["commits/v0000-b000001.json", "zarr.json"])
+def test_a_part_with_a_damaged_record_or_root_gets_no_new_checksum(parts, tmp_path, name):
+    _, paths = parts(codec="int8")
+    text = (paths[1] / name).read_text()
+    number = '"crc32": ' if name == "zarr.json" else '"num_stored": '
+    (paths[1] / name).write_text(text.replace(number, f"{number}1", 1))
+    with pytest.raises(CorruptCacheError, match=rf"part-1.zarr/{name}.* checksum does not match"):
+        merge(MergeConfig(caches=tuple(paths), out=tmp_path / "merged.zarr"))
+    assert not (tmp_path / "merged.zarr").exists()

@@ -20,11 +20,20 @@ from atcache.cli.main import cli
 from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, CorruptCacheError
 from atcache.pipelines.build.given_views import GivenViews
 from atcache.pipelines.build.run import build
+from atcache.store import layout as layouts
 from atcache.store.manifest import delete_commits, list_commits, read_commits
 
 HERE = "hf://datasets/lab/maps"
 # huggingface_hub sends files in a way that its HTTP client calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def change_a_number(file):
+    text = file.read_text()
+    # The totals of a root are compared with each other, before its checksum is.
+    name = '"crc32":' if file.name == "zarr.json" else '"num_stored":'
+    before = f"{name} " if f"{name} " in text else name
+    file.write_text(text.replace(before, f"{before}1", 1))
 
 
 @pytest.fixture
@@ -221,3 +230,32 @@ def test_a_part_of_mixed_views_may_have_images_that_could_not_be_read(hub, digit
     pulled = atcache.pull(cache=config.out, out=tmp_path / "part.zarr", tars=tars[1].name)
     assert (pulled.num_samples, pulled.complete["num_bad"]) == (8, 1)
     np.testing.assert_array_equal(atcache.open(tmp_path / "part.zarr").image(6), atcache.open(config.out).image(14))
+
+
+@pytest.mark.parametrize("num_joined", [9000, 2], ids=["a file each", "joined"])
+def test_a_damaged_record_or_root_gets_no_new_checksum(digits_build, tmp_path, monkeypatch, num_joined):
+    monkeypatch.setattr(layouts, "MAX_SINGLE_RECORDS", num_joined)
+    build(replace(digits_build, codec="exact"))
+    record = next(file for file in sorted((digits_build.out / "commits").iterdir()) if file.name != "zarr.json")
+    for name in (f"commits/{record.name}", "zarr.json"):
+        cache = shutil.copytree(digits_build.out, tmp_path / "damaged.zarr")
+        change_a_number(cache / name)
+        assert atcache.verify(cache=cache).problems
+        with pytest.raises(CorruptCacheError, match=rf"{name}.* checksum does not match. It is damaged where it is"):
+            atcache.pull(cache=cache, out=tmp_path / "copy.zarr")
+        assert not (tmp_path / "copy.zarr").exists() or not atcache.open(tmp_path / "copy.zarr").reader.is_complete
+        shutil.rmtree(cache)
+        shutil.rmtree(tmp_path / "copy.zarr", ignore_errors=True)
+
+
+def test_a_damaged_copy_is_repaired_by_the_same_pull(hub, tiny_cache, tmp_path):
+    atcache.push(cache=tiny_cache(), to=HERE, create="private")
+    for views in (None, 1):
+        out = tmp_path / f"{views}.zarr"
+        atcache.pull(cache=HERE, out=out, views=views)
+        shard = out / "attention/codes/c/0/1/0/0/0"
+        shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1, *shard.read_bytes()[1:]]))
+        change_a_number(out / "commits/v0000-b000002.json")
+        assert atcache.verify(cache=out, all=True, repair=True).repaired_tasks == ("v0000-b000001", "v0000-b000002")
+        atcache.pull(cache=HERE, out=out, views=views)
+        assert differences(out, tiny_cache()) == []

@@ -19,11 +19,22 @@ from atcache.cli.main import cli
 from atcache.errors import AtcacheError, CacheMismatchError, CacheMissError, CorruptCacheError, RemoteError
 from atcache.pipelines.build.run import build
 from atcache.pipelines.publish import files as publish_files
+from atcache.pipelines.publish.compare import why_not_earlier
+from atcache.store import layout as layouts
 from atcache.store.manifest import delete_commits, read_commits
+from atcache.store.reader import CacheReader
 
 HERE = "hf://datasets/lab/maps"
 # huggingface_hub sends files in a way that its HTTP client calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def change_a_number(file):
+    text = file.read_text()
+    # The totals of a root are compared with each other, before its checksum is.
+    name = '"crc32":' if file.name == "zarr.json" else '"num_stored":'
+    before = f"{name} " if f"{name} " in text else name
+    file.write_text(text.replace(before, f"{before}1", 1))
 
 
 def test_what_was_pushed_and_pulled_is_the_same_byte_for_byte(hub, tiny_cache, tmp_path):
@@ -274,3 +285,45 @@ def test_the_token_goes_to_the_hub_only(hub, tiny_cache):
     assert elsewhere
     assert set(elsewhere) == {None}
     assert {who for path, who in read if "/resolve/" in path} == {f"Bearer {TOKEN}"}
+
+
+def test_files_behind_a_link_are_refused_and_named(hub, tiny_cache, tmp_path):
+    hub.create("lab/maps")
+    for name in ("attention/codes/c/0/1", "commits"):
+        cache = shutil.copytree(tiny_cache(), tmp_path / f"{name.replace('/', '-')}.zarr")
+        shutil.move(cache / name, tmp_path / "other-disk" / name)
+        (cache / name).symlink_to(tmp_path / "other-disk" / name)
+        assert not atcache.verify(cache=cache, all=True).problems
+        with pytest.raises(
+            CacheMismatchError, match=rf"{name} is a symbolic link, and \d+ files .* as {name}/\S+ is. Copy each linked"
+        ):
+            atcache.push(cache=cache, to=HERE)
+    assert hub.uploads == []
+
+
+def test_a_cache_whose_own_checksums_fail_is_refused(hub, tiny_cache, tmp_path):
+    hub.create("lab/maps")
+    for name in ("commits/v0000-b000001.json", "zarr.json"):
+        cache = shutil.copytree(tiny_cache(), tmp_path / f"{name.replace('/', '-')}.zarr")
+        change_a_number(cache / name)
+        with pytest.raises(CorruptCacheError, match=rf"{name}.* checksum does not match.* then push"):
+            atcache.push(cache=cache, to=HERE)
+    assert hub.uploads == []
+
+
+def test_a_cache_that_has_grown_to_very_many_tasks_replaces_what_it_was(
+    hub, digits_build, digits_tars, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(layouts, "MAX_SINGLE_RECORDS", 3)
+    monkeypatch.setattr(layouts, "RECORDS_PER_FILE", 2)
+    config = replace(digits_build, data=str(digits_tars[0]), codec="exact")
+    build(config)
+    atcache.push(cache=config.out, to=HERE, create="private")
+    earlier = shutil.copytree(config.out, tmp_path / "earlier.zarr")
+    build(replace(config, views=2, grow=True))
+    readers = CacheReader(earlier), CacheReader(config.out)
+    assert [reader.layout.records_per_file for reader in readers] == [1, 2]
+    assert why_not_earlier(*readers) == []
+    atcache.push(cache=config.out, to=HERE)
+    atcache.pull(cache=HERE, out=tmp_path / "copy.zarr")
+    assert differences(tmp_path / "copy.zarr", config.out) == []
