@@ -23,7 +23,8 @@ from .files import Memory
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Of a file's first bytes. Whatever else is in a tar is decoded here and sent as PNG, or refused.
+# Of a file's first bytes. Whatever else is in a tar is decoded here and sent as PNG, or refused. So are files with
+# transparent parts: the teacher saw their colours, which a browser would not draw.
 _FOR_BROWSERS = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"), (b"RIFF", "image/webp"))
 _LOOK_AGAIN_S = 2.0
 
@@ -78,7 +79,9 @@ class Pictures:
             self.image(0, 96)
 
     def image(self, row: int, size: int | None = None) -> tuple[Memory, str]:
-        """The image file of a sample and its MIME type, as it is in its tar, or a thumbnail.
+        """The image file of a sample and its MIME type, or a thumbnail.
+
+        The file is as it is in its tar if a browser shows it as the teacher saw it. Else it is made again, as PNG.
 
         Raises:
             CacheMissError: there is no such sample.
@@ -88,7 +91,7 @@ class Pictures:
         _check_row(cache, row)
         data = cache.source.read_bytes(row)
         where = cache.source.where(row)
-        if size is None:
+        if size is None and not _has_alpha(data):
             for first, mime in _FOR_BROWSERS:
                 if data.startswith(first):
                     return Memory(data), mime
@@ -114,6 +117,19 @@ class Pictures:
             )
         with self._turns:
             return _encode(Image.fromarray(cache.image(row, view)), size)
+
+
+def _has_alpha(data: bytes) -> bool:
+    """Whether a PNG or WebP may have transparent parts, by its header alone."""
+    if data.startswith(b"\x89PNG"):
+        # The colour type says so, or a chunk tRNS before the pixels; see the PNG specification, sections 11.2.1 and
+        # 11.3.1.1.
+        return data[25:26] in (b"\x04", b"\x06") or data.find(b"tRNS", 33, data.find(b"IDAT", 33)) >= 0
+    if data[8:12] == b"WEBP":
+        # A flag of the extended header, or of a lossless image; see RFC 9649, sections 2.7.1 and 3.4.
+        flag = {b"VP8X": (20, 0x10), b"VP8L": (24, 0x10)}.get(data[12:16])
+        return flag is not None and len(data) > flag[0] and bool(data[flag[0]] & flag[1])
+    return False
 
 
 def _check_row(cache: Cache, row: int) -> None:

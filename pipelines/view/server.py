@@ -219,7 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         size = found.file.nbytes
         is_part, start, stop = False, 0, size
-        if self.headers.get("If-Range", tag) == tag and (range_ := self.headers.get("Range")):
+        # RFC 9110, section 14.2: only GET has ranges.
+        range_ = self.headers.get("Range") if self.command == "GET" else None
+        if range_ and self.headers.get("If-Range", tag) == tag:
             is_part, start, stop = _parse_range(range_, size)
         # The first piece comes before the answer begins, so that an error can still be one.
         first = found.file.pread(min(_PIECE_NBYTES, stop - start), start) if self.command == "GET" else b""

@@ -4,7 +4,7 @@
     site.json                   {"version": 1, "caches": [{"name": "in1k.zarr", "root": "caches/0/",
                                 "images": "images/0/", "views": "views/0/"}, ...]}
     caches/N/...                the files of a cache: metadata and chunks, nothing else
-    images/N/ROW                the image file of a sample, as it is in its tar
+    images/N/ROW                the image file of a sample, as it is in its tar; one with alpha as PNG without it
     views/N/VIEW/ROW.png        a view as the teacher saw it: stored, or replayed and checked by its hash
 
 `images` and `views` are optional: what an exported site lacks is not named in its site.json. An exported cache stores

@@ -2,6 +2,7 @@
 
 import { DamagedChunk, decompress, littleEndian, withoutChecksum } from "./chunks";
 import { damaged, missing, type Files } from "./files";
+import { Kept } from "./kept";
 import { CacheError } from "./types";
 
 export interface ArrayInfo {
@@ -173,7 +174,7 @@ export function once<Value>(make: () => Promise<Value>): () => Promise<Value> {
 
 /** Shards of one array: their indexes, and chunks of them. */
 export class Shards {
-  private readonly indexes = new Map<string, Promise<BigUint64Array | null>>();
+  private readonly indexes = new Kept<string, BigUint64Array | null>(KEPT_INDEXES);
 
   constructor(
     private readonly files: Files,
@@ -216,14 +217,7 @@ export class Shards {
 
   private index(view: number, block: number): Promise<BigUint64Array | null> {
     const path = this.path(view, block);
-    let index = this.indexes.get(path);
-    if (index === undefined) {
-      index = this.readIndex(path);
-      this.indexes.set(path, index);
-      index.catch(() => this.indexes.delete(path)); // so that a broken connection can be tried again
-      if (this.indexes.size > KEPT_INDEXES) this.indexes.delete(this.indexes.keys().next().value!);
-    }
-    return index;
+    return this.indexes.get(path, () => this.readIndex(path));
   }
 
   private async readIndex(path: string): Promise<BigUint64Array | null> {

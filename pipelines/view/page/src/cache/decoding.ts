@@ -7,8 +7,8 @@ import { decodeLogmap } from "../codecs/logmap";
 import type { StateArray } from "../codecs/state";
 import { TransformDecoder } from "../codecs/transform";
 import { once, type Chunk } from "./arrays";
+import { Kept } from "./kept";
 import type { CacheReader } from "./reader";
-import { kept } from "./samples";
 import { CacheError } from "./types";
 import { breathe, DecodedView, type LayerSource } from "./view";
 
@@ -70,7 +70,7 @@ export class ViewDecoder {
       return transform!.open(joined(rows));
     });
     // All layers of a chunk at once: it is decompressed as a whole.
-    const chunkLayers = new Map<number, Promise<Layer[]>>();
+    const chunkLayers = new Kept<number, Layer[]>();
     const decodeChunk = async (first: number, bias: StateArray | null): Promise<Layer[]> => {
       const rows = await (await chunkOf(first)).read();
       const rowNbytes = rows.length / layout.layersPerChunk;
@@ -92,7 +92,7 @@ export class ViewDecoder {
       }
       const at = position % layout.layersPerChunk;
       const first = position - at;
-      return (await kept(chunkLayers, first, Infinity, () => decodeChunk(first, bias)))[at];
+      return (await chunkLayers.get(first, () => decodeChunk(first, bias)))[at];
     };
     return {
       prefetch,

@@ -14,6 +14,7 @@ export interface Description {
   numViews: number;
   numSamples: number;
   numRealSamples: number;
+  parts: [number, number][];
   complete: boolean;
   classes: string[];
   policy: Policy;

@@ -87,6 +87,7 @@ class OpenCache implements Cache {
   readonly numViews!: number;
   readonly numSamples!: number;
   readonly numRealSamples!: number;
+  readonly parts!: [number, number][];
   readonly complete!: boolean;
   readonly classes!: string[];
   readonly policy!: Description["policy"];

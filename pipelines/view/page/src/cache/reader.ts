@@ -4,7 +4,8 @@ import { Metadata, parseObject, readSmallShard, Shards, type Chunk, type Sharded
 import { ITEMSIZES, parts, readAttributes, type Attributes } from "./attributes";
 import { COMPRESSORS, untranspose } from "./chunks";
 import { damaged, missing, WebFiles, type Files } from "./files";
-import { kept, NO_SAMPLE, SampleTable } from "./samples";
+import { Kept } from "./kept";
+import { NO_SAMPLE, SampleTable } from "./samples";
 import { readBias, readState } from "./state";
 import type { StateArray } from "../codecs/state";
 import { CacheError, STATUS_WORDS, type Sample } from "./types";
@@ -18,7 +19,7 @@ const STORED = 1;
 export class CacheReader {
   private readonly codes: Shards;
   private readonly rgb: Shards | null;
-  private readonly blocks = new Map<string, Promise<Uint8Array<ArrayBuffer> | null>>();
+  private readonly blocks = new Kept<string, Uint8Array<ArrayBuffer> | null>(KEPT_BLOCKS);
 
   private constructor(
     readonly files: Files,
@@ -178,8 +179,6 @@ export class CacheReader {
       chunkNbytes: samplesPerShard * nbytes,
       compressor: "zstd",
     };
-    return kept(this.blocks, `${name}/${view}/${block}`, KEPT_BLOCKS, () =>
-      readSmallShard(this.files, array, view, block),
-    );
+    return this.blocks.get(`${name}/${view}/${block}`, () => readSmallShard(this.files, array, view, block));
   }
 }

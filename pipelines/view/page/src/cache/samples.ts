@@ -4,12 +4,13 @@ import type { ArrayInfo, Metadata } from "./arrays";
 import { readTableChunk } from "./arrays";
 import { littleEndian } from "./chunks";
 import { damaged, missing, type Files } from "./files";
+import { Kept } from "./kept";
 import { CacheError } from "./types";
 
 const COLUMNS = { key: "uint8", tar: "int32", label: "int64", problem: "uint8", offset: "int64", nbytes: "int64" };
 type Name = keyof typeof COLUMNS;
 
-const KEPT_CHUNKS = 64;
+const KEPT_NBYTES = 2 ** 28; // decoded: all that a search reads of 5 million samples with keys of 32 bytes
 export const NO_SAMPLE = 255;
 
 /** Where a sample's image lies. */
@@ -71,8 +72,8 @@ class Stretch {
 }
 
 export class SampleTable {
-  private readonly infos = new Map<Name, Promise<ArrayInfo>>();
-  private readonly chunks = new Map<string, Promise<Uint8Array<ArrayBuffer>>>();
+  private readonly infos = new Kept<Name, ArrayInfo>();
+  private readonly chunks = new Kept<string, Uint8Array<ArrayBuffer>>(KEPT_NBYTES);
   private readonly decoder = new TextDecoder();
 
   private constructor(
@@ -180,11 +181,10 @@ export class SampleTable {
   }
 
   private async column(name: Name, row: number): Promise<Column> {
-    const info = await kept(this.infos, name, Infinity, () => this.info(name));
+    const info = await this.infos.get(name, () => this.info(name));
     const chunk = Math.floor(row / info.chunkRows);
-    const bytes = await kept(this.chunks, `${name}/${chunk}`, KEPT_CHUNKS, () =>
-      readTableChunk(this.files, info, chunk),
-    );
+    const read = () => readTableChunk(this.files, info, chunk);
+    const bytes = await this.chunks.get(`${name}/${chunk}`, read, info.chunkRows * info.rowNbytes);
     return new Column(bytes, chunk * info.chunkRows, info);
   }
 
@@ -198,21 +198,4 @@ export class SampleTable {
     }
     return info;
   }
-}
-
-/** The value of `key`, made once; the oldest of more than `limit` are forgotten, and so are failures. */
-export function kept<Key, Value>(
-  values: Map<Key, Promise<Value>>,
-  key: Key,
-  limit: number,
-  make: () => Promise<Value>,
-): Promise<Value> {
-  let value = values.get(key);
-  if (value === undefined) {
-    value = make();
-    values.set(key, value);
-    value.catch(() => values.delete(key)); // a broken connection can be tried again
-    if (values.size > limit) values.delete(values.keys().next().value!);
-  }
-  return value;
 }

@@ -122,8 +122,10 @@ export interface Cache {
   readonly numViews: number;
   /** Rows of the sample table, also those between two parts, which have status 255. */
   readonly numSamples: number;
-  /** Rows that are samples. */
+  /** How many rows are samples. */
   readonly numRealSamples: number;
+  /** First row, and the row after the last sample, of each part: a cache that grew has several. */
+  readonly parts: [number, number][];
   readonly complete: boolean;
   readonly classes: string[];
   readonly policy: Policy;

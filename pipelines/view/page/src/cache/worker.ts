@@ -1,6 +1,6 @@
 /** The worker of one cache: fetches and decodes, so that the page never waits. */
 
-import { numRealSamples } from "./attributes";
+import { numRealSamples, parts } from "./attributes";
 import { ViewDecoder } from "./decoding";
 import { BlobFiles, WebFiles, type Files } from "./files";
 import type { Calls, Description, Reply, Request } from "./messages";
@@ -34,6 +34,7 @@ function describe(reader: CacheReader, url: string): Description {
     numViews: layout.numViews,
     numSamples: layout.numSamples,
     numRealSamples: numRealSamples(layout),
+    parts: parts(layout),
     complete: isComplete,
     classes: reader.table.classes,
     policy,

@@ -26,6 +26,8 @@ export class App {
   private hovered: number | null = null;
   private isAsking = false;
   private isStale = false;
+  /** Counts what was chosen to be shown: what comes for an earlier choice is dropped. */
+  private choice = 0;
   /** What the address named wrongly, until it is said. */
   private readonly wrong: string;
   /** The sample that is shown, or should be: its view may have no maps. */
@@ -100,6 +102,8 @@ export class App {
   }
 
   async show(row: number, view: number): Promise<void> {
+    const choice = ++this.choice;
+    const isCurrent = () => choice === this.choice;
     this.frame.busy(true);
     this.strip.choose(row);
     this.row = row;
@@ -108,27 +112,42 @@ export class App {
       const layer = this.a.cache.layers.indexOf(this.state.layer);
       const changed = () => this.draw();
       const [sample] = await this.a.cache.samples(row, row + 1);
+      if (!isCurrent()) return;
       // Written before anything is decoded: also a sample that cannot be shown has its address.
       if (sample) this.remember({ sample: sample.key, view });
       const [isShown] = await Promise.all([
         this.a.show(row, view, layer, changed),
-        this.b && sample && this.showOther(this.b, sample.key, view, layer, changed),
+        this.b && sample && this.showOther(this.b, sample.key, view, layer, changed, isCurrent),
       ]);
-      if (!isShown) return;
+      if (!isShown || !isCurrent()) return;
       this.frame.complain(null);
       await this.ask();
     } catch (error) {
+      if (!isCurrent()) return;
+      // What was shown before must not be saved under the address of this one.
+      const { shown } = this.a;
+      if (shown?.sample.row !== row || shown.view !== view) this.a.empty();
       this.fail(error);
     } finally {
-      this.frame.busy(false);
+      if (isCurrent()) this.frame.busy(false);
     }
   }
 
   /** The same sample in B; without it A is still shown. */
-  private async showOther(b: Lane, key: string, view: number, layer: number, changed: () => void): Promise<void> {
+  private async showOther(
+    b: Lane,
+    key: string,
+    view: number,
+    layer: number,
+    changed: () => void,
+    isCurrent: () => boolean,
+  ): Promise<void> {
+    b.empty(); // its search may take long, and it must not stand beside another sample of A
     try {
-      await b.show(await b.cache.findSample(key), view, layer, changed);
+      const row = await b.cache.findSample(key);
+      if (isCurrent()) await b.show(row, view, layer, changed);
     } catch (error) {
+      if (!isCurrent()) return;
       if (!(error instanceof CacheError)) throw error;
       b.empty(error.message);
     }
@@ -237,26 +256,23 @@ export class App {
     this.isStale = true;
     if (this.isAsking) return;
     this.isAsking = true;
-    try {
-      while (this.isStale) {
-        this.isStale = false;
-        await Promise.all([this.a, this.b].map((lane) => lane && this.askLane(lane)));
-        this.draw();
-      }
-    } catch (error) {
-      this.fail(error);
-    } finally {
-      this.isAsking = false;
+    while (this.isStale) {
+      this.isStale = false;
+      const { choice } = this;
+      const lanes = [this.a, this.b].filter((lane) => lane !== null);
+      // Both to their end, also if one fails: answers to two questions must not come in any order.
+      const answers = await Promise.allSettled(lanes.map((lane) => this.askLane(lane)));
+      const failed = answers.find((answer) => answer.status === "rejected");
+      // Nobody waits any more for the answer to a question before the last one.
+      if (failed && !this.isStale && choice === this.choice) this.fail(failed.reason);
+      this.draw();
     }
+    this.isAsking = false;
   }
 
-  private async askLane(lane: Lane): Promise<void> {
+  private askLane(lane: Lane): Promise<void> {
     const queries = queriesFor(lane.cache, this.query, this.a.cache.tokens);
-    const { mode } = this.state;
-    if (!queries.length) return;
-    await lane.ask(queries, () => this.draw());
-    lane.rollout = null;
-    if (mode === "rollout" || mode === "rollout-max") await lane.askRollout(mode === "rollout" ? "mean" : "max", queries);
+    return lane.answer(queries, this.state.mode, () => this.draw());
   }
 
   /** Draw in the next frame; many calls draw once. */

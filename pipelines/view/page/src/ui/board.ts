@@ -2,6 +2,7 @@
 
 import { colourIndex, colourTable, cssColour, type Scale } from "./colours";
 import {
+  canCompare,
   chosenRow,
   differenceOf,
   differenceScale,
@@ -124,7 +125,7 @@ export class Board {
     const { numPrefix } = a.cache.tokens;
     const rowA = chosenRow(a, state);
     const rowB = b ? chosenRow(b, state) : null;
-    const isAlike = b !== null && haveSameTokens(a.cache.tokens, b.cache.tokens);
+    const isAlike = b !== null && canCompare(a, b);
     const difference = isAlike ? differenceOf(rowA, rowB) : null;
     const wall = isAlike ? differenceWall(a, b) : null;
     const known = rowA instanceof Float32Array ? rowA : new Float32Array(a.cache.tokens.numTokens);
@@ -184,12 +185,13 @@ export class Board {
     }
   }
 
-  private writeNumbers({ state, a, query }: Input, { rowA, difference, scale, differenceScale, rowB }: Outcome): void {
+  private writeNumbers({ state, a, query }: Input, { rowA, difference, scale, differenceScale }: Outcome): void {
     const { tokens } = a.cache;
     drawBar(this.bar, scale, rowA, tokens.numPrefix, scaleWords(state));
     this.differenceBar.element.hidden = difference === null;
     if (difference) drawBar(this.differenceBar, differenceScale, difference.row, tokens.numPrefix, "A − B, both signs alike");
     this.drawPrefix(a, query, rowA, scale);
+    this.compare(difference);
     const { canvas } = this.figures.a;
     if (!(rowA instanceof Float32Array)) return setText(this.facts, rowA ?? "");
     const patches = rowA.subarray(tokens.numPrefix);
@@ -204,9 +206,15 @@ export class Board {
     const what = describeMaps(state);
     const asked = query.map((token) => tokenName(tokens, token)).join("; ");
     canvas.setAttribute("aria-label", `Stored view with attention of ${what}, for ${asked}: ${words.join(", ")}`);
-    const isCompared = difference !== null && rowB instanceof Float32Array;
-    this.comparison.hidden = !isCompared;
-    if (!isCompared) return;
+  }
+
+  /** Write how far A and B are from each other; nothing of two samples before stays. */
+  private compare(difference: Difference | null): void {
+    this.comparison.hidden = difference === null;
+    if (difference === null) {
+      delete this.comparison.dataset.kl;
+      return setText(this.comparison, "");
+    }
     const { klAB, klBA, totalVariation } = difference;
     const text = `KL(A‖B) ${format(klAB)} nats · KL(B‖A) ${format(klBA)} nats · total variation ${format(totalVariation)}`;
     setText(this.comparison, text);

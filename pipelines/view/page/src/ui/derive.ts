@@ -11,7 +11,8 @@ export type Row = Float32Array | string | null;
 
 export function chosenRow(lane: Lane, state: State): Row {
   const { cache, wall } = lane;
-  if (isRollout(state)) return lane.rollout;
+  if (lane.unanswered) return lane.unanswered;
+  if (isRollout(state)) return lane.rollout?.mode === state.mode ? lane.rollout.row : null;
   const layer = cache.layers.indexOf(state.layer);
   if (layer < 0) return `Layer ${state.layer} is not stored in ${lane.name}.`;
   if (!wall?.ready[layer]) return null;
@@ -51,6 +52,14 @@ export interface Difference {
 export function differenceOf(a: Row, b: Row): Difference | null {
   if (!(a instanceof Float32Array && b instanceof Float32Array) || a.length !== b.length) return null;
   return { row: subtract(a, b), klAB: divergence(a, b), klBA: divergence(b, a), totalVariation: totalVariation(a, b) };
+}
+
+/** Whether A and B show the same view of the same sample, for the same query: only then have they a difference. While
+ * one of them is on its way, the other may be ahead of it. */
+export function canCompare(a: Lane, b: Lane): boolean {
+  const [one, other] = [a.shown, b.shown];
+  const isSameView = one !== null && one.sample.key === other?.sample.key && one.view === other.view;
+  return isSameView && haveSameTokens(a.cache.tokens, b.cache.tokens) && String(a.wallQuery) === String(b.wallQuery);
 }
 
 /** A minus B in all layers and heads that both have; axes as A's. */

@@ -19,11 +19,12 @@ export interface Picture {
 // Nothing on a screen shows more of a photo, and a canvas of 100 megapixels would not fit into a phone.
 const LONGEST_SIDE = 1600;
 
-/** The file's image as it is in the tar. The teacher's loader ignores EXIF's orientation, so it is ignored here. */
-async function pictureOf(blob: Blob): Promise<Picture> {
-  const bitmap = await createImageBitmap(blob, { imageOrientation: "none" });
+/** The image as it is in the tar, on a canvas whose sides have at most `longest` pixels. The teacher's loader ignores
+ * EXIF's orientation, so it is ignored here. */
+async function pictureOf(image: Blob | ImageData, longest = LONGEST_SIDE): Promise<Picture> {
+  const bitmap = await createImageBitmap(image, { imageOrientation: "none" });
   const { width, height } = bitmap;
-  const shrink = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  const shrink = Math.min(1, longest / Math.max(width, height));
   const [canvas, context] = pixelCanvas(Math.max(1, Math.round(width * shrink)), Math.max(1, Math.round(height * shrink)));
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -84,19 +85,16 @@ function redraw(cache: Cache, drawn: Parameters, clean: Picture): Picture {
   return { canvas, width, height, note: `Drawn again by this page from the clean image.${left}` };
 }
 
-/** A small picture for the strip; null if there is none. */
+/** A small picture for the strip, of at most `side` pixels a side; null if there is none. */
 export async function thumbnail(cache: Cache, site: SiteCache, row: number, side: number): Promise<HTMLCanvasElement | null> {
   try {
-    if (site.images) return (await pictureOf(await fetchBlob(`${site.images}${row}?size=${side}`, { priority: "low" }))).canvas;
-    if (cache.pixelSize) {
-      const pixels = await cache.pixels(0, row);
-      if (!pixels) return null;
-      const [canvas, context] = pixelCanvas(pixels.width, pixels.height);
-      context.putImageData(pixels, 0, 0);
-      return canvas;
-    }
-    const blob = await cache.imageBlob(row);
-    return blob && (await pictureOf(blob)).canvas;
+    // A server makes it small; a bucket or a file sends all of it.
+    const image = site.images
+      ? await fetchBlob(`${site.images}${row}?size=${side}`, { priority: "low" })
+      : cache.pixelSize
+        ? await cache.pixels(0, row)
+        : await cache.imageBlob(row);
+    return image && (await pictureOf(image, side)).canvas;
   } catch {
     return null; // the tile has the sample's key, and the sample itself says what is wrong
   }

@@ -5,7 +5,9 @@ import type { Cache, Sample, ViewMaps } from "../cache/types";
 import { CacheError, STATUS_WORDS } from "../cache/types";
 import type { Parameters } from "./geometry";
 import { cleanPicture, viewPicture, type Picture } from "./images";
+import { isRow, rowWords } from "./rows";
 import type { SiteCache } from "./site";
+import type { Mode } from "./state";
 import type { Wall } from "./values";
 
 export interface Shown {
@@ -24,7 +26,9 @@ export class Lane {
   wall: Wall | null = null;
   /** The query that `wall` answers. */
   wallQuery: number[] = [];
-  rollout: Float32Array | null = null;
+  rollout: { mode: Mode; row: Float32Array } | null = null;
+  /** Why the query has no maps here; empty if it has. */
+  unanswered = "";
   viewImage: Loaded = null;
   cleanImage: Loaded = null;
   private loading = new AbortController();
@@ -50,13 +54,13 @@ export class Lane {
     this.loading.abort();
     const { signal } = (this.loading = new AbortController());
     const { cache, site } = this;
-    const [[sample], drawn] = await Promise.all([cache.samples(row, row + 1), cache.parameters(view, row)]);
+    const [sample] = await cache.samples(row, row + 1);
     if (signal.aborted || !sample) return false;
+    // First of all: nothing else of a view that is not stored can be read.
+    if (sample.status[view] !== 1) throw unfinished(sample, view);
+    const drawn = await cache.parameters(view, row);
+    if (signal.aborted) return false;
     this.clear();
-    if (sample.status[view] !== 1) {
-      this.shown = null;
-      throw unfinished(sample, view);
-    }
     // The sample before ends here: its maps must never lie over this one's image.
     const shown = (this.shown = { sample, view, drawn, maps: null });
     const clean = cleanPicture(cache, site, row, signal);
@@ -75,20 +79,36 @@ export class Lane {
     return true;
   }
 
-  /** Show nothing, with the reason in the picture's place. */
-  empty(reason: string): void {
+  /** Show nothing, with the reason in the picture's place; without one, another view is on its way. */
+  empty(reason: string | null = null): void {
+    this.loading.abort();
     this.clear();
     this.shown = null;
     this.viewImage = reason;
   }
 
   private clear(): void {
-    this.wall = this.rollout = this.viewImage = this.cleanImage = null;
+    this.viewImage = this.cleanImage = null;
+    this.forget("");
+  }
+
+  /** Have no maps, because of `why`. */
+  private forget(why: string): void {
+    this.wall = this.rollout = null;
     this.wallQuery = [];
+    this.unanswered = why;
+  }
+
+  /** Fetch what a mode shows of a query. */
+  async answer(queries: number[], mode: Mode, changed: () => void): Promise<void> {
+    if (!queries.length) return this.forget(`${this.name} does not store the rows of this query.`);
+    await this.ask(queries, changed);
+    this.rollout = null;
+    if (mode === "rollout" || mode === "rollout-max") await this.askRollout(mode, queries);
   }
 
   /** Fetch the wall for a query. The one before stays until the first layer of this one is there. */
-  async ask(queries: number[], changed: () => void): Promise<void> {
+  private async ask(queries: number[], changed: () => void): Promise<void> {
     const shown = this.shown;
     if (!shown?.maps) return;
     const { numLayers, numHeads, numKeys } = shown.maps;
@@ -105,28 +125,28 @@ export class Lane {
       wall.values.set(rows, layer * numHeads * numKeys);
       wall.ready[layer] = true;
       if (this.shown !== shown) return;
-      [this.wall, this.wallQuery] = [wall, queries];
+      [this.wall, this.wallQuery, this.unanswered] = [wall, queries, ""];
       changed();
     };
     const values = await shown.maps.wall(queries, isNew ? onLayer : undefined);
     if (this.shown !== shown) return;
     this.wall = { ...wall, values, ready: wall.ready.fill(true) };
-    this.wallQuery = queries;
+    [this.wallQuery, this.unanswered] = [queries, ""];
   }
 
-  async askRollout(kind: "mean" | "max", queries: number[]): Promise<void> {
+  private async askRollout(mode: "rollout" | "rollout-max", queries: number[]): Promise<void> {
     const shown = this.shown;
-    const rollout = (await shown?.maps?.rollout(kind, queries)) ?? null;
-    if (this.shown === shown) this.rollout = rollout;
+    const row = await shown?.maps?.rollout(mode === "rollout" ? "mean" : "max", queries);
+    if (row && this.shown === shown) this.rollout = { mode, row };
   }
 
   /** The row that the address names, by key or number. */
   async findRow(name: string): Promise<number> {
     if (name === "") return this.firstRow();
     if (!/^\d+$/.test(name)) return this.cache.findSample(name);
-    if (Number(name) < this.cache.numSamples) return Number(name);
-    const last = this.cache.numSamples - 1;
-    throw new CacheError("no-such-sample", `There is no sample ${name} in ${this.name}: its rows are 0 to ${last}.`);
+    if (isRow(this.cache, Number(name))) return Number(name);
+    const words = `There is no sample ${name} in ${this.name}: its rows are ${rowWords(this.cache)}.`;
+    throw new CacheError("no-such-sample", words);
   }
 
   /** The first sample with a stored view: a cache may begin with bad images. */

@@ -4,6 +4,7 @@ import type { Sample } from "../cache/types";
 import { make, setText } from "./dom";
 import { thumbnail } from "./images";
 import type { Lane } from "./lane";
+import { firstRows, isRow, nextRow } from "./rows";
 import { Sorter, SORT_WORDS, type SortKey } from "./sorting";
 import type { State } from "./state";
 import { format } from "./values";
@@ -11,6 +12,7 @@ import { format } from "./values";
 // A search or a sort looks at so many samples at most; the strip says so.
 const MAX_LISTED = 512;
 const BATCH = 32;
+const THUMBNAIL_SIDE = 160;
 
 type Asked = Pick<State, "search" | "class" | "sort" | "descending">;
 
@@ -28,7 +30,11 @@ export class Strip {
   /** Counts how often the list was begun anew: an older fill that still waits must add nothing to it. */
   private filling = 0;
   private readonly seen: IntersectionObserver;
+  /** Tiles of the list; those of rows that it does not have any more are dropped. */
   private readonly tileOf = new Map<number, HTMLElement>();
+  /** Tiles in sight or near it, which alone have their pictures. */
+  private readonly near = new WeakSet<Element>();
+  private readonly loading = new WeakSet<Element>();
 
   constructor(
     private readonly lane: Lane,
@@ -41,13 +47,19 @@ export class Strip {
       const tile = (event.target as Element).closest<HTMLElement>("[data-row]");
       if (tile) this.pick(Number(tile.dataset.row));
     });
-    this.seen = new IntersectionObserver((entries) => {
+    const observe = (entries: IntersectionObserverEntry[]) => {
       for (const { target, isIntersecting } of entries) {
-        if (!isIntersecting) continue;
-        this.seen.unobserve(target);
-        void this.showThumbnail(target as HTMLElement);
+        if (isIntersecting) {
+          this.near.add(target);
+          void this.showThumbnail(target as HTMLElement);
+        } else {
+          this.near.delete(target);
+          target.querySelector(".thumbnail")!.replaceChildren();
+        }
       }
-    });
+    };
+    // A screen more on each side: who scrolls a little finds the pictures there.
+    this.seen = new IntersectionObserver(observe, { root: this.list, rootMargin: "100%" });
   }
 
   /** List what is asked for; `key` says by which layer and head to sort. */
@@ -64,7 +76,7 @@ export class Strip {
       rows = await cache.search(search.trim(), className || undefined, MAX_LISTED);
       if (generation !== this.generation) return;
     } else if (sort !== "none") {
-      rows = Array.from({ length: Math.min(cache.numSamples, MAX_LISTED) }, (_, row) => row);
+      rows = firstRows(cache, MAX_LISTED);
     }
     if (isNewSearch || sort === "none" || !this.numTiles) this.restart(rows);
     this.describe();
@@ -85,10 +97,10 @@ export class Strip {
   }
 
   private summary(): string {
-    const { numSamples, numRealSamples } = this.lane.cache;
+    const { numRealSamples } = this.lane.cache;
     const noun = numRealSamples === 1 ? "sample" : "samples";
     if (!this.rows) return `${numRealSamples} ${noun}`;
-    const isCut = this.rows.length === MAX_LISTED && numSamples > MAX_LISTED;
+    const isCut = this.rows.length === MAX_LISTED && numRealSamples > MAX_LISTED;
     return `${isCut ? `first ${MAX_LISTED}` : this.rows.length} of ${numRealSamples} ${noun}`;
   }
 
@@ -106,6 +118,8 @@ export class Strip {
     const kept = this.numTiles;
     this.list.replaceChildren();
     this.numTiles = 0;
+    const listed = rows && new Set(rows);
+    for (const row of this.tileOf.keys()) if (listed ? !listed.has(row) : row >= BATCH) this.tileOf.delete(row);
     void this.fill(Math.max(BATCH, this.asked?.sort === "none" ? 0 : kept)).then(() => (this.list.scrollTop = scrolled));
   }
 
@@ -125,9 +139,9 @@ export class Strip {
   }
 
   private async samplesAt(start: number, stop: number): Promise<Sample[]> {
-    if (!this.rows) return (await this.lane.cache.samples(start, stop)).filter(isSample);
+    if (!this.rows) return (await this.lane.cache.samples(start, stop)).filter(({ row }) => isRow(this.lane.cache, row));
     const rows = this.rows.slice(start, stop);
-    return (await Promise.all(rows.map((row) => this.lane.cache.samples(row, row + 1)))).flat().filter(isSample);
+    return (await Promise.all(rows.map((row) => this.lane.cache.samples(row, row + 1)))).flat();
   }
 
   private tile(sample: Sample): HTMLElement {
@@ -152,13 +166,16 @@ export class Strip {
     setText(tile.querySelector(".note")!, note);
     tile.classList.toggle("missing", !sample.status.includes(1));
     this.mark(tile, sample.row === this.chosen);
-    if (!tile.querySelector("canvas")) this.seen.observe(tile);
+    this.seen.observe(tile);
     return tile;
   }
 
   private async showThumbnail(tile: HTMLElement): Promise<void> {
-    const canvas = await thumbnail(this.lane.cache, this.lane.site, Number(tile.dataset.row), 160);
-    if (canvas) tile.querySelector(".thumbnail")!.replaceChildren(canvas);
+    if (this.loading.has(tile) || tile.querySelector("canvas")) return;
+    this.loading.add(tile);
+    const canvas = await thumbnail(this.lane.cache, this.lane.site, Number(tile.dataset.row), THUMBNAIL_SIDE);
+    this.loading.delete(tile);
+    if (canvas && this.near.has(tile)) tile.querySelector(".thumbnail")!.replaceChildren(canvas);
   }
 
   private mark(tile: HTMLElement, isChosen: boolean): void {
@@ -176,12 +193,10 @@ export class Strip {
     tile.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  /** The row that comes `step` after the chosen one in the list. */
+  /** The row after the chosen one in the list, or before it if `step` is -1; null if there is none. */
   neighbour(step: number): number | null {
-    const total = this.rows?.length ?? this.lane.cache.numSamples;
-    const place = (this.rows ? this.rows.indexOf(this.chosen) : this.chosen) + step;
-    if (place < 0 || place >= total) return null;
-    return this.rows ? this.rows[place]! : place;
+    if (!this.rows) return nextRow(this.lane.cache, this.chosen, step);
+    return this.rows[this.rows.indexOf(this.chosen) + step] ?? null;
   }
 
   private onKey(event: KeyboardEvent): void {
@@ -192,8 +207,4 @@ export class Strip {
     const row = this.neighbour(step);
     if (row !== null) this.pick(row);
   }
-}
-
-function isSample(sample: Sample): boolean {
-  return sample.status[0] !== 255;
 }

@@ -2,6 +2,7 @@
 
 import type { Input, Outcome } from "./board";
 import type { Scale } from "./colours";
+import { haveSameTokens } from "./derive";
 import { make, setText } from "./dom";
 import { isRollout } from "./state";
 import { patchQuantile, rowOf, sum, entropy, divergence, percent, format, type Wall } from "./values";
@@ -15,7 +16,8 @@ export class WallView {
   private readonly title = make("h2", {}, TITLE);
   readonly place = make("div", { class: "wall" }, this.title, this.canvas);
   private readonly wall: WallCanvas;
-  private last: { input: Input; outcome: Outcome; wall: Wall } | null = null;
+  /** What is drawn. The lanes may have gone on to another sample by the time the pointer asks for numbers. */
+  private last: { input: Input; outcome: Outcome; wall: Wall; walls: [Wall | null, Wall | null] } | null = null;
 
   constructor(pick: (layer: number, head: number) => void) {
     this.wall = new WallCanvas(this.canvas, () => Math.max(300, window.innerHeight - 245));
@@ -33,9 +35,12 @@ export class WallView {
     const lane = state.wall === "b" && b ? b : a;
     const wall = isDifference ? outcome.differenceWall : lane.wall;
     this.canvas.hidden = wall === null;
-    this.last = wall && { input, outcome, wall };
+    this.last = wall && { input, outcome, wall, walls: [a.wall, b?.wall ?? null] };
     this.describe(null);
-    if (!wall) return setText(this.note, isDifference ? "A and B have other tokens, so there is no difference." : "");
+    if (!wall) {
+      const isOther = isDifference && b !== null && !haveSameTokens(a.cache.tokens, b.cache.tokens);
+      return setText(this.note, isOther ? "A and B have other tokens, so there is no difference." : "");
+    }
     const { tokens, layers, heads } = lane.cache;
     const head = state.mode === "one" ? heads.indexOf(state.head) : null;
     this.wall.show({
@@ -69,7 +74,7 @@ export class WallView {
   /** Name one map and its numbers; the chosen one if none is pointed at. */
   private describe(cell: [number, number] | null): void {
     if (!this.last) return;
-    const { input, wall } = this.last;
+    const { input, wall, walls } = this.last;
     const { state, a, b } = input;
     const { layers, heads, tokens } = (state.wall === "b" && b ? b : a).cache;
     const [layer, head] = cell ?? [layers.indexOf(state.layer), heads.indexOf(state.head)];
@@ -77,11 +82,10 @@ export class WallView {
     const row = rowOf(wall, layer, head);
     const words = [`layer ${layers[layer]}, head ${heads[head]}`];
     if (state.wall === "difference") {
-      const other = b!.wall!;
       const headB = b!.cache.heads.indexOf(heads[head]!);
       if (headB < 0) return setText(this.note, `${words[0]} · not stored in ${b!.name}`);
-      const rowB = rowOf(other, b!.cache.layers.indexOf(layers[layer]!), headB);
-      words.push(`KL(A‖B) ${format(divergence(rowOf(a.wall!, layer, head), rowB))} nats`);
+      const rowB = rowOf(walls[1]!, b!.cache.layers.indexOf(layers[layer]!), headB);
+      words.push(`KL(A‖B) ${format(divergence(rowOf(walls[0]!, layer, head), rowB))} nats`);
     } else {
       words.push(`${entropy(row).toFixed(2)} bits`);
       if (tokens.numPrefix) words.push(`${percent(sum(row.subarray(0, tokens.numPrefix)))} not on patches`);
