@@ -41,7 +41,7 @@ def read_labels(file: Path, root: Path, classes: Classes | None) -> tuple[dict[P
         text_of[path] = (line, label)
     if not text_of:
         raise SourceError(f"{file} lists no images below its header.")
-    known_names = frozenset() if classes is None else frozenset(classes.names)
+    known_names: frozenset[str] = frozenset() if classes is None else frozenset(classes.names)
     if not all(label in known_names for _, label in text_of.values()):
         numbers = {label: _number(label, file, line) for line, label in text_of.values() if _NUMBER.fullmatch(label)}
         names = {label for _, label in text_of.values()} - numbers.keys()
