@@ -121,7 +121,7 @@ def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name], arrays[name].dtype.newbyteorder("<"))
         about = f"{name} {arrays[name].dtype.name} {','.join(map(str, arrays[name].shape))}\n"
-        crc32 = zlib.crc32(values.reshape(-1).view(np.uint8).data, zlib.crc32(about.encode(), crc32))
+        crc32 = zlib.crc32(values.reshape(-1).view(np.uint8), zlib.crc32(about.encode(), crc32))
     return crc32
 
 
