@@ -12,8 +12,7 @@
 - `parts`: sample tables of caches in several parts
 - `growth`: more views or samples for a cache that exists
 - `joining`: several caches' shards as one cache
-- `tables`: arrays written once, and the sample table
-- `fitted`: the codec's state and the teacher's bias, and checksums that tie them to their cache
+- `tables`: arrays written once: samples, the codec's state, the teacher's bias
 - `chunks`: chunks and shard indexes as bytes
 - `shard_file`: write one shard
 - `open_shards`: shards that are open for reading, a limited number of them

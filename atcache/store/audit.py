@@ -15,7 +15,6 @@ from atcache.files.durable import is_partial
 from atcache.files.location import Location, Url
 from atcache.files.ranges import list_files, read_file
 from atcache.files.writers import LOCK
-from atcache.store.fitted import read_bias, read_state
 from atcache.store.growth import GROWTH, read_growth
 from atcache.store.layout import COMPRESSORS, ArraySpec, StoreLayout, Task
 from atcache.store.metadata import (
@@ -152,18 +151,7 @@ def check_tables(path: Location, attributes: Mapping[str, Any], layout: StoreLay
     problems = [problem for name in _sample_arrays(layout) for problem in check_array(path, name)]
     if not problems:
         problems += _check_fingerprint(path, attributes, layout)
-    damaged = [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
-    return problems + (damaged or _check_fitted(path, attributes))
-
-
-def _check_fitted(path: Location, attributes: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
-    for read in (read_state, read_bias):
-        try:
-            read(path, attributes)
-        except CorruptCacheError as error:
-            problems.append(str(error))
-    return problems
+    return problems + [problem for name in _extra_arrays(path) for problem in check_array(path, name)]
 
 
 def _check_fingerprint(path: Location, attributes: Mapping[str, Any], layout: StoreLayout) -> list[str]:

@@ -18,12 +18,11 @@ from atcache.errors import CacheMismatchError, CacheMissError, ConfigError, Corr
 from atcache.files.location import Location, Url, parse_location
 from atcache.files.ranges import RangeFile, expect_together, promise
 from atcache.store.chunks import EMPTY, DamagedChunkError, check_byte_order, use_single_threaded_blosc
-from atcache.store.fitted import BIAS, read_bias, read_state
 from atcache.store.layout import COMPRESSORS, ArraySpec, Status, StoreLayout, Task, describe_status
 from atcache.store.manifest import how_to_redo, list_commits
 from atcache.store.metadata import ATTRIBUTES, SEAL, has_array, load_root, split_root
 from atcache.store.open_shards import OpenShard, OpenShards
-from atcache.store.tables import describe_array, read_samples
+from atcache.store.tables import describe_array, read_array, read_samples, read_state
 
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
@@ -291,17 +290,17 @@ class CacheReader:
     @cached_property
     def state(self) -> dict[str, np.ndarray]:
         """The codec's fitted arrays by name."""
-        return read_state(self.path, self.attributes)
+        return read_state(self.path)
 
     @cached_property
     def bias_LHQK(self) -> np.ndarray | None:
         """The teacher's bias for the stored layers and heads, float32; None if it has none."""
-        return read_bias(self.path, self.attributes)
+        return None if self.bias_kind is None else read_array(self.path, "attention/bias")
 
     @cached_property
     def bias_kind(self) -> tuple[tuple[int, ...], str] | None:
         """Shape and type that the bias has, by its zarr.json; None if there is no bias."""
-        return describe_array(self.path, BIAS) if has_array(self.path, BIAS) else None
+        return describe_array(self.path, "attention/bias") if has_array(self.path, "attention/bias") else None
 
     def _check_place(self, view: int, sample: int) -> None:
         layout = self.layout

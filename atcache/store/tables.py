@@ -1,4 +1,4 @@
-"""The arrays written once, when a cache is created: how they are written and read, and the sample table.
+"""The arrays written once, when a cache is created: the sample table, the codec's state, the teacher's bias.
 
 They are written with zarr-python and read without it: reading then needs no event loop, which would cause trouble in
 forked data loaders, and each chunk's size is checked before it is decompressed.
@@ -7,6 +7,7 @@ forked data loaders, and each chunk's size is checked before it is decompressed.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from atcache.errors import ConfigError, CorruptCacheError
 from atcache.files.durable import encode_json
 from atcache.files.location import Location, parse_location
 from atcache.files.ranges import read_file
+from atcache.files.sizes import size_text
 from atcache.store.chunks import ZSTD_LEVEL, DamagedChunkError, decompress_into
 from atcache.store.layout import MAX_CHUNK_NBYTES, ZSTD, max_encoded_nbytes
-from atcache.store.metadata import parse_json
+from atcache.store.metadata import list_arrays, parse_json
 
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
@@ -35,13 +37,16 @@ MAX_NUM_CHUNKS = 2**20
 _MAX_NUM_AXES = 16
 _MOST_PROBLEMS = 3
 """So many chunks of one array are reported: if the disk that held them is gone, there may be thousands."""
+MAX_STATE_NBYTES = 2**31
+"""Limit for a codec's fitted arrays together. Codec transform's take a few hundred MB for a ViT-g."""
 
 SAMPLE_DTYPES = {"tar": "int32", "offset": "int64", "nbytes": "int64", "label": "int64", "problem": "uint8"}
 """Columns of the sample table except `key`."""
 
-STATE_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int32", "int8", "uint8")))
-_DTYPES = {dtype.name: dtype for dtype in (*STATE_DTYPES, np.dtype("int64"))}
+_STATE_DTYPES = tuple(map(np.dtype, ("float32", "float16", "int32", "int8", "uint8")))
+_DTYPES = {dtype.name: dtype for dtype in (*_STATE_DTYPES, np.dtype("int64"))}
 """What a zarr.json may name. numpy would take other texts for types too, and fail at some with any kind of error."""
+_STATE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -357,3 +362,40 @@ def find_bad_tar_name(names: list[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def write_state(root: Path, state: Mapping[str, np.ndarray], bias_LHQK: np.ndarray | None) -> None:
+    """Write a codec's fitted state, and the teacher's bias if it has one."""
+    write_group(root / "attention" / "state")
+    for name, values in state.items():
+        if not _STATE_NAME.fullmatch(name):
+            raise ConfigError(f"codec state {name!r} cannot be stored; expected a name of letters, digits and _.")
+        if values.dtype not in _STATE_DTYPES:
+            expected = ", ".join(map(str, _STATE_DTYPES))
+            raise ConfigError(f"codec state {name!r} is {values.dtype}; a cache holds {expected}.")
+        write_array(root, f"attention/state/{name}", values, None)
+    if bias_LHQK is not None:
+        write_array(root, "attention/bias", bias_LHQK.astype(np.float32), ("layer", "head", "query", "key"))
+
+
+def read_state(root: Location) -> dict[str, np.ndarray]:
+    """A codec's fitted state by name.
+
+    Raises:
+        CorruptCacheError: a file is missing or damaged, or the arrays are larger than any codec needs for a ViT.
+    """
+    group = root / "attention/state"
+    infos = {name: _read_info(group / name) for name in list_arrays(root, "attention/state")}
+    for name, info in infos.items():
+        if info.dtype not in _STATE_DTYPES:
+            expected = ", ".join(map(str, _STATE_DTYPES))
+            raise CorruptCacheError(
+                f"{group / name} is {info.dtype}; a cache holds {expected}. Restore it from a copy."
+            )
+    nbytes = sum(info.nbytes for info in infos.values())
+    if nbytes > MAX_STATE_NBYTES:
+        raise CorruptCacheError(
+            f"{group} describes {len(infos)} arrays of {size_text(nbytes)} in all; expected at most "
+            f"{size_text(MAX_STATE_NBYTES)}. Restore it from a copy."
+        )
+    return {name: _read_values(group / name, info) for name, info in infos.items()}

@@ -34,7 +34,6 @@ from atcache.files.writers import only_writer
 from atcache.store.bucket import Piece, put_new_cache, put_together, replace_object
 from atcache.store.chunks import BLOSC_LEVEL, GZIP_LEVEL, ZSTD_LEVEL, ChunkEncoder, check_byte_order
 from atcache.store.committed import check_commits
-from atcache.store.fitted import FITTED, checksums_of, write_fitted
 from atcache.store.growth import end_growth, enlarge_arrays, read_growth
 from atcache.store.layout import COMPRESSORS, FORMAT, ArraySpec, Status, StoreLayout, Task
 from atcache.store.manifest import (
@@ -62,12 +61,12 @@ from atcache.store.metadata import (
 )
 from atcache.store.records import delete_own_record, join_records
 from atcache.store.shard_file import ShardFile
-from atcache.store.tables import write_group, write_samples
+from atcache.store.tables import write_group, write_samples, write_state
 
 if TYPE_CHECKING:
     from atcache.images.source import SampleIndex
 
-RESERVED_ATTRIBUTES = ("format", "layout", "complete", FITTED, SEAL)
+RESERVED_ATTRIBUTES = ("format", "layout", "complete", SEAL)
 """Members of `attributes["atcache"]` that the store writes."""
 
 
@@ -150,15 +149,14 @@ def write_empty_cache(
     bias_LHQK: np.ndarray | None,
 ) -> None:
     """What `create_cache` writes, into a folder that is not there yet. See there for the arguments."""
-    fixed = {"format": FORMAT, "layout": layout.to_json(), FITTED: checksums_of(state, bias_LHQK)}
-    ours = {**attributes, **fixed, "complete": None}
+    ours = {**attributes, "format": FORMAT, "layout": layout.to_json(), "complete": None}
     write_group(path, {ATTRIBUTES: seal(ours)})
     for group in ("views", "attention", COMMITS, *(["pixels"] if layout.pixels else [])):
         write_group(path / group)
     for spec in layout.arrays():
         _create_sharded_array(path, spec)
     write_samples(path, index, layout.samples_group)
-    write_fitted(path, state, bias_LHQK)
+    write_state(path, state, bias_LHQK)
 
 
 def _exists(path: Location) -> CacheMismatchError:

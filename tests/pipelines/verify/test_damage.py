@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from verifying import BLOCK_SIZE, CODES, RECORD, TASK, flip, look, messages
 
-from atcache.errors import AtcacheError, CorruptCacheError
+from atcache.errors import AtcacheError
 from atcache.files.durable import encode_json
 from atcache.store.audit import check_metadata
 from atcache.store.chunks import compress, decode_index
-from atcache.store.fitted import FITTED, checksums_of, write_fitted
 from atcache.store.layout import ZSTD
 from atcache.store.manifest import check_commit, check_seal, list_commits, parse_commit, read_commit, write_commit
 from atcache.store.metadata import seal
 from atcache.store.reader import CacheReader
 from atcache.store.records import read_record
 from atcache.store.shard_file import ShardFile
+from atcache.store.tables import write_state
 from atcache.store.writer import finish_cache
 
 
@@ -132,38 +132,9 @@ def test_another_sample_table_is_found_by_its_fingerprint(cache):
     assert all(message.startswith(f"the sample table in {cache}/samples has the fingerprint") for message in found)
 
 
-def change_attributes(cache, **members):
-    """Give the root other members, and a checksum that holds."""
-    root = json.loads((cache / "zarr.json").read_bytes())
-    root["attributes"]["atcache"] = seal({**root["attributes"]["atcache"], **members})
-    (cache / "zarr.json").write_bytes(encode_json(root))
-
-
-def test_the_state_and_the_bias_of_another_cache_are_refused(cache):
-    state, bias_LHQK = {"steps": np.ones((2, 32), np.float32)}, np.zeros((2, 2, 17, 17), np.float32)
-    change_attributes(cache, **{FITTED: checksums_of(state, bias_LHQK)})
-    write_fitted(cache, state, bias_LHQK)
-    finish_cache(cache)
-    assert messages(look(cache, sample=0)) == []
-    for name in ("attention/state", "attention/bias"):  # the same arrays with other numbers, as of another fit
-        shutil.rmtree(cache / name)
-    write_fitted(cache, {"steps": state["steps"] * 3}, bias_LHQK + 1)
-    found = messages(look(cache, sample=0))
-    assert [message.partition(" is not what this cache was made with")[0] for message in found] == [
-        str(cache / "attention/state"),
-        str(cache / "attention/bias"),
-    ]
-    reader = CacheReader(cache)
-    for read in (lambda: reader.state, lambda: reader.bias_LHQK):
-        with pytest.raises(CorruptCacheError, match=r"its checksum is \d+, .*zarr\.json says \d+\. Restore it from"):
-            read()
-
-
 @pytest.mark.parametrize("name", ["attention/state/steps", "attention/bias"])
 def test_damaged_codec_state_is_named(cache, name, tiny_vit, tiny_weights):
-    state, bias_LHQK = {"steps": np.ones((2, 32), np.float32)}, np.zeros((2, 2, 17, 17), np.float32)
-    write_fitted(cache, state, bias_LHQK)
-    change_attributes(cache, **{FITTED: checksums_of(state, bias_LHQK)})
+    write_state(cache, {"steps": np.ones((2, 32), np.float32)}, np.zeros((2, 2, 17, 17), np.float32))
     finish_cache(cache)  # which lists them
     (file,) = [file for file in (cache / name / "c").rglob("*") if file.is_file()]
     assert messages(look(cache, sample=0)) == []
@@ -174,7 +145,10 @@ def test_damaged_codec_state_is_named(cache, name, tiny_vit, tiny_weights):
 
 
 def test_a_codec_that_does_not_fit_the_layout_is_found(cache):
-    change_attributes(cache, codec={"name": "exact", "dtype": "float16"})
+    root = json.loads((cache / "zarr.json").read_bytes())
+    ours = root["attributes"]["atcache"]
+    root["attributes"]["atcache"] = seal({**ours, "codec": {"name": "exact", "dtype": "float16"}})
+    (cache / "zarr.json").write_bytes(encode_json(root))
     found = messages(look(cache, sample=0))
     assert any("type of codes: 'int16', but its layout says 'int8'" in message for message in found), found
 
