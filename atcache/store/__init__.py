@@ -4,7 +4,7 @@
 - `shard_size`: how many samples a shard should have, and how many layers a chunk
 - `writer`: create a cache, write one task at a time, finish it
 - `bucket`: put a task or a new cache on an object store, safely without renames and locks
-- `committed`: all commit records, each checked
+- `committed`: commit records, each checked with its shards
 - `reader`: read the codes and pixels of one sample
 - `manifest`: commit records, which say which tasks are done
 - `records`: the files that hold commit records, one or many of them

@@ -1,4 +1,4 @@
-"""All commit records of a cache with what is wrong with their tasks: on a server, many at a time."""
+"""Commit records with what is wrong with their tasks; those of a server, many at a time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,29 @@ class CheckedCommit(NamedTuple):
     problems: list[str]
 
 
-def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommit]:
-    """All commit records by task name, in task order, each checked by its checksum, and size and index of its shards.
+def check_record(path: Location, record: Record, layout: StoreLayout, *, deep: bool = False) -> CheckedCommit:
+    """The commit that a record holds, checked by its checksum, and size and index of its shards.
 
     Args:
         path: the cache.
+        record: one of its records.
         layout: its layout, or the one that it grows to. The record of a task that it lacks is a problem.
+        deep: read every byte of the shards, see `check_commit`.
+
+    Raises:
+        CorruptCacheError: the record cannot be read.
+        AtcacheError: a shard cannot be read now.
+    """
+    commit = parse_commit(record)
+    return CheckedCommit(commit, [*check_seal(record), *check_commit(path, commit, layout, deep=deep)])
+
+
+def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommit]:
+    """All commit records by task name, in task order, each as `check_record` checks it.
+
+    Args:
+        path: the cache.
+        layout: as for `check_record`.
 
     Raises:
         CorruptCacheError: a record cannot be read.
@@ -36,8 +53,7 @@ def check_commits(path: Location, layout: StoreLayout) -> dict[str, CheckedCommi
     """
 
     def check(record: Record) -> CheckedCommit:
-        commit = parse_commit(record)
-        return CheckedCommit(commit, [*check_seal(record), *check_commit(path, commit, layout)])
+        return check_record(path, record, layout)
 
     records = list(read_records(path))
     if isinstance(path, Path):

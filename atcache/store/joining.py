@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from atcache.errors import CorruptCacheError
 from atcache.files.durable import encode_json, partial_path
+from atcache.store.committed import check_record
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import Commit, check_commit, check_seal, commit_path, parse_commit
-from atcache.store.metadata import seal, seal_holds
+from atcache.store.manifest import Commit, commit_path
+from atcache.store.metadata import refuse_damaged_root, seal
 from atcache.store.parts import append_part
 from atcache.store.reader import CacheReader
 from atcache.store.records import Record, read_records
@@ -78,10 +79,7 @@ def write_joined(
         DiskFullError: no space is left.
     """
     for reader in readers:
-        if not seal_holds(reader.attributes):  # the joined cache would get a checksum of its own
-            raise CorruptCacheError(
-                f"{reader.path}/zarr.json is damaged: its checksum does not match. Restore it from a copy, then merge."
-            )
+        refuse_damaged_root(reader.path, reader.attributes, "Restore it from a copy, then merge.")
     first = readers[0]
     kept = {name: value for name, value in first.attributes.items() if name not in RESERVED_ATTRIBUTES}
     attributes = {**kept, "source": dict(source_attributes)}
@@ -110,14 +108,13 @@ def _folder(reader: CacheReader) -> Path:
 
 def _join_task(path: Path, layout: StoreLayout, reader: CacheReader, record: Record, new_task: Task) -> int:
     """Take over the shards of one task and its record. Returns the bytes of the shards."""
-    source, commit = _folder(reader), parse_commit(record)
-    task = commit.task
-    # The new record gets a checksum of its own, so that of the old one is looked at here.
-    if problems := [*check_seal(record), *check_commit(source, commit, reader.layout)]:
+    source = _folder(reader)
+    commit, problems = check_record(source, record, reader.layout)  # the new record gets a checksum of its own
+    if problems:
         raise CorruptCacheError(
             f"{problems[0]} Repair it with `atcache verify --repair` and its `atcache build` command, then merge again."
         )
-    new_names = {spec.shard_file(task): spec.shard_file(new_task) for spec in layout.arrays()}
+    new_names = {spec.shard_file(commit.task): spec.shard_file(new_task) for spec in layout.arrays()}
     for old, new in new_names.items():
         _link_or_copy(source / old, path / new)
     files = {new_names[name]: about for name, about in commit.files.items()}

@@ -41,6 +41,21 @@ def seal_holds(values: Mapping[str, Any]) -> bool:
         return False
 
 
+def refuse_damaged_root(path: Location, attributes: Mapping[str, Any], advice: str) -> None:
+    """Refuse to copy a cache whose zarr.json does not match its checksum: the copy would get one of its own.
+
+    Args:
+        path: the cache.
+        attributes: its `attributes["atcache"]`.
+        advice: what to do, as a sentence.
+
+    Raises:
+        CorruptCacheError: it does not match.
+    """
+    if not seal_holds(attributes):
+        raise CorruptCacheError(f"{path}/zarr.json is damaged: its checksum does not match. {advice}")
+
+
 def parse_json(data: bytes) -> Any:  # noqa: ANN401 - any JSON value
     """The value of a JSON text, as `json.loads` has it; ValueError is all that it raises, also for hostile texts."""
     try:

@@ -30,7 +30,7 @@ from atcache.files.sizes import size_text
 from atcache.files.writers import only_writer, sweep_partials
 from atcache.store.layout import StoreLayout, Task
 from atcache.store.manifest import Commit, check_seal, parse_commit, write_commit
-from atcache.store.metadata import seal_holds
+from atcache.store.metadata import refuse_damaged_root
 from atcache.store.parts import count_samples
 from atcache.store.reader import CacheReader
 from atcache.store.records import Record, read_record, read_records
@@ -108,8 +108,7 @@ def pull(config: PullConfig) -> PullSummary:
 def _begin(out: Path, reader: CacheReader, chosen: Chosen) -> None:
     """Create the copy, or check that `out` is one that was begun."""
     CacheRecord.of(reader)  # refuses what is missing or contradicts itself
-    if not seal_holds(reader.attributes):  # the copy would get a checksum of its own
-        raise CorruptCacheError(f"{reader.path}/zarr.json is damaged: its checksum does not match. {_DAMAGED_THERE}")
+    refuse_damaged_root(reader.path, reader.attributes, _DAMAGED_THERE)
     attributes = _attributes(reader, chosen)
     with disk_errors_explained(out):
         if out.is_dir() and not any(out.iterdir()):

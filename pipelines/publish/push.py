@@ -21,11 +21,11 @@ from atcache.fields import JsonFields
 from atcache.files.location import Url
 from atcache.files.ranges import read_file
 from atcache.files.remote.hub import ask_hub, pinned
+from atcache.store.committed import check_record
 from atcache.store.growth import read_growth
-from atcache.store.manifest import COMMITS, check_commit, check_seal, parse_commit
-from atcache.store.metadata import seal_holds
+from atcache.store.metadata import refuse_damaged_root
 from atcache.store.reader import CacheReader
-from atcache.store.records import read_records
+from atcache.store.records import COMMITS, read_records
 
 from ..running.progress import Progress
 from .card import CardState, renew_card
@@ -139,13 +139,9 @@ def _check(cache: Cache) -> dict[str, _State]:
     if read_growth(path) is not None:  # looked for after the states: a growth that begins later changes them
         raise CacheMismatchError(f"{path} is growing, and not all of it is there yet. {advice}")
     check_folder_sizes(path, files)
-    if not seal_holds(reader.attributes):
-        raise CorruptCacheError(
-            f"{path}/zarr.json is damaged: its checksum does not match. Restore it from a copy, then push."
-        )
+    refuse_damaged_root(path, reader.attributes, "Restore it from a copy, then push.")
     for record in read_records(path):
-        commit = parse_commit(record)
-        if problems := [*check_seal(record), *check_commit(path, commit, reader.layout)]:
+        if problems := check_record(path, record, reader.layout).problems:
             raise CorruptCacheError(
                 f"{problems[0]} Repair it with `atcache verify --repair` and its `atcache build` command, then push."
             )

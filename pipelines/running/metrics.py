@@ -203,7 +203,8 @@ class Speed:
 
     def values(self) -> dict[str, float]:
         """Both numbers, by the names that metrics.jsonl has for them."""
-        return {"img_per_s": self.num_images / self.training_s, "waited_for_data": self._waited_s / self.training_s}
+        training_s = self.training_s  # once: the clock goes on
+        return {"img_per_s": self.num_images / training_s, "waited_for_data": self._waited_s / training_s}
 
     def __str__(self) -> str:
         values = self.values()

@@ -15,9 +15,10 @@ from atcache.errors import AtcacheError, CorruptCacheError
 from atcache.files.location import Location, Url
 from atcache.files.sizes import size_text
 from atcache.store.audit import check_metadata, check_tables, find_strays
+from atcache.store.committed import check_record
 from atcache.store.growth import read_growth
 from atcache.store.layout import StoreLayout, Task
-from atcache.store.manifest import Commit, check_commit, check_seal, parse_commit, summarise_commits
+from atcache.store.manifest import Commit, summarise_commits
 from atcache.store.records import COMMITS, Record, read_records
 
 from ..cluster.mapping import Mapper
@@ -152,10 +153,10 @@ def check_all_tasks(cache: Cache, mapper: Mapper, report: Report) -> CheckedTask
 def _check_task(given: tuple[Location, StoreLayout], record: Record) -> tuple[str, Commit | None, list[str]]:
     path, layout = given
     try:
-        commit = parse_commit(record)
+        checked = check_record(path, record, layout, deep=True)
     except CorruptCacheError as error:
         return record.task, None, [str(error)]
-    return record.task, commit, [*check_seal(record), *check_commit(path, commit, layout, deep=True)]
+    return record.task, checked.commit, checked.problems
 
 
 def _check_totals(cache: Cache, commits: list[Commit], report: Report) -> None:

@@ -17,8 +17,8 @@ from atcache.notebook import facts_html
 from atcache.pipelines.show.config import ShowConfig
 from atcache.pipelines.show.run import show
 
-TAGS = {"div", "strong", "table", "caption", "tr", "td", "th", "figure", "img", "figcaption"}
-ATTRIBUTES = {"style", "src", "alt", "width", "height", "scope"}
+TAGS = {"div", "strong", "table", "tr", "td", "figure", "img", "figcaption"}
+ATTRIBUTES = {"style", "src", "alt", "width", "height"}
 HOSTILE = "</td><script>alert(1)</script>\"'onload=x $\\frac{$"
 
 
